@@ -1,0 +1,39 @@
+"""alignprop: fine-tune text-to-image diffusion models on differentiable rewards.
+
+The public names below load lazily, so `import alignprop_core` imports no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "ImageBatch": "alignprop_core.reward",
+    "Reward": "alignprop_core.reward",
+    "RewardConfig": "alignprop_core.specs",
+    "RewardSpec": "alignprop_core.specs",
+    "hookimpl": "alignprop_core.hookspecs",
+}
+
+if TYPE_CHECKING:
+    from alignprop_core.hookspecs import hookimpl as hookimpl
+    from alignprop_core.reward import ImageBatch as ImageBatch
+    from alignprop_core.reward import Reward as Reward
+    from alignprop_core.specs import RewardConfig as RewardConfig
+    from alignprop_core.specs import RewardSpec as RewardSpec
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module the first time it is asked for."""
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'alignprop_core' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

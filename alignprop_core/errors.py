@@ -1,0 +1,68 @@
+"""Typed errors. A message says what is wrong, where (file, key, plugin), and what to do instead.
+
+The command line prints the message alone and exits with `exit_code`: 2 for input the user can mend,
+1 for a run that failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class AlignpropError(Exception):
+    """Base of every error alignprop raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(AlignpropError):
+    """The input is wrong: a file, a key, a value, a name. Exit code 2."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A run config that cannot be run: unknown key, wrong type, impossible combination."""
+
+
+class PromptError(UserError):
+    """A prompt set or prompt file that cannot be read."""
+
+
+class PluginError(UserError):
+    """A name no installed plugin offers, that two offer, or whose plugin is broken."""
+
+
+class WeightsError(UserError):
+    """A weights file that is missing, of the wrong format or has the wrong checksum."""
+
+
+class ModelError(UserError):
+    """A base model that cannot be found or is of no supported family."""
+
+
+class LoraError(UserError):
+    """A LoRA file that cannot be read or does not fit the model."""
+
+
+class OutputError(UserError):
+    """An output folder that exists already, is in use, or cannot be written."""
+
+
+class DeviceError(UserError):
+    """A device was asked for that this machine does not have."""
+
+
+class RunError(AlignpropError):
+    """A run failed while it was going on. Exit code 1; what was saved stays saved."""
+
+
+class RewardError(RunError):
+    """A reward broke its contract (shape, finiteness, gradient) or raised."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ` Did you mean "x"?` for the nearest known name, or an empty string."""
+    nearest = get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f' Did you mean "{nearest[0]}"?' if nearest else ""

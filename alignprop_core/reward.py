@@ -1,0 +1,119 @@
+"""What a reward is: a frozen torch module that turns images and prompts into one score a sample."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from alignprop_core.errors import RewardError
+from alignprop_core.specs import RewardConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageBatch:
+    """Images with the prompts they were made from.
+
+    Attributes:
+        images: (B, 3, H, W), RGB in [0, 1], floating point; carries the gradient.
+        prompts: B strings; empty strings where none are known.
+        metadata: B mappings: whatever the prompt file says beside `prompt` (such as `{"number": 3}`).
+    """
+
+    images: Tensor
+    prompts: Sequence[str] = field(default=())
+    metadata: Sequence[Mapping[str, Any]] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(self.images.shape)}")
+        if not self.images.is_floating_point():
+            raise ValueError(f"images must be floating point in [0, 1], got {self.images.dtype}")
+        size = len(self)
+        for name, default in (("prompts", ""), ("metadata", {})):
+            values = getattr(self, name)
+            if len(values) == 0 and size > 0:
+                object.__setattr__(self, name, tuple(default for _ in range(size)))
+            elif len(values) != size:
+                raise ValueError(f"{size} images but {len(values)} {name}")
+
+    def __len__(self) -> int:
+        return int(self.images.shape[0])
+
+    def __getitem__(self, index: slice) -> ImageBatch:
+        """Return a part of the batch; the images stay attached to their graph."""
+        if not isinstance(index, slice):
+            raise TypeError("an ImageBatch is cut with slices: batch[i : i + 1] is one sample")
+        return ImageBatch(images=self.images[index], prompts=self.prompts[index], metadata=self.metadata[index])
+
+
+class Reward(nn.Module, ABC):
+    """Base class of rewards. Higher is always better.
+
+    A subclass names its options class as `Config`, builds what it needs in `__init__`, and implements `score`.
+    Its parameters are frozen and it is in eval mode from the moment it is built; `train()` does not change that,
+    so dropout or batch statistics can never make a score depend on its neighbours.
+    """
+
+    Config: ClassVar[type[RewardConfig]] = RewardConfig
+
+    def __init__(self, config: RewardConfig | None = None) -> None:
+        super().__init__()
+        self.config: RewardConfig = config if config is not None else self.Config()
+
+    @abstractmethod
+    def score(self, batch: ImageBatch) -> Tensor:
+        """Score a batch.
+
+        Returns:
+            (B,), one score a sample; float32, or float64 if the images are. A sample's score does not depend on
+            the other samples.
+        """
+
+    def forward(self, batch: ImageBatch) -> Tensor:
+        """Return `score(batch)`; exists so that module hooks work."""
+        return self.score(batch)
+
+    def freeze(self) -> Reward:
+        """Freeze all parameters and switch to eval mode. The loader calls this once after building."""
+        self.requires_grad_(False)
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> Reward:
+        """Stay in eval mode: a reward is a fixed function."""
+        super().train(False)
+        return self
+
+
+def check_scores(name: str, scores: object, size: int, *, differentiable: bool) -> Tensor:
+    """Check what a reward returned and give it back as a tensor; raises `RewardError` naming the reward.
+
+    Checks type, shape and (where a gradient is due) that the scores hang on a graph. Does not look at values:
+    that would be a host sync a term; the training step checks finiteness once for all terms.
+    """
+    if not isinstance(scores, Tensor):
+        raise RewardError(
+            f'Reward "{name}" returned {type(scores).__name__}; it must return a tensor of shape ({size},), '
+            "one score a sample."
+        )
+    if tuple(scores.shape) != (size,):
+        raise RewardError(
+            f'Reward "{name}" returned shape {tuple(scores.shape)} for a batch of {size}; it must return ({size},), '
+            "one score a sample. Reduce over pixels inside the reward, never over the batch."
+        )
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise RewardError(
+            f'Reward "{name}" returned {scores.dtype}; scores are float32 (float64 for float64 images): '
+            "end with .float()."
+        )
+    if differentiable and not scores.requires_grad:
+        raise RewardError(
+            f'Reward "{name}" returned scores without a gradient, so there is nothing to learn from. Remove .detach(), '
+            "torch.no_grad() or NumPy from its score(); or, if it cannot be differentiated, declare "
+            "differentiable=False in its spec and list it under evaluation.rewards."
+        )
+    return scores

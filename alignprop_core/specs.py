@@ -1,0 +1,111 @@
+"""What a plugin declares about the things it offers. Importing this module imports no torch.
+
+A hook returns specs; listing commands read them; the code behind a spec (`factory`, `config`) is imported
+only when a run names it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+API_VERSION = 1
+"""Version of the plugin contract: specs, hooks, `Reward` and `ImageBatch`."""
+
+SnakeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
+ScopedName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)?$")]
+ObjectPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+class RewardConfig(BaseModel):
+    """Base of every reward's options: unknown keys are refused, values are frozen. Describe every field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Spec(BaseModel):
+    """Common part of all specs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    summary: str = Field(description="One line for listings.")
+    api_version: int = Field(default=API_VERSION, description="Plugin contract this was written for.")
+    license: str = Field(default="", description="SPDX identifier of the code or data behind this spec.")
+    source: str = Field(default="", description="Where it comes from: repository or page.")
+
+
+class WeightsFile(BaseModel):
+    """One file of weights: where it comes from and how to know it is whole."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    repository: str = Field(default="", description="Hub repository id; empty if the file ships in a package.")
+    file: str = Field(description="File name inside the repository or package.")
+    sha256: str | None = Field(default=None, description="Checksum, lower-case hex.")
+    bytes: int | None = Field(default=None, ge=0, description="Size in bytes.")
+    license: str = Field(default="", description="Licence of the weights.")
+
+
+class RewardSpec(Spec):
+    """A reward a plugin offers. Higher scores are always better."""
+
+    name: SnakeName = Field(description="The field's standard term, snake_case.")
+    factory: ObjectPath = Field(description='Class path, "package.module:Class"; a subclass of Reward.')
+    config: ObjectPath = Field(description='Options class, "package.config:Class"; its module imports no torch.')
+    differentiable: bool = Field(default=True, description="Whether score() gives a gradient at the pixels.")
+    needs_prompts: bool = Field(default=False, description="Whether score() reads batch.prompts.")
+    input: Literal["image"] = Field(default="image", description="What it scores; other values are reserved.")
+    scope: Literal["sample", "batch"] = Field(
+        default="sample", description='"batch" is reserved for rewards that compare samples (evaluation only).'
+    )
+    unit: str = Field(default="", description="Unit of the score.")
+    typical_range: tuple[float, float] | None = Field(default=None, description="Where scores usually lie.")
+    evaluate_with: tuple[str, ...] = Field(
+        default=(), description="True measures reported beside it in evaluations, by reward name."
+    )
+    citation: str = Field(default="", description="Paper or repository to cite.")
+    weights: tuple[WeightsFile, ...] = Field(default=(), description="Weights it may load.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_many_measures(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("evaluate_with"), str):
+            data = {**data, "evaluate_with": (data["evaluate_with"],)}
+        return data
+
+
+class ModelSpec(Spec):
+    """A base model by name: a diffusers folder that ships in a package, or a hub repository."""
+
+    name: SnakeName
+    path: str = Field(
+        description='"package.module:function" returning the folder as a Path, or a hub repository id "owner/name".'
+    )
+    resolution: int | None = Field(default=None, description="Native width and height in pixels.")
+    weights: tuple[WeightsFile, ...] = ()
+
+
+class FamilySpec(Spec):
+    """A family of pipelines the sampler can differentiate through."""
+
+    name: SnakeName
+    factory: ObjectPath = Field(description='"package.module:Class", a subclass of alignprop_core.diffusion.Family.')
+    pipelines: tuple[str, ...] = Field(description="diffusers pipeline class names it handles.")
+
+
+class PromptSpec(Spec):
+    """A set of prompts by name, such as `starter/simple_animals`."""
+
+    name: ScopedName
+    path: str = Field(description='"package:relative/file.jsonl" (or .txt): a file that ships in a package.')
+    size: int | None = Field(default=None, description="How many prompts it holds.")
+
+
+class WeightsSpec(Spec):
+    """A named set of weights for rewards (such as `starter`), chosen with `weights: NAME`."""
+
+    name: SnakeName
+    reward: SnakeName = Field(description="The reward these weights are for.")
+    path: str = Field(description='"package:relative/file.safetensors": a file that ships in a package.')
+    weights: tuple[WeightsFile, ...] = ()
