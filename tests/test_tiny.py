@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -13,12 +14,16 @@ from tests.tiny import tiny_sd
 
 def draw(pipeline: StableDiffusionPipeline, prompt: str = "a red cat") -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    images = pipeline(prompt, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt").images
+    images: torch.Tensor = pipeline(
+        prompt, num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt"
+    ).images
     return images
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_seed_gives_the_same_images_and_leaves_the_random_state(prediction_type: str) -> None:
+def test_a_seed_gives_the_same_images_and_leaves_the_random_state(
+    prediction_type: Literal["epsilon", "v_prediction"],
+) -> None:
     before = torch.get_rng_state()
     one, two = tiny_sd(prediction_type=prediction_type, seed=1), tiny_sd(prediction_type=prediction_type, seed=1)
     assert torch.equal(before, torch.get_rng_state())

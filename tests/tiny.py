@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines from config: random weights, seeded, offline, 32x32 pixels, a fraction of a second on a CPU."""
+"""Tiny diffusers pipelines from config: random weights, seeded, offline, 32x32 pixels, fast on a CPU."""
 
 from __future__ import annotations
 
