@@ -1,0 +1,197 @@
+"""The run config: read, override, check and write it. No torch.
+
+    registry = default_registry()
+    config = load_config("run.yaml", ["training.steps=20"], registry=registry)
+
+Everything wrong with a file is reported at once, each with the key's full path and its line. Reward options are
+checked by the reward's own options class, without importing the reward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from alignprop_core.config_errors import InvalidConfig, Key, Problem, dotted, explain, shown
+from alignprop_core.config_input import apply_overrides, resolve_paths
+from alignprop_core.config_sections import (
+    BackpropConfig,
+    EvaluationConfig,
+    LoraConfig,
+    MixConfig,
+    ModelConfig,
+    ModelLora,
+    OptimizerConfig,
+    PromptsConfig,
+    RewardTerm,
+    RunConfig,
+    SamplesConfig,
+    SamplingConfig,
+    SaveConfig,
+    Section,
+    Strategy,
+    TrainingConfig,
+)
+from alignprop_core.config_yaml import Lines, dump_yaml, read_yaml
+from alignprop_core.errors import ConfigError, PluginError
+
+if TYPE_CHECKING:
+    from alignprop_core.registry import Registry
+
+__all__ = [
+    "BackpropConfig",
+    "EvaluationConfig",
+    "LoraConfig",
+    "MixConfig",
+    "ModelConfig",
+    "ModelLora",
+    "OptimizerConfig",
+    "PromptsConfig",
+    "RewardTerm",
+    "RunConfig",
+    "SamplesConfig",
+    "SamplingConfig",
+    "SaveConfig",
+    "Section",
+    "Strategy",
+    "TrainingConfig",
+    "load_config",
+    "parse_config",
+    "resolved_yaml",
+]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Registry) -> RunConfig:
+    """Read a run config from a YAML file.
+
+    Args:
+        path: the file. Paths of input files in it are relative to its folder; `output` to the working directory.
+        overrides: `key.path=value`, values in YAML, lists by index (`rewards.0.weight=2`). Paths in them are relative
+            to the working directory.
+        registry: the plugins that names are looked up in.
+
+    Raises:
+        ConfigError: the file is missing or is no YAML, or anything in it is wrong.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such run config. Give the path of a YAML file.") from None
+    except IsADirectoryError:
+        inside = path / "config.yaml"
+        hint = f" Do you mean {inside}?" if inside.is_file() else ""
+        raise ConfigError(f"{path}: is a folder, not a run config.{hint}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    data, lines = read_yaml(text, str(path))
+    return _parse(data, lines, source=str(path), overrides=overrides, registry=registry, folder=path.parent)
+
+
+def parse_config(
+    data: Mapping[str, Any],
+    *,
+    registry: Registry,
+    source: str = "config",
+    overrides: Sequence[str] = (),
+    folder: Path | None = None,
+) -> RunConfig:
+    """Check data in the shape of a run config.
+
+    Args:
+        data: what a run config file holds, as mappings and lists.
+        registry: the plugins that names are looked up in.
+        source: what to call it in errors.
+        overrides: as for `load_config`.
+        folder: where relative paths of input files start; the working directory if None.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    return _parse(data, {}, source=source, overrides=overrides, registry=registry, folder=folder)
+
+
+def resolved_yaml(config: RunConfig) -> str:
+    """Return a complete run config as YAML: every key, defaults included; it loads again to an equal config."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def _parse(
+    data: object, lines: Lines, *, source: str, overrides: Sequence[str], registry: Registry, folder: Path | None
+) -> RunConfig:
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{source}: must hold keys such as model, prompts, rewards and output, not {shown(data)}.")
+    data, overridden = apply_overrides(data, overrides)
+    problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
+    problems += _check_rewards(data, registry)
+    config = None
+    try:
+        config = RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = explain(error) + problems
+    if problems or config is None:
+        raise InvalidConfig(problems, _report(problems, lines, source))
+    return config
+
+
+def _check_rewards(data: dict[str, Any], registry: Registry) -> list[Problem]:
+    """Check every term's name and options, and fill in the options' defaults, in place."""
+    evaluation = data.get("evaluation")
+    places: list[tuple[Key, object]] = [(("rewards",), data.get("rewards"))]
+    if isinstance(evaluation, dict):
+        places.append((("evaluation", "rewards"), evaluation.get("rewards")))
+    return [
+        problem
+        for place, terms in places
+        for i, term in enumerate(terms if isinstance(terms, list) else ())
+        if isinstance(term, dict) and isinstance(term.get("name"), str) and term["name"]
+        for problem in _check_term(term, (*place, i), registry, trains=place == ("rewards",))
+    ]
+
+
+def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains: bool) -> list[Problem]:
+    name = term["name"]
+    try:
+        spec = registry.reward(name).spec
+        if trains and not spec.differentiable:
+            return [
+                Problem((*place, "name"), f'"{name}" gives no gradient to train on; use it under evaluation.rewards.')
+            ]
+        if trains and spec.scope == "batch":
+            return [Problem((*place, "name"), f'"{name}" compares samples; use it under evaluation.rewards.')]
+        options = term.get("options")
+        if options is None:
+            options = {}
+        if isinstance(options, dict):
+            term["options"] = registry.reward_options(name, options, where=dotted((*place, "options"))).model_dump(
+                mode="json"
+            )
+    except InvalidConfig as error:
+        return [Problem((*place, "options", *problem.path), problem.message) for problem in error.problems]
+    except PluginError as error:
+        return [Problem((*place, "name"), str(error))]
+    return []
+
+
+def _report(problems: Sequence[Problem], lines: Lines, source: str) -> str:
+    """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
+
+    def line(path: Key) -> int:
+        while path and path not in lines:
+            path = path[:-1]
+        return lines[path] if path else 0
+
+    if len(problems) == 1:
+        at = line(problems[0].path)
+        return f"{source}{f':{at}' if at else ''}: {problems[0].key}: {problems[0].message}"
+    ordered = sorted(problems, key=lambda problem: line(problem.path))
+    places = [f"line {line(problem.path)}: " if line(problem.path) else "" for problem in ordered]
+    listed = [f"  {place}{problem.key}: {problem.message}" for place, problem in zip(places, ordered, strict=True)]
+    return "\n".join([f"{source}: {len(problems)} problems", *listed])

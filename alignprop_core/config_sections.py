@@ -1,0 +1,315 @@
+"""The run config's sections as pydantic models: every key, its type, unit, default and limits. No torch.
+
+Values are strict (`"8"` is not 8, `true` is not 1), frozen, and unknown keys are refused. Read a file with
+`alignprop_core.config.load_config`, which also resolves paths and checks names against the installed plugins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
+"""A width or height: whole blocks of the smallest factor by which an autoencoder shrinks an image."""
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+Positive = Annotated[float, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class Problems(ValueError):
+    """Values that are fine one by one and impossible together; each with the key it is reported at."""
+
+    def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
+        super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
+        self.problems = tuple(problems)
+
+
+class Section(BaseModel):
+    """Common behaviour of all sections."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class ModelLora(Section):
+    """A LoRA applied to the base model and frozen."""
+
+    path: Text = Field(description="A LoRA folder, a .safetensors file, or a hub id.")
+    strength: float = Field(default=1.0, description="Factor on its weight change; 1 is the LoRA as trained.")
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    base: Text = Field(
+        description="A registered model, a hub id, a diffusers folder, or one .safetensors file with a whole model."
+    )
+    vae: Text | None = Field(
+        default=None, description="Another autoencoder: a folder, a .safetensors file or a hub id."
+    )
+    loras: list[ModelLora] = Field(default=[], description="LoRAs applied to the base model, frozen while training.")
+
+
+class PromptsConfig(Section):
+    """What to draw."""
+
+    train: Text = Field(description="Prompts to train on: a registered set, or a .txt or .jsonl file.")
+    heldout: Text | None = Field(
+        default=None, description="Prompts never trained on, for evaluation: a registered set or a file."
+    )
+
+
+class SamplingConfig(Section):
+    """How images are sampled, in training and evaluation alike."""
+
+    scheduler: Literal["ddim"] = Field(default="ddim", description="The sampler's update rule.")
+    steps: int = Field(default=50, ge=1, description="Denoising steps an image.")
+    guidance_scale: float = Field(default=7.5, ge=1, description="Classifier-free guidance; 1 is off.")
+    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM noise: 0 is deterministic, 1 is DDPM-like.")
+    width: Pixels | None = Field(default=None, description="Image width in pixels; null is the model's own.")
+    height: Pixels | None = Field(default=None, description="Image height in pixels; null is the model's own.")
+    negative_prompt: str = Field(default="", description="What guidance leads away from.")
+    true_cfg_scale: Annotated[float, Field(ge=1)] | None = Field(
+        default=None, description="Real classifier-free guidance for guidance-distilled families; null is off."
+    )
+
+
+Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli"]
+
+_USED_BY: dict[str, tuple[str, ...]] = {
+    "k": ("last_k", "drtune"),
+    "mean": ("gaussian",),
+    "std": ("gaussian",),
+    "keep_probability": ("bernoulli",),
+    "refl_steps": ("refl",),
+}
+
+
+class BackpropConfig(Section):
+    """Which denoising steps keep their gradient, and what memory that may take."""
+
+    strategy: Strategy = Field(
+        default="uniform",
+        description="last_k: the last k steps (DRaFT-K). uniform: the last K, K drawn from 1..steps once a batch "
+        "(AlignProp). gaussian: K drawn from a normal. full: all. drtune: k spaced steps, network input detached. "
+        "refl: a clean-image estimate at one late step. bernoulli: each step kept at random.",
+    )
+    k: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Steps that keep their gradient, with last_k and drtune; null is 1."
+    )
+    mean: float | None = Field(default=None, description="gaussian: mean of K in steps; null is half the steps.")
+    std: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="gaussian: standard deviation of K in steps; null is a sixth of the steps."
+    )
+    keep_probability: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="bernoulli: probability that a step keeps its gradient; null is 0.5."
+    )
+    refl_steps: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="refl: the step is drawn among the last this many; null is a quarter of the steps."
+    )
+    lv_samples: int = Field(
+        default=0, ge=0, description="Further one-step samples of each final latent (DRaFT-LV); with last_k of 1 only."
+    )
+    checkpoint_steps: Literal["auto"] | bool = Field(
+        default="auto", description="Recompute kept steps on the way back to save memory; auto: where memory is short."
+    )
+    checkpoint_decoder: Literal["auto"] | bool = Field(
+        default="auto", description="Recompute the decoder on the way back to save memory; auto: where memory is short."
+    )
+    sample_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Images denoised at a time; null is all. Changes cost, never values."
+    )
+    decode_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Images decoded and scored at a time; null is all. Changes cost, never values."
+    )
+
+    @model_validator(mode="after")
+    def _only_what_the_strategy_uses(self) -> Self:
+        problems = [
+            (key, f"strategy {self.strategy} does not use it; remove it, or choose strategy {' or '.join(strategies)}.")
+            for key, strategies in _USED_BY.items()
+            if getattr(self, key) is not None and self.strategy not in strategies
+        ]
+        if self.lv_samples and (self.strategy != "last_k" or (self.k or 1) != 1):
+            problems.append(("lv_samples", "needs strategy: last_k with k: 1 (DRaFT-LV); set them, or lv_samples: 0."))
+        if problems:
+            raise Problems(problems)
+        return self
+
+
+class LoraConfig(Section):
+    """The adapters that are trained."""
+
+    rank: int = Field(default=8, ge=1, description="Rank of the weight changes.")
+    alpha: Positive | None = Field(default=None, description="Scale: the change is alpha / rank * B A; null is rank.")
+    targets: Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description="Layers to adapt, by name ending; null is the family's attention projections."
+    )
+    rank_stabilized: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    init_from: Text | None = Field(
+        default=None,
+        description="Go on from this LoRA: a folder, a .safetensors file or a hub id; null starts at zero.",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: Positive = Field(default=1e-3, description="Peak learning rate.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
+    epsilon: Positive = Field(default=1e-8, description="Added to the denominator.")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="Gradients are scaled down to this norm over all adapters; null never clips."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Learning rate after the warm-up; linear and cosine end at zero."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from zero.")
+
+
+class RewardTerm(Section):
+    """One reward of a mix. Higher scores are better."""
+
+    name: Text = Field(description="A reward of an installed plugin, or distribution/reward where two offer the name.")
+    weight: float = Field(default=1.0, description="Factor in the mix; negative asks for less of it, zero is refused.")
+    ceiling: float | None = Field(
+        default=None, description="A sample that scores above this gains nothing more (in the reward's unit)."
+    )
+    label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = Field(
+        default="", description="Name in logs and reports; unique; the default is the reward's name."
+    )
+    options: dict[str, Any] = Field(default={}, description="The reward's own options: `alignprop rewards show NAME`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _label_from_name(cls, data: object) -> object:
+        if isinstance(data, dict) and isinstance(data.get("name"), str) and data.get("label") in (None, ""):
+            return {**data, "label": data["name"].rpartition("/")[2]}
+        return data
+
+    @model_validator(mode="after")
+    def _weight_says_something(self) -> Self:
+        if self.weight == 0:
+            raise Problems(
+                [("weight", "a weight of 0 trains nothing; list the reward under evaluation.rewards to watch it.")]
+            )
+        return self
+
+
+class MixConfig(Section):
+    """How several rewards become one direction."""
+
+    combine: Literal["sum"] = Field(default="sum", description="sum: the weighted sum of the scores.")
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    steps: int = Field(default=100, ge=0, description="Optimizer steps.")
+    batch_size: int = Field(default=8, ge=1, description="Images a step on each process, before accumulation.")
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches summed into one optimizer step.")
+    seed: Seed = Field(default=0, description="Fixes prompts, noise and cuts.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Number format of the networks.")
+    device: Annotated[str, StringConstraints(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps."
+    )
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Steps between checkpoints to resume from; null is save.every."
+    )
+    keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints kept.")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Where metrics go beside the file.")
+
+
+class SaveConfig(Section):
+    """LoRA files along the way."""
+
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=10, description="Steps between files; null: only at the end."
+    )
+    keep: Annotated[int, Field(ge=1)] | None = Field(default=8, description="Newest files kept; null keeps all.")
+
+
+class SamplesConfig(Section):
+    """Preview pictures along the way."""
+
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=10, description="Steps between previews; null draws none."
+    )
+    at_start: bool = Field(default=True, description="Also before the first step.")
+    seed: Seed = Field(default=42, description="Noise of the previews, the same every time.")
+    count: int = Field(default=4, ge=1, description="Pictures each time.")
+
+
+class EvaluationConfig(Section):
+    """Base against tuned on held-out prompts, at the same seeds."""
+
+    rewards: list[RewardTerm] = Field(default=[], description="Rewards to report and not to train on.")
+    images_per_prompt: int = Field(default=4, ge=1, description="Images of each prompt.")
+    batch_size: int = Field(default=8, ge=1, description="Images at a time.")
+    seed: Seed = Field(default=1234, description="Noise of the evaluation.")
+    at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
+
+
+class RunConfig(Section):
+    """A training run of alignprop."""
+
+    version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    backprop: BackpropConfig = BackpropConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    rewards: list[RewardTerm] = Field(min_length=1, description="Rewards to train on.")
+    mix: MixConfig = MixConfig()
+    training: TrainingConfig = TrainingConfig()
+    save: SaveConfig = SaveConfig()
+    samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    output: Text = Field(description="Run folder to write; must not hold a run yet.")
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> Self:
+        problems = _more_steps_than_there_are(self) + _labels_used_twice(self)
+        if problems:
+            raise Problems(problems)
+        return self
+
+
+def _more_steps_than_there_are(config: RunConfig) -> list[tuple[str, str]]:
+    steps = config.sampling.steps
+    problems = [
+        (f"backprop.{key}", f"is {value}, but sampling.steps is only {steps}; lower it or raise sampling.steps.")
+        for key, value in (("k", config.backprop.k), ("refl_steps", config.backprop.refl_steps))
+        if value is not None and value > steps
+    ]
+    mean = config.backprop.mean
+    if mean is not None and not 1 <= mean <= steps:
+        problems.append(("backprop.mean", f"is {mean:g}; it lies in 1..{steps}, the number of sampling.steps."))
+    if config.training.steps and config.optimizer.warmup_steps > config.training.steps:
+        message = f"is {config.optimizer.warmup_steps}, longer than the run (training.steps: {config.training.steps})."
+        problems.append(("optimizer.warmup_steps", message))
+    return problems
+
+
+def _labels_used_twice(config: RunConfig) -> list[tuple[str, str]]:
+    places = [(f"rewards.{i}", term) for i, term in enumerate(config.rewards)]
+    places += [(f"evaluation.rewards.{i}", term) for i, term in enumerate(config.evaluation.rewards)]
+    count = Counter(term.label for _, term in places)
+    seen: dict[str, str] = {}
+    problems = []
+    for place, term in places:
+        if count[term.label] > 1 and term.label in seen:
+            problems.append(
+                (
+                    f"{place}.label",
+                    f'"{term.label}" is used by {seen[term.label]} already; give one of them a label of its own.',
+                )
+            )
+        seen.setdefault(term.label, place)
+    return problems
