@@ -1,0 +1,74 @@
+"""Files that are whole or absent: what every room that saves something writes with. No torch."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+from alignprop_core.errors import OutputError
+
+_FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT") else set())
+
+
+def cannot_write(path: Path, error: OSError) -> OutputError:
+    """The one clear message for a write that failed; name the file, the reason and what to do."""
+    if error.errno in _FULL:
+        return OutputError(
+            f"No room to write {path}: {error.strerror}. Files saved before are whole. "
+            "Free some space (or lower save.keep), then go on with --resume latest; or choose another output=."
+        )
+    return OutputError(
+        f"Cannot write {path}: {error.strerror or error}. Check who owns the folder and whether it can be written to, "
+        "or choose another output=."
+    )
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise OutputError if the disk below `folder` has fewer than `needed` bytes left."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OutputError(
+            f"No room in {folder}: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free. Files saved "
+            "before are whole. Free some space, then go on with --resume latest; or choose another output=."
+        )
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Write `data` (text as UTF-8) under a temporary name beside `path`, flush it to disk, then rename it.
+
+    Whatever happens, `path` holds its old content or all of the new. The folder is made if it is missing.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written to; the old file is as it was.
+    """
+    content = data.encode("utf-8") if isinstance(data, str) else data
+    check_space(path.parent, len(content))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_folder(path.parent)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def flush_folder(folder: Path) -> None:
+    """Make renames inside `folder` survive a power cut (a folder cannot be flushed on Windows: nothing is done)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

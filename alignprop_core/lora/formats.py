@@ -1,0 +1,295 @@
+"""LoRA files: read either format, write both. Knows tensors and names, no model.
+
+diffusers' format names a factor `unet.down_blocks.0...to_q.lora_A.weight` and keeps alpha in the header;
+kohya's names it `lora_unet_down_blocks_0_..._to_q.lora_down.weight` and keeps alpha in a tensor beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from alignprop_core._files import write_atomic
+from alignprop_core.errors import LoraError
+
+DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
+"""The file name plain `pipe.load_lora_weights(folder)` looks for."""
+
+DENOISER = "denoiser"
+_COMPONENTS = {
+    "unet.": DENOISER,
+    "transformer.": DENOISER,
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+_KOHYA_COMPONENTS = {
+    "lora_unet_": DENOISER,
+    "lora_transformer_": DENOISER,
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_FACTOR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>A|B|down|up)\.weight")
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+# Identifiers with an underscore inside, so that a flattened name can be taken apart again.
+_COMPOUNDS = re.findall(
+    r"\w+",
+    """down_blocks up_blocks mid_block transformer_blocks single_transformer_blocks ff_context
+    to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj proj_in proj_out proj_mlp
+    conv_in conv_out conv_shortcut linear_1 linear_2 time_embedding add_embedding time_emb_proj time_text_embed
+    timestep_embedder guidance_embedder text_embedder context_embedder x_embedder pos_embed norm_out norm1_context
+    encoder_hid_proj text_model self_attn q_proj k_proj v_proj out_proj text_projection""",
+)
+_FLATTENED = re.compile(  # whole parts between dots, the longest first
+    r"(?<![^.])(" + "|".join(sorted((c.replace("_", r"\.") for c in _COMPOUNDS), key=len, reverse=True)) + r")(?![^.])"
+)
+
+
+class Factors(NamedTuple):
+    """One layer's weight change, scale * B A. `down` is A (rank, in, *kernel), `up` is B (out, rank, *ones)."""
+
+    down: Tensor
+    up: Tensor
+    scale: float = 1.0
+
+    @property
+    def rank(self) -> int:
+        """Rank of the change: rows of A."""
+        return int(self.down.shape[0])
+
+    def folded_up(self) -> Tensor:
+        """scale * B in float64."""
+        return self.up.double() * self.scale
+
+    def change(self) -> Tensor:
+        """The weight change (out, in, *kernel) in float64."""
+        product = self.folded_up().flatten(1) @ self.down.double().flatten(1)
+        return product.reshape(self.up.shape[0], *self.down.shape[1:])
+
+
+def flatten_name(module: str) -> str:
+    """`down_blocks.0.attn1.to_q` -> `down_blocks_0_attn1_to_q`, as kohya's keys write it."""
+    return module.replace(".", "_")
+
+
+def unflatten_name(flat: str) -> str:
+    """The inverse of `flatten_name` for the module names of diffusers' denoisers and CLIP text encoders."""
+    return _FLATTENED.sub(lambda match: match[0].replace(".", "_"), flat.replace("_", "."))
+
+
+def find_file(path: str | Path) -> Path:
+    """The LoRA file that `path` means: itself, or the one inside a LoRA folder or a run folder.
+
+    Raises:
+        LoraError: nothing there, several candidates, or a pickled file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path / "lora" if (path / "lora").is_dir() else path
+        found = sorted(folder.glob("*.safetensors"))
+        preferred = [file for file in found if file.name == DIFFUSERS_NAME] or found
+        if len(preferred) == 1:
+            return preferred[0]
+        if found:
+            raise LoraError(
+                f"{folder} holds several LoRA files ({', '.join(f.name for f in found)}): name one of them."
+            )
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+        if not pickles:
+            raise LoraError(f"{folder} holds no LoRA: a .safetensors file is expected there.")
+        path = folder / pickles[0]
+    if path.suffix in _PICKLES:
+        raise LoraError(
+            f"{path} is a pickled file, and opening one can run any code hidden in it; alignprop never does. "
+            "Convert it to .safetensors with a tool of your trust, then name that file."
+        )
+    if not path.is_file():
+        raise LoraError(f"{path}: there is no such LoRA file or folder.")
+    return path
+
+
+def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
+    """Read a LoRA of either format: {component: {module name: Factors}}, on the CPU in the file's dtype.
+
+    Components are "denoiser", "text_encoder" and "text_encoder_2". The scale of a layer comes from its alpha tensor,
+    else from diffusers' header, else it is 1.
+
+    Raises:
+        LoraError: the file is missing, pickled, damaged, empty, not finite or of a kind other than plain LoRA.
+    """
+    file = find_file(path)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise LoraError(f"{file} is not a whole safetensors file ({error}). Copy or save it again.") from error
+
+    down: dict[tuple[str, str], Tensor] = {}
+    up: dict[tuple[str, str], Tensor] = {}
+    alpha: dict[tuple[str, str], float] = {}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise LoraError(f"{file}: {key} holds NaN or infinity; the run that wrote it had broken down.")
+        if match := _FACTOR.fullmatch(key):
+            (down if match["role"] in ("A", "down") else up)[_place(match["module"])] = tensor
+        elif key.endswith(".alpha") and tensor.numel() == 1:
+            alpha[_place(key.removesuffix(".alpha"))] = float(tensor)
+        else:
+            raise LoraError(
+                f"{file}: cannot use the key {key}. Only plain LoRA is read (pairs lora_A and lora_B, or lora_down and "
+                "lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
+            )
+    if not down or down.keys() != up.keys():
+        odd = sorted(module for _, module in down.keys() ^ up.keys())
+        raise LoraError(f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA in it."))
+
+    settings = _header_settings(file, header)
+    parts: dict[str, dict[str, Factors]] = {}
+    for place, a in down.items():
+        component, module = place
+        if up[place].ndim != a.ndim or up[place].shape[1] != a.shape[0] or a.shape[0] == 0:
+            raise LoraError(f"{file}: the factors of {module} do not fit together: {a.shape} and {up[place].shape}.")
+        if alpha.get(place):  # kohya: none or zero means alpha = rank
+            scale = alpha[place] / a.shape[0]
+        else:
+            scale = _header_scale(settings.get(component, {}), module, a.shape[0])
+        parts.setdefault(component, {})[module] = Factors(a, up[place], scale)
+    return parts
+
+
+def load_delta(path: str | Path) -> dict[str, Factors]:
+    """The denoiser's part of a LoRA of either format: {module name: (A, B, scale)}. Errors as `read_lora`."""
+    return read_lora(path).get(DENOISER, {})
+
+
+def _place(module: str) -> tuple[str, str]:
+    """A key's (component, module name)."""
+    for prefix, component in _KOHYA_COMPONENTS.items():
+        if module.startswith(prefix):
+            return component, unflatten_name(module.removeprefix(prefix))
+    component = DENOISER  # no prefix: saved from the denoiser alone
+    for prefix, named in _COMPONENTS.items():
+        if module.startswith(prefix):
+            component, module = named, module.removeprefix(prefix)
+            break
+    if ".processor." in module:  # diffusers before 0.22: attn1.processor.to_q_lora.down
+        module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
+    return component, module
+
+
+def _header_settings(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """diffusers' adapter settings by component: {"denoiser": {"r": 8, "lora_alpha": 16, ...}}."""
+    try:
+        packed = json.loads(header.get("lora_adapter_metadata", "{}"))
+        settings: dict[str, dict[str, Any]] = {}
+        for key, value in packed.items():
+            component, setting = _place(key)
+            settings.setdefault(component, {})[setting] = value
+    except (ValueError, AttributeError) as error:
+        raise LoraError(f"{file}: its header's lora_adapter_metadata cannot be read ({error}).") from error
+    return settings
+
+
+def _header_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / rank or alpha / sqrt(rank) as peft computes it from its settings; 1 where there are none."""
+    if "lora_alpha" not in settings:
+        return 1.0
+    alpha = float(settings["lora_alpha"])
+    for pattern, value in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = float(value)
+            break
+    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
+
+def write_diffusers(
+    file: Path,
+    factors: Mapping[str, Factors],
+    *,
+    component: str = "unet",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write diffusers' format, atomically: scale folded into B, alpha = rank in the header.
+
+    The header's settings are the few that every peft version knows, so that older ones read it too.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, layer in factors.items():
+        tensors[f"{component}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
+        tensors[f"{component}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
+    rank = Counter(layer.rank for layer in factors.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(module)}": layer.rank for module, layer in factors.items() if layer.rank != rank}
+    settings = {
+        "r": rank,
+        "lora_alpha": rank,
+        "use_rslora": False,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(factors),
+    }
+    packed = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
+    header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": packed}
+    write_atomic(file, safetensors.torch.save(tensors, metadata=header))
+
+
+def write_kohya(
+    file: Path,
+    factors: Mapping[str, Factors],
+    *,
+    component: str = "unet",
+    metadata: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write kohya's key layout, atomically: scale folded into B, alpha = rank as tensors, a modelspec header.
+
+    `metadata` overrides the header's entries (`modelspec.title`, `modelspec.architecture`, ...). The header follows
+    https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for module, layer in factors.items():
+        key = f"lora_{component}_{flatten_name(module)}"
+        tensors[f"{key}.lora_down.weight"] = _stored(layer.down, dtype)
+        tensors[f"{key}.lora_up.weight"] = _stored(layer.folded_up(), dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
+    ranks = {layer.rank for layer in factors.values()}
+    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    header = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-v1/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": file.stem,
+        "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,
+        **(metadata or {}),
+    }
+    plain = safetensors.torch.save(tensors)
+    digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()  # of the tensors alone
+    header |= {"format": "pt", "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
+    write_atomic(file, safetensors.torch.save(tensors, metadata=header))
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
