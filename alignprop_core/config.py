@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from alignprop_core.config_errors import InvalidConfig, Key, Problem, dotted, explain, shown
 from alignprop_core.config_input import apply_overrides, resolve_paths
+from alignprop_core.config_schema import json_schema
 from alignprop_core.config_sections import (
     BackpropConfig,
     EvaluationConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "Section",
     "Strategy",
     "TrainingConfig",
+    "json_schema",
     "load_config",
     "parse_config",
     "resolved_yaml",

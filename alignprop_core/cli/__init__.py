@@ -1,0 +1,112 @@
+"""The command `alignprop`: one file a command group. Command files import heavy rooms only inside a command.
+
+Adding a command is an import and one line below. A command raises `AlignpropError` where something is wrong; `main`
+turns that into one message and an exit code: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from alignprop_core import __version__
+from alignprop_core.cli import doctor, plugins, rewards, schema
+from alignprop_core.errors import AlignpropError
+
+app = typer.Typer(
+    name="alignprop",
+    help="Fine-tune text-to-image diffusion models on differentiable rewards.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+app.add_typer(rewards.app, name="rewards")
+app.command("plugins")(plugins.plugins)
+app.command("schema")(schema.schema)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"alignprop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the full traceback of an error; may stand anywhere. Also ALIGNPROP_DEBUG=1."
+    ),
+) -> None:
+    """Fine-tune text-to-image diffusion models on differentiable rewards."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; every error becomes one message on standard error."""
+    arguments = list(arguments)
+    debug = os.environ.get("ALIGNPROP_DEBUG", "") not in ("", "0")
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    if "--debug" in words:
+        debug = True
+        arguments.remove("--debug")
+    try:
+        code = app(args=arguments, prog_name="alignprop", standalone_mode=False)
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; what is still buffered must not raise again when Python exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error, debug)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception, debug: bool) -> int:
+    """Print one message for an error and return the exit code."""
+    if isinstance(error, AlignpropError):
+        print(f"error: {error}", file=sys.stderr)
+        # The traceback of a plugin's own code: without it nobody could mend the plugin.
+        for note in () if debug else getattr(error, "__notes__", ()):
+            print(f"\n{note.rstrip()}", file=sys.stderr)
+        return error.exit_code
+    usage = getattr(error, "format_message", None)
+    if callable(usage):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context is not None else "alignprop"
+        print(f"error: {usage()} `{command} --help` shows what it takes.", file=sys.stderr)
+        return int(getattr(error, "exit_code", 2))
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        print(f"error: {error.strerror}{where}", file=sys.stderr)
+        return 1
+    if type(error).__name__ == "OutOfMemoryError":
+        print(
+            "error: the device ran out of memory. Lower backprop.sample_batch_size and backprop.decode_batch_size, "
+            "keep fewer steps (backprop.strategy: last_k), or set backprop.checkpoint_steps=true.",
+            file=sys.stderr,
+        )
+        return 1
+    text = f"{type(error).__name__}: {error}"
+    hint = "" if debug else " Run it again with --debug for the traceback."
+    print(f"error: unexpected {text}\nThis is a fault in alignprop or in a plugin.{hint}", file=sys.stderr)
+    return 1
+
+
+def main() -> None:
+    """Run the command `alignprop` and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(sys.argv[1:]))

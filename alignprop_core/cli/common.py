@@ -1,0 +1,62 @@
+"""What commands share: consoles, tables and JSON. Light at import; rich comes when something is drawn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from alignprop_core.registry import Registry
+
+JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console on standard output (or standard error) that takes text literally, without markup."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=False)
+
+
+def print_json(data: object) -> None:
+    """Print data as indented JSON on standard output."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a plain table; long cells wrap, nothing is cut off."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    console().print(table)
+
+
+def styled(text: str, style: str) -> Any:
+    """Return text in a colour, for a table's cell."""
+    from rich.text import Text
+
+    return Text(text, style=style)
+
+
+def note(message: str) -> None:
+    """Print a remark on standard error, where it does not mix with results."""
+    print(message, file=sys.stderr)
+
+
+def note_broken_plugins(registry: Registry) -> None:
+    """Say on standard error which plugins are missing from a listing, and why."""
+    for record in registry.plugins:
+        if record.status in ("failed", "incompatible"):
+            note(f"note: {record.distribution} is not loaded ({record.status}: {record.error})")

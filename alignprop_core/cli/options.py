@@ -1,0 +1,109 @@
+"""A reward's options in words: type, default, limits, description, and a line of YAML. Used by `rewards show`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from alignprop_core.config_yaml import dump_yaml
+from alignprop_core.specs import RewardConfig
+
+_LIMITS = {
+    "minimum": "at least {}",
+    "exclusiveMinimum": "more than {}",
+    "maximum": "at most {}",
+    "exclusiveMaximum": "less than {}",
+    "multipleOf": "a multiple of {}",
+    "minLength": "at least {} characters",
+    "maxLength": "at most {} characters",
+    "pattern": "matching {}",
+    "minItems": "at least {} items",
+    "maxItems": "at most {} items",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a reward."""
+
+    name: str
+    type: str
+    required: bool
+    default: Any
+    description: str
+    limits: str
+
+    @property
+    def default_text(self) -> str:
+        """The default as it stands in a run config."""
+        return "(required)" if self.required else _inline(self.default)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the option for `--json`."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "required": self.required,
+            "default": self.default,
+            "description": self.description,
+            "limits": self.limits,
+        }
+
+    def yaml_line(self) -> str:
+        """Return `name: default  # description`."""
+        words = " ".join(part for part in (self.description, f"({self.limits})" if self.limits else "") if part)
+        value = "" if self.required else f" {_inline(self.default)}"
+        comment = "  # " + ("required: " if self.required else "") + words if words or self.required else ""
+        return f"{self.name}:{value}{comment}"
+
+
+def options_of(kind: type[RewardConfig]) -> list[Option]:
+    """Return the options of a reward, read from its options class's JSON Schema."""
+    schema = kind.model_json_schema()
+    definitions = schema.get("$defs", {})
+    required = set(schema.get("required", ()))
+    return [
+        Option(
+            name=name,
+            type=_type(field, definitions),
+            required=name in required,
+            default=field.get("default"),
+            description=" ".join(str(field.get("description", "")).split()),
+            limits=_limits(field),
+        )
+        for name, field in schema.get("properties", {}).items()
+    ]
+
+
+def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
+    if "$ref" in field:
+        field = {**definitions.get(str(field["$ref"]).rpartition("/")[2], {})}
+    if "enum" in field:
+        return " or ".join(_inline(value) for value in field["enum"])
+    if "const" in field:
+        return _inline(field["const"])
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(_type(part, definitions) for part in field["anyOf"]))
+    if field.get("type") == "array":
+        items = field.get("items")
+        return f"list of {_type(items, definitions)}" if isinstance(items, dict) else "list"
+    names = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "mapping"}
+    return names.get(str(field.get("type", "anything")), str(field.get("type", "anything")))
+
+
+def _limits(field: dict[str, Any]) -> str:
+    parts = [field, *field.get("anyOf", ())]
+    return ", ".join(
+        words.format(f"{part[key]:g}" if isinstance(part[key], (int, float)) else part[key])
+        for part in parts
+        for key, words in _LIMITS.items()
+        if key in part
+    )
+
+
+def _inline(value: object) -> str:
+    """Write a value as YAML on one line (JSON for lists and mappings, which YAML reads too)."""
+    if isinstance(value, (list, dict)):
+        return json.dumps(value, ensure_ascii=False)
+    return dump_yaml(value).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,72 @@
+"""`alignprop plugins`: what is installed, whether it works, and what it offers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_core.cli import common
+
+if TYPE_CHECKING:
+    from alignprop_core.registry import PluginRecord
+
+_KINDS = ("rewards", "models", "families", "prompts", "weights")
+_STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "incompatible": "red", "failed": "red"}
+
+
+def plugins(
+    json: bool = common.JSON_OPTION,
+    traceback: bool = typer.Option(False, "--traceback", help="Also print the tracebacks of failed plugins."),
+    requirements: bool = typer.Option(False, "--requirements", help="Print pinned lines for a requirements file."),
+) -> None:
+    """List the installed plugins: version, status, what they offer, what is wrong with them."""
+    from alignprop_core import __version__
+    from alignprop_core.registry import default_registry
+    from alignprop_core.specs import API_VERSION
+
+    registry = default_registry()
+    if requirements:
+        pinned = {record.distribution: record.version for record in registry.plugins}
+        for name, version in sorted({"alignprop-core": __version__, **pinned}.items()):
+            typer.echo(f"{name}=={version}")
+    elif json:
+        listed = [_as_json(record) for record in registry.plugins]
+        common.print_json({"core": __version__, "api_version": API_VERSION, "plugins": listed})
+    elif not registry.plugins:
+        typer.echo("No plugins are installed. Rewards and models come as plugins: pip install alignprop-starter")
+    else:
+        _print(registry.plugins, traceback)
+
+
+def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
+    rows = []
+    for record in records:
+        offers = [f"{kind}: {', '.join(names)}" for kind in _KINDS if (names := _names(record, kind))]
+        remarks = [*([record.error] if record.error else []), *record.warnings]
+        status = common.styled(record.status, _STYLES[record.status])
+        rows.append([record.distribution, record.version, status, "\n".join([*offers, *remarks])])
+    common.print_table(["plugin", "version", "status", "offers, problems"], rows)
+    failed = [record for record in records if record.traceback]
+    for record in failed if traceback else ():
+        typer.echo(f"{record.name}\n{record.traceback}")
+    if failed and not traceback:
+        common.note("`alignprop plugins --traceback` prints the tracebacks of the failed plugins.")
+
+
+def _names(record: PluginRecord, kind: str) -> list[str]:
+    return [spec.name for spec in record.offers.get(f"alignprop_register_{kind}", ())]
+
+
+def _as_json(record: PluginRecord) -> dict[str, Any]:
+    return {
+        "distribution": record.distribution,
+        "version": record.version,
+        "entry_point": record.entry_point,
+        "status": record.status,
+        "error": record.error,
+        "warnings": list(record.warnings),
+        "traceback": record.traceback,
+        "import_seconds": round(record.seconds, 4),
+        **{kind: _names(record, kind) for kind in _KINDS},
+    }

@@ -1,0 +1,182 @@
+"""Prompt sets: registered ones, text files and JSONL files. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignprop_core.discovery import PluginFailure, guarded
+from alignprop_core.errors import PluginError, PromptError
+
+if TYPE_CHECKING:
+    from alignprop_core.registry import Offer, Registry
+    from alignprop_core.specs import PromptSpec
+
+SUFFIXES = (".txt", ".jsonl")
+_SHOWN_PROBLEMS = 5
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order of their file.
+
+    Attributes:
+        name: the registered name, or the file's path.
+        prompts: N texts, none empty.
+        metadata: N mappings: the other keys of a JSONL line, empty for text files.
+        skipped: blank lines and comments that were left out.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def load_prompts(source: str, registry: Registry, *, folder: Path | None = None) -> PromptSet:
+    """Load prompts.
+
+    Args:
+        source: a registered set such as `starter/simple_animals`, a .txt file (a prompt a line; blank lines and lines
+            that start with `#` are skipped) or a .jsonl file (`{"prompt": "three foxes", "number": 3}` a line).
+        registry: where registered sets are looked up; a registered name wins over a file.
+        folder: where a relative path starts; the working directory if None.
+
+    Raises:
+        PromptError: the file is missing, is not UTF-8, holds no prompt, or has a wrong line (with its number).
+        PluginError: two plugins offer the name, or the plugin's file cannot be read.
+    """
+    offer = registry.find_prompt_set(source)
+    if offer is not None:
+        return parse_prompts(source, offer.spec.path, _packaged(offer))
+    path = (folder or Path()) / Path(source).expanduser()
+    if path.is_file():
+        try:
+            return parse_prompts(str(path), path.name, path.read_bytes())
+        except OSError as error:
+            raise PromptError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    if path.is_dir():
+        raise PromptError(f"{path}: is a folder; give a .txt or .jsonl file inside it.")
+    raise PromptError(_missing(source, path, registry))
+
+
+def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
+    """Parse the content of a prompt file.
+
+    Args:
+        name: what to call the set, also in errors.
+        file: the file's name; its suffix (.txt or .jsonl) says the format.
+        content: UTF-8 bytes.
+
+    Raises:
+        PromptError: with the line numbers of what is wrong.
+    """
+    suffix = Path(file).suffix.lower()
+    if suffix not in SUFFIXES:
+        raise PromptError(f"{name}: prompt files end in .txt (a prompt a line) or .jsonl, not {suffix or 'nothing'}.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = content[: error.start].count(b"\n") + 1
+        raise PromptError(f"{name}:{at}: is not UTF-8 text; save the file as UTF-8.") from None
+    prompts: list[str] = []
+    metadata: list[Mapping[str, Any]] = []
+    problems: list[str] = []
+    skipped = 0
+    # Not splitlines(): that also breaks at characters (such as U+2028) that JSON strings may hold.
+    for number, raw in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n"), 1):
+        line = raw.strip()
+        if not line or line.startswith("#"):
+            skipped += 1
+        elif suffix == ".txt":
+            prompts.append(line)
+            metadata.append({})
+        else:
+            try:
+                prompt, extra = _entry(line)
+            except ValueError as error:
+                problems.append(f"{name}:{number}: {error}")
+            else:
+                prompts.append(prompt)
+                metadata.append(extra)
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        raise PromptError("\n".join([*problems[:_SHOWN_PROBLEMS], *([f"and {more} more lines."] if more > 0 else [])]))
+    if not prompts:
+        wanted = "one prompt a line" if suffix == ".txt" else 'one {"prompt": "..."} a line'
+        raise PromptError(f"{name}: holds no prompt; write {wanted}.")
+    return PromptSet(name, tuple(prompts), tuple(metadata), skipped)
+
+
+def _entry(line: str) -> tuple[str, dict[str, Any]]:
+    """Parse one JSONL line; `ValueError` says what to mend."""
+    try:
+        data = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"bad JSON at column {error.colno}: {error.msg}. Each line is one complete object, such as "
+            '{"prompt": "a fox"}.'
+        ) from None
+    except RecursionError:
+        raise ValueError("bad JSON: nested too deeply.") from None
+    if not isinstance(data, dict):
+        hint = f" Write {json.dumps({'prompt': data}, ensure_ascii=False)}." if isinstance(data, str) else ""
+        raise ValueError(f'a line must be an object with the key "prompt", not {_json_kind(data)}.{hint}')
+    if "prompt" not in data:
+        nearest = get_close_matches("prompt", list(data), n=1) or [key for key in ("text", "caption") if key in data]
+        hint = f' Rename "{nearest[0]}" to "prompt".' if nearest else ""
+        raise ValueError(f'the key "prompt" is missing.{hint}')
+    prompt = data.pop("prompt")
+    if not isinstance(prompt, str):
+        raise ValueError(f'"prompt" must be text, not {_json_kind(prompt)}.')
+    if not prompt.strip():
+        raise ValueError('"prompt" is empty; write a text or remove the line.')
+    return prompt.strip(), data
+
+
+def _json_kind(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    return {str: "text", int: "a number", float: "a number", list: "a list"}.get(type(value), "an object")
+
+
+def _packaged(offer: Offer[PromptSpec]) -> bytes:
+    """Read a file that ships in a plugin's package."""
+    package, _, relative = offer.spec.path.partition(":")
+    where = f'Prompt set "{offer.name}" of {offer.distribution} {offer.version}'
+    try:
+        with guarded():
+            return files(package).joinpath(relative).read_bytes()
+    except PluginFailure as failure:
+        cause = failure.__cause__
+        why = "the file is missing" if isinstance(cause, FileNotFoundError) else str(failure)
+        error = PluginError(f"{where}: {offer.spec.path} cannot be read ({why}). Reinstall {offer.distribution}.")
+        if not isinstance(cause, OSError):
+            error.add_note(failure.traceback)
+        raise error from cause
+
+
+def _missing(source: str, path: Path, registry: Registry) -> str:
+    known = sorted({offer.name for offer in registry.prompts()})
+    message = f'No prompt file {path}, and no installed plugin offers a prompt set "{source}".'
+    nearest = get_close_matches(source, known, n=1)
+    if not nearest:
+        # "simple_animals" for "starter/simple_animals"
+        nearest = [name for name in known if name.rpartition("/")[2] == source.rpartition("/")[2]][:1]
+    if nearest:
+        return f'{message} Did you mean "{nearest[0]}"?'
+    if path.parent.is_dir():
+        beside = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
+        if near := get_close_matches(path.name, beside, n=1):
+            return f"{message} Did you mean {path.parent / near[0]}?"
+    return f"{message} There are: {', '.join(known)}." if known else message
