@@ -90,7 +90,7 @@ def test_only_the_adapter_is_trainable_and_it_starts_as_the_base() -> None:
     base = draw(pipeline)
     found = lora.attach(pipeline.unet, rank=4)
     assert [p for p in pipeline.unet.parameters() if p.requires_grad] == found
-    assert len(found) == 2 * 4 * 2 * 3  # A and B; q, k, v, out; self and cross attention; three blocks
+    assert len(found) == 2 * 4 * 2 * 4  # A and B; q, k, v, out; self and cross attention; four blocks
     assert torch.equal(draw(pipeline), base)
     randomize(pipeline.unet)
     assert not torch.allclose(draw(pipeline), base)
@@ -141,7 +141,7 @@ def test_float64_and_gradient_checkpointing_give_the_same_gradient() -> None:
         return [p.grad for p in found if p.grad is not None]
 
     plain, checkpointed = gradients(False), gradients(True)
-    assert len(plain) == len(checkpointed) == 48
+    assert len(plain) == len(checkpointed) == 64
     assert all(g.dtype == torch.float64 and g.abs().max() > 0 for g in plain)
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(plain, checkpointed, strict=True))
 
@@ -269,8 +269,6 @@ def test_plain_diffusers_draws_the_same_images_from_either_file(
         ("kohya file", lambda fresh: fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")),
         ("no metadata", lambda fresh: fresh.load_lora_weights(load_file(tmp_path / lora.DIFFUSERS_NAME))),
     ]
-    if targets is not None:
-        del sources[1]  # diffusers' own kohya converter garbles ff.net.0.proj and conv1; other readers do not
     for where, load in sources:
         fresh = tiny_sd()
         load(fresh)
@@ -392,9 +390,10 @@ def test_init_from_says_what_to_set_where_it_does_not_fit(trained: Path) -> None
         lora.attach(unet, rank=4, init_from=trained, targets=["to_q"])
     with pytest.raises(LoraError, match="another base model"):
         lora.attach(tiny_sd(cross_attention_dim=16).unet, rank=4, init_from=trained)
-    assert len(lora.attach(unet, rank=4, init_from=trained)) == 48, "a refusal leaves the model untouched"
+    assert len(lora.attach(unet, rank=4, init_from=trained)) == 64, "a refusal leaves the model untouched"
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # peft, at diffusers' second LoRA
 @pytest.mark.parametrize("frozen_first", [True, False])
 def test_a_frozen_lora_acts_beside_the_trained_one_as_in_diffusers(
     frozen_first: bool, trained: Path, tmp_path: Path
