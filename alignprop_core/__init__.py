@@ -12,14 +12,24 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ImageBatch": "alignprop_core.reward",
+    "Registry": "alignprop_core.registry",
     "Reward": "alignprop_core.reward",
     "RewardConfig": "alignprop_core.specs",
     "RewardSpec": "alignprop_core.specs",
+    "RunConfig": "alignprop_core.config",
+    "default_registry": "alignprop_core.registry",
+    "load_config": "alignprop_core.config",
+    "load_prompts": "alignprop_core.prompts",
     "hookimpl": "alignprop_core.hookspecs",
 }
 
 if TYPE_CHECKING:
+    from alignprop_core.config import RunConfig as RunConfig
+    from alignprop_core.config import load_config as load_config
     from alignprop_core.hookspecs import hookimpl as hookimpl
+    from alignprop_core.prompts import load_prompts as load_prompts
+    from alignprop_core.registry import Registry as Registry
+    from alignprop_core.registry import default_registry as default_registry
     from alignprop_core.reward import ImageBatch as ImageBatch
     from alignprop_core.reward import Reward as Reward
     from alignprop_core.specs import RewardConfig as RewardConfig

@@ -39,7 +39,7 @@ def json_schema(registry: Registry) -> dict[str, Any]:
         schema["properties"]["rewards"]["items"] = {
             "allOf": [items, {"properties": {"name": {"not": {"enum": watched}}}}],
         }
-    return {"$schema": DIALECT, "title": "alignprop run config", **schema}
+    return {"$schema": DIALECT, **schema, "title": "alignprop run config"}
 
 
 def trainable(spec: RewardSpec) -> bool:

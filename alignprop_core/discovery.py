@@ -73,6 +73,10 @@ class PluginRecord:
         """The plugin's name, `distribution:entry_point`."""
         return f"{self.distribution}:{self.entry_point}"
 
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Return the names it offers of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
+        return tuple(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ()))
+
 
 class PluginFailure(Exception):
     """Code of a plugin raised (or called sys.exit); the plugin's own exception is the cause."""

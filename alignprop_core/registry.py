@@ -6,6 +6,7 @@ imported only when it is asked for, and what a plugin raises comes back as one e
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -203,18 +204,20 @@ class Registry:
             ConfigError: with one line for every wrong key.
             PluginError: the reward or its options class cannot be had.
         """
-        from alignprop_core.config_errors import InvalidConfig, explain
+        from alignprop_core.config_errors import InvalidConfig, dotted, explain
 
         kind = self.reward_config_class(name)
         try:
             with guarded():
-                return kind.model_validate(dict(options or {}))
+                # Strict, as the rest of the config is: true is not 1 and "95" is not 95. By way of JSON, because only
+                # there does pydantic's strict mode still take a list for a tuple or a string for a path.
+                return kind.model_validate_json(json.dumps(dict(options or {}), default=str), strict=True)
         except PluginFailure as failure:
             if not isinstance(failure.__cause__, ValidationError):
                 offer = self.reward(name)
                 raise _plugin_error(f"{_belongs(offer)}: checking its options failed: {failure}.", failure) from failure
             problems = explain(failure.__cause__, kind, where)
-            lines = [f"{where}.{problem.key}: {problem.message}" for problem in problems]
+            lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
             raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
 
     def load_reward(self, name: str, options: Mapping[str, Any] | RewardConfig | None = None) -> Reward:

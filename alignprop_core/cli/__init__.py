@@ -83,9 +83,11 @@ def _report(error: Exception, debug: bool) -> int:
         return error.exit_code
     usage = getattr(error, "format_message", None)
     if callable(usage):
+        # A usage error of typer's command-line library, which some versions bundle under a private name.
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "alignprop"
-        print(f"error: {usage()} `{command} --help` shows what it takes.", file=sys.stderr)
+        if message := usage():  # empty where the help was printed instead
+            print(f"error: {message} `{command} --help` shows what it takes.", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""

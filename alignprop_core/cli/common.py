@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from alignprop_core.registry import Registry
 
+PIPE_COLUMNS = 120
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
 
 
@@ -21,7 +23,11 @@ def console(*, stderr: bool = False) -> Console:
     """Return a console on standard output (or standard error) that takes text literally, without markup."""
     from rich.console import Console
 
-    return Console(stderr=stderr, markup=False, highlight=False, soft_wrap=False)
+    console = Console(stderr=stderr, markup=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        # rich falls back to 80 columns in pipes and logs, which folds tables into ribbons.
+        console.width = PIPE_COLUMNS
+    return console
 
 
 def print_json(data: object) -> None:
@@ -41,6 +47,19 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     console().print(table)
+
+
+def print_facts(facts: Sequence[tuple[str, str]]) -> None:
+    """Print labelled facts below one another; long ones wrap beside their label."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(Text(label), Text(text))
+    console().print(grid)
 
 
 def styled(text: str, style: str) -> Any:

@@ -93,13 +93,16 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 
 
 def _limits(field: dict[str, Any]) -> str:
-    parts = [field, *field.get("anyOf", ())]
-    return ", ".join(
-        words.format(f"{part[key]:g}" if isinstance(part[key], (int, float)) else part[key])
-        for part in parts
-        for key, words in _LIMITS.items()
-        if key in part
-    )
+    found: list[str] = []
+    for part in (field, *field.get("anyOf", ())):
+        both = "minimum" in part and "maximum" in part
+        if both:
+            found.append(f"{part['minimum']:g} to {part['maximum']:g}")
+        for key, words in _LIMITS.items():
+            if key in part and not (both and key in ("minimum", "maximum")):
+                limit = part[key]
+                found.append(words.format(f"{limit:g}" if isinstance(limit, (int, float)) else limit))
+    return ", ".join(found)
 
 
 def _inline(value: object) -> str:

@@ -42,7 +42,7 @@ def plugins(
 def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
     rows = []
     for record in records:
-        offers = [f"{kind}: {', '.join(names)}" for kind in _KINDS if (names := _names(record, kind))]
+        offers = [f"{kind}: {', '.join(names)}" for kind in _KINDS if (names := record.names(kind))]
         remarks = [*([record.error] if record.error else []), *record.warnings]
         status = common.styled(record.status, _STYLES[record.status])
         rows.append([record.distribution, record.version, status, "\n".join([*offers, *remarks])])
@@ -52,10 +52,6 @@ def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
         typer.echo(f"{record.name}\n{record.traceback}")
     if failed and not traceback:
         common.note("`alignprop plugins --traceback` prints the tracebacks of the failed plugins.")
-
-
-def _names(record: PluginRecord, kind: str) -> list[str]:
-    return [spec.name for spec in record.offers.get(f"alignprop_register_{kind}", ())]
 
 
 def _as_json(record: PluginRecord) -> dict[str, Any]:
@@ -68,5 +64,5 @@ def _as_json(record: PluginRecord) -> dict[str, Any]:
         "warnings": list(record.warnings),
         "traceback": record.traceback,
         "import_seconds": round(record.seconds, 4),
-        **{kind: _names(record, kind) for kind in _KINDS},
+        **{kind: list(record.names(kind)) for kind in _KINDS},
     }

@@ -35,9 +35,9 @@ def list_rewards(json: bool = common.JSON_OPTION) -> None:
             # Where two distributions offer a name, only the full name means one of them.
             name = offer.full_name if count[offer.name] > 1 else offer.name
             spec = offer.spec
-            facts = [spec.summary, *(["evaluation only"] if not _trains(spec) else [])]
-            rows.append([name, offer.distribution, _range(spec), spec.unit, spec.license, "; ".join(facts)])
-        common.print_table(["reward", "plugin", "usual scores", "unit", "licence", "what it measures"], rows)
+            summary = spec.summary if _trains(spec) else f"{spec.summary} (evaluation only)"
+            rows.append([name, offer.distribution, _range(spec), summary])
+        common.print_table(["reward", "plugin", "usual scores", "what it measures"], rows)
     common.note_broken_plugins(registry)
 
 
@@ -58,31 +58,27 @@ def show(name: str = typer.Argument(help="A reward's name."), json: bool = commo
         common.print_json({**data, "options_schema": kind.model_json_schema(), "yaml": snippet(name, offer, options)})
         return
     spec = offer.spec
-    facts = {
-        "plugin": f"{offer.distribution} {offer.version}",
-        "usual scores": " ".join(part for part in (_range(spec), spec.unit) if part),
-        "gradient": "yes" if spec.differentiable else "no: for evaluation only",
-        "reads prompts": "yes" if spec.needs_prompts else "no",
-        "compares": "the samples of a batch: for evaluation only" if spec.scope == "batch" else "",
-        "evaluated with": ", ".join(spec.evaluate_with),
-        "licence": spec.license,
-        "source": spec.source,
-        "citation": spec.citation,
-    }
+    sets = [offered.name for offered in registry.weights() if offered.spec.reward == spec.name]
+    facts = [
+        ("plugin", f"{offer.distribution} {offer.version}"),
+        ("usual scores", _range(spec)),
+        ("gradient", "yes" if spec.differentiable else "no: for evaluation only"),
+        ("reads prompts", "yes" if spec.needs_prompts else "no"),
+        ("compares", "the samples of a batch: for evaluation only" if spec.scope == "batch" else ""),
+        ("evaluated with", ", ".join(spec.evaluate_with)),
+        ("licence", spec.license),
+        ("source", spec.source),
+        ("citation", spec.citation),
+        *(("weights", _weights(file)) for file in spec.weights),
+        ("weight sets", ", ".join(sets)),
+    ]
     out = common.console()
     out.print(spec.name, style="bold", end="")
     out.print(f": {spec.summary}\n")
-    for label, text in facts.items():
-        if text:
-            out.print(f"  {label + ':':<16}{text}")
-    for file in spec.weights:
-        out.print(f"  {'weights:':<16}{_weights(file)}")
-    sets = [offered.name for offered in registry.weights() if offered.spec.reward == spec.name]
-    if sets:
-        out.print(f"  {'weight sets:':<16}{', '.join(sets)}")
+    common.print_facts([(label, text) for label, text in facts if text])
     if options:
-        rows = [[o.name, o.type, o.default_text, " ".join(p for p in (o.description, o.limits) if p)] for o in options]
-        common.print_table(["option", "type", "default", "what it does"], rows)
+        rows = [[o.name, o.type, o.default_text, o.limits, o.description] for o in options]
+        common.print_table(["option", "type", "default", "range", "what it does"], rows)
     else:
         out.print("\n  It has no options.")
     out.print("\nIn a run config:\n")
@@ -107,7 +103,10 @@ def _trains(spec: RewardSpec) -> bool:
 
 
 def _range(spec: RewardSpec) -> str:
-    return "" if spec.typical_range is None else "{:g} to {:g}".format(*spec.typical_range)
+    if spec.typical_range is None:
+        return spec.unit
+    low, high = spec.typical_range
+    return f"{low:g} to {high:g} {spec.unit}".rstrip()
 
 
 def _weights(file: WeightsFile) -> str:
