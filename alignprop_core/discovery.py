@@ -16,6 +16,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import Distribution, EntryPoint, distributions
+from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
@@ -95,9 +96,10 @@ def describe(error: BaseException) -> str:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return the traceback without the frames of this module and of the import machinery."""
+    """Return the traceback without the frames of our loading and of the import machinery."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if f.filename != __file__ and "importlib" not in f.filename]
+    ours = [str(Path(__file__).with_name(name)) for name in ("discovery.py", "registry.py", "prompts.py")]
+    own = [frame for frame in frames if frame.filename not in ours and "importlib" not in frame.filename]
     head = ["Traceback (most recent call last):\n", *traceback.format_list(own)] if own else []
     return "".join([*head, *traceback.format_exception_only(error)])
 
@@ -304,7 +306,7 @@ def _call_hooks(
     warnings += [
         f"{hook} is not marked with @hookimpl, so it is not called"
         for hook in SPEC_OF_HOOK
-        if hook not in offers and callable(getattr(plugin, hook, None))
+        if hook not in offers and hook in dir(plugin) and callable(getattr(plugin, hook))
     ]
     return candidate.record("loaded", warnings=tuple(warnings), offers=offers, seconds=seconds)
 
