@@ -1,0 +1,111 @@
+"""A base model by name, hub id, folder or single file -> a frozen diffusers pipeline on its device."""
+
+from __future__ import annotations
+
+import re
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from alignprop_core.errors import ModelError, did_you_mean
+from alignprop_core.registry import Registry
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_pipeline(
+    base: str,
+    *,
+    registry: Registry,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    vae: str | None = None,
+) -> Any:
+    """Load a pipeline for sampling and fine-tuning: frozen, in eval mode, channels last, without a safety checker.
+
+    Only safetensors weights are read; nothing is ever unpickled.
+
+    Args:
+        base: a registered model, a diffusers folder, one .safetensors file, or a hub id "owner/name".
+        registry: where registered models are looked up.
+        device: where the networks go.
+        dtype: dtype of all networks.
+        vae: folder or hub id of another VAE, or None for the model's own.
+
+    Raises:
+        ModelError: nothing is found under this name, or it cannot be loaded; says what was tried.
+    """
+    import diffusers
+
+    source = _resolve(base, registry)
+    try:
+        if isinstance(source, Path) and source.is_file():
+            pipeline = diffusers.StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype)
+        else:
+            index = diffusers.DiffusionPipeline.load_config(source)
+            extra: dict[str, Any] = {}
+            if index.get("safety_checker", (None, None))[0] is not None:
+                extra = {"safety_checker": None, "requires_safety_checker": False}
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                source, torch_dtype=dtype, use_safetensors=True, **extra
+            )
+        if vae is not None:
+            subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
+            pipeline.vae = diffusers.AutoencoderKL.from_pretrained(
+                vae, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f'model.base "{base}" could not be loaded from {source}: {error}') from error
+    return prepare(pipeline, device)
+
+
+def prepare(pipeline: Any, device: torch.device | str) -> Any:
+    """Freeze every network of a pipeline, put it in eval mode, on its device, channels last; returns the pipeline."""
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            component.requires_grad_(False).eval()
+    for name in ("unet", "vae"):
+        # Convolutions run faster channels last, on CPUs and on tensor cores alike.
+        module = getattr(pipeline, name, None)
+        if module is not None:
+            module.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+def _resolve(base: str, registry: Registry) -> Path | str:
+    """Return the folder, file or hub id that a `model.base` value names."""
+    offer = registry.find_model(base)
+    if offer is not None:
+        path = offer.spec.path
+        if ":" not in path:
+            return path
+        module, _, function = path.partition(":")
+        folder = Path(getattr(import_module(module), function)())
+        if not folder.is_dir():
+            raise ModelError(f'Model "{base}" of {offer.distribution} should be at {folder}, which does not exist.')
+        return folder
+    path_ = Path(base).expanduser()
+    if path_.is_dir():
+        if not (path_ / "model_index.json").is_file():
+            raise ModelError(f"{path_} is no diffusers folder: it has no model_index.json.")
+        return path_
+    if path_.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
+        raise ModelError(
+            f"{path_} is a pickle, which can run code when opened; convert it to .safetensors and give that."
+        )
+    if path_.is_file():
+        return path_
+    if path_.suffix == ".safetensors" or base.startswith((".", "/", "~")):
+        raise ModelError(f"model.base {path_} does not exist.")
+    if _HUB_ID.fullmatch(base):
+        return base
+    known = [offer.spec.name for offer in registry.models()]
+    raise ModelError(
+        f'Unknown model "{base}": it is no registered model ({", ".join(known) or "none installed"}), no folder, '
+        f'no file and no hub id of the form "owner/name".{did_you_mean(base, known)}'
+    )

@@ -1,0 +1,104 @@
+"""Base against tuned: the same prompts, the same noise, every term and its true measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop_core.config import EvaluationConfig
+from alignprop_core.diffusion import Sampler
+from alignprop_core.evaluation.statistics import paired, summary
+from alignprop_core.mix import Term
+from alignprop_core.prompts import PromptSet
+from alignprop_core.reward import ImageBatch
+
+Switch = Callable[[], AbstractContextManager[object]]
+"""Opens a context in which the model is one of the compared variants."""
+
+
+@dataclass
+class Variant:
+    """Images and scores of one variant of the model, in prompt order.
+
+    Attributes:
+        scores: label -> one score an image.
+        images: (N, 3, H, W) uint8 on the CPU: the first image of each prompt.
+    """
+
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    images: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An evaluation: what was asked, and each variant's images and scores."""
+
+    prompts: PromptSet
+    config: EvaluationConfig
+    variants: dict[str, Variant]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of evaluation.json; every variant after the first is paired with the first."""
+        names = list(self.variants)
+        base = self.variants[names[0]].scores
+        result: dict[str, Any] = {
+            "prompts": self.prompts.name,
+            "images": len(next(iter(base.values()))),
+            "images_per_prompt": self.config.images_per_prompt,
+            "seed": self.config.seed,
+        }
+        for name in names:
+            scores = self.variants[name].scores
+            result[name] = {
+                label: summary(values) | ({} if name == names[0] else paired(base[label], values))
+                for label, values in scores.items()
+            }
+        return result
+
+
+def compare(
+    sampler: Sampler,
+    terms: Sequence[Term],
+    prompts: PromptSet,
+    config: EvaluationConfig,
+    variants: dict[str, Switch] | None = None,
+    *,
+    advance: Callable[[int], object] = lambda images: None,
+) -> Comparison:
+    """Sample and score every prompt with each variant of the model at the same noise.
+
+    Args:
+        sampler: the sampler.
+        terms: rewards and measures to report; labels are unique.
+        prompts: held-out prompts.
+        config: images per prompt, batch size, seed.
+        variants: name -> context in which the model is that variant; base first. None is the model as it stands.
+        advance: called with the number of images just done.
+    """
+    variants = variants or {"model": nullcontext}
+    per = config.images_per_prompt
+    jobs = [
+        (prompt, index) for prompt in range(len(prompts.prompts)) for index in range(prompt * per, (prompt + 1) * per)
+    ]
+    results = {name: Variant({term.label: [] for term in terms}) for name in variants}
+    for start in range(0, len(jobs), config.batch_size):
+        part = jobs[start : start + config.batch_size]
+        texts = [prompts.prompts[prompt] for prompt, _ in part]
+        noise = sampler.noise(seed=config.seed, step=0, indices=[index for _, index in part])
+        for name, switch in variants.items():
+            with switch(), torch.no_grad():
+                images = sampler.decode(sampler.sample(texts, noise).latents)
+                batch = ImageBatch(
+                    images=images, prompts=texts, metadata=[prompts.metadata[prompt] for prompt, _ in part]
+                )
+                for term in terms:
+                    results[name].scores[term.label] += term.score(batch).tolist()
+            firsts = [row for row, (_, index) in enumerate(part) if index % per == 0]
+            results[name].images += list((images[firsts] * 255).round().to(torch.uint8).cpu())
+            advance(len(part))
+    return Comparison(prompts, config, results)

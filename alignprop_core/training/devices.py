@@ -1,0 +1,67 @@
+"""Which device and number format a run uses, and how much memory it took."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from accelerate import PartialState
+
+from alignprop_core.errors import DeviceError
+
+_HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device a config names: auto, cpu, mps, cuda or cuda:N.
+
+    With several processes, `auto` and `cuda` give each its own GPU.
+
+    Raises:
+        DeviceError: this machine has no such device.
+    """
+    if name == "cpu":
+        return torch.device("cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(
+            f"training.device is {name}, but PyTorch sees no CUDA device here. Use device: auto (or cpu), or install "
+            "a driver and a PyTorch build for it; `alignprop doctor` shows what there is."
+        )
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("training.device is mps, but PyTorch sees no Apple GPU here. Use device: auto (or cpu).")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise DeviceError(f"training.device is {name}, but there are {torch.cuda.device_count()} CUDA devices.")
+    if name in ("auto", "cuda"):
+        device: torch.device = PartialState().device
+        return device
+    return torch.device(name)
+
+
+def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of the frozen networks; adapters, latents and scores stay in float32.
+
+    Raises:
+        DeviceError: the device cannot train in this format.
+    """
+    if mixed_precision == "fp16" and device.type == "cpu":
+        raise DeviceError(
+            "training.mixed_precision fp16 needs a GPU: CPUs have no fast float16 and no loss scaling. "
+            "Use bf16 or no on a CPU."
+        )
+    if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise DeviceError("training.mixed_precision bf16 needs a GPU of 2020 or later; use fp16 on this one.")
+    return _HALF[mixed_precision]
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return bytes: the most allocated on the GPU so far, or the most the process has held on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return held if sys.platform == "darwin" else held * 1024

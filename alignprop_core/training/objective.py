@@ -1,0 +1,92 @@
+"""One batch of the objective: sample, score, and send the mix's direction back into the adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop_core.diffusion import Noise, Sampler
+from alignprop_core.mix import Mix, Scores
+from alignprop_core.reward import ImageBatch
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch gave; tensors are detached and still on their device.
+
+    Attributes:
+        raw: label -> (R,) raw scores of all R images (B, or more with LV samples).
+        weighted: label -> (R,) contributions to the total.
+        total: (R,) the objective of each image.
+    """
+
+    raw: Mapping[str, Tensor]
+    weighted: Mapping[str, Tensor]
+    total: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[Scores]) -> Outcome:
+        """Join the scores of a batch's chunks."""
+        labels = list(parts[0].raw)
+        return Outcome(
+            raw={label: torch.cat([part.raw[label] for part in parts]) for label in labels},
+            weighted={label: torch.cat([part.weighted[label] for part in parts]) for label in labels},
+            total=torch.cat([part.total for part in parts]),
+        )
+
+
+def chunks(total: int, size: int | None) -> Iterator[slice]:
+    """Cut range(total) into slices of at most `size`; None is one slice."""
+    size = size or max(total, 1)
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def backpropagate(
+    sampler: Sampler,
+    mix: Mix,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    noise: Noise,
+    *,
+    share: float,
+    scale: float = 1.0,
+) -> Outcome:
+    """Add the gradient of -share * sum over samples of the mix's total to the adapters' `.grad`.
+
+    Decoder and rewards run chunk by chunk with the gradient taken at the final latents; then one backward pass runs
+    through the denoising steps. An LV sample counts as its part of the sample it came from.
+
+    Args:
+        sampler: the sampler, adapters attached.
+        mix: the rewards.
+        prompts: B prompts.
+        metadata: B mappings.
+        noise: the batch's randomness.
+        share: each sample's share of the objective, such as 1 / (batch size of the whole step).
+        scale: loss scale (float16 only); multiplies the gradient.
+    """
+    scores: list[Scores] = []
+    for part in chunks(len(prompts), sampler.backprop.sample_batch_size):
+        out = sampler.sample(prompts[part], noise[part])
+        rows = out.latents.shape[0]
+        copies = rows // len(prompts[part])
+        gradients: list[Tensor] = []
+        for chunk in chunks(rows, sampler.backprop.decode_batch_size):
+            latents = out.latents[chunk].detach().requires_grad_()
+            images = sampler.decode(latents)
+            owners = [part.start + i for i in out.sample_index[chunk]]
+            batch = ImageBatch(
+                images=images, prompts=[prompts[i] for i in owners], metadata=[metadata[i] for i in owners]
+            )
+            weights = images.new_full((len(owners),), share / copies)
+            direction, chunk_scores = mix.direction(batch, weights)
+            # Ascent of the reward is descent of the loss, hence the sign.
+            (gradient,) = torch.autograd.grad(images, latents, grad_outputs=-scale * direction.to(images))
+            gradients.append(gradient)
+            scores.append(chunk_scores)
+        sampler.backward(out, torch.cat(gradients))
+    return Outcome.join(scores)

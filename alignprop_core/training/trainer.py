@@ -1,0 +1,400 @@
+"""The trainer: a run config becomes a run folder with a LoRA that scores higher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+
+from alignprop_core import lora
+from alignprop_core.config import RunConfig, resolved_yaml
+from alignprop_core.diffusion import Sampler, family_for, load_pipeline
+from alignprop_core.diffusion.noise import seeded
+from alignprop_core.errors import ConfigError, RewardError, RunError
+from alignprop_core.mix import Mix
+from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.registry import Registry, default_registry
+from alignprop_core.runs import RunFolder, environment
+from alignprop_core.terms import load_terms
+from alignprop_core.training.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+)
+from alignprop_core.training.devices import choose_device, network_dtype, peak_memory
+from alignprop_core.training.objective import Outcome, backpropagate
+
+_MAY_DIFFER = {"output", "save", "samples", "evaluation"}
+"""Sections a resumed run may change: they do not touch what is trained."""
+
+
+class Callback:
+    """Watches a run; override what you need. Callbacks run on the main process only."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Run once, before the first step; the run folder exists."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Run after each optimizer step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Run once, after the last step."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did; the line of metrics.jsonl.
+
+    Attributes:
+        step: number of the step, from 1.
+        reward: mean total of the mix.
+        terms: label -> {"raw", "weighted"}: batch means.
+        grad_norm: norm of the adapters' gradient before clipping.
+        learning_rate: the rate used.
+        kept_steps: denoising steps that kept their gradient.
+        reward_queries: images scored since the run began.
+        seconds: wall time of the step.
+        peak_memory: bytes: most memory allocated so far on the GPU, or held by the process on a CPU.
+    """
+
+    step: int
+    reward: float
+    terms: Mapping[str, Mapping[str, float]]
+    grad_norm: float
+    learning_rate: float
+    kept_steps: int
+    reward_queries: int
+    seconds: float
+    peak_memory: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping."""
+        return dict(vars(self))
+
+
+@dataclass
+class _Progress:
+    step: int = 0
+    reward_queries: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Fine-tunes LoRA adapters on a mix of rewards.
+
+    Building one loads and checks everything and writes nothing; `train()` writes the run folder. Rewards load before
+    the model, so that a reward that cannot load costs seconds, not minutes.
+
+    Args:
+        config: the run config.
+        registry: installed plugins; discovered if None.
+        callbacks: watchers beside the built-in ones.
+        resume: a run folder or checkpoint to go on from.
+        pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        registry: Registry | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: Path | None = None,
+        pipeline: Any = None,
+    ) -> None:
+        self.config = config
+        self.registry = registry or default_registry()
+        self.callbacks = list(callbacks)
+        self.state = PartialState(cpu=config.training.device == "cpu")
+        self.device = choose_device(config.training.device)
+        self.dtype = network_dtype(config.training.mixed_precision, self.device)
+        self.output = Path(config.output)
+        checkpoint = self._checkpoint(resume) if resume is not None else None
+        if checkpoint is None:
+            RunFolder.check_free(self.output)
+        self.prompts = load_prompts(config.prompts.train, self.registry)
+        self.heldout: PromptSet | None = (
+            None if config.prompts.heldout is None else load_prompts(config.prompts.heldout, self.registry)
+        )
+        self.mix = Mix(load_terms(config.rewards, self.registry), config.mix).to(self.device)
+        self.pipeline = pipeline or load_pipeline(
+            config.model.base,
+            registry=self.registry,
+            device=self.device,
+            dtype=self.dtype,
+            vae=config.model.vae,
+        )
+        plugins = [offer.spec for offer in self.registry.families()]
+        family = family_for(self.pipeline, config.sampling, plugins)
+        self.denoiser = family.denoiser
+        for number, extra in enumerate(config.model.loras):
+            lora.attach_frozen(self.denoiser, extra.path, extra.strength, f"frozen_{number}")
+        self.parameters = lora.attach(
+            self.denoiser,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            targets=config.lora.targets,
+            rank_stabilized=config.lora.rank_stabilized,
+            init_from=config.lora.init_from,
+            seed=config.training.seed,
+        )
+        self.sampler = Sampler(self.pipeline, config.sampling, config.backprop, family=family)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.optimizer.learning_rate,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            eps=config.optimizer.epsilon,
+            weight_decay=config.optimizer.weight_decay,
+        )
+        self.schedule = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule),
+            self.optimizer,
+            num_warmup_steps=config.optimizer.warmup_steps,
+            num_training_steps=config.training.steps,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.progress = _Progress()
+        self._folder: RunFolder | None = None
+        self._resumed = checkpoint is not None
+        if checkpoint is not None:
+            self._restore(checkpoint)
+
+    @property
+    def step_number(self) -> int:
+        """Optimizer steps done so far."""
+        return self.progress.step
+
+    @property
+    def folder(self) -> RunFolder:
+        """The open run folder; there is one while `train()` runs."""
+        if self._folder is None:
+            raise RunError("The run folder exists only once train() has begun.")
+        return self._folder
+
+    # -- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self) -> Path:
+        """Run all remaining steps; returns the run folder.
+
+        Raises:
+            RunError: a reward or a gradient is not finite, or a reward broke its contract. Everything saved stays.
+        """
+        main = self.state.is_main_process
+        callbacks = self.callbacks if main else []
+        self._folder = self._open_folder() if main else RunFolder(self.output, lock=None)
+        try:
+            for callback in callbacks:
+                callback.on_start(self)
+            while self.progress.step < self.config.training.steps:
+                record = self.step()
+                if main:
+                    self.folder.append_metrics(record.as_json())
+                for callback in callbacks:
+                    callback.on_step(self, record)
+            for callback in callbacks:
+                callback.on_end(self)
+            self.state.wait_for_everyone()
+        finally:
+            self._folder.close()
+        return self.output
+
+    def step(self) -> StepRecord:
+        """Do one optimizer step."""
+        started = time.perf_counter()
+        step = self.progress.step
+        self.optimizer.zero_grad(set_to_none=True)
+        outcomes = [self._accumulate(part) for part in self._parts()]
+        record = self._measure(outcomes)
+        rate = self.schedule.get_last_lr()[0]
+        self._update()
+        self.progress.step = step + 1
+        self.progress.reward_queries += int(record.pop("images"))
+        return StepRecord(
+            step=step + 1,
+            learning_rate=rate,
+            kept_steps=len(self.sampler.plan(seed=self.config.training.seed, step=step).kept),
+            reward_queries=self.progress.reward_queries,
+            seconds=time.perf_counter() - started,
+            peak_memory=peak_memory(self.device),
+            **record,
+        )
+
+    def _parts(self) -> list[list[int]]:
+        """Return this process's sample indices, a list for each accumulated batch.
+
+        Indices are global: a step covers 0 .. batch_size * gradient_accumulation_steps - 1 over all processes, so the
+        run is the same on any number of them.
+        """
+        training, state = self.config.training, self.state
+        parts = []
+        for batch in range(training.gradient_accumulation_steps):
+            whole = range(batch * training.batch_size, (batch + 1) * training.batch_size)
+            parts.append(list(whole[state.process_index :: state.num_processes]))
+        return [part for part in parts if part]
+
+    def _accumulate(self, indices: Sequence[int]) -> Outcome:
+        step, training = self.progress.step, self.config.training
+        chosen = choose_prompts(len(self.prompts.prompts), seed=training.seed, step=step, indices=indices)
+        noise = self.sampler.noise(seed=training.seed, step=step, indices=indices)
+        return backpropagate(
+            self.sampler,
+            self.mix,
+            [self.prompts.prompts[i] for i in chosen],
+            [self.prompts.metadata[i] for i in chosen],
+            noise,
+            share=1.0 / (training.batch_size * training.gradient_accumulation_steps),
+            scale=float(self.scaler.get_scale()),
+        )
+
+    def _measure(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Sum gradients over processes, clip, and bring the step's figures to the host in one transfer."""
+        labels = list(outcomes[0].raw) if outcomes else [term.label for term in self.mix.terms]
+        sums = [
+            torch.stack([*(o.raw[x].sum() for x in labels), *(o.weighted[x].sum() for x in labels), o.total.sum()])
+            for o in outcomes
+        ]
+        counts = sum(len(o.total) for o in outcomes)
+        figures = (
+            torch.cat([torch.stack(sums).sum(0), sums[0].new_tensor([counts])]) if sums else self._no_figures(labels)
+        )
+        if self.state.num_processes > 1:
+            self._sum_over_processes(figures)
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        limit = self.config.optimizer.max_grad_norm
+        if limit is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
+        *values, images, grad_norm = torch.cat([figures, norm.to(figures).view(1)]).tolist()
+        means = [value / images for value in values]
+        terms = {label: {"raw": means[i], "weighted": means[len(labels) + i]} for i, label in enumerate(labels)}
+        self._check_finite(terms, grad_norm)
+        return {"reward": means[-1], "terms": terms, "grad_norm": grad_norm, "images": images}
+
+    def _sum_over_processes(self, figures: Tensor) -> None:
+        """Add up gradients and figures of all processes in place; each sample's share is of the whole step."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.flatten() for p in self.parameters if p.grad is not None])
+        torch.distributed.all_reduce(flat)
+        torch.distributed.all_reduce(figures)
+        sizes = [p.numel() for p in self.parameters]
+        for parameter, part in zip(self.parameters, torch.split(flat, sizes), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def _check_finite(self, terms: Mapping[str, Mapping[str, float]], grad_norm: float) -> None:
+        step = self.progress.step + 1
+        for label, values in terms.items():
+            if not _finite(values["raw"]):
+                raise RewardError(
+                    f'Step {step}: reward "{label}" gave a score that is not finite ({values["raw"]}). This step did '
+                    "not change the adapters, and what was saved before is intact. Check the reward on a picture with "
+                    f"`alignprop score IMAGE --reward {label}`."
+                )
+        if not _finite(grad_norm) and not self.scaler.is_enabled():
+            raise RunError(
+                f"Step {step}: the gradient is not finite, though all scores are. This step did not change the "
+                "adapters. A reward with an infinite slope (a square root or logarithm at zero) does this; a lower "
+                "optimizer.learning_rate or fewer kept steps may help."
+            )
+
+    def _update(self) -> None:
+        before = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= before:  # a step skipped for float16 overflow does not count for the schedule
+            self.schedule.step()
+
+    # -- state --------------------------------------------------------------------------------------------------
+
+    def checkpoint(self) -> Checkpoint:
+        """Return the complete state of the run."""
+        state = {
+            "step": self.progress.step,
+            "reward_queries": self.progress.reward_queries,
+            "schedule": self.schedule.last_epoch,
+            "scaler": self.scaler.state_dict(),
+        }
+        return Checkpoint(lora.state(self.denoiser), optimizer_tensors(self.optimizer), state)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        lora.load_state(self.denoiser, checkpoint.adapter)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
+        for _ in range(int(checkpoint.state["schedule"])):
+            self.schedule.step()
+        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.progress.step = int(checkpoint.state["step"])
+        self.progress.reward_queries = int(checkpoint.state["reward_queries"])
+
+    def _checkpoint(self, resume: Path) -> Checkpoint:
+        folder = find_checkpoint(resume)
+        stored = folder.parent.parent / "config.yaml"
+        if stored.is_file():
+            differing = _differences(resolved_yaml(self.config), stored.read_text(encoding="utf-8"))
+            if differing:
+                raise ConfigError(
+                    f"--resume: {', '.join(differing)} differ from the run in {stored.parent}, so this would be another "
+                    "run. Put them back, or start a new run (lora.init_from goes on from its LoRA)."
+                )
+        return load_checkpoint(folder)
+
+    def _open_folder(self) -> RunFolder:
+        if self._resumed and (self.output / "config.yaml").is_file():
+            folder = RunFolder.open(self.output)
+            folder.truncate_metrics(self.progress.step)
+        else:
+            folder = RunFolder.create(self.output)
+        folder.write_text("config.yaml", resolved_yaml(self.config))
+        folder.write_json("environment.json", self._environment())
+        return folder
+
+    def _environment(self) -> dict[str, Any]:
+        config = self.config
+        offers = [self.registry.reward(term.name) for term in (*config.rewards, *config.evaluation.rewards)]
+        model = self.registry.find_model(config.model.base)
+        used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
+        return environment(used, [offer.spec for offer in offers]) | {"training_device": str(self.device)}
+
+
+def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) -> list[int]:
+    """Return which of `count` prompts each global sample index gets at this step.
+
+    Every step shuffles all prompts anew, so a step has no prompt twice before it has all of them once; the choice
+    depends on (seed, step, index) alone.
+    """
+    order = torch.randperm(count, generator=seeded(seed, "prompts", step)).tolist()
+    return [order[index % count] for index in indices]
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def _differences(mine: str, stored: str) -> list[str]:
+    """Return the dotted keys in which two resolved configs differ and a resumed run may not."""
+    import yaml
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()
+        }
+
+    a, b = flat(yaml.safe_load(mine)), flat(yaml.safe_load(stored))
+    free = {"training.steps", "training.device", "training.trackers", "training.checkpoint_every"}
+    free |= {"training.keep_checkpoints", "backprop.sample_batch_size", "backprop.decode_batch_size"}
+    return [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key.partition(".")[0] not in _MAY_DIFFER and key not in free
+    ]

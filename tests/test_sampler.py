@@ -1,0 +1,404 @@
+"""The differentiable sampler: diffusers' images, plain autograd's gradients, randomness from its key alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from torch import Tensor
+
+from alignprop_core.config import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion import Sampler
+from alignprop_core.diffusion.backprop import STRATEGIES, Plan, draw_plan
+from alignprop_core.diffusion.noise import Noise, seeded
+from alignprop_core.errors import ConfigError, ModelError, RunError
+
+PROMPTS = ["a fox", "three owls on a blue hill", "b"]
+STEPS = 5
+SETTINGS: dict[str, dict[str, Any]] = {
+    "last_k": {"strategy": "last_k", "k": 2},
+    "uniform": {"strategy": "uniform"},
+    "gaussian": {"strategy": "gaussian", "mean": 3.0, "std": 1.0},
+    "full": {"strategy": "full"},
+    "drtune": {"strategy": "drtune", "k": 2},
+    "refl": {"strategy": "refl", "refl_steps": 3},
+    "bernoulli": {"strategy": "bernoulli", "keep_probability": 0.5},
+    "lv": {"strategy": "last_k", "lv_samples": 2},
+}
+
+
+@pytest.fixture
+def pipe(tiny_sd: Callable[..., Any]) -> Any:
+    return tiny_sd()
+
+
+def trainable(pipe: Any) -> list[Tensor]:
+    """Make the attention projections trainable: what LoRA would adapt, without LoRA."""
+    pipe.unet.requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+    pipe.text_encoder.requires_grad_(False)
+    parameters = [p for name, p in pipe.unet.named_parameters() if name.endswith(("to_q.weight", "to_v.weight"))]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    return parameters
+
+
+def gradients(parameters: list[Tensor]) -> Tensor:
+    flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return flat
+
+
+def objective(images: Tensor) -> Tensor:
+    """A smooth function of the pixels in which every pixel and sample counts differently."""
+    weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
+    return (weights * images + 0.3 * images**2).sum()
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("guidance", "eta"), [(5.0, 0.0), (1.0, 0.0), (4.0, 0.7)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_image_equals_diffusers_own_pipeline(
+    tiny_sd: Callable[..., Any], prediction_type: str, guidance: float, eta: float, dtype: torch.dtype
+) -> None:
+    pipe = tiny_sd(prediction_type=prediction_type).to(dtype)
+    sampling = SamplingConfig(steps=STEPS, guidance_scale=guidance, eta=eta, negative_prompt="blur")
+    theirs = pipe(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        eta=eta,
+        negative_prompt=["blur"] * len(PROMPTS),
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+    ).images
+    with torch.no_grad():
+        ours = Sampler(pipe, sampling)(PROMPTS, generator=torch.Generator().manual_seed(3))
+    assert ours.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(ours, theirs, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("clip", [True, False])
+def test_image_equals_diffusers_for_every_scheduler_config(
+    tiny_sd: Callable[..., Any], spacing: str, clip: bool
+) -> None:
+    pipe = tiny_sd(prediction_type="v_prediction").to(torch.float64)
+    pipe.scheduler = DDIMScheduler.from_config(
+        pipe.scheduler.config, timestep_spacing=spacing, clip_sample=clip, rescale_betas_zero_snr=True
+    )
+    theirs = pipe(
+        "fox", num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(1), output_type="pt"
+    ).images
+    sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=3.0))
+    with torch.no_grad():
+        ours = sampler(["fox"], generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_other_image_sizes(pipe: Any) -> None:
+    sampler = Sampler(pipe, SamplingConfig(steps=2, width=48, height=32))
+    with torch.no_grad():
+        assert sampler(["fox"], generator=torch.Generator().manual_seed(0)).shape == (1, 3, 32, 48)
+
+
+# -- gradients --------------------------------------------------------------------------------------------------------
+
+
+def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise) -> Tensor:
+    """The definition, written naively: diffusers' scheduler and UNet, no prefix, no checkpoint, detach by hand."""
+    plan = noise.plan
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(sampling.steps)
+    count = len(PROMPTS)
+    positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True, [sampling.negative_prompt] * count)
+    context = torch.cat([negative, positive]).detach()
+
+    def network(latents: Tensor, t: Tensor) -> Tensor:
+        uncond, cond = pipe.unet(torch.cat([latents] * 2), t, encoder_hidden_states=context).sample.chunk(2)
+        return uncond + sampling.guidance_scale * (cond - uncond)
+
+    latents = noise.initial
+    for i, t in enumerate(scheduler.timesteps):
+        seen = latents.detach() if plan.detach_input else latents
+        prediction = network(seen, t)
+        if i not in plan.kept:
+            prediction = prediction.detach()
+        if i < plan.first:
+            latents = latents.detach()
+        extra = {} if noise.steps is None else {"eta": sampling.eta, "variance_noise": noise.steps[i]}
+        result = scheduler.step(prediction, t, latents, **extra)
+        if i == plan.stop_at:
+            latents = result.pred_original_sample
+            break
+        latents = result.prev_sample
+    rows = [latents]
+    for fresh in () if noise.lv is None else noise.lv:
+        t = scheduler.timesteps[-1]
+        again = scheduler.add_noise(latents.detach(), fresh, t.repeat(count))
+        rows.append(scheduler.step(network(again, t), t, again).prev_sample)
+    pixels = pipe.vae.decode(torch.cat(rows) / pipe.vae.config.scaling_factor).sample / 2 + 0.5
+    # Straight-through clip: the value of clamp, the gradient of identity.
+    return pixels + (pixels.clamp(0, 1) - pixels).detach()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_equals_plain_autograd(
+    tiny_sd: Callable[..., Any], name: str, prediction_type: str, checkpointing: bool
+) -> None:
+    pipe = tiny_sd(prediction_type=prediction_type).to(torch.float64)
+    parameters = trainable(pipe)
+    eta = 0.6 if name in ("uniform", "full") else 0.0
+    sampling = SamplingConfig(steps=STEPS, guidance_scale=3.0, eta=eta, negative_prompt="x")
+    backprop = BackpropConfig(checkpoint_steps=checkpointing, checkpoint_decoder=checkpointing, **SETTINGS[name])
+    sampler = Sampler(pipe, sampling, backprop)
+    for step in range(3):
+        noise = sampler.noise(seed=7, step=step, indices=range(len(PROMPTS)))
+        expected_images = plain_autograd(pipe, sampling, noise)
+        objective(expected_images).backward()
+        expected = gradients(parameters)
+
+        out = sampler.sample(PROMPTS, noise)
+        leaf = out.latents.detach().requires_grad_()
+        images = sampler.decode(leaf)
+        torch.testing.assert_close(images, expected_images, atol=1e-6, rtol=0)
+        objective(images).backward()
+        assert leaf.grad is not None
+        sampler.backward(out, leaf.grad)
+        assert out.kept_steps == noise.plan.kept
+        actual = gradients(parameters)
+        assert expected.norm() > 0
+        # Alphas are float32 in diffusers' tables; sums taken in another order differ in the last bits only.
+        torch.testing.assert_close(actual, expected, rtol=1e-7, atol=1e-9 * float(expected.norm()))
+
+
+def test_chunks_change_nothing(pipe: Any) -> None:
+    pipe = pipe.to(torch.float64)
+    parameters = trainable(pipe)
+    sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5), BackpropConfig(strategy="uniform"))
+    noise = sampler.noise(seed=1, step=5, indices=range(3))
+
+    def run(parts: list[slice], decode_chunk: int) -> tuple[Tensor, Tensor]:
+        images, start = [], 0
+        for part in parts:
+            out = sampler.sample(PROMPTS[part], noise[part])
+            grads = []
+            for i in range(0, len(out.latents), decode_chunk):
+                leaf = out.latents[i : i + decode_chunk].detach().requires_grad_()
+                pixels = sampler.decode(leaf)
+                weights = torch.arange(start, start + len(pixels), dtype=pixels.dtype).view(-1, 1, 1, 1) + 1
+                start += len(pixels)
+                (weights * pixels**2).sum().backward()
+                grads.append(leaf.grad)
+                images.append(pixels.detach())
+            sampler.backward(out, torch.cat(grads))
+        return torch.cat(images), gradients(parameters)
+
+    whole_images, whole = run([slice(0, 3)], 3)
+    for parts, chunk in (([slice(0, 3)], 1), ([slice(0, 1), slice(1, 3)], 2)):
+        images, grads = run(parts, chunk)
+        torch.testing.assert_close(images, whole_images, atol=1e-12, rtol=1e-10)
+        torch.testing.assert_close(grads, whole, rtol=1e-9, atol=1e-12 * float(whole.norm()))
+
+
+def test_prefix_really_has_no_graph(pipe: Any) -> None:
+    trainable(pipe)
+    grad_calls: list[bool] = []
+    pipe.unet.register_forward_hook(lambda *_: grad_calls.append(torch.is_grad_enabled()))
+    sampler = Sampler(pipe, SamplingConfig(steps=6), BackpropConfig(strategy="last_k", k=2, checkpoint_steps=False))
+    sampler.sample(PROMPTS, sampler.noise(seed=0, step=0, indices=range(3)))
+    assert grad_calls == [False] * 4 + [True] * 2
+
+
+def test_saturated_pixels_still_get_a_gradient(pipe: Any) -> None:
+    trainable(pipe)
+    pipe.vae.decoder.conv_out.weight.data *= 30
+    sampler = Sampler(pipe, SamplingConfig(steps=2))
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    images = sampler.decode(latents)
+    saturated = (images == 0) | (images == 1)
+    assert saturated.float().mean() > 0.1
+    (images * saturated).sum().backward()
+    assert latents.grad is not None
+    assert latents.grad.abs().sum() > 0
+
+
+def test_backward_without_a_trainable_parameter_says_so(pipe: Any) -> None:
+    for module in (pipe.unet, pipe.vae):
+        module.requires_grad_(False)
+    sampler = Sampler(pipe, SamplingConfig(steps=2))
+    out = sampler.sample(["fox"], sampler.noise(seed=0, step=0, indices=[0]))
+    with pytest.raises(RunError, match="no parameter of the denoiser is trainable"):
+        sampler.backward(out, torch.ones_like(out.latents))
+
+
+def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainable(pipe)
+    calls: list[int] = []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+
+    def unet_calls(available: int) -> int:
+        monkeypatch.setattr("alignprop_core.diffusion.sampler.available_bytes", lambda device: available)
+        sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="full"))
+        out = sampler.sample(["fox"], sampler.noise(seed=0, step=0, indices=[0]))
+        calls.clear()
+        sampler.backward(out, torch.ones_like(out.latents))
+        return len(calls)
+
+    assert unet_calls(available=2**40) == 0, "memory is plentiful: nothing is recomputed"
+    assert unet_calls(available=1) == 3, "memory is short: every kept step is recomputed"
+
+
+# -- what is kept -----------------------------------------------------------------------------------------------------
+
+
+def plans() -> Iterator[tuple[str, int, Plan]]:
+    extreme = {
+        "last_k": [{}, {"k": 1}, {"k": 999}],
+        "uniform": [{}],
+        "gaussian": [{}, {"mean": -50.0, "std": 0.0}, {"mean": 500.0, "std": 3.0}],
+        "full": [{}],
+        "drtune": [{}, {"k": 3}, {"k": 999}],
+        "refl": [{}, {"refl_steps": 999}],
+        "bernoulli": [{}, {"keep_probability": 1e-9}, {"keep_probability": 1.0}],
+    }
+    assert set(extreme) == set(STRATEGIES)
+    for strategy, options in extreme.items():
+        for option in options:
+            config = BackpropConfig(strategy=strategy, **option)  # type: ignore[arg-type]
+            for steps in (1, 2, 12, 50):
+                for seed in range(40):
+                    yield strategy, steps, draw_plan(config, steps, seeded(seed, "cut", 0))
+
+
+def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
+    for strategy, steps, plan in plans():
+        assert plan.kept, strategy
+        assert list(plan.kept) == sorted(set(plan.kept)), strategy
+        assert plan.kept[0] >= 0, strategy
+        assert plan.kept[-1] < steps, strategy
+
+
+def test_uniform_draws_every_length_and_gaussian_its_mean() -> None:
+    lengths = [len(draw_plan(BackpropConfig(strategy="uniform"), 12, seeded(s)).kept) for s in range(1200)]
+    assert set(lengths) == set(range(1, 13))
+    assert abs(sum(lengths) / len(lengths) - 6.5) < 0.3
+    config = BackpropConfig(strategy="gaussian", mean=6.0, std=1.5)
+    drawn = [len(draw_plan(config, 12, seeded(s)).kept) for s in range(1200)]
+    assert abs(sum(drawn) / len(drawn) - 6.0) < 0.2
+
+
+def test_drtune_can_choose_every_step_and_spaces_them_evenly() -> None:
+    seen = set()
+    for seed in range(300):
+        plan = draw_plan(BackpropConfig(strategy="drtune", k=5), 12, seeded(seed))
+        assert len({b - a for a, b in zip(plan.kept, plan.kept[1:], strict=False)}) == 1
+        assert plan.detach_input
+        seen |= set(plan.kept)
+    assert seen == set(range(12))
+
+
+def test_a_cut_is_drawn_once_a_batch(pipe: Any) -> None:
+    sampler = Sampler(pipe, SamplingConfig(steps=12), BackpropConfig(strategy="bernoulli"))
+    noise = sampler.noise(seed=0, step=3, indices=range(3))
+    assert noise[0:1].plan is noise.plan
+    assert sampler.noise(seed=0, step=3, indices=[17]).plan == noise.plan
+    assert len({sampler.plan(seed=0, step=s).kept for s in range(20)}) > 10
+
+
+# -- randomness -------------------------------------------------------------------------------------------------------
+
+
+def test_noise_depends_on_seed_step_and_global_index_alone(pipe: Any) -> None:
+    sampler = Sampler(pipe, SamplingConfig(steps=3, eta=1.0), BackpropConfig(strategy="last_k", lv_samples=2))
+    torch.manual_seed(1)
+    whole = sampler.noise(seed=5, step=2, indices=range(6))
+    torch.manual_seed(2)
+    part = sampler.noise(seed=5, step=2, indices=[4, 1])
+    for mine, theirs in ((part.initial, whole.initial[[4, 1]]),):
+        assert torch.equal(mine, theirs)
+    assert part.steps is not None
+    assert part.lv is not None
+    assert whole.steps is not None
+    assert whole.lv is not None
+    assert torch.equal(part.steps, whole.steps[:, [4, 1]])
+    assert torch.equal(part.lv, whole.lv[:, [4, 1]])
+    for other in ({"seed": 6, "step": 2}, {"seed": 5, "step": 3}):
+        assert not torch.equal(sampler.noise(indices=range(6), **other).initial, whole.initial)
+    flat = whole.initial.flatten(1)
+    assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.5
+
+
+def test_a_prompts_encoding_does_not_depend_on_its_batch(pipe: Any) -> None:
+    a, b = (Sampler(pipe, SamplingConfig(steps=2)) for _ in range(2))
+    together = a.conditioning(PROMPTS).positive["encoder_hidden_states"]
+    for i, prompt in reversed(list(enumerate(PROMPTS))):
+        assert torch.equal(b.conditioning([prompt]).positive["encoder_hidden_states"][0], together[i])
+
+
+def test_lv_rows_say_which_prompt_they_belong_to(pipe: Any) -> None:
+    trainable(pipe)
+    sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="last_k", lv_samples=2))
+    noise = sampler.noise(seed=0, step=0, indices=range(3))
+    out = sampler.sample(PROMPTS, noise)
+    assert out.sample_index == (0, 1, 2) * 3
+    assert out.latents.shape[0] == 9
+    with torch.no_grad():
+        assert sampler.sample(PROMPTS, noise).latents.shape[0] == 3
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_pipeline_class_is_named(pipe: Any) -> None:
+    class OtherPipeline:
+        unet = pipe.unet
+
+    with pytest.raises(ModelError, match="cannot run a OtherPipeline"):
+        Sampler(OtherPipeline(), SamplingConfig())
+
+
+def test_more_steps_than_the_model_has_timesteps(pipe: Any) -> None:
+    with pytest.raises(ModelError, match="1001"):
+        Sampler(pipe, SamplingConfig(steps=1001))
+
+
+def test_true_cfg_scale_is_refused_with_the_right_key(pipe: Any) -> None:
+    with pytest.raises(ConfigError, match=r"sampling\.guidance_scale"):
+        Sampler(pipe, SamplingConfig(true_cfg_scale=2.0))
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: torch.dtype) -> None:
+    pipe = tiny_sd().to("cuda", dtype)
+    trainable(pipe)
+    sampler = Sampler(pipe, SamplingConfig(steps=4, eta=0.5), BackpropConfig(strategy="uniform"))
+    noise = sampler.noise(seed=0, step=0, indices=range(3))
+    sampler.sample(PROMPTS, noise)  # encodes prompts and measures a step, once
+    noise = Noise(
+        initial=noise.initial.cuda(), plan=noise.plan, steps=noise.steps.cuda() if noise.steps is not None else None
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = sampler.sample(PROMPTS, noise)
+        leaf = out.latents.detach().requires_grad_()
+        sampler.decode(leaf).sum().backward()
+        assert leaf.grad is not None
+        sampler.backward(out, leaf.grad)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
