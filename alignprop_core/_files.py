@@ -25,6 +25,12 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     )
 
 
+def says_full(error: BaseException, folder: Path) -> bool:
+    """Whether a library's own error comes of a full disk: torch and safetensors do not raise OSError for it."""
+    told = any(os.strerror(number) in str(error) for number in _FULL)
+    return told or shutil.disk_usage(folder).free < 1 << 20
+
+
 def check_space(folder: Path, needed: int) -> None:
     """Raise OutputError if the disk below `folder` has fewer than `needed` bytes left."""
     while not folder.exists() and folder != folder.parent:
@@ -58,16 +64,16 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        flush_folder(path.parent)
+        flush(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
 
 
-def flush_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut (a folder cannot be flushed on Windows: nothing is done)."""
-    if os.name != "posix":
+def flush(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk itself (Windows cannot flush a folder: left alone there)."""
+    if path.is_dir() and os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
