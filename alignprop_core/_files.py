@@ -38,9 +38,13 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OutputError(
-            f"No room in {folder}: {needed / 1e6:.1f} MB are needed and {free / 1e6:.1f} MB are free. Files saved "
+            f"No room in {folder}: {_size(needed)} are needed and {_size(free)} are free. Files saved "
             "before are whole. Free some space, then go on with --resume latest; or choose another output=."
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:

@@ -49,11 +49,9 @@ class RunFolder:
             OutputError: the folder holds something, another process uses it, or it cannot be written to.
         """
         path = Path(path).expanduser().absolute()
-        if path.exists() and not path.is_dir():
-            raise OutputError(f"output: {path} is a file, and a folder is needed. Choose another output=.")
+        cls.check_free(path, overwrite=overwrite)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            _refuse_used(path, overwrite)
             lock = FolderLock(path)
             try:
                 _refuse_used(path, overwrite)  # another run may have finished in it meanwhile
@@ -67,17 +65,17 @@ class RunFolder:
             raise cannot_write(path, error) from error
         return cls(path, lock)
 
-    @classmethod
-    def check_free(cls, path: str | Path) -> None:
-        """Raise the `OutputError` that `create` would raise for a used folder; writes nothing."""
+    @staticmethod
+    def check_free(path: str | Path, *, overwrite: bool = False) -> None:
+        """Raise OutputError where `create` would refuse; makes nothing (for a dry run, or before a model loads)."""
         path = Path(path).expanduser().absolute()
-        if path.is_dir():
-            _refuse_used(path, overwrite=False)
-        elif path.exists():
-            raise OutputError(f"output: {path} is a file, and a folder is needed. Choose another output=.")
-        parent = next(p for p in (path, *path.parents) if p.exists())
-        if not os.access(parent, os.W_OK):
-            raise OutputError(f"output: {parent} is not writable for you. Choose another output=.")
+        nearest = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not nearest.is_dir():
+            raise OutputError(f"output: {nearest} is a file, and a folder is needed. Choose another output=.")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        if nearest == path:
+            _refuse_used(path, overwrite)
 
     @classmethod
     def open(cls, path: str | Path, *, lock: bool = True) -> RunFolder:

@@ -74,8 +74,12 @@ def test_a_folder_in_use_or_filled_is_refused_and_left_alone(tmp_path: Path) -> 
         RunFolder.create(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
         RunFolder.create(tmp_path / "notes.txt")
-    with pytest.raises(OutputError, match="Cannot write"):
+    with pytest.raises(OutputError, match=r"notes\.txt is a file"):
         RunFolder.create(tmp_path / "notes.txt" / "below")
+    for path in (tmp_path, tmp_path / "notes.txt", tmp_path / "notes.txt" / "below"):
+        with pytest.raises(OutputError):
+            RunFolder.check_free(path)
+    RunFolder.check_free(tmp_path / "new" / "run")
     with pytest.raises(OutputError, match="no run folder"):
         RunFolder.open(tmp_path)
     assert left(tmp_path) == ["notes.txt"]
@@ -255,7 +259,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: py
     usage = namedtuple("usage", "total used free")
     with made(tmp_path) as run:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-        with pytest.raises(OutputError, match=r"0\.0 MB are free"):
+        with pytest.raises(OutputError, match=r"2\.0 kB are needed and 1\.0 kB are free"):
             run.write_text("evaluation.json", "x" * 2000)
         with pytest.raises(OutputError, match=r"5\.0 MB are needed"), run.staged("checkpoints/a", needs=5_000_000):
             pytest.fail("the block must not run")
