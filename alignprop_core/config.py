@@ -139,7 +139,7 @@ def _parse(
     except ValidationError as error:
         problems = explain(error) + problems
     if problems or config is None:
-        raise InvalidConfig(problems, _report(problems, lines, source))
+        raise InvalidConfig(problems, _report(problems, lines, source, overridden))
     return config
 
 
@@ -182,7 +182,7 @@ def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains:
     return []
 
 
-def _report(problems: Sequence[Problem], lines: Lines, source: str) -> str:
+def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: set[Key]) -> str:
     """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
 
     def line(path: Key) -> int:
@@ -190,10 +190,14 @@ def _report(problems: Sequence[Problem], lines: Lines, source: str) -> str:
             path = path[:-1]
         return lines[path] if path else 0
 
+    def shown(problem: Problem) -> str:
+        given = any(problem.path[: len(done)] == done for done in overridden)
+        return f"{problem.key}{' (from the command line)' if given else ''}: {problem.message}"
+
     if len(problems) == 1:
         at = line(problems[0].path)
-        return f"{source}{f':{at}' if at else ''}: {problems[0].key}: {problems[0].message}"
+        return f"{source}{f':{at}' if at else ''}: {shown(problems[0])}"
     ordered = sorted(problems, key=lambda problem: line(problem.path))
     places = [f"line {line(problem.path)}: " if line(problem.path) else "" for problem in ordered]
-    listed = [f"  {place}{problem.key}: {problem.message}" for place, problem in zip(places, ordered, strict=True)]
+    listed = [f"  {place}{shown(problem)}" for place, problem in zip(places, ordered, strict=True)]
     return "\n".join([f"{source}: {len(problems)} problems", *listed])

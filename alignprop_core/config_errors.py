@@ -236,8 +236,8 @@ def _message(path: Key, items: list[Any], model: type[BaseModel], where: str) ->
         return str(first["msg"]).removeprefix("Value error, ")
     wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
     got = shown(first.get("input"))
-    if kind == "string_pattern_mismatch" and path[-1:] == ("device",):
-        wanted = "auto, cpu, mps, cuda or cuda:N (as in cuda:0)"
+    if kind == "string_pattern_mismatch" and model is RunConfig:
+        wanted = _PATTERNS.get(path[-1], wanted)
     hint = ""
     if kind in ("literal_error", "enum") and isinstance(first.get("input"), str):
         known = [value.strip("'") for value in context.get("expected", "").replace(" or ", ", ").split(", ")]
@@ -263,6 +263,12 @@ _WANTED = {
     "none_required": "null",
     "finite_number": "a finite number",
     "string_too_short": "text that is not empty",
+}
+
+
+_PATTERNS: dict[str | int, str] = {
+    "device": "auto, cpu, mps, cuda or cuda:N (as in cuda:0)",
+    "label": "letters, digits, dots, dashes and underscores",
 }
 
 
@@ -305,13 +311,12 @@ def unknown_key(path: Key, model: type[BaseModel] = RunConfig, where: str = "") 
     every = list(dict.fromkeys(keys_of(model)))
     siblings = [key for key in every if key.rpartition(".")[0] == parent]
     message = "unknown key."
+    alike = name.lower().replace("-", "_")
+    if model is RunConfig and alike in OTHER_TRAINERS:
+        return f"{message} In alignprop this is {OTHER_TRAINERS[alike]}."
     close = get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1, cutoff=0.75)
     if close:
         return f"{message} Did you mean {dotted([*([where] if where else []), *path[:-1], close[0]])}?"
-    if model is RunConfig:
-        alike = name.lower().replace("-", "_")
-        if alike in OTHER_TRAINERS and OTHER_TRAINERS[alike] != dotted(plain):
-            return f"{message} In alignprop this is {OTHER_TRAINERS[alike]}."
     same = [key for key in every if key.rpartition(".")[2] == name]
     if same:
         return f"{message} Did you mean {' or '.join(same[:3])}?"
