@@ -76,7 +76,8 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
     """Make the paths in the data absolute, in place; registered names and hub ids stay as they are.
 
     Input files are looked for from the config's folder (from the working directory where the command line named them),
-    the output from the working directory. Returns names that nothing installed offers.
+    the output from the working directory. What has no path's form and is not in the config's folder, but is in the
+    working directory, is that. Returns names that nothing installed offers.
     """
     problems: list[Problem] = []
     for kind, path, holder, name in list(_path_values(data)):
@@ -99,6 +100,9 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
             continue
         if _is_path(written, start):
             holder[name] = _absolute(start, written)
+        elif Path(written).exists():
+            # Something like runs/first, written where the run was started from: no hub id anybody means.
+            holder[name] = _absolute(Path(), written)
         elif kind == "prompts":
             problems.append(Problem(path, _unknown(registry.prompt_set, written, "the path of a .txt or .jsonl file")))
         elif kind == "model" and written.count("/") != 1:

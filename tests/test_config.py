@@ -400,6 +400,8 @@ output: runs/first
     assert config.lora.init_from == str(there / "run")
     assert config.rewards[0].options["weights"] == str(there / "w.safetensors")
     assert config.output == str(here / "runs" / "first")
+    (here / "runs" / "before").mkdir(parents=True)
+    assert load(there, registry, base=base.replace("./run", "runs/before")).lora.init_from == str(here / "runs/before")
     given = load(there, registry, base=base, overrides=["prompts.train=q.txt", "model.base=owner/name", "output=o"])
     assert (given.prompts.train, given.output) == (str(here / "q.txt"), str(here / "o"))
     assert given.model.base == "owner/name"

@@ -1,0 +1,329 @@
+"""The listing commands: quick, free of torch, unharmed by broken plugins, and JSON that stays JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from alignprop_core import cli
+from alignprop_core.cli import checks
+from alignprop_core.config import parse_config
+from alignprop_core.config_yaml import read_yaml
+from alignprop_core.errors import OutputError, RewardError
+from alignprop_core.registry import Registry, default_registry
+from tests.fake_plugins import install, reward_spec, rewards_hook
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a loud working plugin and a broken one, and nothing else allowed."""
+    spec = reward_spec(
+        "redness",
+        "fake_red",
+        'unit="points", typical_range=(0, 95), license="MIT", evaluate_with="true_redness", '
+        'citation="Someone 2024", '
+        'weights=[{"repository": "a/b", "file": "w.safetensors", "bytes": 2000000, "license": "MIT"}]',
+    )
+    watched = reward_spec("true_redness", "fake_red", "differentiable=False")
+    loud = rewards_hook(f"print('HELLO')\nreturn [{spec}, {watched}]") + "\nprint('HELLO')\n"
+    install(tmp_path, "fake-red", loud)
+    install(tmp_path, "fake-broken", "import no_such_module_here")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("ALIGNPROP_PLUGINS", "fake-red,fake-broken")
+    monkeypatch.delenv("ALIGNPROP_BLOCK_PLUGINS", raising=False)
+    default_registry.cache_clear()
+    yield tmp_path
+    default_registry.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("fake_")]:
+        del sys.modules[name]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    assert cli.run(arguments) == code
+    out, err = capsys.readouterr()
+    return out, err
+
+
+def run_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    return json.loads(run(capsys, *arguments, "--json")[0])
+
+
+# -- what they print --------------------------------------------------------------------------------------------
+
+
+def test_plugins_lists_working_and_broken_ones(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, "plugins")
+    assert "fake-red" in out
+    assert "redness, true_redness" in out
+    assert "No module named 'no_such_module_here'" in " ".join(out.split())
+    assert "HELLO" not in out.replace('("HELLO")', "")
+    assert "--traceback" in err
+    assert "Traceback (most recent call last)" in run(capsys, "plugins", "--traceback")[0]
+
+
+def test_plugins_json_is_json_in_spite_of_prints(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = run_json(capsys, "plugins")
+    listed = {plugin["distribution"]: plugin for plugin in data["plugins"]}
+    assert listed["fake-red"]["status"] == "loaded"
+    assert listed["fake-red"]["rewards"] == ["redness", "true_redness"]
+    assert "prints when imported" in listed["fake-red"]["warnings"][0]
+    assert listed["fake-broken"]["status"] == "failed"
+    assert "no_such_module_here" in listed["fake-broken"]["traceback"]
+    assert data["api_version"] == 1
+
+
+def test_plugins_requirements_are_pinned_lines(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "plugins", "--requirements")
+    assert "fake-red==1.2" in out.split("\n")
+    assert out.startswith("alignprop-core==")
+
+
+def test_rewards_list_names_rewards_and_missing_plugins(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, "rewards", "list")
+    assert "redness" in out
+    assert "0 to 95 points" in out
+    assert "evaluation only" in out
+    assert "fake-broken is not loaded (failed: ModuleNotFoundError" in err
+    data = run_json(capsys, "rewards", "list")
+    assert [(reward["full_name"], reward["conflict"]) for reward in data] == [
+        ("fake-red/redness", False),
+        ("fake-red/true_redness", False),
+    ]
+
+
+def test_a_name_of_two_plugins_is_listed_in_full(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(site, "fake-twin", rewards_hook(f"return [{reward_spec('redness', 'fake_twin')}]"))
+    monkeypatch.setenv("ALIGNPROP_PLUGINS", "fake-red,fake-twin")
+    default_registry.cache_clear()
+    out, _ = run(capsys, "rewards", "list")
+    assert "fake-red/redness" in out
+    assert "fake-twin/redness" in out
+    _, err = run(capsys, "rewards", "show", "redness", code=2)
+    assert err.startswith('error: The reward "redness" is offered by fake-red 1.2 and fake-twin 1.2')
+
+
+def test_rewards_show_prints_facts_options_and_yaml(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run(capsys, "rewards", "show", "redness")
+    for text in (
+        "redness: Fake.",
+        "0 to 95 points",
+        "true_redness",
+        "MIT",
+        "Someone 2024",
+        "a/b/w.safetensors, 2.0 MB, MIT",
+        "quality",
+        "1 to 95",
+        "How good.",
+    ):
+        assert text in out
+    data = run_json(capsys, "rewards", "show", "redness")
+    quality = data["options"][0]
+    assert quality == {
+        "name": "quality",
+        "type": "whole number",
+        "required": False,
+        "default": 95,
+        "description": "How good.",
+        "limits": "1 to 95",
+    }
+    assert data["options_schema"]["properties"]["quality"]["maximum"] == 95
+    assert "fake_red.reward" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["redness", "true_redness"])
+def test_the_yaml_of_rewards_show_loads_when_pasted(site: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    pasted, _ = read_yaml(run_json(capsys, "rewards", "show", name)["yaml"], "pasted")
+    data = {
+        "model": {"base": "owner/model"},
+        "prompts": {"train": "p.txt"},
+        "rewards": [{"name": "redness", "label": "other"}],
+        "output": "o",
+        **pasted,
+    }
+    config = parse_config(data, registry=default_registry())
+    assert name in [term.name for term in (*config.rewards, *config.evaluation.rewards)]
+
+
+def test_an_unknown_reward_is_one_message_and_exit_code_2(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capsys, "rewards", "show", "rednes", code=2)
+    assert out == ""
+    assert err.startswith('error: No installed plugin offers the reward "rednes". Did you mean "redness"?')
+    assert "Traceback" not in err
+
+
+def test_schema_includes_the_installed_rewards(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = json.loads(run(capsys, "schema")[0])
+    assert data["$schema"].endswith("2020-12/schema")
+    assert "redness" in data["$defs"]["RewardTerm"]["properties"]["name"]["enum"]
+    assert data["$defs"]["fake-red__redness"]["properties"]["quality"]["maximum"] == 95
+
+
+def test_doctor_finds_the_broken_plugin(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    findings = {finding["what"]: finding for finding in run_json(capsys, "doctor", "--quick")}
+    assert findings["python"]["status"] == "ok"
+    assert findings["torch"]["status"] == "ok"
+    assert findings["plugin fake-broken"]["status"] == "warning"
+    assert "no_such_module_here" in findings["plugin fake-broken"]["found"]
+    assert "fake-broken" in run(capsys, "doctor", "--quick")[0]
+
+
+def test_doctor_names_conflicts_and_misspelt_lists(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+    install(site, "fake-twin", rewards_hook(f"return [{reward_spec('redness', 'fake_twin')}]"))
+    lists = {"ALIGNPROP_PLUGINS": "fake-red,fake-twin,fake-tiwn"}
+    monkeypatch.setenv("ALIGNPROP_PLUGINS", lists["ALIGNPROP_PLUGINS"])
+    found = [
+        finding for finding in checks.check_all(Registry.discover(lists), quick=True) if finding.status == "warning"
+    ]
+    text = " | ".join(f"{finding.what}: {finding.found} {finding.advice}" for finding in found)
+    assert "rewards: redness: offered by 2 plugins Write fake-red/redness or fake-twin/redness" in text
+    assert "names fake-tiwn, which is not an installed plugin" in text
+
+
+def test_doctor_fails_on_a_missing_requirement(
+    site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "requires", lambda name: ["no-such-distribution>=3", "pyyaml>=99"])
+    out, _ = run(capsys, "doctor", "--quick", code=1)
+    assert 'pip install -U "no-such-distribution>=3"' in out
+    assert "needed is >=99" in out
+
+
+@pytest.mark.parametrize(
+    ("variables", "word"),
+    [({"HF_HUB_OFFLINE": "1"}, "offline"), ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": ""}, "online")],
+)
+def test_doctor_says_whether_the_hub_is_used(
+    variables: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (hub,) = (f for f in checks.check_all(Registry.from_plugins({}), quick=True) if f.what == "hub")
+    assert hub.found.startswith(word)
+
+
+# -- errors and exit codes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-command"], "error: No such command 'no-such-command'"),
+        (["rewards", "show"], "error: Missing argument"),
+        (["plugins", "--jsn"], "error: No such option"),
+        (["plugins", "surprise"], "error: Got unexpected extra argument"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, err = run(capsys, *arguments, code=2)
+    assert err.startswith(message)
+    assert len(err.strip().split("\n")) == 1
+    assert "--help` shows what it takes." in err
+
+
+def _failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", raises)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (OutputError("runs/a exists."), 2, "error: runs/a exists."),
+        (RewardError("broke"), 1, "error: broke"),
+        (OSError(28, "No space left on device", "runs/a"), 1, "error: No space left on device: runs/a"),
+        (ValueError("odd"), 1, "error: unexpected ValueError: odd"),
+        (KeyboardInterrupt(), 130, "\ninterrupted"),
+        (typer.Abort(), 130, "\ninterrupted"),
+    ],
+)
+def test_every_error_is_a_message_and_an_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALIGNPROP_DEBUG", raising=False)
+    _failing(error, monkeypatch)
+    _, err = run(capsys, "train", code=code)
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", ["option", "variable"])
+def test_debug_shows_the_traceback(
+    how: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _failing(RewardError("broke"), monkeypatch)
+    monkeypatch.setenv("ALIGNPROP_DEBUG", "1" if how == "variable" else "0")
+    _, err = run(capsys, "train", *(["--debug"] if how == "option" else []), code=1)
+    assert "Traceback (most recent call last)" in err
+    assert "error: broke" in err
+
+
+def test_a_plugins_own_traceback_is_shown_without_debug(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ALIGNPROP_DEBUG", raising=False)
+    error = RewardError("it could not be built")
+    error.add_note("Traceback of the plugin")
+    _failing(error, monkeypatch)
+    assert "Traceback of the plugin" in run(capsys, "train", code=1)[1]
+
+
+def test_the_process_exits_with_the_code() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from alignprop_core.cli import main; main()", "rewards", "show", "nothing_like_it"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+
+
+# -- light and quick --------------------------------------------------------------------------------------------
+
+LISTINGS = [["--help"], ["plugins"], ["rewards", "list"], ["rewards", "show", "redness"], ["schema"]]
+
+
+@pytest.mark.parametrize("arguments", [*LISTINGS, ["doctor", "--quick"]], ids=" ".join)
+def test_listings_import_no_torch(site: Path, arguments: list[str]) -> None:
+    code = (
+        f"import sys; from alignprop_core.cli import run; assert run({arguments!r}) == 0;"
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env=environment, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures processor time with os.wait4, which Windows lacks")
+@pytest.mark.parametrize("command", ["--help", "plugins"])
+def test_help_and_plugins_answer_in_half_a_second(command: str) -> None:
+    # Processor time of one thread is wall time on a machine that is not busy, and stays true on one that is.
+    seconds = []
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from alignprop_core.cli import main; main()", command], stdout=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    assert min(seconds) < 0.5
