@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -331,6 +331,36 @@ def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read_right(tmp_pa
         unet_lora_adapter_metadata=pipeline.unet.peft_config["alignprop"].to_dict(),
     )
     assert_same(changes_of(tmp_path), expected, 1e-6)
+    alone = tmp_path / "alone"  # the denoiser's own method writes no component into the names
+    pipeline.unet.save_lora_adapter(alone, adapter_name="alignprop")
+    assert_same(changes_of(alone), expected, 1e-6)
+    wrapped = tmp_path / "peft"
+    PeftModel(tiny_sd().unet, config, "alignprop").save_pretrained(wrapped)
+    raw = get_peft_model_state_dict(pipeline.unet, adapter_name="alignprop")
+    save_file({f"base_model.model.{k}": v for k, v in raw.items()}, wrapped / "alignprop" / "adapter_model.safetensors")
+    assert_same(changes_of(wrapped / "alignprop"), expected, 1e-6)
+    (wrapped / "alignprop" / "adapter_config.json").unlink()
+    with pytest.raises(LoraError, match="scale is unknown"):
+        lora.load_delta(wrapped / "alignprop")
+
+
+def test_files_can_be_half_as_large(trained: Path, tmp_path: Path) -> None:
+    unet = tiny_sd().unet
+    lora.attach(unet, rank=4, init_from=trained)
+    lora.save(unet, tmp_path / "half", name="style", dtype=torch.float16)
+    for file in (lora.DIFFUSERS_NAME, "style.safetensors"):
+        assert {t.dtype for t in load_file(tmp_path / "half" / file).values()} == {torch.float16}
+        assert_same(changes_of(tmp_path / "half" / file), changes_of(trained), 2e-3)
+
+
+def test_a_wrapper_around_the_denoiser_changes_no_names(trained: Path, tmp_path: Path) -> None:
+    unet = tiny_sd().unet
+    wrapped = torch.compile(unet)  # nothing is compiled before its first call
+    assert isinstance(wrapped, nn.Module)
+    lora.attach(wrapped, rank=4, init_from=trained)
+    lora.save(wrapped, tmp_path / "wrapped", name="style")
+    assert_same(changes_of(tmp_path / "wrapped"), changes_of(trained))
+    assert lora.state(wrapped).keys() == lora.state(unet).keys()
 
 
 @pytest.mark.parametrize("build", ["sd", "sdxl", "sd3", "flux"])

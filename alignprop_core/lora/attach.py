@@ -26,6 +26,7 @@ from alignprop_core.lora.layers import (
     activate,
     adapter_names,
     attached,
+    bare,
     drawn,
     ending,
     find_targets,
@@ -41,10 +42,10 @@ ADAPTER = "alignprop"
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention projections of the denoiser."""
 
-_ARCHITECTURES = {  # by width of the text embedding
-    768: "stable-diffusion-v1/lora",
-    1024: "stable-diffusion-v2-768-v/lora",
-    2048: "stable-diffusion-xl-v1-base/lora",
+_ARCHITECTURES = {  # by width of the text embedding: what modelspec readers and A1111 call it
+    768: {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "sd_v1"},
+    1024: {"modelspec.architecture": "stable-diffusion-v2-768-v/lora", "ss_v2": "True"},
+    2048: {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_base_model_version": "sdxl_base_v1-0"},
 }
 
 
@@ -258,15 +259,15 @@ def save_kohya(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write the trained adapter in kohya's layout with a modelspec header, atomically. Errors as `save`."""
-    header = {"modelspec.architecture": _architecture(denoiser)}
+    header = _architecture(bare(denoiser))
     header |= {str(key): str(value) for key, value in (metadata or {}).items()}
     write_kohya(Path(file), current(denoiser), component=component, metadata=header, dtype=dtype)
 
 
-def _architecture(denoiser: nn.Module) -> str:
+def _architecture(denoiser: nn.Module) -> dict[str, str]:
     width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
-    other = f"{type(denoiser).__name__}/lora"
-    return _ARCHITECTURES.get(width, other) if isinstance(width, int) else other
+    other = {"modelspec.architecture": f"{type(denoiser).__name__}/lora"}
+    return dict(_ARCHITECTURES.get(width, other) if isinstance(width, int) else other)
 
 
 def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequence[str]) -> dict[str, Factors]:

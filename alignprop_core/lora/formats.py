@@ -41,6 +41,7 @@ _KOHYA_COMPONENTS = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
 }
+_PEFT = "base_model.model."  # peft's own files
 _FACTOR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>A|B|down|up)\.weight")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
@@ -125,7 +126,7 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     """Read a LoRA of either format: {component: {module name: Factors}}, on the CPU in the file's dtype.
 
     Components are "denoiser", "text_encoder" and "text_encoder_2". The scale of a layer comes from its alpha tensor,
-    else from diffusers' header, else it is 1.
+    else from diffusers' header or peft's adapter_config.json, else it is 1.
 
     Raises:
         LoraError: the file is missing, pickled, damaged, empty, not finite or of a kind other than plain LoRA.
@@ -157,7 +158,7 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
         odd = sorted(module for _, module in down.keys() ^ up.keys())
         raise LoraError(f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA in it."))
 
-    settings = _header_settings(file, header)
+    settings = _settings(file, header, peft=any(key.startswith(_PEFT) for key in tensors))
     parts: dict[str, dict[str, Factors]] = {}
     for place, a in down.items():
         component, module = place
@@ -181,7 +182,7 @@ def _place(module: str) -> tuple[str, str]:
     for prefix, component in _KOHYA_COMPONENTS.items():
         if module.startswith(prefix):
             return component, unflatten_name(module.removeprefix(prefix))
-    component = DENOISER  # no prefix: saved from the denoiser alone
+    component, module = DENOISER, module.removeprefix(_PEFT)  # no component: saved from the denoiser alone
     for prefix, named in _COMPONENTS.items():
         if module.startswith(prefix):
             component, module = named, module.removeprefix(prefix)
@@ -191,17 +192,19 @@ def _place(module: str) -> tuple[str, str]:
     return component, module
 
 
-def _header_settings(file: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """diffusers' adapter settings by component: {"denoiser": {"r": 8, "lora_alpha": 16, ...}}."""
+def _settings(file: Path, header: Mapping[str, str], *, peft: bool) -> dict[str, dict[str, Any]]:
+    """Adapter settings by component, {"denoiser": {"lora_alpha": 16, ...}}: from the header, or the file peft adds."""
     try:
-        packed = json.loads(header.get("lora_adapter_metadata", "{}"))
+        if peft:
+            return {DENOISER: json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))}
         settings: dict[str, dict[str, Any]] = {}
-        for key, value in packed.items():
+        for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
             component, setting = _place(key)
             settings.setdefault(component, {})[setting] = value
-    except (ValueError, AttributeError) as error:
-        raise LoraError(f"{file}: its header's lora_adapter_metadata cannot be read ({error}).") from error
-    return settings
+        return settings
+    except (OSError, ValueError, AttributeError) as error:
+        where = "its adapter_config.json" if peft else "lora_adapter_metadata in its header"
+        raise LoraError(f"{file}: {where} cannot be read ({error}), so its scale is unknown.") from error
 
 
 def _header_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -20,6 +20,15 @@ from alignprop_core.errors import LoraError, did_you_mean
 from alignprop_core.lora.formats import Factors, flatten_name
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """The network inside the wrappers of torch.compile and DistributedDataParallel, which change layer names."""
+    while inner := getattr(model, "_orig_mod", None) or (
+        model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    ):
+        model = inner
+    return model
+
+
 def adapter_names(model: nn.Module) -> set[str]:
     """Names of all adapters on the model."""
     return {name for module in model.modules() if isinstance(module, LoraLayer) for name in module.lora_A}
@@ -27,7 +36,7 @@ def adapter_names(model: nn.Module) -> set[str]:
 
 def layers_of(model: nn.Module, name: str) -> list[tuple[str, Any]]:
     """(module name, peft layer) of an adapter, in module order."""
-    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
+    return [(n, m) for n, m in bare(model).named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
 def attached(model: nn.Module, name: str) -> list[tuple[str, Any]]:
@@ -54,6 +63,7 @@ def activate(layer: Any, names: Sequence[str]) -> None:
 
 def inject(model: nn.Module, config: LoraConfig, name: str, dtype: torch.dtype, *, trainable: bool) -> None:
     """Add peft's layers for one adapter and leave every other adapter as it was: active, frozen or trained."""
+    model = bare(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     # peft draws factors we overwrite: keep that from moving anybody's random numbers.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -83,7 +93,7 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
     """The layers a LoRA can change, by their name without any adapter."""
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in bare(model).named_modules():
         if any(name.startswith(f"{outer}.") for outer in inside[-1:]):
             continue
         if isinstance(module, BaseTunerLayer):
