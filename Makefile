@@ -36,7 +36,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/mypy $(SOURCES)
 
 docs: $(STAMP) ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(BENCH)/.installed ## time a training step against TRL's; writes docs/results/trl_step.md
 	$(BENCH)/bin/python tests/bench/trl_step.py --output docs/results/trl_step.md
