@@ -141,7 +141,8 @@ def fit(factors: Mapping[str, Factors], model: nn.Module, path: str | Path) -> d
             )
         weight = getattr(known[name], "weight", None)
         change = (layer.up.shape[0], *layer.down.shape[1:])
-        if isinstance(weight, Tensor) and tuple(weight.shape) != change:
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()  # quantised weights are packed otherwise
+        if isinstance(weight, Tensor) and plain and tuple(weight.shape) != change:
             raise LoraError(
                 f"{path} does not fit this model: {module} changes weights of shape {change}, and they are "
                 f"{tuple(weight.shape)} here. It was made for another base model."
