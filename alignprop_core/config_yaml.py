@@ -17,6 +17,9 @@ from alignprop_core.errors import ConfigError
 Lines = dict[tuple[str | int, ...], int]
 """The line (from 1) of every key and list item, by its path."""
 
+MAX_DEPTH = 50
+MAX_VALUES = 100_000
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars, and keys that may stand only once."""
@@ -84,13 +87,14 @@ def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
     Raises:
         ConfigError: on a syntax error, with its line and column.
     """
-    loader = _Loader(text)
+    loader: _Loader | None = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None, {}
         lines: Lines = {}
-        _note_lines(node, (), lines, depth=0)
+        _note_lines(node, (), lines)
         return loader.construct_document(node), lines
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -102,21 +106,25 @@ def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: not valid YAML: {error}.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
-def _note_lines(node: yaml.Node, path: tuple[str | int, ...], lines: Lines, depth: int) -> None:
-    if depth > 50:
-        raise ValueError("nested more than 50 levels deep")
+def _note_lines(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> None:
+    # A file of a few lines can hold billions of values through aliases of aliases, or one that holds itself.
+    if len(path) > MAX_DEPTH:
+        raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
+    if len(lines) > MAX_VALUES:
+        raise ValueError(f"holds more than {MAX_VALUES:,} values")
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             if isinstance(key, yaml.ScalarNode):
                 lines[(*path, key.value)] = key.start_mark.line + 1
-                _note_lines(value, (*path, key.value), lines, depth + 1)
+                _note_lines(value, (*path, key.value), lines)
     elif isinstance(node, yaml.SequenceNode):
         for i, item in enumerate(node.value):
-            _note_lines(item, (*path, i), lines, depth + 1)
+            _note_lines(item, (*path, i), lines)
 
 
 def dump_yaml(data: object) -> str:

@@ -179,7 +179,7 @@ class RunFolder:
 
     def write_json(self, name: str | Path, data: Any) -> Path:
         """As `write_text`; NaN and infinities, which JSON has not, are written as null."""
-        return self.write_text(name, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
+        return write_json(self.inside(name), data)
 
     @contextmanager
     def staged(self, name: str | Path, *, needs: int = 0) -> Iterator[Path]:
@@ -290,6 +290,12 @@ class RunFolder:
         if self._metrics is not None:
             self._metrics.close()
             self._metrics = None
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Write JSON whole or not at all; NaN and infinities, which JSON has not, are written as null."""
+    write_atomic(path, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
+    return path
 
 
 def safe_name(text: str, *, longest: int = 80) -> str:

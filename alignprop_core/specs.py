@@ -83,6 +83,9 @@ class ModelSpec(Spec):
         description='"package.module:function" returning the folder as a Path, or a hub repository id "owner/name".'
     )
     resolution: int | None = Field(default=None, description="Native width and height in pixels.")
+    demo: str = Field(
+        default="", description='"package:relative/file.yaml": a run config that shows the model off in minutes.'
+    )
     weights: tuple[WeightsFile, ...] = ()
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -79,3 +80,20 @@ def note_broken_plugins(registry: Registry) -> None:
     for record in registry.plugins:
         if record.status in ("failed", "incompatible"):
             note(f"note: {record.distribution} is not loaded ({record.status}: {record.error})")
+
+
+def status(message: str) -> Any:
+    """Return a context that shows what is being waited for, on standard error; silent in pipes."""
+    out = console(stderr=True)
+    return out.status(message) if out.is_terminal else nullcontext()
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and advice of other libraries out of the terminal; call before they are imported."""
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -42,24 +44,41 @@ def load_pipeline(
 
     source = _resolve(base, registry)
     try:
-        if isinstance(source, Path) and source.is_file():
-            pipeline = diffusers.StableDiffusionPipeline.from_single_file(source, torch_dtype=dtype)
-        else:
-            index = diffusers.DiffusionPipeline.load_config(source)
-            extra: dict[str, Any] = {}
-            if index.get("safety_checker", (None, None))[0] is not None:
-                extra = {"safety_checker": None, "requires_safety_checker": False}
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                source, torch_dtype=dtype, use_safetensors=True, **extra
-            )
-        if vae is not None:
-            subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
-            pipeline.vae = diffusers.AutoencoderKL.from_pretrained(
-                vae, subfolder=subfolder, torch_dtype=dtype, use_safetensors=True
-            )
+        with _no_progress_bar():
+            pipeline = _open(source)
+            if vae is not None:
+                subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
+                pipeline.vae = diffusers.AutoencoderKL.from_pretrained(vae, subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f'model.base "{base}" could not be loaded from {source}: {error}') from error
+    pipeline.to(dtype)
     return prepare(pipeline, device)
+
+
+def _open(source: Path | str) -> Any:
+    import diffusers
+
+    if isinstance(source, Path) and source.is_file():
+        return diffusers.StableDiffusionPipeline.from_single_file(source)
+    index = diffusers.DiffusionPipeline.load_config(source)
+    extra: dict[str, Any] = {}
+    if index.get("safety_checker", (None, None))[0] is not None:
+        extra = {"safety_checker": None, "requires_safety_checker": False}
+    return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **extra)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Keep diffusers' bar for a fraction of a second's work out of the terminal."""
+    from diffusers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def prepare(pipeline: Any, device: torch.device | str) -> Any:

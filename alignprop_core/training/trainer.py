@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,9 @@ class Callback:
     def on_end(self, trainer: Trainer) -> None:
         """Run once, after the last step."""
 
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Run when the run fails or is interrupted, before the error goes on."""
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -85,7 +88,7 @@ class StepRecord:
 class _Progress:
     step: int = 0
     reward_queries: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    updating: bool = False
 
 
 class Trainer:
@@ -99,6 +102,7 @@ class Trainer:
         registry: installed plugins; discovered if None.
         callbacks: watchers beside the built-in ones.
         resume: a run folder or checkpoint to go on from.
+        overwrite: replace an earlier run in the output folder.
         pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
     """
 
@@ -109,6 +113,7 @@ class Trainer:
         registry: Registry | None = None,
         callbacks: Sequence[Callback] = (),
         resume: Path | None = None,
+        overwrite: bool = False,
         pipeline: Any = None,
     ) -> None:
         self.config = config
@@ -119,8 +124,9 @@ class Trainer:
         self.dtype = network_dtype(config.training.mixed_precision, self.device)
         self.output = Path(config.output)
         checkpoint = self._checkpoint(resume) if resume is not None else None
+        self._overwrite = overwrite
         if checkpoint is None:
-            RunFolder.check_free(self.output)
+            RunFolder.check_free(self.output, overwrite=overwrite)
         self.prompts = load_prompts(config.prompts.train, self.registry)
         self.heldout: PromptSet | None = (
             None if config.prompts.heldout is None else load_prompts(config.prompts.heldout, self.registry)
@@ -137,7 +143,7 @@ class Trainer:
         family = family_for(self.pipeline, config.sampling, plugins)
         self.denoiser = family.denoiser
         for number, extra in enumerate(config.model.loras):
-            lora.attach_frozen(self.denoiser, extra.path, extra.strength, f"frozen_{number}")
+            lora.attach_frozen(self.pipeline, extra.path, extra.strength, f"frozen_{number}")
         self.parameters = lora.attach(
             self.denoiser,
             rank=config.lora.rank,
@@ -167,6 +173,11 @@ class Trainer:
         self._resumed = checkpoint is not None
         if checkpoint is not None:
             self._restore(checkpoint)
+
+    @property
+    def denoiser_name(self) -> str:
+        """Name of the trained network in its pipeline: "unet" or "transformer"."""
+        return self.sampler.family.denoiser_name
 
     @property
     def step_number(self) -> int:
@@ -203,6 +214,10 @@ class Trainer:
             for callback in callbacks:
                 callback.on_end(self)
             self.state.wait_for_everyone()
+        except BaseException as error:
+            for callback in callbacks:
+                callback.on_error(self, error)
+            raise
         finally:
             self._folder.close()
         return self.output
@@ -215,9 +230,7 @@ class Trainer:
         outcomes = [self._accumulate(part) for part in self._parts()]
         record = self._measure(outcomes)
         rate = self.schedule.get_last_lr()[0]
-        self._update()
-        self.progress.step = step + 1
-        self.progress.reward_queries += int(record.pop("images"))
+        self._update(images=int(record.pop("images")))
         return StepRecord(
             step=step + 1,
             learning_rate=rate,
@@ -257,15 +270,11 @@ class Trainer:
 
     def _measure(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         """Sum gradients over processes, clip, and bring the step's figures to the host in one transfer."""
-        labels = list(outcomes[0].raw) if outcomes else [term.label for term in self.mix.terms]
-        sums = [
-            torch.stack([*(o.raw[x].sum() for x in labels), *(o.weighted[x].sum() for x in labels), o.total.sum()])
-            for o in outcomes
-        ]
-        counts = sum(len(o.total) for o in outcomes)
-        figures = (
-            torch.cat([torch.stack(sums).sum(0), sums[0].new_tensor([counts])]) if sums else self._no_figures(labels)
-        )
+        labels = [term.label for term in self.mix.terms]
+        figures = torch.zeros(2 * len(labels) + 2, device=self.device)
+        for outcome in outcomes:
+            sums = [value.sum() for value in (*outcome.raw.values(), *outcome.weighted.values(), outcome.total)]
+            figures += torch.stack([*sums, torch.ones_like(sums[0]) * len(outcome.total)])
         if self.state.num_processes > 1:
             self._sum_over_processes(figures)
         self.scaler.unscale_(self.optimizer)
@@ -307,12 +316,21 @@ class Trainer:
                 "optimizer.learning_rate or fewer kept steps may help."
             )
 
-    def _update(self) -> None:
+    def _update(self, images: int) -> None:
+        self.progress.updating = True
         before = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.scaler.get_scale() >= before:  # a step skipped for float16 overflow does not count for the schedule
             self.schedule.step()
+        self.progress.step += 1
+        self.progress.reward_queries += images
+        self.progress.updating = False
+
+    @property
+    def consistent(self) -> bool:
+        """Whether adapters, optimizer and step number belong together: false only inside an update."""
+        return not self.progress.updating
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -342,8 +360,8 @@ class Trainer:
             differing = _differences(resolved_yaml(self.config), stored.read_text(encoding="utf-8"))
             if differing:
                 raise ConfigError(
-                    f"--resume: {', '.join(differing)} differ from the run in {stored.parent}, so this would be another "
-                    "run. Put them back, or start a new run (lora.init_from goes on from its LoRA)."
+                    f"--resume: {', '.join(differing)} differ from the run in {stored.parent}, so this would be "
+                    "another run. Put them back, or start a new run (lora.init_from goes on from its LoRA)."
                 )
         return load_checkpoint(folder)
 
@@ -352,7 +370,7 @@ class Trainer:
             folder = RunFolder.open(self.output)
             folder.truncate_metrics(self.progress.step)
         else:
-            folder = RunFolder.create(self.output)
+            folder = RunFolder.create(self.output, overwrite=self._overwrite)
         folder.write_text("config.yaml", resolved_yaml(self.config))
         folder.write_json("environment.json", self._environment())
         return folder

@@ -1,0 +1,41 @@
+"""`alignprop demo`: fine-tune a small model in minutes and show what changed."""
+
+from __future__ import annotations
+
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import typer
+
+from alignprop_core.cli import common
+from alignprop_core.cli.train import finish
+
+
+def demo(
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=5."),
+    model: str = typer.Option("starter", help="A registered model that brings a demo."),
+    output: Path = typer.Option(Path("demo"), help="Run folder; an earlier demo in it is replaced."),
+) -> None:
+    """Fine-tune a registered model on its demo config and write a before/after sheet."""
+    common.quiet_libraries()
+    from alignprop_core.config import load_config
+    from alignprop_core.errors import PluginError
+    from alignprop_core.registry import default_registry
+
+    registry = default_registry()
+    offer = registry.model(model)
+    if not offer.spec.demo:
+        with_demo = [other.spec.name for other in registry.models() if other.spec.demo]
+        raise PluginError(f'Model "{model}" brings no demo; these do: {", ".join(with_demo) or "none"}.')
+    package, _, file = offer.spec.demo.partition(":")
+    with as_file(files(package) / file) as path:
+        settings = load_config(path, [*(overrides or []), f"output={output}"], registry=registry)
+    with common.status("loading rewards and model"):
+        from alignprop_core.training import Trainer
+
+        trainer = Trainer(settings, registry=registry, overwrite=True)
+    from alignprop_core.training.callbacks import run
+
+    folder = run(trainer, common.console(stderr=True))
+    finish(trainer, folder)
+    common.print_facts([("before and after", str(folder / "images" / "before_after.png"))])

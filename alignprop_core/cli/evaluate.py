@@ -1,0 +1,94 @@
+"""`alignprop evaluate`: held-out prompts, base against tuned, the same seeds."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import typer
+
+from alignprop_core.cli import common
+
+
+def evaluate(
+    run: Path | None = typer.Argument(None, metavar="[RUN]", help="A run folder; its config says what to evaluate."),
+    model: str = typer.Option("", help="Instead of a run: a model ..."),
+    lora: Path | None = typer.Option(None, help="... and a LoRA folder or file."),
+    prompts: str = typer.Option("", help="Held-out prompts: a registered set or a file; a run's own if left out."),
+    reward: list[str] = typer.Option([], help="Rewards to report beside the run's own (repeat the option)."),
+    steps: int | None = typer.Option(None, help="Denoising steps; a run's own (or 50) if left out."),
+    guidance_scale: float | None = typer.Option(None, help="Guidance; a run's own (or 7.5) if left out."),
+    images_per_prompt: int | None = typer.Option(None, min=1, help="Images of each prompt; 4 if left out."),
+    seed: int | None = typer.Option(None, help="Seed of the noise; 1234 if left out."),
+    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
+    output: Path | None = typer.Option(None, help="Folder for evaluation.json and the sheet; the run folder's own."),
+    json: bool = common.JSON_OPTION,
+) -> None:
+    """Evaluate a run, or a model with a LoRA, on held-out prompts."""
+    common.quiet_libraries()
+    from alignprop_core.config import EvaluationConfig, RewardTerm, load_config
+    from alignprop_core.errors import UserError
+    from alignprop_core.prompts import load_prompts
+    from alignprop_core.registry import default_registry
+    from alignprop_core.terms import load_terms, measure_entries
+
+    if (run is None) == (not model):
+        raise UserError("Give a run folder, or --model M with --lora DIR.")
+    registry = default_registry()
+    sampling: dict[str, object] = {}
+    entries: list[RewardTerm] = []
+    evaluation = EvaluationConfig()
+    vae = None
+    if run is not None:
+        settings = load_config(run / "config.yaml", registry=registry)
+        if settings.model.loras:
+            raise UserError("This run trains on top of other LoRAs; evaluate it while training (evaluation.at_end).")
+        model, vae, lora = settings.model.base, settings.model.vae, run / "lora"
+        sampling = settings.sampling.model_dump()
+        entries = [*settings.rewards, *settings.evaluation.rewards]
+        evaluation = settings.evaluation
+        prompts = prompts or settings.prompts.heldout or ""
+    if not prompts:
+        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
+    entries += [RewardTerm(name=name, label=name) for name in reward]
+    if not entries:
+        raise UserError("There is nothing to measure: give --reward NAME.")
+    sampling |= {k: v for k, v in {"steps": steps, "guidance_scale": guidance_scale}.items() if v is not None}
+    changes = {"images_per_prompt": images_per_prompt, "seed": seed}
+    evaluation = evaluation.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    entries += measure_entries(entries, registry)
+    with common.status("loading rewards and model"):
+        chosen = load_prompts(prompts, registry)
+        terms = load_terms(entries, registry)
+        from alignprop_core import lora as adapters
+        from alignprop_core.cli.models import TRAINED, open_sampler
+        from alignprop_core.evaluation.compare import Switch, compare
+        from alignprop_core.evaluation.sheet import before_after, save_picture
+        from alignprop_core.runs import write_json
+        from alignprop_core.training.progress import progress_bar
+
+        sampler = open_sampler(model, sampling, lora_path=lora, device=device, registry=registry, vae=vae)
+        for term in terms:
+            term.reward.to(sampler.device)
+
+    def base() -> AbstractContextManager[object]:
+        return adapters.disabled(sampler.family.denoiser, name=TRAINED)
+
+    variants: dict[str, Switch] = {"model": nullcontext} if lora is None else {"base": base, "tuned": nullcontext}
+    with progress_bar(common.console(stderr=True)) as bar:
+        total = len(variants) * len(chosen) * evaluation.images_per_prompt
+        task = bar.add_task("evaluating", total=total, figures="")
+        result = compare(sampler, terms, chosen, evaluation, variants, advance=lambda images: bar.advance(task, images))
+    folder = output or run
+    if folder is not None:
+        write_json(folder / "evaluation.json", result.as_json())
+        save_picture(before_after(result), folder / "images" / "before_after.png")
+    if json:
+        common.print_json(result.as_json())
+        return
+    from alignprop_core.cli.train import print_comparison
+
+    print_comparison(result)
+    if folder is not None:
+        sheet = folder / "images" / "before_after.png"
+        common.print_facts([("figures", str(folder / "evaluation.json")), ("sheet", str(sheet))])

@@ -1,0 +1,98 @@
+"""`alignprop train`: fine-tune on a run config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from alignprop_core.cli import common
+
+if TYPE_CHECKING:
+    from alignprop_core.evaluation.compare import Comparison
+    from alignprop_core.training import Trainer
+
+
+def train(
+    config: Path = typer.Argument(help="A run config (YAML)."),
+    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=20."),
+    resume: str = typer.Option("", help="Go on: `latest` (of the output folder), a run folder or a checkpoint."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check and load everything, train nothing, write nothing."),
+) -> None:
+    """Fine-tune a model on the rewards of a run config."""
+    common.quiet_libraries()
+    from alignprop_core.config import load_config
+    from alignprop_core.registry import default_registry
+
+    registry = default_registry()
+    settings = load_config(config, overrides or [], registry=registry)
+    with common.status("loading rewards and model"):
+        from alignprop_core.training import Trainer
+
+        where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
+        trainer = Trainer(settings, registry=registry, resume=where)
+    if dry_run:
+        common.print_facts(_facts(trainer))
+        common.console().print("Everything loads. Nothing was trained or written.")
+        return
+    from alignprop_core.training.callbacks import run
+
+    folder = run(trainer, common.console(stderr=True))
+    finish(trainer, folder)
+
+
+def _facts(trainer: Trainer) -> list[tuple[str, str]]:
+    config = trainer.config
+    size = sum(p.numel() for p in trainer.parameters)
+    per_step = config.training.batch_size * config.training.gradient_accumulation_steps
+    return [
+        ("model", f"{config.model.base} ({type(trainer.pipeline).__name__}) on {trainer.device}"),
+        ("prompts", f"{len(trainer.prompts)} to train on, {len(trainer.heldout) if trainer.heldout else 0} held out"),
+        ("rewards", ", ".join(f"{term.weight:g} x {term.label}" for term in trainer.mix.terms)),
+        ("adapters", f"rank {config.lora.rank}, {size:,} parameters in {len(trainer.parameters) // 2} layers"),
+        ("steps", f"{config.training.steps} of {per_step} images"),
+        ("output", str(trainer.output)),
+    ]
+
+
+def finish(trainer: Trainer, folder: Path) -> None:
+    """Print what a run made: the evaluation, if there was one, and where its files are."""
+    from alignprop_core.training.callbacks import Evaluation
+
+    for callback in trainer.callbacks:
+        if isinstance(callback, Evaluation) and callback.result is not None:
+            print_comparison(callback.result)
+    common.print_facts(
+        [
+            (
+                "LoRA",
+                f"{folder / 'lora'}  (diffusers: pipe.load_lora_weights; ComfyUI and A1111: {folder.name}.safetensors)",
+            ),
+            ("pictures", str(folder / "images")),
+            ("figures", str(folder / "metrics.jsonl")),
+        ]
+    )
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """Print a table: each reward and measure, base against tuned, with the paired interval."""
+    result = comparison.as_json()
+    first, *others = comparison.variants
+    console = common.console()
+    console.print(
+        f"\n{result['images']} images of {len(comparison.prompts)} prompts ({comparison.prompts.name}), "
+        "the same seeds for each model"
+    )
+    rows: list[list[Any]] = []
+    for label, base in result[first].items():
+        for name in others:
+            tuned = result[name][label]
+            low_high = "" if tuned["interval"] is None else "[{:+.4g}, {:+.4g}]".format(*tuned["interval"])
+            change = f"{tuned['difference'] / abs(base['mean']) * 100:+.1f}%" if base["mean"] else ""
+            means = [f"{base['mean']:.5g}", f"{tuned['mean']:.5g}", f"{tuned['difference']:+.4g}"]
+            rows.append([label, *means, change, low_high])
+        if not others:
+            rows.append([label, f"{base['mean']:.5g}", f"{base['std']:.3g}"])
+    columns = ["measure", *comparison.variants] + (["difference", "change", "95% interval"] if others else ["std"])
+    common.print_table(columns, rows)

@@ -1,0 +1,1 @@
+"""Held-out evaluation: base against tuned at the same seeds, intervals, and sheets to look at."""

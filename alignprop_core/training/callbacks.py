@@ -1,0 +1,256 @@
+"""What a run does along the way, each a callback: progress, previews, LoRA files, checkpoints, trackers, evaluation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from alignprop_core import lora
+from alignprop_core.errors import OutputError
+from alignprop_core.evaluation.compare import Comparison, compare
+from alignprop_core.evaluation.sheet import before_after, grid, save_picture
+from alignprop_core.mix import Term
+from alignprop_core.prompts import PromptSet
+from alignprop_core.terms import load_terms, measure_entries
+from alignprop_core.training.checkpoint import save_checkpoint
+from alignprop_core.training.progress import progress_bar
+from alignprop_core.training.trainer import Callback, StepRecord, Trainer
+
+
+class ProgressBar(Callback):
+    """A bar with the reward and the time left; in a pipe, a line a step instead."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.bar = progress_bar(self.console)
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Show the bar."""
+        self.task = self.bar.add_task(
+            "training", total=trainer.config.training.steps, completed=trainer.step_number, figures=""
+        )
+        self.bar.start()
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Move the bar on."""
+        terms = "  ".join(f"{label} {values['raw']:.4g}" for label, values in record.terms.items())
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=record.step, figures=f"reward {record.reward:.4g}  {terms}")
+        else:
+            self.console.print(
+                f"step {record.step}/{trainer.config.training.steps}  reward {record.reward:.4g}  {terms}  "
+                f"{record.seconds:.1f} s",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Take the bar away."""
+        self.bar.stop()
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Take the bar away, so that the message stands below it."""
+        self.bar.stop()
+
+
+class Previews(Callback):
+    """Pictures at fixed prompts and seeds, in images/."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Draw before the first step."""
+        if trainer.config.samples.at_start and trainer.config.samples.every and trainer.step_number == 0:
+            self.draw(trainer)
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Draw every `samples.every` steps."""
+        every = trainer.config.samples.every
+        if every and record.step % every == 0:
+            self.draw(trainer)
+
+    def draw(self, trainer: Trainer) -> None:
+        """Write images/step-NNNNNN.png: one picture a prompt, captioned."""
+        settings = trainer.config.samples
+        prompts = (trainer.heldout or trainer.prompts).prompts
+        chosen = [prompts[i % len(prompts)] for i in range(settings.count)]
+        pictures = []
+        with torch.no_grad():
+            for i, prompt in enumerate(chosen):
+                noise = trainer.sampler.noise(seed=settings.seed, step=0, indices=[i])
+                pictures.append(trainer.sampler.decode(trainer.sampler.sample([prompt], noise).latents)[0])
+        save_picture(grid(pictures, chosen), trainer.folder.inside(f"images/step-{trainer.step_number:06d}.png"))
+
+
+class LoraFiles(Callback):
+    """lora/: a file every `save.every` steps in kohya's layout, and both formats at the end."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Name the files after the run."""
+        self.name = trainer.folder.path.name
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Write a file every `save.every` steps and keep the newest."""
+        settings = trainer.config.save
+        if settings.every and record.step % settings.every == 0:
+            file = trainer.folder.inside(f"lora/{self.name}-{record.step:06d}.safetensors")
+            lora.save_kohya(trainer.denoiser, file, metadata=self.metadata(trainer), component=trainer.denoiser_name)
+            if settings.keep is not None:
+                trainer.folder.keep_newest(f"lora/{self.name}-*.safetensors", settings.keep)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write the final LoRA in both formats."""
+        trainer.folder.inside("lora/x")
+        lora.save(
+            trainer.denoiser,
+            trainer.folder.lora,
+            name=self.name,
+            metadata=self.metadata(trainer),
+            component=trainer.denoiser_name,
+        )
+
+    def metadata(self, trainer: Trainer) -> dict[str, str]:
+        """Return what the file's header says of the run."""
+        rewards = [{"name": term.name, "weight": term.weight} for term in trainer.config.rewards]
+        return {
+            "modelspec.title": self.name,
+            "alignprop.base_model": trainer.config.model.base,
+            "alignprop.step": str(trainer.step_number),
+            "alignprop.rewards": json.dumps(rewards),
+        }
+
+
+class Checkpoints(Callback):
+    """checkpoints/: complete state every `training.checkpoint_every` (or `save.every`) steps, and at the end."""
+
+    def __init__(self) -> None:
+        self.saved = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Remember where a resumed run began."""
+        self.saved = trainer.step_number
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Write a checkpoint when one is due."""
+        training = trainer.config.training
+        every = training.checkpoint_every or trainer.config.save.every
+        if record.step == training.steps or (every and record.step % every == 0):
+            self.save(trainer)
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Keep the last good state of a run that fails or is interrupted; a full disk keeps the checkpoint before."""
+        if self.saved < trainer.step_number and trainer.consistent and not isinstance(error, OutputError):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint and keep the newest."""
+        save_checkpoint(trainer.folder, trainer.checkpoint())
+        self.saved = trainer.step_number
+        trainer.folder.keep_newest("checkpoints/step-*", trainer.config.training.keep_checkpoints)
+
+
+class Trackers(Callback):
+    """Sends each step's figures to TensorBoard or Weights & Biases through accelerate."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.trackers: list[Any] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the trackers; their files lie in the run folder."""
+        from accelerate import tracking
+
+        path = trainer.folder.path
+        if "tensorboard" in self.names:
+            self.trackers.append(tracking.TensorBoardTracker("tensorboard", logging_dir=str(path)))
+        if "wandb" in self.names:
+            self.trackers.append(tracking.WandBTracker(path.name, dir=str(path)))
+        for tracker in self.trackers:
+            start = getattr(tracker, "start", None)
+            if callable(start):
+                start()
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Log one step."""
+        values = {key: value for key, value in record.as_json().items() if key not in ("step", "terms")}
+        for label, term in record.terms.items():
+            values |= {f"{label}/{kind}": value for kind, value in term.items()}
+        for tracker in self.trackers:
+            tracker.log(values, step=record.step)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the trackers."""
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+class Evaluation(Callback):
+    """evaluation.json at the end: base against tuned on held-out prompts, with a before/after sheet in images/."""
+
+    def __init__(self) -> None:
+        self.result: Comparison | None = None
+        self.terms: list[Term] = []
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Load the measures before the first step, so that one that cannot load does not cost the run."""
+        if trainer.config.evaluation.at_end and trainer.heldout is not None:
+            self.terms = evaluation_terms(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Evaluate and write."""
+        if trainer.config.evaluation.at_end and trainer.heldout is not None:
+            self.result = evaluate_trained(trainer, trainer.heldout, self.terms)
+            trainer.folder.write_json("evaluation.json", self.result.as_json())
+            save_picture(before_after(self.result), trainer.folder.inside("images/before_after.png"))
+
+
+def evaluation_terms(trainer: Trainer) -> list[Term]:
+    """Return the run's rewards, their true measures and its evaluation-only rewards, loaded on its device."""
+    config, registry = trainer.config, trainer.registry
+    entries = [*config.rewards, *config.evaluation.rewards]
+    extra = [*config.evaluation.rewards, *measure_entries(entries, registry)]
+    loaded = load_terms(extra, registry)
+    for term in loaded:
+        term.reward.to(trainer.device)
+    return [*trainer.mix.terms, *loaded]
+
+
+def evaluate_trained(trainer: Trainer, prompts: PromptSet, terms: list[Term]) -> Comparison:
+    """Compare the base model with the adapters as they are now, with a progress bar."""
+
+    def base() -> AbstractContextManager[object]:
+        return lora.disabled(trainer.denoiser)
+
+    with progress_bar() as bar:
+        total = 2 * len(prompts) * trainer.config.evaluation.images_per_prompt
+        task = bar.add_task("evaluating", total=total, figures="")
+        advance: Callable[[int], object] = lambda images: bar.advance(task, images)  # noqa: E731
+        return compare(
+            trainer.sampler,
+            terms,
+            prompts,
+            trainer.config.evaluation,
+            {"base": base, "tuned": nullcontext},
+            advance=advance,
+        )
+
+
+def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:
+    """Return the callbacks `alignprop train` runs with, in their order."""
+    trackers: list[Callback] = (
+        [Trackers(list(trainer.config.training.trackers))] if trainer.config.training.trackers else []
+    )
+    return [Previews(), ProgressBar(console), LoraFiles(), Checkpoints(), *trackers, Evaluation()]
+
+
+def run(trainer: Trainer, console: Console | None = None) -> Path:
+    """Train with the default callbacks in front of the trainer's own; returns the run folder."""
+    trainer.callbacks = [*default_callbacks(trainer, console), *trainer.callbacks]
+    return trainer.train()
