@@ -236,6 +236,8 @@ def _message(path: Key, items: list[Any], model: type[BaseModel], where: str) ->
         return str(first["msg"])
     if kind == "extra_forbidden":
         return unknown_key(path, model, where)
+    if kind == "invalid_key":
+        return "keys are text; put it in quotes."
     if kind == "missing":
         return "is missing; write it."
     if kind == "value_error":
