@@ -6,17 +6,13 @@ raises; this one goes through the installed distributions itself. No torch.
 
 from __future__ import annotations
 
-import io
 import re
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.metadata import Distribution, EntryPoint, distributions
-from pathlib import Path
 from typing import Any, Literal
 
 import pluggy
@@ -24,6 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from alignprop_core import __version__, hookspecs
+from alignprop_core.plugin_guard import PluginFailure, guarded
 from alignprop_core.specs import API_VERSION, FamilySpec, ModelSpec, PromptSpec, RewardSpec, Spec, WeightsSpec
 
 CORE = "alignprop-core"
@@ -77,45 +74,6 @@ class PluginRecord:
     def names(self, kind: str) -> tuple[str, ...]:
         """Return the names it offers of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
         return tuple(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ()))
-
-
-class PluginFailure(Exception):
-    """Code of a plugin raised (or called sys.exit); the plugin's own exception is the cause."""
-
-    def __init__(self, cause: BaseException) -> None:
-        super().__init__(describe(cause))
-        self.traceback = own_traceback(cause)
-
-
-def describe(error: BaseException) -> str:
-    """Return `Type: message` in one line."""
-    if isinstance(error, SystemExit):
-        return f"it called sys.exit({error.code!r})"
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def own_traceback(error: BaseException) -> str:
-    """Return the traceback without the frames of our loading and of the import machinery."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = [str(Path(__file__).with_name(name)) for name in ("discovery.py", "registry.py", "prompts.py")]
-    own = [frame for frame in frames if frame.filename not in ours and "importlib" not in frame.filename]
-    head = ["Traceback (most recent call last):\n", *traceback.format_list(own)] if own else []
-    return "".join([*head, *traceback.format_exception_only(error)])
-
-
-@contextmanager
-def guarded() -> Iterator[io.StringIO]:
-    """Run a plugin's code: whatever it raises becomes `PluginFailure`, what it prints is caught (and yielded).
-
-    KeyboardInterrupt passes: it is the user's.
-    """
-    printed = io.StringIO()
-    try:
-        with redirect_stdout(printed):
-            yield printed
-    except (Exception, SystemExit) as error:
-        raise PluginFailure(error) from error
 
 
 @dataclass(frozen=True)

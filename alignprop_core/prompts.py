@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.discovery import PluginFailure, guarded
 from alignprop_core.errors import PluginError, PromptError
+from alignprop_core.plugin_guard import PluginFailure, guarded
 
 if TYPE_CHECKING:
     from alignprop_core.registry import Offer, Registry

@@ -10,11 +10,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -22,14 +21,14 @@ from alignprop_core.discovery import (
     BLOCK_VARIABLE,
     SPEC_OF_HOOK,
     Candidate,
-    PluginFailure,
     PluginRecord,
-    guarded,
     installed,
     load_all,
 )
 from alignprop_core.errors import AlignpropError, PluginError, RewardError
-from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, Spec, WeightsSpec
+from alignprop_core.offers import Offer, belongs, conflict, matching
+from alignprop_core.plugin_guard import PluginFailure, guarded
+from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward
@@ -39,25 +38,6 @@ __all__ = ["Offer", "PluginRecord", "Registry", "default_registry", "load_object
 S = TypeVar("S")
 
 _HOOK_OF_SPEC = {spec: hook for hook, spec in SPEC_OF_HOOK.items()}
-
-
-@dataclass(frozen=True)
-class Offer(Generic[S]):
-    """Something a plugin offers, and the distribution it comes with."""
-
-    spec: S
-    distribution: str
-    version: str
-
-    @property
-    def name(self) -> str:
-        """The name in the spec."""
-        return str(getattr(self.spec, "name", ""))
-
-    @property
-    def full_name(self) -> str:
-        """`distribution/name`, which means this offer even where another distribution has the same name."""
-        return f"{self.distribution}/{self.name}"
 
 
 class Registry:
@@ -135,7 +115,7 @@ class Registry:
 
     def find_model(self, name: str) -> Offer[ModelSpec] | None:
         """Find a base model, or None if no plugin offers it; `PluginError` if two do."""
-        return self._one("model", name, self.models()) if _matching(name, self.models()) else None
+        return self._one("model", name, self.models()) if matching(name, self.models()) else None
 
     def prompt_set(self, name: str) -> Offer[PromptSpec]:
         """Find a prompt set; `PluginError` if no plugin or more than one offers it."""
@@ -143,7 +123,7 @@ class Registry:
 
     def find_prompt_set(self, name: str) -> Offer[PromptSpec] | None:
         """Find a prompt set, or None if no plugin offers it; `PluginError` if two do."""
-        return self._one("prompt set", name, self.prompts()) if _matching(name, self.prompts()) else None
+        return self._one("prompt set", name, self.prompts()) if matching(name, self.prompts()) else None
 
     def weights_for(self, reward: str, name: str) -> Offer[WeightsSpec]:
         """Find the set of weights `name` for a reward; `PluginError` if no plugin or more than one offers it.
@@ -154,11 +134,11 @@ class Registry:
         return self._one(f'set of weights for "{reward}"', name, offers)
 
     def _one(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> Offer[S]:
-        found = _matching(name, offers)
+        found = matching(name, offers)
         if len(found) == 1:
             return found[0]
         if found:
-            raise PluginError(_conflict(what, name, found))
+            raise PluginError(conflict(what, name, found))
         raise PluginError(self._unknown(what, name, offers))
 
     def _unknown(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> str:
@@ -185,7 +165,7 @@ class Registry:
         found = load_object(offer, offer.spec.config, "options class")
         if not (isinstance(found, type) and issubclass(found, RewardConfig)):
             raise PluginError(
-                f"{_belongs(offer)}: its options class {offer.spec.config} is {_what_it_is(found)}; it must be a "
+                f"{belongs(offer)}: its options class {offer.spec.config} is {_what_it_is(found)}; it must be a "
                 "subclass of alignprop_core.RewardConfig. Report this to the plugin's authors."
             )
         return found
@@ -215,7 +195,7 @@ class Registry:
         except PluginFailure as failure:
             if not isinstance(failure.__cause__, ValidationError):
                 offer = self.reward(name)
-                raise _plugin_error(f"{_belongs(offer)}: checking its options failed: {failure}.", failure) from failure
+                raise _plugin_error(f"{belongs(offer)}: checking its options failed: {failure}.", failure) from failure
             problems = explain(failure.__cause__, kind, where)
             lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
             raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
@@ -235,7 +215,7 @@ class Registry:
 
         if not (isinstance(factory, type) and issubclass(factory, Reward)):
             raise PluginError(
-                f"{_belongs(offer)}: {offer.spec.factory} is {_what_it_is(factory)}; it must be a subclass of "
+                f"{belongs(offer)}: {offer.spec.factory} is {_what_it_is(factory)}; it must be a subclass of "
                 f"alignprop_core.Reward. Report this to the plugin's authors."
             )
         try:
@@ -244,13 +224,13 @@ class Registry:
         except PluginFailure as failure:
             if isinstance(failure.__cause__, AlignpropError):
                 raise failure.__cause__ from failure.__cause__.__cause__
-            message = f"{_belongs(offer)}: it could not be built: {failure}."
+            message = f"{belongs(offer)}: it could not be built: {failure}."
             error = RewardError(message)
             error.add_note(failure.traceback)
             raise error from failure.__cause__
         sys.stderr.write(printed.getvalue())
         if not isinstance(reward, Reward):
-            raise PluginError(f"{_belongs(offer)}: its freeze() must return the reward itself.")
+            raise PluginError(f"{belongs(offer)}: its freeze() must return the reward itself.")
         return reward
 
 
@@ -273,7 +253,7 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
             found: object = getattr(module, attribute, None)
     except PluginFailure as failure:
         raise _plugin_error(
-            f"{_belongs(offer)}: its {what} {path} cannot be imported: {failure}. Repair or reinstall "
+            f"{belongs(offer)}: its {what} {path} cannot be imported: {failure}. Repair or reinstall "
             f"{offer.distribution}, or keep it out with {BLOCK_VARIABLE}={offer.distribution}.",
             failure,
         ) from failure.__cause__
@@ -281,33 +261,10 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
     sys.stderr.write(printed.getvalue())
     if found is None:
         raise PluginError(
-            f"{_belongs(offer)}: its {what} {path} does not exist (the module has no {attribute}). Report this to the "
+            f"{belongs(offer)}: its {what} {path} does not exist (the module has no {attribute}). Report this to the "
             "plugin's authors."
         )
     return found
-
-
-def _matching(name: str, offers: tuple[Offer[S], ...]) -> list[Offer[S]]:
-    # A prompt set's own name holds a slash already ("starter/simple_animals"), so both readings are tried.
-    return [offer for offer in offers if name in (offer.name, offer.full_name)]
-
-
-def _conflict(what: str, name: str, found: list[Offer[S]]) -> str:
-    names = " and ".join(f"{offer.distribution} {offer.version}" for offer in found)
-    if len({offer.distribution for offer in found}) == 1:
-        return (
-            f'{found[0].distribution} offers the {what} "{name}" {len(found)} times; that is a fault in the plugin. '
-            f"Report it, or keep the plugin out with {BLOCK_VARIABLE}={found[0].distribution}."
-        )
-    choices = " or ".join(f'"{offer.full_name}"' for offer in found)
-    return (
-        f'The {what} "{name}" is offered by {names}. Write {choices} to choose, or keep one out with {BLOCK_VARIABLE}.'
-    )
-
-
-def _belongs(offer: Offer[Any]) -> str:
-    what = type(offer.spec).__name__.removesuffix("Spec").lower() if isinstance(offer.spec, Spec) else "offer"
-    return f'{what.capitalize()} "{offer.name}" of {offer.distribution} {offer.version}'
 
 
 def _what_it_is(found: object) -> str:

@@ -23,10 +23,11 @@ from alignprop_core.config import (
     parse_config,
     resolved_yaml,
 )
-from alignprop_core.config_errors import OTHER_TRAINERS, InvalidConfig, keys_of
+from alignprop_core.config_errors import InvalidConfig, keys_of
 from alignprop_core.config_yaml import dump_yaml, read_yaml
 from alignprop_core.errors import ConfigError
 from alignprop_core.hookspecs import hookimpl
+from alignprop_core.other_trainers import OTHER_TRAINERS
 from alignprop_core.registry import Registry
 from alignprop_core.specs import ModelSpec, PromptSpec, RewardConfig, RewardSpec
 
