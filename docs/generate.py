@@ -1,14 +1,17 @@
-"""Write the tables of docs/configuration.md and docs/rewards.md from the code that defines them.
+"""Write what the docs take from the code: README.md's file tree, the tables of configuration.md and rewards.md.
 
     python docs/generate.py
 
-A table stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of a page is written by hand. A test
-fails when a page is out of date.
+What is written stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of a page is written by hand. A
+test fails when a page is out of date.
 """
 
 from __future__ import annotations
 
+import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,13 @@ from alignprop_core.config import RunConfig
 from alignprop_core.registry import Registry
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+FOLDERS = {
+    "examples/": "run configs and scripts to copy from",
+    "tests/": "the core's tests, and tests across distributions; tests/bench/ times it against TRL",
+    "docs/": "the site; decisions/ says why, results/ holds measured figures beside their commands",
+    "Makefile": "demo, test, test-all, lint, docs, bench; each does its own set-up",
+}
 LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
 
 
@@ -43,16 +53,48 @@ def reward_table(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def file_tree() -> str:
+    """Return the tree of the repository, each file with the first sentence of its docstring."""
+    lines = ["alignprop_core/"]
+    core = ROOT / "alignprop_core"
+    lines += [_entry(path, 1) for path in sorted(core.glob("*.py")) if path.name != "__init__.py"]
+    for folder in sorted(path.parent for path in core.glob("*/__init__.py")):
+        lines.append(_line(f"  {folder.name}/", _sentence(folder / "__init__.py")))
+        lines += [_entry(path, 2) for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
+    lines.append("plugins/")
+    for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
+        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+        lines.append(_line(f"  {path.parent.name}/", project["description"]))
+    lines += [_line(name, told) for name, told in FOLDERS.items()]
+    return "\n".join(["```text", *lines, "```", ""])
+
+
 def pages() -> dict[Path, str]:
-    """Return what each page with tables should hold."""
-    tables = {"configuration.md": config_tables(), "rewards.md": reward_table(DOCS.parent / "plugins")}
-    return {DOCS / name: _fill((DOCS / name).read_text(encoding="utf-8"), table) for name, table in tables.items()}
+    """Return what each page with generated parts should hold."""
+    return {
+        ROOT / "README.md": _fill(ROOT / "README.md", "tree", file_tree()),
+        DOCS / "configuration.md": _fill(DOCS / "configuration.md", "table", config_tables()),
+        DOCS / "rewards.md": _fill(DOCS / "rewards.md", "table", reward_table(ROOT / "plugins")),
+    }
 
 
-def _fill(page: str, table: str) -> str:
-    begin, end = "<!-- begin table -->\n", "<!-- end table -->"
-    head, rest = page.split(begin)
-    return f"{head}{begin}\n{table}\n{end}{rest.split(end)[1]}"
+def _fill(page: Path, name: str, part: str) -> str:
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    head, rest = page.read_text(encoding="utf-8").split(begin)
+    return f"{head}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+
+
+def _entry(path: Path, depth: int) -> str:
+    return _line(f"{'  ' * depth}{path.name}", _sentence(path))
+
+
+def _line(name: str, told: str) -> str:
+    return f"{name:<26}{told}"
+
+
+def _sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return re.split(r"\.(?=\s|$)", docstring, maxsplit=1)[0].replace("\n", " ").replace("`", "")
 
 
 def _section(
