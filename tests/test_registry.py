@@ -214,6 +214,7 @@ def test_a_name_of_two_distributions_is_a_conflict_that_names_both(site: Path) -
     ):
         registry.reward("redness")
     assert registry.reward("fake-two/redness").distribution == "fake-two"
+    assert registry.reward("Fake_Two/redness").distribution == "fake-two"
 
 
 def test_an_unknown_name_gets_the_nearest_and_the_broken_plugins(site: Path) -> None:
