@@ -220,6 +220,10 @@ def test_doctor_says_whether_the_hub_is_used(
         (["no-such-command"], "error: No such command 'no-such-command'"),
         (["rewards", "show"], "error: Missing argument"),
         (["plugins", "--jsn"], "error: No such option"),
+        (
+            ["train", "a.yaml", "--training.steps=3"],
+            "error: No such option: --training.steps. Write training.steps=VALUE without dashes",
+        ),
         (["plugins", "surprise"], "error: Got unexpected extra argument"),
     ],
 )

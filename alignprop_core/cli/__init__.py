@@ -91,8 +91,13 @@ def _report(error: Exception, debug: bool) -> int:
         # A usage error of typer's command-line library, which some versions bundle under a private name.
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "alignprop"
-        if message := usage():  # empty where the help was printed instead
-            print(f"error: {message} `{command} --help` shows what it takes.", file=sys.stderr)
+        if message := str(usage()):  # empty where the help was printed instead
+            key = str(getattr(error, "option_name", "")).lstrip("-")
+            dashes = f" Write {key}=VALUE without dashes to change a key of the run config." if "." in key else ""
+            print(
+                f"error: {message.rstrip('.')}.{dashes} `{command} --help` shows what it takes.",
+                file=sys.stderr,
+            )
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
