@@ -20,7 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from alignprop_core import __version__, hookspecs
-from alignprop_core.plugin_guard import PluginFailure, guarded
+from alignprop_core.plugin_guard import PluginFailure, describe, guarded
 from alignprop_core.specs import API_VERSION, FamilySpec, ModelSpec, PromptSpec, RewardSpec, Spec, WeightsSpec
 
 CORE = "alignprop-core"
@@ -111,7 +111,15 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
         section = _entry_points(distribution)
         if not section:
             continue
-        name = canonicalize_name(str(distribution.metadata["Name"] or "unknown"))
+        try:
+            name, version = canonicalize_name(distribution.metadata["Name"]), str(distribution.version)
+            problem = _core_range_problem(distribution)
+        except Exception as error:
+            # Without a name the lists cannot be asked, so it is not imported. A broken install raises many things here.
+            entry_name, value = section[0]
+            broken = f"its metadata cannot be read ({describe(error)}); reinstall it"
+            yield Candidate(f"unknown ({value})", "?", entry_name, _loader(entry_name, value), ("failed", broken))
+            continue
         if name in seen:
             continue
         seen.add(name)
@@ -120,10 +128,10 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
             refused = "blocked", f"listed in {BLOCK_VARIABLE}"
         elif allowed is not None and name not in allowed:
             refused = "not allowed", f"not listed in {ALLOW_VARIABLE}"
-        elif problem := _core_range_problem(distribution):
+        elif problem:
             refused = "incompatible", problem
         for entry_name, value in section:
-            yield Candidate(name, str(distribution.version), entry_name, _loader(entry_name, value), refused)
+            yield Candidate(name, version, entry_name, _loader(entry_name, value), refused)
 
 
 def _entry_points(distribution: Distribution) -> list[tuple[str, str]]:

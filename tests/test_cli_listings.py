@@ -218,6 +218,7 @@ def test_doctor_says_whether_the_hub_is_used(
     ("arguments", "message"),
     [
         (["no-such-command"], "error: No such command 'no-such-command'"),
+        (["plugin"], "error: No such command 'plugin'."),
         (["rewards", "show"], "error: Missing argument"),
         (["plugins", "--jsn"], "error: No such option"),
         (
@@ -234,6 +235,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(
     assert err.startswith(message)
     assert len(err.strip().split("\n")) == 1
     assert "--help` shows what it takes." in err
+    assert "?." not in err
 
 
 def _failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:

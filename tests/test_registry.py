@@ -104,6 +104,21 @@ def test_all_broken_plugins_together_leave_the_working_one(site: Path) -> None:
     assert [r.distribution for r in ours if r.status == "loaded"] == ["fake-works"]
 
 
+@pytest.mark.parametrize("metadata", [None, "", "Name: fake-torn\n"])
+def test_a_torn_installation_is_reported_and_not_imported(site: Path, metadata: str | None) -> None:
+    install(site, "fake-torn", "raise AssertionError('imported')")
+    install(site, "fake-works")
+    file = site / "fake_torn-1.2.dist-info" / "METADATA"
+    file.unlink()
+    if metadata is not None:
+        file.write_text(metadata)
+    registry = discover(ALIGNPROP_PLUGINS="fake-works")
+    (torn,) = (r for r in registry.plugins if "torn" in r.distribution)
+    assert torn.status in ("failed", "not allowed")
+    assert "fake_torn" not in sys.modules
+    assert record(registry, "fake-works").status == "loaded"
+
+
 def test_a_plugins_traceback_is_its_own(site: Path) -> None:
     install(site, "fake-raises", rewards_hook("raise RuntimeError('boom')"))
     shown = record(discover(), "fake-raises").traceback or ""

@@ -94,10 +94,8 @@ def _report(error: Exception, debug: bool) -> int:
         if message := str(usage()):  # empty where the help was printed instead
             key = str(getattr(error, "option_name", "")).lstrip("-")
             dashes = f" Write {key}=VALUE without dashes to change a key of the run config." if "." in key else ""
-            print(
-                f"error: {message.rstrip('.')}.{dashes} `{command} --help` shows what it takes.",
-                file=sys.stderr,
-            )
+            end = "" if message.endswith((".", "?")) else "."
+            print(f"error: {message}{end}{dashes} `{command} --help` shows what it takes.", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
