@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "Callback": "alignprop_core.training",
     "ImageBatch": "alignprop_core.reward",
     "Registry": "alignprop_core.registry",
     "Reward": "alignprop_core.reward",
@@ -20,12 +21,17 @@ _PUBLIC = {
     "default_registry": "alignprop_core.registry",
     "load_config": "alignprop_core.config",
     "load_prompts": "alignprop_core.prompts",
+    "Sampler": "alignprop_core.diffusion",
+    "StepRecord": "alignprop_core.training",
+    "Trainer": "alignprop_core.training",
     "hookimpl": "alignprop_core.hookspecs",
+    "train": "alignprop_core.training",
 }
 
 if TYPE_CHECKING:
     from alignprop_core.config import RunConfig as RunConfig
     from alignprop_core.config import load_config as load_config
+    from alignprop_core.diffusion import Sampler as Sampler
     from alignprop_core.hookspecs import hookimpl as hookimpl
     from alignprop_core.prompts import load_prompts as load_prompts
     from alignprop_core.registry import Registry as Registry
@@ -34,6 +40,10 @@ if TYPE_CHECKING:
     from alignprop_core.reward import Reward as Reward
     from alignprop_core.specs import RewardConfig as RewardConfig
     from alignprop_core.specs import RewardSpec as RewardSpec
+    from alignprop_core.training import Callback as Callback
+    from alignprop_core.training import StepRecord as StepRecord
+    from alignprop_core.training import Trainer as Trainer
+    from alignprop_core.training import train as train
 
 __all__ = ["__version__", *_PUBLIC]
 

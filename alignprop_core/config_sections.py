@@ -211,7 +211,9 @@ class TrainingConfig(Section):
     """The training loop."""
 
     steps: int = Field(default=100, ge=0, description="Optimizer steps.")
-    batch_size: int = Field(default=8, ge=1, description="Images a step on each process, before accumulation.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Images a batch, over all processes; a step is this times the accumulation."
+    )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches summed into one optimizer step.")
     seed: Seed = Field(default=0, description="Fixes prompts, noise and cuts.")
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Number format of the networks.")

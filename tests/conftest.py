@@ -17,3 +17,15 @@ def tiny_sd() -> Callable[..., StableDiffusionPipeline]:
     from tests.tiny import tiny_sd
 
     return tiny_sd
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what needs a GPU where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -34,7 +34,7 @@ def demo(
         from alignprop_core.training import Trainer
 
         trainer = Trainer(settings, registry=registry, overwrite=True)
-    from alignprop_core.training.callbacks import run
+    from alignprop_core.training.run import run
 
     folder = run(trainer, common.console(stderr=True))
     finish(trainer, folder)

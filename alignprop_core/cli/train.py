@@ -36,7 +36,7 @@ def train(
         common.print_facts(_facts(trainer))
         common.console().print("Everything loads. Nothing was trained or written.")
         return
-    from alignprop_core.training.callbacks import run
+    from alignprop_core.training.run import run
 
     folder = run(trainer, common.console(stderr=True))
     finish(trainer, folder)

@@ -51,7 +51,9 @@ def load_pipeline(
                 pipeline.vae = diffusers.AutoencoderKL.from_pretrained(vae, subfolder=subfolder, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f'model.base "{base}" could not be loaded from {source}: {error}') from error
-    pipeline.to(dtype)
+    for component in pipeline.components.values():
+        if isinstance(component, nn.Module):
+            nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns of modules this family does not have
     return prepare(pipeline, device)
 
 

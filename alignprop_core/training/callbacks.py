@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from alignprop_core.evaluation.compare import Comparison, compare
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
 from alignprop_core.mix import Term
 from alignprop_core.prompts import PromptSet
+from alignprop_core.runs import safe_name
 from alignprop_core.terms import load_terms, measure_entries
 from alignprop_core.training.checkpoint import save_checkpoint
 from alignprop_core.training.progress import progress_bar
@@ -94,7 +94,9 @@ class LoraFiles(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Name the files after the run."""
-        self.name = trainer.folder.path.name
+        self.name = safe_name(trainer.folder.path.name)
+        if self.name.endswith("pytorch_lora_weights"):
+            self.name += "_kohya"  # diffusers' own file has that name
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write a file every `save.every` steps and keep the newest."""
@@ -240,17 +242,3 @@ def evaluate_trained(trainer: Trainer, prompts: PromptSet, terms: list[Term]) ->
             {"base": base, "tuned": nullcontext},
             advance=advance,
         )
-
-
-def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:
-    """Return the callbacks `alignprop train` runs with, in their order."""
-    trackers: list[Callback] = (
-        [Trackers(list(trainer.config.training.trackers))] if trainer.config.training.trackers else []
-    )
-    return [Previews(), ProgressBar(console), LoraFiles(), Checkpoints(), *trackers, Evaluation()]
-
-
-def run(trainer: Trainer, console: Console | None = None) -> Path:
-    """Train with the default callbacks in front of the trainer's own; returns the run folder."""
-    trainer.callbacks = [*default_callbacks(trainer, console), *trainer.callbacks]
-    return trainer.train()

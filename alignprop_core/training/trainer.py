@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 from diffusers.optimization import get_scheduler
 from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from alignprop_core import lora
 from alignprop_core.config import RunConfig, resolved_yaml
@@ -161,12 +162,7 @@ class Trainer:
             eps=config.optimizer.epsilon,
             weight_decay=config.optimizer.weight_decay,
         )
-        self.schedule = get_scheduler(
-            {"constant": "constant_with_warmup"}.get(config.optimizer.schedule, config.optimizer.schedule),
-            self.optimizer,
-            num_warmup_steps=config.optimizer.warmup_steps,
-            num_training_steps=config.training.steps,
-        )
+        self.schedule = self._new_schedule(done=0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.progress = _Progress()
         self._folder: RunFolder | None = None
@@ -229,7 +225,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         outcomes = [self._accumulate(part) for part in self._parts()]
         record = self._measure(outcomes)
-        rate = self.schedule.get_last_lr()[0]
+        rate = float(self.schedule.get_last_lr()[0])
         self._update(images=int(record.pop("images")))
         return StepRecord(
             step=step + 1,
@@ -347,11 +343,24 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         lora.load_state(self.denoiser, checkpoint.adapter)
         restore_optimizer(self.optimizer, checkpoint.optimizer)
-        for _ in range(int(checkpoint.state["schedule"])):
-            self.schedule.step()
+        self.schedule = self._new_schedule(done=int(checkpoint.state["schedule"]))
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.progress.step = int(checkpoint.state["step"])
         self.progress.reward_queries = int(checkpoint.state["reward_queries"])
+
+    def _new_schedule(self, done: int) -> LRScheduler:
+        """Return the learning-rate schedule as it stands after `done` steps."""
+        settings = self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] = settings.learning_rate
+        schedule: LRScheduler = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(settings.schedule, settings.schedule),
+            self.optimizer,
+            num_warmup_steps=settings.warmup_steps,
+            num_training_steps=self.config.training.steps,
+            last_epoch=done - 1,
+        )
+        return schedule
 
     def _checkpoint(self, resume: Path) -> Checkpoint:
         folder = find_checkpoint(resume)

@@ -1,0 +1,189 @@
+"""What people get wrong: one clear message, the right exit code, nothing saved is lost."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from alignprop_core.cli import run
+
+pytest.importorskip("alignprop_jpeg", reason="the commands are tried with a real reward")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def config(model: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write a run config; keyword arguments replace whole sections."""
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+
+    def write(**sections: object) -> Path:
+        data: dict[str, object] = {
+            "model": {"base": str(model)},
+            "prompts": {"train": "prompts.txt"},
+            "sampling": {"steps": 2, "guidance_scale": 1.0},
+            "rewards": [{"name": "jpeg_compressibility"}],
+            "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
+            "samples": {"every": None},
+            "output": str(tmp_path / "run"),
+        }
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(data | sections))
+        return path
+
+    return write
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[object], *words: str, code: int = 2) -> str:
+    """Run a command, check its exit code and that its one message has the words; return the message."""
+    assert run([str(argument) for argument in arguments]) == code
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    assert message.startswith("error: ")
+    for word in words:
+        assert word in message, message
+    return message
+
+
+def test_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", "nowhere.yaml"], "nowhere.yaml", "no such run config")
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"rewards": [{"name": "jpeg_compressability"}]}, ["rewards.0", "jpeg_compressibility"]),
+        ({"sampling": {"stepps": 3}}, ["sampling.stepps", "steps"]),
+        ({"training": {"steps": "many"}}, ["training.steps", "many"]),
+        ({"training": {"batch_size": 0}}, ["training.batch_size"]),
+        ({"rewards": [{"name": "jpeg_compressibility", "options": {"quality": 300}}]}, ["rewards.0.options.quality"]),
+        ({"rewards": [{"name": "jpeg_bytes"}]}, ["rewards.0", "evaluation.rewards"]),
+        ({"prompts": {"train": "nowhere.txt"}}, ["nowhere.txt"]),
+        ({"model": {"base": "no_such_model"}}, ["model.base", "no_such_model"]),
+        ({"model": {"base": "./missing.safetensors"}}, ["missing.safetensors"]),
+        ({"lora": {"targets": ["to_qq"]}}, ["to_qq", "to_q"]),
+        ({"lora": {"init_from": "nowhere.safetensors"}}, ["nowhere.safetensors"]),
+        ({"lr": 1e-3}, ["lr", "optimizer.learning_rate"]),
+    ],
+)
+def test_config_mistakes_name_the_key(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    sections: dict[str, object],
+    words: list[str],
+) -> None:
+    refused(capsys, ["train", config(**sections)], *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("bad.jsonl", '{"prompt": "a fox"}\n\n{"prompt": \n', ["bad.jsonl", "3"]),
+        ("none.jsonl", '{"text": "a fox"}\n', ["none.jsonl", "prompt"]),
+        ("blank.txt", "\n   \n", ["blank.txt"]),
+    ],
+)
+def test_prompt_file_mistakes_name_file_and_line(
+    config: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    text: str,
+    words: list[str],
+) -> None:
+    (tmp_path / name).write_text(text)
+    refused(capsys, ["train", config(prompts={"train": name})], *words)
+
+
+def test_blank_lines_between_prompts_are_fine(config: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a fox\n\n\nan owl\n")
+    assert run(["train", str(config()), "--dry-run"]) == 0
+    assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_cuda_on_a_machine_without(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", config(), "training.device=cuda"], "training.device", "device: auto")
+
+
+def test_fp16_on_a_cpu(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", config(), "training.mixed_precision=fp16"], "fp16", "bf16")
+
+
+def test_existing_output_is_kept(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    refused(capsys, ["train", config()], "not empty", "--resume latest")
+    assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
+
+
+def test_pickled_model_is_refused_unopened(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.ckpt").write_bytes(b"not even a pickle")
+    refused(capsys, ["train", config(model={"base": str(tmp_path / "model.ckpt")})], "pickle", ".safetensors")
+
+
+def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(config: Callable[..., Path], tmp_path: Path) -> None:
+    """The limit on file size stands for the disk: the LoRA files fit, the optimizer's state does not."""
+    path = config(save={"every": 1}, training={"steps": 3, "batch_size": 2, "device": "cpu", "checkpoint_every": 2})
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+            "from alignprop_core.cli import run; sys.exit(run(sys.argv[1:]))",
+            "train",
+            str(path),
+        ],
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+        check=False,
+    )
+    assert result.returncode in (1, 2), result.stderr
+    assert "Traceback" not in result.stderr
+    assert "No room to write" in result.stderr
+    run_folder = tmp_path / "run"
+    assert (run_folder / "config.yaml").is_file()
+    assert not list(run_folder.rglob("*.tmp")), "no half-written file is left"
+
+
+def test_score_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "no.png").write_text("not a picture")
+    refused(capsys, ["score", tmp_path / "no.png", "--reward", "jpeg_bytes"], "no.png", "no picture")
+    refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes"], "gone.png")
+    refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_byte"], "jpeg_bytes")
+    refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes", "-o", "quality=x"], "quality")
+
+
+def test_evaluate_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["evaluate"], "--model")
+    refused(capsys, ["evaluate", tmp_path], "config.yaml")
+    refused(capsys, ["evaluate", "--model", "x"], "--prompts")
+
+
+def test_sample_mistakes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["sample", "fox", "--model", model, "--steps", "0"], "steps")
+    refused(capsys, ["sample", "fox", "--model", model, "--lora", "gone"], "gone")

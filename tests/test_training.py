@@ -1,0 +1,318 @@
+"""The training loop: it learns, resumes exactly, and loses nothing that was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alignprop_core import lora
+from alignprop_core.config import RunConfig, parse_config
+from alignprop_core.errors import AlignpropError, ConfigError, OutputError, RewardError, RunError
+from alignprop_core.training import Callback, StepRecord, Trainer
+from alignprop_core.training.run import run
+from alignprop_core.training.trainer import choose_prompts
+from tests.toy_rewards import Crashes, registry
+
+
+@pytest.fixture(scope="module")
+def model(tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_sd().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make(model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Build a config; keyword arguments are overrides with dots written as double underscores."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a fox\ntwo owls\n\nthree red boats\na hill\n")
+    base = {
+        "model": {"base": str(model)},
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "sampling": {"steps": 4, "guidance_scale": 2.0},
+        "rewards": [{"name": "redness"}],
+        "lora": {"rank": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 6, "batch_size": 4, "device": "cpu"},
+        "samples": {"every": None},
+        "save": {"every": None},
+        "evaluation": {"at_end": False, "images_per_prompt": 2},
+        "output": str(tmp_path / "run"),
+    }
+
+    def build(**overrides: object) -> RunConfig:
+        changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+        return parse_config(base, registry=registry(), overrides=changes)
+
+    return build
+
+
+def train(config: RunConfig, **options: Any) -> Path:
+    return run(Trainer(config, registry=registry(), **options))
+
+
+def adapters(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "last_k", "full", "drtune", "refl"])
+def test_reward_rises_on_held_out_noise(make: Callable[..., RunConfig], strategy: str) -> None:
+    config = make(backprop__strategy=strategy, training__steps=15, evaluation__at_end=True)
+    folder = train(config)
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["tuned"]["redness"]["interval"][0] > 0, result
+    assert result["base"]["redness"]["n"] == 8
+    assert result["tuned"]["red_share"]["mean"] == pytest.approx(result["tuned"]["redness"]["mean"], abs=1e-6)
+
+
+def test_ceiling_stops_the_gradient_of_samples_above_it(make: Callable[..., RunConfig]) -> None:
+    low = [{"name": "redness", "ceiling": -100.0}]
+    folder = train(make(rewards=low, training__steps=2))
+    assert all(line["grad_norm"] == 0 for line in metrics(folder))
+    assert all(line["terms"]["redness"]["weighted"] == -100.0 for line in metrics(folder))
+
+
+def test_mix_is_the_weighted_sum_and_every_term_is_logged(make: Callable[..., RunConfig]) -> None:
+    terms = [
+        {"name": "redness", "weight": 2.0},
+        {"name": "redness", "label": "half", "weight": -0.5, "options": {"gain": 3.0}},
+    ]
+    (first, *_) = metrics(train(make(rewards=terms, training__steps=1)))
+    redness, half = first["terms"]["redness"], first["terms"]["half"]
+    assert half["raw"] == pytest.approx(3 * redness["raw"])
+    assert redness["weighted"] == pytest.approx(2 * redness["raw"])
+    assert first["reward"] == pytest.approx(redness["weighted"] + half["weighted"], abs=1e-6)
+    assert {"step", "grad_norm", "kept_steps", "reward_queries", "seconds", "peak_memory"} <= first.keys()
+
+
+def test_accumulation_and_chunks_give_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    whole = adapters(train(make()))
+    for number, options in enumerate(
+        (
+            {"training__batch_size": 2, "training__gradient_accumulation_steps": 2},
+            {"backprop__sample_batch_size": 3, "backprop__decode_batch_size": 1},
+            {"backprop__checkpoint_steps": True, "backprop__checkpoint_decoder": True},
+        )
+    ):
+        other = adapters(train(make(**options, output=str(tmp_path / f"run{number}"))))
+        for name, tensor in whole.items():
+            torch.testing.assert_close(other[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+def test_steps_see_every_prompt_once_before_one_twice() -> None:
+    drawn = choose_prompts(5, seed=3, step=9, indices=range(12))
+    assert sorted(drawn[:5]) == sorted(drawn[5:10]) == list(range(5))
+    assert choose_prompts(5, seed=3, step=9, indices=[7, 2]) == [drawn[7], drawn[2]]
+    assert choose_prompts(5, seed=3, step=10, indices=range(12)) != drawn
+
+
+# -- the run folder ---------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_has_what_the_contract_names(make: Callable[..., RunConfig]) -> None:
+    config = make(samples__every=2, save__every=2, training__steps=4, evaluation__at_end=True)
+    folder = train(config)
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "evaluation.json",
+        "lora/pytorch_lora_weights.safetensors",
+        "lora/run.safetensors",
+        "lora/run-000002.safetensors",
+        "lora/run-000004.safetensors",
+        "checkpoints/step-000004/state.json",
+        "images/step-000000.png",
+        "images/step-000002.png",
+        "images/before_after.png",
+    ):
+        assert (folder / name).is_file(), name
+    with Image.open(folder / "images/step-000000.png") as picture:
+        assert picture.size[0] > 4 * 192
+    assert json.loads((folder / "environment.json").read_text())["plugins"].keys() == {"toy-rewards"}
+
+
+def test_resolved_config_gives_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    from alignprop_core.config import load_config
+
+    first = train(make(training__steps=2))
+    again = train(load_config(first / "config.yaml", [f"output={tmp_path / 'again'}"], registry=registry()))
+    for name, tensor in adapters(first).items():
+        assert torch.equal(adapters(again)[name], tensor)
+
+
+def test_trained_lora_gives_identical_images_in_plain_diffusers(make: Callable[..., RunConfig], model: Path) -> None:
+    trainer = Trainer(make(lora__alpha=2.0, lora__rank_stabilized=True), registry=registry())
+    folder = run(trainer)
+    with torch.no_grad():
+        ours = trainer.sampler(["a fox"], generator=torch.Generator().manual_seed(1))
+        with lora.disabled(trainer.denoiser):
+            base = trainer.sampler(["a fox"], generator=torch.Generator().manual_seed(1))
+    assert (ours - base).abs().max() > 1e-3
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(folder / "lora", weight_name="pytorch_lora_weights.safetensors")
+    theirs = pipe(
+        "a fox", num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(1), output_type="pt"
+    ).images
+    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+
+
+def test_existing_run_is_not_overwritten(make: Callable[..., RunConfig]) -> None:
+    config = make(training__steps=1)
+    folder = train(config)
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="not empty"):
+        train(config)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+# -- resume -----------------------------------------------------------------------------------------------------------
+
+
+class Interrupt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_resumed_run_is_the_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    options = {"optimizer__schedule": "cosine", "optimizer__warmup_steps": 2, "sampling__eta": 0.4}
+    straight = train(make(**options))
+    config = make(**options, output=str(tmp_path / "broken"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(3)])
+    resumed = train(config, resume=tmp_path / "broken")
+    expected = adapters(straight)
+    for name, tensor in adapters(resumed).items():
+        assert torch.equal(tensor, expected[name]), name
+
+    def figures(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory")} for line in metrics(folder)]
+
+    assert figures(resumed) == figures(straight)
+
+
+def test_resume_refuses_another_run(make: Callable[..., RunConfig]) -> None:
+    folder = train(make(training__steps=1))
+    with pytest.raises(ConfigError, match=r"lora\.rank"):
+        train(make(training__steps=2, lora__rank=8), resume=folder)
+    train(make(training__steps=2), resume=folder)
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+
+
+def test_resume_without_a_checkpoint_says_so(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    with pytest.raises(AlignpropError, match="nothing to resume"):
+        train(make(), resume=tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model: Path, tmp_path: Path) -> None:
+    one = adapters(train(make(training__steps=2)))
+    script = tmp_path / "two.py"
+    config = tmp_path / "two.json"
+    config.write_text(make(training__steps=2, output=str(tmp_path / "two")).model_dump_json())
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from alignprop_core.config import RunConfig\n"
+        "from alignprop_core.training import Trainer\n"
+        "from alignprop_core.training.run import run\n"
+        "from tests.toy_rewards import registry\n"
+        f"run(Trainer(RunConfig.model_validate_json(Path({str(config)!r}).read_text()), registry=registry()))\n"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)],
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    two = adapters(tmp_path / "two")
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=2e-3, atol=2e-5)
+
+
+# -- broken rewards ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("batch_mean", r'"batch_mean" returned shape \(\) for a batch of 4'),
+        ("not_a_number", '"not_a_number" gave a score that is not finite'),
+        ("no_gradient", '"no_gradient" returned scores without a gradient'),
+        ("python_list", '"python_list" returned list'),
+    ],
+)
+def test_broken_reward_is_named(make: Callable[..., RunConfig], name: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        train(make(rewards=[{"name": name}]))
+
+
+def test_infinite_slope_does_not_reach_the_adapters(make: Callable[..., RunConfig]) -> None:
+    trainer = Trainer(make(rewards=[{"name": "nan_gradient"}]), registry=registry())
+    before = lora.state(trainer.denoiser)
+    with pytest.raises(RunError, match="gradient is not finite"):
+        run(trainer)
+    for name, tensor in lora.state(trainer.denoiser).items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_reward_that_crashes_mid_run_leaves_a_checkpoint(make: Callable[..., RunConfig]) -> None:
+    Crashes.calls = 0
+    config = make(rewards=[{"name": "crashes"}])
+    with pytest.raises(RewardError, match=r'"crashes" raised ZeroDivisionError: the third call'):
+        train(config)
+    folder = Path(config.output)
+    assert len(metrics(folder)) == 2
+    assert json.loads((folder / "checkpoints/step-000002/state.json").read_text())["step"] == 2
+
+
+def test_two_trainers_with_other_settings_in_one_process(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    train(make(training__steps=1))
+    train(make(training__steps=1, training__mixed_precision="bf16", output=str(tmp_path / "bf16")))
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_a_gpu_raises_the_reward(make: Callable[..., RunConfig], precision: str) -> None:
+    config = make(
+        training__device="cuda", training__mixed_precision=precision, training__steps=20, evaluation__at_end=True
+    )
+    result = json.loads((train(config) / "evaluation.json").read_text())
+    assert result["tuned"]["redness"]["interval"][0] > 0, result
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_run_of_the_cpu(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    cpu = metrics(train(make(training__steps=3)))
+    gpu = metrics(train(make(training__steps=3, training__device="cuda", output=str(tmp_path / "gpu"))))
+    for a, b in zip(cpu, gpu, strict=True):
+        assert b["reward"] == pytest.approx(a["reward"], abs=2e-3)
