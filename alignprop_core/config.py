@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -38,9 +38,7 @@ from alignprop_core.config_sections import (
 )
 from alignprop_core.config_yaml import Lines, dump_yaml, read_yaml
 from alignprop_core.errors import ConfigError, PluginError
-
-if TYPE_CHECKING:
-    from alignprop_core.registry import Registry
+from alignprop_core.registry import Registry, default_registry
 
 __all__ = [
     "BackpropConfig",
@@ -66,18 +64,21 @@ __all__ = [
 ]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Registry) -> RunConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None
+) -> RunConfig:
     """Read a run config from a YAML file.
 
     Args:
         path: the file. Paths of input files in it are relative to its folder; `output` to the working directory.
         overrides: `key.path=value`, values in YAML, lists by index (`rewards.0.weight=2`). Paths in them are relative
             to the working directory.
-        registry: the plugins that names are looked up in.
+        registry: the plugins that names are looked up in; the installed ones if None.
 
     Raises:
         ConfigError: the file is missing or is no YAML, or anything in it is wrong.
     """
+    registry = registry or default_registry()
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")

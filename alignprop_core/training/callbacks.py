@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -161,7 +161,7 @@ class Checkpoints(Callback):
 class Trackers(Callback):
     """Sends each step's figures to TensorBoard or Weights & Biases through accelerate."""
 
-    def __init__(self, names: list[str]) -> None:
+    def __init__(self, names: Sequence[str]) -> None:
         self.names = names
         self.trackers: list[Any] = []
 

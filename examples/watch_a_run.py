@@ -1,0 +1,30 @@
+"""Train from Python and watch each step with a callback.
+
+python examples/watch_a_run.py [CONFIG] [KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from alignprop_core import Callback, StepRecord, Trainer, train
+
+
+class BestSoFar(Callback):
+    """Print the best step so far; any callback may look at the trainer and its run folder."""
+
+    def __init__(self) -> None:
+        self.best = float("-inf")
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Compare this step's reward with the best one."""
+        if record.reward > self.best:
+            self.best = record.reward
+            print(f"step {record.step}: best reward so far, {record.reward:.4g}")
+
+
+if __name__ == "__main__":
+    default = Path(__file__).with_name("jpeg_compressibility.yaml")
+    config, *overrides = sys.argv[1:] or [str(default)]
+    print(f"The run is in {train(config, overrides, callbacks=[BestSoFar()])}")

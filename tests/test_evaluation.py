@@ -1,0 +1,135 @@
+"""Evaluation: intervals that are right, the same noise for every variant, sheets that can be looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alignprop_core import lora
+from alignprop_core.config import EvaluationConfig, SamplingConfig
+from alignprop_core.diffusion import Sampler
+from alignprop_core.evaluation.compare import compare
+from alignprop_core.evaluation.sheet import before_after, grid
+from alignprop_core.evaluation.statistics import paired, summary, t_quantile
+from alignprop_core.mix import Term
+from alignprop_core.prompts import PromptSet
+from tests.toy_rewards import Redness
+
+
+def test_t_quantiles_match_the_published_table() -> None:
+    table = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 100: 1.984, 1000: 1.962}
+    for degrees, value in table.items():
+        assert t_quantile(0.975, degrees) == pytest.approx(value, rel=0.01)
+
+
+def test_paired_interval_covers_the_truth_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(2000):
+        base = random.normal(0, 5, 8)
+        low, high = paired(list(base), list(base + random.normal(1.0, 1.0, 8)))["interval"]
+        hits += low <= 1.0 <= high
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_summary_and_single_pair() -> None:
+    assert summary([1.0, 3.0]) == {"n": 2, "mean": 2.0, "std": math.sqrt(2)}
+    assert paired([1.0], [4.0]) == {"difference": 3.0, "interval": None}
+
+
+@pytest.fixture
+def sampler(tiny_sd: Callable[..., Any]) -> Sampler:
+    pipe = tiny_sd()
+    lora.attach(pipe.unet, rank=4)
+    with torch.no_grad():
+        for parameter in lora.parameters(pipe.unet)[1::2]:
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    return Sampler(pipe, SamplingConfig(steps=2, guidance_scale=2.0))
+
+
+PROMPTS = PromptSet("mine", ("a fox", "two owls", "c"), ({}, {}, {}))
+
+
+def test_variants_see_the_same_noise_and_batches_change_nothing(sampler: Sampler) -> None:
+    term = Term("redness", Redness())
+    results = []
+    for batch_size in (1, 4, 6):
+        config = EvaluationConfig(images_per_prompt=2, batch_size=batch_size)
+        variants = {
+            "base": lambda: lora.disabled(sampler.family.denoiser),
+            "same": lambda: lora.disabled(sampler.family.denoiser),
+        }
+        result = compare(sampler, [term], PROMPTS, config, variants)
+        base, same = (result.variants[name].scores["redness"] for name in ("base", "same"))
+        assert base == same
+        assert len(base) == 6
+        assert len(set(base)) == 6, "every image has noise of its own"
+        results.append(base)
+    assert results[0] == pytest.approx(results[1], abs=1e-5)
+    assert results[0] == pytest.approx(results[2], abs=1e-5)
+
+
+def test_comparison_pairs_every_variant_with_the_first(sampler: Sampler) -> None:
+    from contextlib import nullcontext
+
+    config = EvaluationConfig(images_per_prompt=3)
+    variants = {"base": lambda: lora.disabled(sampler.family.denoiser), "tuned": nullcontext}
+    done: list[int] = []
+    result = compare(sampler, [Term("redness", Redness())], PROMPTS, config, variants, advance=done.append)
+    data = json.loads(json.dumps(result.as_json()))
+    assert data["images"] == 9
+    assert sum(done) == 18
+    tuned = data["tuned"]["redness"]
+    assert tuned["difference"] == pytest.approx(tuned["mean"] - data["base"]["redness"]["mean"])
+    low, high = tuned["interval"]
+    assert low < tuned["difference"] < high
+    sheet = before_after(result)
+    assert sheet.width > 3 * 2 * 192
+
+
+def test_grid_cuts_long_captions_and_keeps_every_picture() -> None:
+    pictures = [torch.full((3, 32, 32), shade) for shade in (0.0, 0.5, 1.0, 0.25, 0.75)]
+    sheet = np.asarray(grid(pictures, ["a very long prompt " * 9] * 5))
+    for shade in (0, 128, 64, 191):
+        assert (sheet == shade).all(-1).any()
+
+
+def test_run_can_be_evaluated_again_from_its_folder(tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("alignprop_jpeg")
+    from alignprop_core.cli import run
+
+    tiny_sd().save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model: {{base: model}}
+prompts: {{train: prompts.txt, heldout: prompts.txt}}
+sampling: {{steps: 2, guidance_scale: 2.0}}
+rewards: [{{name: jpeg_compressibility, options: {{quality: 80}}}}]
+training: {{steps: 2, batch_size: 2, device: cpu}}
+samples: {{every: null}}
+evaluation: {{images_per_prompt: 2}}
+output: {tmp_path / "run"}
+"""
+    )
+    assert run(["train", str(tmp_path / "run.yaml")]) == 0
+    first = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert run(["evaluate", str(tmp_path / "run"), "--output", str(tmp_path / "again"), "--device", "cpu"]) == 0
+    again = json.loads((tmp_path / "again" / "evaluation.json").read_text())
+    for name in ("base", "tuned"):
+        for label in ("jpeg_compressibility", "jpeg_bytes"):
+            assert again[name][label]["mean"] == pytest.approx(first[name][label]["mean"], rel=1e-4)
+    true_kilobytes = first["base"]["jpeg_bytes"]["mean"] / 1000
+    assert true_kilobytes == pytest.approx(-first["base"]["jpeg_compressibility"]["mean"], rel=0.25)
+    pictures = tmp_path / "pictures"
+    arguments = ["--model", str(tmp_path / "model"), "--lora", str(tmp_path / "run"), "--steps", "2"]
+    assert run(["sample", "a fox", *arguments, "--count", "2", "--output", str(pictures)]) == 0
+    assert len(list(pictures.glob("*.png"))) == 2
+    assert run(["score", *map(str, pictures.glob("*.png")), "--reward", "jpeg_bytes", "--json"]) == 0

@@ -1,0 +1,58 @@
+"""Every example runs: each config for a step or two on the starter model, each script as its first lines say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignprop_core.cli import run
+from alignprop_core.config import load_config
+
+pytest.importorskip("alignprop_starter")
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
+SHORT = [
+    "training.steps=2",
+    "training.batch_size=2",
+    "sampling.steps=4",
+    "samples.every=null",
+    "evaluation.at_end=false",
+    "training.device=cpu",
+]
+
+
+def test_there_are_examples() -> None:
+    assert CONFIGS
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_example_config_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    load_config(path)
+    assert f"alignprop train examples/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in CONFIGS if yaml.safe_load(path.read_text())["model"]["base"] == "starter"],
+    ids=lambda path: path.stem,
+)
+def test_example_config_trains(path: Path, tmp_path: Path) -> None:
+    assert run(["train", str(path), *SHORT, f"output={tmp_path / 'run'}"]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(step["grad_norm"] > 0 for step in steps)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_example_script_runs(path: Path, tmp_path: Path) -> None:
+    config = str(EXAMPLES / "jpeg_compressibility.yaml")
+    command = [sys.executable, str(path), config, *SHORT, f"output={tmp_path / 'run'}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
