@@ -35,7 +35,8 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
 
-docs: $(STAMP) ## build the documentation into site/
+docs: $(STAMP) ## write the generated tables, build the documentation into site/
+	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(BENCH)/.installed ## time a training step against TRL's; writes docs/results/trl_step.md
