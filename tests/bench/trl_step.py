@@ -31,9 +31,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import accelerate
 import diffusers
 import torch
+import transformers
 from torch import Tensor
 
-from alignprop_core.cli.common import quiet_libraries
 from alignprop_core.config import RunConfig, parse_config
 from alignprop_core.diffusion import load_pipeline
 from alignprop_core.prompts import load_prompts
@@ -188,7 +188,7 @@ def report(rows: Sequence[Row], config: RunConfig, model: str, reward: str) -> s
         "alignprop's number.",
         "",
         "Where the time goes: TRL recomputes every kept step in the backward pass, whether or not memory is short, "
-        "builds a graph for steps whose gradient it then drops, and encodes every prompt at every step.",
+        "leaves convolutions in the slower memory layout, and encodes every prompt at every step.",
         "",
         f"Machine: {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}.",
@@ -210,7 +210,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default, the machine's cores")
     parser.add_argument("--output", type=Path, help="page to write")
     options = parser.parse_args()
-    quiet_libraries()
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")  # TRL's and diffusers' deprecations; they are not what is measured.
     if options.threads:
         torch.set_num_threads(options.threads)
