@@ -297,6 +297,16 @@ def test_two_trainers_with_other_settings_in_one_process(make: Callable[..., Run
     train(make(training__steps=1, training__mixed_precision="bf16", output=str(tmp_path / "bf16")))
 
 
+def test_figures_reach_tensorboard(make: Callable[..., RunConfig]) -> None:
+    pytest.importorskip("tensorboard")
+    folder = train(make(training__steps=2, training__trackers=["tensorboard"]))
+    written = list(folder.rglob("events.out.tfevents.*"))
+    assert written
+    content = b"".join(file.read_bytes() for file in written)
+    for name in (b"reward", b"redness/raw", b"grad_norm"):
+        assert name in content
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
