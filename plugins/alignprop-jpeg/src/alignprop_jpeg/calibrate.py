@@ -1,7 +1,8 @@
 """Hold the size estimate against Pillow's files and print the result as Markdown.
 
     python -m alignprop_jpeg.calibrate                      the accuracy tables
-    python -m alignprop_jpeg.calibrate --margins 1.0 1.1    how the one calibrated number was chosen
+    python -m alignprop_jpeg.calibrate --margins 1.0 1.25   how the one calibrated number was chosen
+    python -m alignprop_jpeg.calibrate --picture out.webp   a photograph before and after climbing either reward
 
 Pictures: the photographs that ship inside scikit-image and scikit-learn (`pip install alignprop-jpeg[calibrate]`),
 cropped at several sizes, and scenes of alignprop-starter where that is installed. Nothing is downloaded.
@@ -196,11 +197,35 @@ def margins(sets: Sequence[tuple[str, Tensor]], values: Sequence[float]) -> Iter
             yield f"| {value:.2f} | {quality} | {np.mean(biases):+.2%} | {np.mean(ratios):.3f} |"
 
 
+def climb(images: Tensor, sign: int, steps: int = 60, rate: float = 1.5 / 255, quality: int = 95) -> Tensor:
+    """Move pixels along the estimate's gradient (Adam), no model in between: sign -1 makes files small, +1 large."""
+    pixels = images.clone().requires_grad_()
+    optimizer = torch.optim.Adam([pixels], lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (-sign * jpeg_size(pixels, quality)).sum().backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    return pixels.detach().clamp(0, 1)
+
+
+def picture(path: Path) -> list[int]:
+    """Draw a photograph, the same made compressible, and made incompressible, side by side; return their true bytes."""
+    image = photographs()["astronaut"][None, :, 32:224, 112:304]
+    row = torch.cat([image, climb(image, -1), climb(image, 1)])
+    pixels = (torch.cat(list(row), dim=2) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    Image.fromarray(pixels.numpy()).save(path, quality=88)
+    return [int(size) for size in true_size(row, 95)]
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--margins", type=float, nargs="+", help="values of ZERO_MARGIN to compare")
+    parser.add_argument("--picture", type=Path, help="write the README's picture there and print its true bytes")
     arguments = parser.parse_args()
+    if arguments.picture:
+        print("true bytes:", *picture(arguments.picture))
+        return
     sets = list(picture_sets())
     for line in margins(sets, arguments.margins) if arguments.margins else report(sets):
         print(line, flush=True)
