@@ -245,7 +245,8 @@ def test_backward_without_a_trainable_parameter_says_so(pipe: Any) -> None:
 def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainable(pipe)
     calls: list[int] = []
-    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    # Before the call: a recomputation ends as soon as it has what the backward pass needs.
+    pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def unet_calls(available: int) -> int:
         monkeypatch.setattr("alignprop_core.diffusion.sampler.available_bytes", lambda device: available)

@@ -71,16 +71,18 @@ def _open(source: Path | str) -> Any:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """Keep diffusers' bar for a fraction of a second's work out of the terminal."""
-    from diffusers.utils import logging
+    """Keep the libraries' bars for a fraction of a second's work out of the terminal."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
+    for module in shown:
+        module.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        for module in shown:
+            module.enable_progress_bar()
 
 
 def prepare(pipeline: Any, device: torch.device | str) -> Any:
