@@ -50,6 +50,7 @@ clean: ## remove the environment and everything that was built
 $(STAMP): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "alignprop needs Python 3.11 or newer; name one: PYTHON=python3.12 make ..."; exit 2; }
+	@echo "Installing into $(VENV): a few minutes the first time, most of it torch."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[dev,docs]" $(foreach plugin,$(PLUGINS),-e "./$(plugin)[dev]")
 	@touch $@
