@@ -261,7 +261,7 @@ class Trainer:
             [self.prompts.metadata[i] for i in chosen],
             noise,
             share=1.0 / (training.batch_size * training.gradient_accumulation_steps),
-            scale=float(self.scaler.get_scale()),
+            scale=float(self.scaler.scale(torch.ones((), device=self.device))),
         )
 
     def _measure(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
