@@ -1,1 +1,83 @@
-"""A small real text-to-image model, its world of scenes, prompt sets and a judge, all in one package."""
+"""A small real text-to-image model, its world of scenes, prompt sets and a judge, all in one package. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+from alignprop_core.hookspecs import hookimpl
+from alignprop_core.specs import ModelSpec, PromptSpec, RewardSpec, WeightsFile
+
+_SOURCE = "https://github.com/alignprop/alignprop/tree/main/plugins/alignprop-starter"
+_LICENSE = "Apache-2.0 AND MIT"
+_ANIMALS = {
+    "simple_animals": ("AlignProp's 45 training animals", 45),
+    "eval_simple_animals": ("AlignProp's 6 held-out animals", 6),
+}
+VARIANTS = {
+    "": "by name alone",
+    "_number": "with a number from one to four",
+    "_style": "with an art style",
+    "_background": "with a place",
+    "_full": "with number, style and place",
+}
+"""Ending of a prompt set's name -> what its prompts say beside the animal."""
+
+
+def model_folder() -> Path:
+    """Return the folder of the base model: a diffusers `StableDiffusionPipeline`, 128x128 pixels, float16 weights."""
+    return Path(str(files("alignprop_starter"))) / "pipeline"
+
+
+@hookimpl
+def alignprop_register_models() -> Iterable[ModelSpec]:
+    """Offer the base model."""
+    return [
+        ModelSpec(
+            name="starter",
+            summary="51 animals in 3 art styles and 8 places, one to four of them; 128x128, runs on a laptop.",
+            path="alignprop_starter:model_folder",
+            resolution=128,
+            demo="alignprop_starter:demo.yaml",
+            license=_LICENSE,
+            source=_SOURCE,
+        )
+    ]
+
+
+@hookimpl
+def alignprop_register_prompts() -> Iterable[PromptSpec]:
+    """Offer the prompt sets: training and held-out animals, each in five variants."""
+    return [
+        PromptSpec(
+            name=f"starter/{name}{ending}",
+            summary=f"{animals} {says}.",
+            path=f"alignprop_starter:prompts/{name}{ending}.jsonl",
+            size=size,
+            license="Apache-2.0",
+            source="https://arxiv.org/abs/2310.03739",
+        )
+        for name, (animals, size) in _ANIMALS.items()
+        for ending, says in VARIANTS.items()
+    ]
+
+
+@hookimpl
+def alignprop_register_rewards() -> Iterable[RewardSpec]:
+    """Offer the judge as a measure."""
+    return [
+        RewardSpec(
+            name="scene_accuracy",
+            summary="Whether the judge sees in a starter picture what its prompt asks for: 1 or 0.",
+            factory="alignprop_starter.reward:SceneAccuracy",
+            config="alignprop_starter.config:SceneAccuracyConfig",
+            differentiable=False,
+            needs_prompts=True,
+            unit="share of images",
+            typical_range=(0.0, 1.0),
+            license=_LICENSE,
+            source=_SOURCE,
+            weights=(WeightsFile(file="judge/judge.safetensors", license=_LICENSE),),
+        )
+    ]

@@ -1,4 +1,5 @@
-"""The words of the starter world: animals, numbers, styles, places; captions written from them and read back. No torch."""
+"""The words of the starter world: animals, numbers, styles, places; captions written from them and read back. No
+torch."""
 
 from __future__ import annotations
 
@@ -7,11 +8,52 @@ from dataclasses import dataclass
 
 #: AlignProp's 45 training animals, in its order, then its 6 held-out ones.
 TRAIN_ANIMALS = (
-    "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer", "cow", "goat", "lion", "tiger", "bear",
-    "raccoon", "fox", "wolf", "lizard", "beetle", "ant", "butterfly", "fish", "shark", "whale", "dolphin", "squirrel", "mouse",
-    "rat", "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly", "llama", "camel", "bat",
-    "gorilla", "hedgehog", "kangaroo",
-)  # fmt: skip
+    "cat",
+    "dog",
+    "horse",
+    "monkey",
+    "rabbit",
+    "zebra",
+    "spider",
+    "bird",
+    "sheep",
+    "deer",
+    "cow",
+    "goat",
+    "lion",
+    "tiger",
+    "bear",
+    "raccoon",
+    "fox",
+    "wolf",
+    "lizard",
+    "beetle",
+    "ant",
+    "butterfly",
+    "fish",
+    "shark",
+    "whale",
+    "dolphin",
+    "squirrel",
+    "mouse",
+    "rat",
+    "snake",
+    "turtle",
+    "frog",
+    "chicken",
+    "duck",
+    "goose",
+    "bee",
+    "pig",
+    "turkey",
+    "fly",
+    "llama",
+    "camel",
+    "bat",
+    "gorilla",
+    "hedgehog",
+    "kangaroo",
+)
 HELDOUT_ANIMALS = ("snail", "hippopotamus", "cheetah", "crocodile", "lobster", "octopus")
 SPECIES = TRAIN_ANIMALS + HELDOUT_ANIMALS
 STYLES = ("3d", "flat", "noto")
@@ -32,9 +74,18 @@ PLACES = {
 BACKGROUNDS = tuple(PLACES)
 
 _IRREGULAR = {
-    "sheep": "sheep", "deer": "deer", "fish": "fish", "wolf": "wolves", "mouse": "mice", "goose": "geese", "fly": "flies",
-    "butterfly": "butterflies", "fox": "foxes", "octopus": "octopuses", "hippopotamus": "hippopotamuses",
-}  # fmt: skip
+    "sheep": "sheep",
+    "deer": "deer",
+    "fish": "fish",
+    "wolf": "wolves",
+    "mouse": "mice",
+    "goose": "geese",
+    "fly": "flies",
+    "butterfly": "butterflies",
+    "fox": "foxes",
+    "octopus": "octopuses",
+    "hippopotamus": "hippopotamuses",
+}
 
 
 def plural(animal: str) -> str:
@@ -43,10 +94,22 @@ def plural(animal: str) -> str:
 
 
 _BY_NOUN = {plural(name): name for name in SPECIES} | {name: name for name in SPECIES}
-_NUMBERS = {"a": 1, "an": 1} | {word: i + 1 for i, word in enumerate(NUMBER_WORDS)} | {str(i + 1): i + 1 for i in range(MAX_NUMBER)}
+_NUMBERS = (
+    {"a": 1, "an": 1}
+    | {word: i + 1 for i, word in enumerate(NUMBER_WORDS)}
+    | {str(i + 1): i + 1 for i in range(MAX_NUMBER)}
+)
 
 #: Every word a caption can hold; the tokenizer keeps each of them whole.
-WORDS = tuple(sorted(set(_BY_NOUN) | set(_NUMBERS) | {w for w in STYLES if w != "3d"} | {w for p in PLACES.values() for w in p.split()} | {"d"}))
+WORDS = tuple(
+    sorted(
+        set(_BY_NOUN)
+        | set(_NUMBERS)
+        | {w for w in STYLES if w != "3d"}
+        | {w for p in PLACES.values() for w in p.split()}
+        | {"d"}
+    )
+)
 
 
 @dataclass(frozen=True)

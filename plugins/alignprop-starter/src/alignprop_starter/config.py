@@ -1,0 +1,17 @@
+"""Options of the package's measures. No torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from alignprop_core.specs import RewardConfig
+
+
+class SceneAccuracyConfig(RewardConfig):
+    """Options of `scene_accuracy`."""
+
+    attribute: Literal["species", "number", "style", "background", "all"] = Field(
+        default="species", description="What is compared with the prompt; all: everything the prompt names."
+    )

@@ -1,0 +1,50 @@
+"""Writes the prompt sets: AlignProp's animals by name alone, and with number, style, place, and all three.
+
+    python -m alignprop_starter.make.prompts [--out DIR]
+
+A variant walks through its values in a fixed order, so that each comes up equally often and no two neighbours share
+one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from alignprop_starter import VARIANTS
+from alignprop_starter.make.common import PACKAGE
+from alignprop_starter.vocabulary import BACKGROUNDS, HELDOUT_ANIMALS, MAX_NUMBER, STYLES, TRAIN_ANIMALS, caption
+
+
+def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]]:
+    """Return a set's lines: prompt, animal, and what else the variant names."""
+    lines = []
+    for i, animal in enumerate(animals):
+        wishes: dict[str, object] = {}
+        if variant in ("_number", "_full"):
+            wishes["number"] = 1 + i % MAX_NUMBER
+        if variant in ("_style", "_full"):
+            wishes["style"] = STYLES[i % len(STYLES)]
+        if variant in ("_background", "_full"):
+            # 5 has no factor in common with the number of places: all come up, in another order than the numbers.
+            wishes["background"] = BACKGROUNDS[5 * i % len(BACKGROUNDS)]
+        text = caption(animal, **wishes)  # type: ignore[arg-type]
+        lines.append({"prompt": text, "animal": animal, **wishes})
+    return lines
+
+
+def main() -> None:
+    """Write every set."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=PACKAGE / "prompts")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, animals in (("simple_animals", TRAIN_ANIMALS), ("eval_simple_animals", HELDOUT_ANIMALS)):
+        for variant in VARIANTS:
+            lines = [json.dumps(line) for line in prompt_set(animals, variant)]
+            (args.out / f"{name}{variant}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What the plugin offers: the model's folder, prompt sets that mean what they say, and the judge as a measure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from alignprop_core.config import load_config
+from alignprop_core.errors import ConfigError
+from alignprop_core.prompts import load_prompts
+from alignprop_core.registry import default_registry
+from alignprop_core.reward import ImageBatch
+from alignprop_starter import alignprop_register_prompts, model_folder
+from alignprop_starter.reward import wish_of
+from alignprop_starter.scenes import render_scenes
+from alignprop_starter.vocabulary import HELDOUT_ANIMALS, TRAIN_ANIMALS, Wish, read_caption
+
+SETS = [spec.name for spec in alignprop_register_prompts()]
+
+
+def test_hooks_import_no_torch() -> None:
+    code = "import sys, alignprop_starter, alignprop_starter.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_model_folder_is_a_diffusers_pipeline() -> None:
+    assert (model_folder() / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_prompts_say_what_their_metadata_say(name: str) -> None:
+    registry = default_registry()
+    prompts = load_prompts(name, registry)
+    assert len(prompts) == registry.prompt_set(name).spec.size
+    for prompt, metadata in zip(prompts.prompts, prompts.metadata, strict=True):
+        seen = read_caption(prompt)
+        assert seen == wish_of("", metadata), prompt
+    animals = HELDOUT_ANIMALS if "eval_" in name else TRAIN_ANIMALS
+    assert tuple(metadata["animal"] for metadata in prompts.metadata) == animals
+
+
+def test_full_prompts_use_every_number_style_and_place() -> None:
+    metadata = load_prompts("starter/simple_animals_full", default_registry()).metadata
+    assert {m["number"] for m in metadata} == {1, 2, 3, 4}
+    assert len({m["style"] for m in metadata}) == 3
+    assert len({m["background"] for m in metadata}) == 8
+
+
+def test_scene_accuracy_is_one_for_the_right_caption_and_zero_for_a_wrong_one() -> None:
+    scenes = render_scenes(32, seed=5)
+    registry = default_registry()
+    right = scenes.captions()
+    for attribute in ("species", "number", "style", "background", "all"):
+        reward = registry.load_reward("scene_accuracy", {"attribute": attribute})
+        scores = reward(ImageBatch(images=scenes.images, prompts=right))
+        assert scores.shape == (32,)
+        assert scores.mean() >= 0.9, attribute
+    reward = registry.load_reward("scene_accuracy", {"attribute": "species"})
+    wrong = ["a cat" if read_caption(caption).species != "cat" else "a dog" for caption in right]
+    assert reward(ImageBatch(images=scenes.images, prompts=wrong)).mean() <= 0.1
+    open_wish = reward(ImageBatch(images=scenes.images, prompts=["in the snow"] * 32))
+    assert torch.equal(open_wish, torch.ones(32)), "what was not asked for cannot be wrong"
+
+
+def test_metadata_come_before_the_words() -> None:
+    assert wish_of("three foxes", {"animal": "cat"}) == Wish("cat", 3, None, None)
+
+
+def test_unknown_attribute_is_named() -> None:
+    with pytest.raises(ConfigError, match="attribute"):
+        default_registry().reward_options("scene_accuracy", {"attribute": "colour"})
+
+
+def test_demo_config_is_valid() -> None:
+    from alignprop_starter import alignprop_register_models
+
+    (spec,) = alignprop_register_models()
+    package, _, file = spec.demo.partition(":")
+    config = load_config(model_folder().parent / file, ["output=demo"])
+    assert package == "alignprop_starter"
+    assert config.prompts.heldout == "starter/eval_simple_animals"

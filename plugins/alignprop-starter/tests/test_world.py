@@ -1,0 +1,121 @@
+"""The world: captions, scenes, the judge, and the size of it all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from alignprop_starter import model_folder
+from alignprop_starter.judge import ATTRIBUTES, load_judge
+from alignprop_starter.scenes import Scenes, draw_layouts, heldout_combinations, render_scenes
+from alignprop_starter.vocabulary import (
+    BACKGROUNDS,
+    MAX_NUMBER,
+    SPECIES,
+    STYLES,
+    WORDS,
+    Wish,
+    caption,
+    plural,
+    read_caption,
+)
+
+PACKAGE = model_folder().parent
+
+
+@pytest.fixture(scope="module")
+def scenes() -> Scenes:
+    return render_scenes(96, seed=77, split="all")
+
+
+@pytest.mark.parametrize(
+    ("text", "wish"),
+    [
+        (caption("fox", 3, "flat", "meadow"), "three flat foxes in a meadow"),
+        (caption("octopus", 1), "an octopus"),
+        (caption("ant", 1, "3d", "snow"), "a 3d ant in the snow"),
+        (caption("mouse", many=True, background="night"), "mice at night"),
+        (caption("fox", None, "3d"), "3d fox"),
+        (caption("goose", "2"), "2 geese"),
+    ],
+)
+def test_captions_are_grammatical(text: str, wish: str) -> None:
+    assert text == wish
+
+
+def test_every_full_caption_reads_back_as_what_it_was_written_from() -> None:
+    for animal in SPECIES:
+        for number in range(1, MAX_NUMBER + 1):
+            for style in STYLES:
+                for background in BACKGROUNDS:
+                    assert read_caption(caption(animal, number, style, background)) == Wish(
+                        animal, number, style, background
+                    )
+
+
+def test_the_article_of_a_place_is_no_number() -> None:
+    assert read_caption("fox in a meadow") == Wish("fox", None, None, "meadow")
+    assert read_caption("nothing we know") == Wish()
+
+
+@pytest.mark.parametrize(
+    ("one", "many"), [("mouse", "mice"), ("goose", "geese"), ("sheep", "sheep"), ("wolf", "wolves"), ("fly", "flies")]
+)
+def test_plurals(one: str, many: str) -> None:
+    assert plural(one) == many
+    assert {one, many} <= set(WORDS)
+
+
+def test_scenes_depend_on_the_seed_alone() -> None:
+    first, again, other = render_scenes(4, seed=1), render_scenes(4, seed=1), render_scenes(4, seed=2)
+    assert torch.equal(first.images, again.images)
+    assert first.captions() == again.captions()
+    assert not torch.equal(first.images, other.images)
+
+
+def test_scenes_are_labelled_pictures(scenes: Scenes) -> None:
+    assert scenes.images.shape == (96, 3, 128, 128)
+    assert scenes.images.dtype == torch.float32
+    assert 0 <= scenes.images.min() < scenes.images.max() <= 1
+    boxes = scenes.layout.boxes
+    present = (boxes[..., 2] > boxes[..., 0]).sum(1)
+    assert torch.equal(present, scenes.layout.number)
+    assert boxes.min() >= 0
+    assert boxes.max() <= 128
+
+
+def test_fixed_attributes_are_kept_and_up_to_six_animals_fit() -> None:
+    number = torch.arange(7)
+    layout = draw_layouts(7, seed=3, number=number, style=torch.full((7,), 2))
+    assert torch.equal(layout.number, number)
+    assert set(layout.style.tolist()) == {2}
+    assert torch.equal((layout.boxes[..., 2] > 0).sum(1), number)
+
+
+def test_training_scenes_hold_no_heldout_combination() -> None:
+    held = heldout_combinations()
+    assert held.float().mean() == pytest.approx(0.1, abs=0.002)
+    for split, expected in (("train", False), ("heldout", True)):
+        a = draw_layouts(2000, seed=5, split=split)
+        found = held[a.species, a.style, a.number - 1, a.background]
+        assert torch.equal(found, torch.full((2000,), expected))
+
+
+def test_unknown_split_is_named() -> None:
+    with pytest.raises(ValueError, match="validation"):
+        draw_layouts(1, seed=0, split="validation")
+
+
+def test_the_judge_knows_unseen_scenes(scenes: Scenes) -> None:
+    judge = load_judge()
+    seen = judge.read(scenes.images)
+    a = scenes.layout
+    for name in ATTRIBUTES:
+        accuracy = (seen[name] == getattr(a, name)).float().mean()
+        assert accuracy >= 0.97, (name, float(accuracy))
+
+
+def test_the_package_stays_under_30_megabytes() -> None:
+    files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) <= 30_000_000
+    assert max(path.stat().st_size for path in files) <= 16_000_000
