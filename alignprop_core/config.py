@@ -64,9 +64,7 @@ __all__ = [
 ]
 
 
-def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None
-) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None) -> RunConfig:
     """Read a run config from a YAML file.
 
     Args:

@@ -41,12 +41,12 @@ def _enlarged(image: Tensor) -> Image.Image:
 
 
 def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """Return the text, cut with an ellipsis where it is wider than `width` pixels."""
+    """Return the text, cut with three dots where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
-    while text and font.getlength(text + "…") > width:
+    while text and font.getlength(text + "...") > width:
         text = text[:-1]
-    return text + "…"
+    return text + "..."
 
 
 def grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4) -> Image.Image:
@@ -65,7 +65,7 @@ def before_after(comparison: Comparison, columns: int = 3) -> Image.Image:
             pictures.append(_enlarged(variant.images[number]))
         for label in next(iter(comparison.variants.values())).scores:
             values = [variant.scores[label][number * per] for variant in comparison.variants.values()]
-            lines.append(f"{label}: " + " → ".join(_figure(value) for value in values))
+            lines.append(f"{label}: " + " to ".join(_figure(value) for value in values))
         cells.append((pictures, lines))
     return _table(cells, columns, heads=list(comparison.variants))
 
