@@ -26,7 +26,7 @@ STEPS, GUIDANCE = 12, 3.0
 
 def load_pipeline(root: Path, device: str) -> StableDiffusionPipeline:
     """The pipeline under `root`, in float32."""
-    pipe = StableDiffusionPipeline.from_pretrained(root / "pipeline").to(device, torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(root / "pipeline").to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
