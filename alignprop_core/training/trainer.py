@@ -31,7 +31,7 @@ from alignprop_core.training.checkpoint import (
     optimizer_tensors,
     restore_optimizer,
 )
-from alignprop_core.training.devices import choose_device, network_dtype, peak_memory
+from alignprop_core.training.devices import choose_device, keep_freed_memory, network_dtype, peak_memory
 from alignprop_core.training.objective import Outcome, backpropagate
 
 _MAY_DIFFER = {"output", "save", "samples", "evaluation"}
@@ -123,6 +123,8 @@ class Trainer:
         self.state = PartialState(cpu=config.training.device == "cpu")
         self.device = choose_device(config.training.device)
         self.dtype = network_dtype(config.training.mixed_precision, self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.output = Path(config.output)
         checkpoint = self._checkpoint(resume) if resume is not None else None
         self._overwrite = overwrite
