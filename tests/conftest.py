@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +18,14 @@ def tiny_sd() -> Callable[..., StableDiffusionPipeline]:
     from tests.tiny import tiny_sd
 
     return tiny_sd
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_sd: Callable[..., StableDiffusionPipeline], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny pipeline, as `save_pretrained` writes it."""
+    folder = tmp_path_factory.mktemp("tiny_model")
+    tiny_sd().save_pretrained(folder)
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

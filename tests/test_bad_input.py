@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,9 @@ from alignprop_core.cli import run
 pytest.importorskip("alignprop_jpeg", reason="the commands are tried with a real reward")
 
 
-@pytest.fixture(scope="module")
-def model(tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture

@@ -24,11 +24,9 @@ def folder_of_the_model() -> Path:
     return FOLDER
 
 
-@pytest.fixture(scope="module")
-def model(tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture

@@ -26,11 +26,9 @@ from alignprop_core.training.trainer import choose_prompts
 from tests.toy_rewards import Crashes, registry
 
 
-@pytest.fixture(scope="module")
-def model(tiny_sd: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    tiny_sd().save_pretrained(folder)
-    return folder
+@pytest.fixture
+def model(tiny_model: Path) -> Path:
+    return tiny_model
 
 
 @pytest.fixture

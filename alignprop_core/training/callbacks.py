@@ -18,9 +18,10 @@ from alignprop_core.mix import Term
 from alignprop_core.prompts import PromptSet
 from alignprop_core.runs import safe_name
 from alignprop_core.terms import load_terms, measure_entries
+from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint
 from alignprop_core.training.progress import progress_bar
-from alignprop_core.training.trainer import Callback, StepRecord, Trainer
+from alignprop_core.training.trainer import Trainer
 
 
 class ProgressBar(Callback):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +22,10 @@ from alignprop_core.errors import UserError
 from alignprop_core.runs import RunFolder
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+
+
+_MAY_DIFFER = {"output", "save", "samples", "evaluation"}
+"""Sections a resumed run may change: they do not touch what is trained."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +86,23 @@ def find_checkpoint(where: Path) -> Path:
             "of a run or of one checkpoint."
         )
     return found[-1]
+
+
+def differing_keys(mine: str, stored: str) -> list[str]:
+    """Return the dotted keys in which two resolved configs differ and a resumed run may not."""
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {
+            k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()
+        }
+
+    a, b = flat(yaml.safe_load(mine)), flat(yaml.safe_load(stored))
+    free = {"training.steps", "training.device", "training.trackers", "training.checkpoint_every"}
+    free |= {"training.keep_checkpoints", "backprop.sample_batch_size", "backprop.decode_batch_size"}
+    return [
+        key
+        for key in sorted(a.keys() | b.keys())
+        if a.get(key) != b.get(key) and key.partition(".")[0] not in _MAY_DIFFER and key not in free
+    ]

@@ -9,8 +9,9 @@ from rich.console import Console
 
 from alignprop_core.config import RunConfig, load_config
 from alignprop_core.registry import Registry, default_registry
+from alignprop_core.training.callback import Callback
 from alignprop_core.training.callbacks import Checkpoints, Evaluation, LoraFiles, Previews, ProgressBar, Trackers
-from alignprop_core.training.trainer import Callback, Trainer
+from alignprop_core.training.trainer import Trainer
 
 
 def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:

@@ -24,8 +24,10 @@ from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry import Registry, default_registry
 from alignprop_core.runs import RunFolder, environment
 from alignprop_core.terms import load_terms
+from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import (
     Checkpoint,
+    differing_keys,
     find_checkpoint,
     load_checkpoint,
     optimizer_tensors,
@@ -33,56 +35,6 @@ from alignprop_core.training.checkpoint import (
 )
 from alignprop_core.training.devices import choose_device, keep_freed_memory, network_dtype, peak_memory
 from alignprop_core.training.objective import Outcome, backpropagate
-
-_MAY_DIFFER = {"output", "save", "samples", "evaluation"}
-"""Sections a resumed run may change: they do not touch what is trained."""
-
-
-class Callback:
-    """Watches a run; override what you need. Callbacks run on the main process only."""
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Run once, before the first step; the run folder exists."""
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """Run after each optimizer step."""
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Run once, after the last step."""
-
-    def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """Run when the run fails or is interrupted, before the error goes on."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What one optimizer step did; the line of metrics.jsonl.
-
-    Attributes:
-        step: number of the step, from 1.
-        reward: mean total of the mix.
-        terms: label -> {"raw", "weighted"}: batch means.
-        grad_norm: norm of the adapters' gradient before clipping.
-        learning_rate: the rate used.
-        kept_steps: denoising steps that kept their gradient.
-        reward_queries: images scored since the run began.
-        seconds: wall time of the step.
-        peak_memory: bytes: most memory allocated so far on the GPU, or held by the process on a CPU.
-    """
-
-    step: int
-    reward: float
-    terms: Mapping[str, Mapping[str, float]]
-    grad_norm: float
-    learning_rate: float
-    kept_steps: int
-    reward_queries: int
-    seconds: float
-    peak_memory: int
-
-    def as_json(self) -> dict[str, Any]:
-        """Return a JSON-ready mapping."""
-        return dict(vars(self))
 
 
 @dataclass
@@ -368,7 +320,7 @@ class Trainer:
         folder = find_checkpoint(resume)
         stored = folder.parent.parent / "config.yaml"
         if stored.is_file():
-            differing = _differences(resolved_yaml(self.config), stored.read_text(encoding="utf-8"))
+            differing = differing_keys(resolved_yaml(self.config), stored.read_text(encoding="utf-8"))
             if differing:
                 raise ConfigError(
                     f"--resume: {', '.join(differing)} differ from the run in {stored.parent}, so this would be "
@@ -406,24 +358,3 @@ def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) 
 
 def _finite(value: float) -> bool:
     return value - value == 0
-
-
-def _differences(mine: str, stored: str) -> list[str]:
-    """Return the dotted keys in which two resolved configs differ and a resumed run may not."""
-    import yaml
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()
-        }
-
-    a, b = flat(yaml.safe_load(mine)), flat(yaml.safe_load(stored))
-    free = {"training.steps", "training.device", "training.trackers", "training.checkpoint_every"}
-    free |= {"training.keep_checkpoints", "backprop.sample_batch_size", "backprop.decode_batch_size"}
-    return [
-        key
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key.partition(".")[0] not in _MAY_DIFFER and key not in free
-    ]

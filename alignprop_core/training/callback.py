@@ -1,0 +1,57 @@
+"""What watches a run, and what it is shown of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from alignprop_core.training.trainer import Trainer
+
+
+class Callback:
+    """Watches a run; override what you need. Callbacks run on the main process only."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Run once, before the first step; the run folder exists."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Run after each optimizer step."""
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Run once, after the last step."""
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Run when the run fails or is interrupted, before the error goes on."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimizer step did; the line of metrics.jsonl.
+
+    Attributes:
+        step: number of the step, from 1.
+        reward: mean total of the mix.
+        terms: label -> {"raw", "weighted"}: batch means.
+        grad_norm: norm of the adapters' gradient before clipping.
+        learning_rate: the rate used.
+        kept_steps: denoising steps that kept their gradient.
+        reward_queries: images scored since the run began.
+        seconds: wall time of the step.
+        peak_memory: bytes: most memory allocated so far on the GPU, or held by the process on a CPU.
+    """
+
+    step: int
+    reward: float
+    terms: Mapping[str, Mapping[str, float]]
+    grad_norm: float
+    learning_rate: float
+    kept_steps: int
+    reward_queries: int
+    seconds: float
+    peak_memory: int
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a JSON-ready mapping."""
+        return dict(vars(self))
