@@ -37,7 +37,7 @@ class Section(BaseModel):
 class ModelLora(Section):
     """A LoRA applied to the base model and frozen."""
 
-    path: Text = Field(description="A LoRA folder, a .safetensors file, or a hub id.")
+    path: Text = Field(description="A LoRA folder or a .safetensors file.")
     strength: float = Field(default=1.0, description="Factor on its weight change; 1 is the LoRA as trained.")
 
 
@@ -47,9 +47,7 @@ class ModelConfig(Section):
     base: Text = Field(
         description="A registered model, a hub id, a diffusers folder, or one .safetensors file with a whole model."
     )
-    vae: Text | None = Field(
-        default=None, description="Another autoencoder: a folder, a .safetensors file or a hub id."
-    )
+    vae: Text | None = Field(default=None, description="Another autoencoder: a diffusers folder or a hub id.")
     loras: list[ModelLora] = Field(default=[], description="LoRAs applied to the base model, frozen while training.")
 
 
@@ -151,7 +149,7 @@ class LoraConfig(Section):
     rank_stabilized: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
     init_from: Text | None = Field(
         default=None,
-        description="Go on from this LoRA: a folder, a .safetensors file or a hub id; null starts at zero.",
+        description="Go on from this LoRA: a folder or a .safetensors file; null starts at zero.",
     )
 
 

@@ -233,17 +233,25 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
     config = tmp_path / "two.json"
     config.write_text(make(training__steps=2, output=str(tmp_path / "two")).model_dump_json())
     script.write_text(
-        "import sys\n"
+        "import os, time\n"
         "from pathlib import Path\n"
         "from alignprop_core.config import RunConfig\n"
-        "from alignprop_core.training import Trainer\n"
-        "from alignprop_core.training.run import run\n"
+        "from alignprop_core.runs import RunFolder\n"
+        "from alignprop_core.training import Trainer, run\n"
         "from tests.toy_rewards import registry\n"
-        f"run(Trainer(RunConfig.model_validate_json(Path({str(config)!r}).read_text()), registry=registry()))\n"
+        f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
+        "check = RunFolder.check_free\n"
+        "def late(*a, **k):  # one process looks at the folder when the other has long been ready to make it\n"
+        "    time.sleep(5 * int(os.environ['RANK']))\n"
+        "    check(*a, **k)\n"
+        "RunFolder.check_free = late\n"
+        "trainer = Trainer(config, registry=registry())\n"
+        "assert trainer.state.num_processes == 2\n"
+        "run(trainer)\n"
     )
     root = Path(__file__).parents[1]
     subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", str(script)],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
         check=True,
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},

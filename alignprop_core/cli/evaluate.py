@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import typer
 
@@ -39,6 +40,7 @@ def evaluate(
     entries: list[RewardTerm] = []
     evaluation = EvaluationConfig()
     vae = None
+    precision: Literal["no", "fp16", "bf16"] = "no"
     if run is not None:
         settings = load_config(run / "config.yaml", registry=registry)
         if settings.model.loras:
@@ -47,6 +49,7 @@ def evaluate(
         sampling = settings.sampling.model_dump()
         entries = [*settings.rewards, *settings.evaluation.rewards]
         evaluation = settings.evaluation
+        precision = settings.training.mixed_precision
         prompts = prompts or settings.prompts.heldout or ""
     if not prompts:
         raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
@@ -67,7 +70,9 @@ def evaluate(
         from alignprop_core.runs import write_json
         from alignprop_core.training.progress import progress_bar
 
-        sampler = open_sampler(model, sampling, lora_path=lora, device=device, registry=registry, vae=vae)
+        sampler = open_sampler(
+            model, sampling, lora_path=lora, device=device, mixed_precision=precision, registry=registry, vae=vae
+        )
         for term in terms:
             term.reward.to(sampler.device)
 

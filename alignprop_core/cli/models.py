@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 from pydantic import ValidationError
 
 from alignprop_core import lora
@@ -14,7 +13,7 @@ from alignprop_core.config import SamplingConfig
 from alignprop_core.diffusion import Sampler, family_for, load_pipeline
 from alignprop_core.errors import UserError
 from alignprop_core.registry import Registry, default_registry
-from alignprop_core.training.devices import choose_device
+from alignprop_core.training.devices import choose_device, network_dtype
 
 TRAINED = "lora"
 """Name of the adapter that holds the LoRA under test."""
@@ -27,6 +26,7 @@ def open_sampler(
     lora_path: Path | None,
     strength: float = 1.0,
     device: str = "auto",
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     registry: Registry | None = None,
     vae: str | None = None,
 ) -> Sampler:
@@ -42,7 +42,7 @@ def open_sampler(
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         raise UserError(f"These sampling settings are not possible: {problems}.") from error
     where = choose_device(device)
-    dtype = torch.float16 if where.type == "cuda" else torch.float32
+    dtype = network_dtype(mixed_precision, where)
     pipeline = load_pipeline(model, registry=registry, device=where, dtype=dtype, vae=vae)
     if lora_path is not None:
         inside = lora_path / "lora"

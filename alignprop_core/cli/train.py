@@ -39,7 +39,8 @@ def train(
     from alignprop_core.training.run import run
 
     folder = run(trainer, common.console(stderr=True))
-    finish(trainer, folder)
+    if trainer.state.is_main_process:
+        finish(trainer, folder)
 
 
 def _facts(trainer: Trainer) -> list[tuple[str, str]]:

@@ -150,6 +150,8 @@ class Trainer:
             RunError: a reward or a gradient is not finite, or a reward broke its contract. Everything saved stays.
         """
         main = self.state.is_main_process
+        # Every process checks that the folder is free when it is built: none may make it before all are.
+        self.state.wait_for_everyone()
         callbacks = self.callbacks if main else []
         self._folder = self._open_folder() if main else RunFolder(self.output, lock=None)
         try:
