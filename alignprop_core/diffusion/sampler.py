@@ -22,13 +22,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from alignprop_core._forwards import Forwards, replaced
 from alignprop_core.config import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.backprop import Plan, draw_plan
 from alignprop_core.diffusion.families import family_for
 from alignprop_core.diffusion.family import Conditioning, Family
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 from alignprop_core.diffusion.noise import Noise, sample_noise, seeded
+from alignprop_core.diffusion.upsampling import doubling_forwards
 from alignprop_core.errors import RunError
+from alignprop_core.lora.effective import effective_forwards
 
 _CACHED_PROMPTS = 512
 _MEMORY_SHARE = 0.6
@@ -95,6 +98,8 @@ class Sampler:
         # Latents stay in float32 with half-precision networks: rounding them at every step adds up over the chain.
         self.dtype = torch.float64 if weights == torch.float64 else torch.float32
         self._half = weights if weights in (torch.float16, torch.bfloat16) else None
+        # Sums of weights are exact in full precision only; they pay on CPUs.
+        self._sums_weights = self.device.type == "cpu" and self._half is None
         self.scheduler = self.family.scheduler(self.device)
         self._conditionings: OrderedDict[str, Conditioning] = OrderedDict()
         self._graph_bytes: dict[str, int] = {}
@@ -132,19 +137,21 @@ class Sampler:
         latents = noise.initial.to(self.device, self.dtype)
         step_noise = None if noise.steps is None else noise.steps.to(self.device, self.dtype)
         state = self.scheduler.initial_state()
+        forwards = self._denoiser_forwards(with_graph=plan is not None)
         for i in range(self.scheduler.steps):
             in_graph = plan is not None and i >= plan.first
             keep = plan is not None and i in plan.kept
             with torch.set_grad_enabled(in_graph):
                 seen = latents.detach() if plan is not None and plan.detach_input else latents
-                prediction = self._predict(seen, i, conditioning, keep=keep, checkpointing=checkpointing)
+                prediction = self._predict(seen, i, conditioning, forwards, keep=keep, checkpointing=checkpointing)
                 if plan is not None and i == plan.stop_at:
                     latents = self.scheduler.clean(latents, prediction, i)
                     break
                 added = None if step_noise is None else step_noise[i]
                 latents, state = self.scheduler.step(latents, prediction, i, state, added)
         if plan is not None and noise.lv is not None:
-            latents = self._lv_samples(latents, noise.lv.to(self.device, self.dtype), conditioning, checkpointing)
+            fresh = noise.lv.to(self.device, self.dtype)
+            latents = self._lv_samples(latents, fresh, conditioning, forwards, checkpointing)
         copies = latents.shape[0] // len(prompts)
         return SampleOutput(
             latents=latents,
@@ -203,35 +210,52 @@ class Sampler:
     def _autocast(self) -> AbstractContextManager[object]:
         return nullcontext() if self._half is None else torch.autocast(self.device.type, dtype=self._half)
 
-    def _network(self, latents: Tensor, step: int, conditioning: Conditioning) -> Tensor:
-        with self._autocast():
+    def _denoiser_forwards(self, *, with_graph: bool) -> Forwards:
+        """Cheaper forwards of the denoiser's layers, for one batch: its adapters may change before the next."""
+        if not self._sums_weights:
+            return {}
+        with torch.set_grad_enabled(with_graph):
+            return effective_forwards(self.family.denoiser) | doubling_forwards(self.family.denoiser)
+
+    def _network(self, latents: Tensor, step: int, conditioning: Conditioning, forwards: Forwards) -> Tensor:
+        with self._autocast(), replaced(forwards):
             return self.family.predict(latents, self.scheduler.timesteps[step], conditioning).to(self.dtype)
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        with self._autocast():
+        forwards = doubling_forwards(self.family.decoder) if self._sums_weights else {}
+        with self._autocast(), replaced(forwards):
             return self.family.decode(latents).to(self.dtype)
 
     def _predict(
-        self, latents: Tensor, step: int, conditioning: Conditioning, *, keep: bool, checkpointing: bool
+        self,
+        latents: Tensor,
+        step: int,
+        conditioning: Conditioning,
+        forwards: Forwards,
+        *,
+        keep: bool,
+        checkpointing: bool,
     ) -> Tensor:
         if not keep:
             # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
             with torch.no_grad():
-                return self._network(latents, step, conditioning)
+                return self._network(latents, step, conditioning, forwards)
         if checkpointing:
             prediction: Tensor = checkpoint(
-                self._network, latents, step, conditioning, use_reentrant=False, preserve_rng_state=False
+                self._network, latents, step, conditioning, forwards, use_reentrant=False, preserve_rng_state=False
             )
             return prediction
-        return self._network(latents, step, conditioning)
+        return self._network(latents, step, conditioning, forwards)
 
-    def _lv_samples(self, latents: Tensor, noise: Tensor, conditioning: Conditioning, checkpointing: bool) -> Tensor:
+    def _lv_samples(
+        self, latents: Tensor, noise: Tensor, conditioning: Conditioning, forwards: Forwards, checkpointing: bool
+    ) -> Tensor:
         """Append low-variance samples (DRaFT, Clark et al. 2024, algorithm 1): renoise one step, denoise again."""
         last = self.scheduler.steps - 1
         rows = [latents]
         for fresh in noise:
             renoised = self.scheduler.renoise(latents.detach(), last, fresh)
-            prediction = self._predict(renoised, last, conditioning, keep=True, checkpointing=checkpointing)
+            prediction = self._predict(renoised, last, conditioning, forwards, keep=True, checkpointing=checkpointing)
             rows.append(self.scheduler.step(renoised, prediction, last, self.scheduler.initial_state(), None)[0])
         return torch.cat(rows)
 
@@ -241,8 +265,9 @@ class Sampler:
         if "step" not in self._graph_bytes:
             conditioning = next(iter(self._conditionings.values()))
             latent = torch.zeros(1, *self.family.latent_shape(), device=self.device, dtype=self.dtype)
+            # With the layers' own forwards, which keep a little more.
             self._graph_bytes["step"] = graph_bytes(
-                lambda: self._network(latent, 0, conditioning), [self.family.denoiser]
+                lambda: self._network(latent, 0, conditioning, {}), [self.family.denoiser]
             )
         needed = self._graph_bytes["step"] * batch * (len(plan.kept) + plan.lv_samples)
         return needed > _MEMORY_SHARE * available_bytes(self.device)

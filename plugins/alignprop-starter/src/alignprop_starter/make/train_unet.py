@@ -270,8 +270,9 @@ def main() -> None:
     p.add_argument(
         "--graphs",
         action="store_true",
-        help="bfloat16 weights and CUDA graphs instead of torch.compile (see graphs.py)",
+        help="bfloat16 weights, every kernel replayed from CUDA graphs (see graphs.py)",
     )
+    p.add_argument("--muon", action="store_true", help="with --graphs: Muon instead of AdamW for the matrices")
     p.add_argument("--resume", action="store_true", help="go on from the saved denoiser and text encoder")
     args = p.parse_args()
     ranks = Ranks()
@@ -305,16 +306,22 @@ def main() -> None:
     if args.graphs:
         from alignprop_starter.make.graphs import GraphedSteps
 
-        steps = GraphedSteps(loss, unet, text, ranks, device=device)
+        steps = GraphedSteps(
+            loss, unet, text, ranks, device=device, compiled=not args.no_compile, muon=args.muon
+        )
     else:
         steps = PlainSteps(loss, unet, text, ranks, compiled=not args.no_compile, device=device)
+    if chief:
+        print(f"unet: ready to train after {time.monotonic() - began:.0f} s", flush=True)
     clock = Clock(args.seconds, ranks, device)
     saved = time.monotonic()
     while clock.tick():
         steps.step(clock.rate(args.rate, warmup=200))
         if clock.steps % 200 == 0 and chief:
+            mean, spent = steps.total.item() / 200, time.monotonic() - clock.start
+            speed = clock.steps * args.batch * ranks.count / spent
             print(
-                f"unet: step {clock.steps} progress {clock.progress:.3f} loss {steps.total.item() / 200:.4f}",
+                f"unet: step {clock.steps} progress {clock.progress:.3f} loss {mean:.4f}, {speed:.0f} scenes a second",
                 flush=True,
             )
         if clock.steps % 200 == 0:
