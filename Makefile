@@ -6,6 +6,7 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 BENCH   := build/bench
+REFERENCE := build/reference
 
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
 PLUGINS  := $(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))
@@ -24,10 +25,10 @@ help: ## list the targets
 demo: $(STAMP) ## fine-tune the starter model and show pictures before and after
 	$(BIN)/alignprop demo
 
-test: $(STAMP) ## run the tests, without the slow ones
+test: $(STAMP) $(REFERENCE)/.installed ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP) ## run every test, the slow proofs included
+test-all: $(STAMP) $(REFERENCE)/.installed ## run every test, the slow proofs included
 	$(PYTEST)
 
 lint: $(STAMP) ## check style, formatting and types
@@ -53,6 +54,12 @@ $(STAMP): $(PROJECTS)
 	@echo "Installing into $(VENV): a few minutes the first time, most of it torch."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -e ".[dev,docs]" $(foreach plugin,$(PLUGINS),-e "./$(plugin)[dev]")
+	@touch $@
+
+# The original hpsv2, which alignprop-hpsv2's scores are compared with: its pins (protobuf<4, pytest==7.2.0) fit no
+# environment of today, so it lies beside ours without its dependencies (docs/decisions/0003-hpsv2-reference.md).
+$(REFERENCE)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REFERENCE) hpsv2==1.2.0 clint==0.5.1 args==0.1.0
 	@touch $@
 
 # TRL lives beside the environment, not in it: a second one that sees the first.

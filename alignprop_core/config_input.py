@@ -87,7 +87,7 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
             holder[name] = str(Path(written).expanduser().absolute())
             continue
         if kind == "option":
-            if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).exists()):
+            if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
                 holder[name] = _absolute(start, written)
             continue
         try:

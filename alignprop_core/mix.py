@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config import MixConfig
-from alignprop_core.errors import RewardError
+from alignprop_core.errors import RewardError, UserError
 from alignprop_core.reward import ImageBatch, Reward, check_scores
 
 
@@ -39,6 +39,8 @@ class Term:
         """Return checked raw scores, (B,); raises `RewardError` naming the term."""
         try:
             scores = self.reward(batch)
+        except UserError as error:  # a prompt without a number, say: the reward's own words, and the user's to mend
+            raise type(error)(f'Reward "{self.label}": {error}') from error
         except Exception as error:
             raise RewardError(f'Reward "{self.label}" raised {type(error).__name__}: {error}') from error
         due = self.differentiable and torch.is_grad_enabled() and batch.images.requires_grad

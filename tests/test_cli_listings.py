@@ -83,7 +83,7 @@ def test_plugins_json_is_json_in_spite_of_prints(site: Path, capsys: pytest.Capt
 def test_plugins_requirements_are_pinned_lines(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run(capsys, "plugins", "--requirements")
     assert "fake-red==1.2" in out.split("\n")
-    assert out.startswith("alignprop-core==")
+    assert any(line.startswith("alignprop-core==") for line in out.split("\n"))
 
 
 def test_rewards_list_names_rewards_and_missing_plugins(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

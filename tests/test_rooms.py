@@ -13,9 +13,10 @@ CORE = Path(__file__).parents[1] / "alignprop_core"
 
 # Ground floor first. Modules in one row belong together.
 ROOMS = [
-    {"errors", "_files", "_lock"},
+    {"errors", "_files", "_forwards", "_lock"},
     {"specs"},
     {"hookspecs"},
+    {"weights"},
     {"reward"},
     # Pure descriptions: sections of the config and how a wrong value reads; the registry checks options with them.
     {"config_sections", "config_errors", "config_yaml", "other_trainers"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
     from alignprop_core.registry import Offer
     from alignprop_core.specs import RewardSpec, WeightsFile
+    from alignprop_core.weights import Fetched
 
 app = typer.Typer(help="The installed rewards.", no_args_is_help=True)
 
@@ -83,6 +85,82 @@ def show(name: str = typer.Argument(help="A reward's name."), json: bool = commo
         out.print("\n  It has no options.")
     out.print("\nIn a run config:\n")
     typer.echo(snippet(name, offer, options))
+
+
+@app.command("fetch")
+def fetch(
+    name: str = typer.Argument(help="A reward's name, or one file of the hub: hub:owner/name/file."),
+    file: str = typer.Option("", help="Only this one of the reward's files."),
+    to: Path | None = typer.Option(None, help="Folder to put them in, instead of the hub's cache."),
+    json: bool = common.JSON_OPTION,
+) -> None:
+    """Download and verify a reward's weights.
+
+    A broken download is gone on with, and nothing incomplete or damaged ever stands under a file's name.
+    """
+    common.quiet_libraries()
+    wanted = _files_of(name, file)
+    got = [_fetch_one(wanted_file, to) for wanted_file in wanted]
+    if json:
+        common.print_json([_fetched_json(one) for one in got])
+        return
+    if not got:
+        typer.echo(f"{name} has no weights of its own: nothing to fetch.")
+        return
+    words = {"fetched": "fetched", "present": "here already", "packaged": "ships in an installed package"}
+    checks = {"sha256": "sha256 verified", "size": "size verified", "": "not verified: nothing is known of it"}
+    for one in got:
+        # Plain lines: a path that is folded into a table cannot be copied.
+        typer.echo(_weights(one.file))
+        typer.echo(f"  {words[one.status]}: {one.path} ({checks[one.verified]})")
+        if to is not None and one.status != "packaged":
+            typer.echo(f"  use it with: weights: {one.path}")
+
+
+def _files_of(name: str, only: str) -> list[WeightsFile]:
+    """Return the files a reward may load, or the one a hub: name means."""
+    from alignprop_core.errors import WeightsError, did_you_mean
+    from alignprop_core.registry import default_registry
+    from alignprop_core.weights import parse_hub_file
+
+    if name.startswith("hub:"):
+        return [parse_hub_file(name)]
+    files = list(default_registry().reward(name).spec.weights)
+    if not only:
+        return files
+    found = [file for file in files if file.file == only]
+    if not found:
+        known = ", ".join(file.file for file in files) or "none"
+        hint = did_you_mean(only, (file.file for file in files))
+        raise WeightsError(f'Reward "{name}" has no weights file "{only}".{hint} It has: {known}.')
+    return found
+
+
+def _fetch_one(file: WeightsFile, to: Path | None) -> Fetched:
+    """Fetch one file; a progress bar stands on standard error where that is a terminal."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from alignprop_core.weights import fetch_weights
+
+    out = common.console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=out, disable=not out.is_terminal) as bar:
+        task = bar.add_task(file.file, total=file.bytes)
+        return fetch_weights(
+            file, folder=to, progress=lambda done, total: bar.update(task, completed=done, total=total or file.bytes)
+        )
+
+
+def _fetched_json(fetched: Fetched) -> dict[str, Any]:
+    known = fetched.file.model_dump(mode="json")
+    return {**known, "path": str(fetched.path), "status": fetched.status, "verified": fetched.verified}
 
 
 def snippet(name: str, offer: Offer[RewardSpec], options: list[Option]) -> str:

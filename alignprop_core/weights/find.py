@@ -1,0 +1,197 @@
+"""From what a `weights` option says to a file on this machine. No torch, no network.
+
+The option takes four forms:
+
+    default                          the reward's own weights, from the local hub cache, size and checksum verified
+    starter                          a named set a plugin offers for the reward (`distribution/starter` chooses one)
+    hub:owner/name/file.safetensors  another file of the hub, from the local hub cache
+    path/to/file.safetensors         a file
+"""
+
+from __future__ import annotations
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.specs import WeightsFile
+
+if TYPE_CHECKING:
+    from alignprop_core.registry import Registry
+
+HUB = "hub:"
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
+FORMS = 'the option weights takes "default", the name of a set, the path of a file, or hub:owner/name/file.safetensors'
+
+_checked: dict[tuple[str, int, int], str] = {}  # path, size, time of change -> sha256; lives as long as the process
+
+
+def find_weights(
+    value: str, *, reward: str, default: WeightsFile | None = None, registry: Registry | None = None
+) -> Path:
+    """Return the local file that a `weights` option means.
+
+    Args:
+        value: the option, in one of the forms above.
+        reward: the reward's name: named sets are looked up for it, and messages name it.
+        default: the file "default" stands for. An empty repository means a file inside a package, written
+            "package:relative/file".
+        registry: where named sets are looked up; this environment's if None.
+
+    Raises:
+        WeightsError: the file is not here (the message names repository, file and the command that fetches it), is
+            not the file it should be, or the name is no set of this reward's.
+    """
+    if value == "default":
+        if default is None:
+            raise WeightsError(f'Reward "{reward}" has no default weights; {FORMS}.')
+        return _find_file(default, reward, f"alignprop rewards fetch {reward}")
+    if value.startswith(HUB):
+        return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}")
+    path = Path(value).expanduser()
+    if path.is_absolute() or value.startswith((".", "~")) or path.suffix.lower() in SUFFIXES:
+        return _local(path, reward)
+    try:
+        return _named(value, reward, registry)
+    except PluginError as error:
+        if path.is_file():
+            return path
+        raise WeightsError(f"{error} {FORMS[0].upper()}{FORMS[1:]}.") from error
+
+
+def parse_hub_file(value: str) -> WeightsFile:
+    """Take `hub:owner/name/file` apart; the file may lie in folders. `WeightsError` if it is not of that form."""
+    parts = value.removeprefix(HUB).split("/", 2)
+    if not value.startswith(HUB) or len(parts) < 3 or not all(parts) or ".." in value.split("/"):
+        raise WeightsError(
+            f'"{value}" names no file of the hub. Write {HUB}owner/name/file, such as '
+            f"{HUB}yuvalkirstain/PickScore_v1/model.safetensors."
+        )
+    return WeightsFile(repository="/".join(parts[:2]), file=parts[2])
+
+
+def cached(file: WeightsFile) -> Path | None:
+    """Return a file of the hub from the local cache, unverified; None if it is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(file.repository, file.file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def packaged(path: str, owner: str) -> Path:
+    """Return the file "package:relative/file" means.
+
+    Args:
+        path: where it ships.
+        owner: what it belongs to, for the message.
+
+    Raises:
+        WeightsError: the package is not installed or lacks the file.
+    """
+    package, _, relative = path.partition(":")
+    try:
+        found = Path(str(files(package).joinpath(relative)))
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"{owner}: its weights {path} ship in the package {package}, which is not installed. Install it with pip."
+        ) from error
+    if not found.is_file():
+        raise WeightsError(
+            f"{owner}: the installed package {package} lacks the weights file {relative}. Reinstall it (in a checkout: "
+            "see whether the file was fetched)."
+        )
+    return found
+
+
+def verify(path: Path, file: WeightsFile, remedy: str) -> None:
+    """Hold a file against its spec's size and checksum; unknown ones are not checked.
+
+    The size is looked at always. The checksum is taken once a process for a path, size and time of change: reading
+    2 GB costs a second or two, little beside loading them; nothing is written down, so nothing can go stale.
+
+    Args:
+        path: the file.
+        file: what it should be.
+        remedy: how to get the right one, a sentence for the message.
+
+    Raises:
+        WeightsError: it is another file, or a part of it.
+    """
+    status = path.stat()
+    if file.bytes is not None and status.st_size != file.bytes:
+        raise WeightsError(
+            f"{path} is not {_title(file)}: it has {status.st_size:,} bytes and should have {file.bytes:,}. It is cut "
+            f"off or of another version. {remedy}"
+        )
+    if file.sha256 is None:
+        return
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _checked:
+        with open(path, "rb") as stream:
+            _checked[key] = hashlib.file_digest(stream, "sha256").hexdigest()
+    if _checked[key] != file.sha256.lower():
+        raise WeightsError(
+            f"{path} is not {_title(file)}: its sha256 is {_checked[key]} and should be {file.sha256}. It is damaged "
+            f"or of another version. {remedy}"
+        )
+
+
+def _title(file: WeightsFile) -> str:
+    return f"{file.file} of {file.repository}" if file.repository else file.file
+
+
+def _find_file(file: WeightsFile, reward: str, command: str) -> Path:
+    """Return a hub file from the local cache or a packaged file, verified."""
+    if not file.repository:
+        path = packaged(file.file, f'Reward "{reward}"')
+        verify(path, file, f"Reinstall {file.file.partition(':')[0]}.")
+        return path
+    found = cached(file)
+    if found is None:
+        raise _missing(file, reward, command)
+    verify(found, file, f"`{command}` replaces it.")
+    return found
+
+
+def _missing(file: WeightsFile, reward: str, command: str) -> WeightsError:
+    from huggingface_hub import constants
+
+    size = "" if file.bytes is None else f" ({file.bytes / 1e6:,.0f} MB)"
+    licence = f" Their licence: {file.license}." if file.license else ""
+    return WeightsError(
+        f'The weights of reward "{reward}" are not on this machine: file {file.file} of repository '
+        f"{file.repository}{size}. Fetch them with `{command}` (into {constants.HF_HUB_CACHE}); or download "
+        f"{constants.ENDPOINT}/{file.repository}/resolve/main/{file.file} yourself, put it anywhere and name it with "
+        f"the option weights: PATH.{licence}"
+    )
+
+
+def _local(path: Path, reward: str) -> Path:
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)[:5])
+        hint = f" (it holds {inside})" if inside else ""
+        raise WeightsError(f'Weights of reward "{reward}": {path} is a folder; name the file inside it{hint}.')
+    raise WeightsError(
+        f'Weights of reward "{reward}": there is no file {path} (looked for at {path.absolute()}). A file of the hub '
+        f"is written {HUB}owner/name/file."
+    )
+
+
+def _named(name: str, reward: str, registry: Registry | None) -> Path:
+    """Return the file of a named set; `PluginError` if there is no such set."""
+    if registry is None:
+        # Sets come from plugins, and plugins are the registry's, a room above this one. So it is asked for through the
+        # package's public face, as any user of the library would (docs/decisions/0001-rooms.md).
+        from alignprop_core import default_registry
+
+        registry = default_registry()
+    offer = registry.weights_for(reward, name)
+    path = packaged(offer.spec.path, f'Weights "{name}" of {offer.distribution} {offer.version}')
+    for file in offer.spec.weights:
+        if offer.spec.path.endswith(file.file):
+            verify(path, file, f"Reinstall {offer.distribution}.")
+    return path

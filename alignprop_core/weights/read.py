@@ -1,0 +1,117 @@
+"""What is inside a weights file. Nothing is ever unpickled; torch is imported only when tensors are read."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from alignprop_core.errors import WeightsError
+
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"  # protocol 2 and later, as torch wrote before its zip format
+
+
+def load_state_dict(path: Path) -> dict[str, Any]:
+    """Read the tensors of a weights file onto the CPU.
+
+    What the file is, is read from its first bytes, not from its name. safetensors files are read as they are, torch's
+    own through `torch.load(weights_only=True)`.
+
+    Returns:
+        What the file holds: name -> Tensor. A torch file may nest it ("state_dict", "model"), or hold numbers beside
+        it; that is left to the caller.
+
+    Raises:
+        WeightsError: the file would need unpickling, is cut off or damaged, is of another format, or cannot be read.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as stream:
+            start = stream.read(9)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if not start:
+        raise WeightsError(f"{path} is empty. Fetch or copy it again.")
+    if start[8:] == b"{":  # before the others: the eight bytes of the header's length may be any
+        return _load_safetensors(path)
+    if start.startswith((_ZIP, _PICKLE)):
+        return _load_torch(path, zipped=start.startswith(_ZIP))
+    hint = " It is a Git LFS pointer: fetch the file itself (`git lfs pull`)." if start == b"version h" else ""
+    raise WeightsError(f"{path} is no weights file: neither safetensors nor a file torch.save wrote.{hint}")
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """Return what a weights file says of its own architecture: the safetensors metadata key "config", as JSON.
+
+    Returns:
+        The parsed mapping; {} if the file has none (every torch file, and the real full-size weights).
+
+    Raises:
+        WeightsError: the file is damaged, or its "config" is no JSON mapping.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    try:
+        with open(path, "rb") as stream:
+            if stream.read(9)[8:] != b"{":
+                return {}
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("config")
+        config = {} if text is None else json.loads(text)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    except ValueError as error:
+        raise WeightsError(f'{path}: the "config" in its header is no JSON: {error}.') from error
+    if not isinstance(config, dict):
+        raise WeightsError(f'{path}: the "config" in its header is a {type(config).__name__}; it must be a mapping.')
+    return config
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, Any] = load_file(path, device="cpu")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+    return tensors
+
+
+def _load_torch(path: Path, *, zipped: bool) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    try:
+        with open(path, "rb") as stream, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript archives are warned of, then refused
+            # Mapped into memory where that is possible, so that a checkpoint of gigabytes is not there twice while it
+            # is copied into a module. (torch goes by the name of a .safetensors path; this file is none.)
+            mapped = zipped and path.suffix != ".safetensors"
+            source = str(path) if mapped else stream
+            found = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise _pickled(path) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError) as error:
+        if "TorchScript" in str(error):
+            raise _pickled(path) from error
+        raise _damaged(path, error) from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} holds a {type(found).__name__}; a weights file holds tensors by name.")
+    return found
+
+
+def _pickled(path: Path) -> WeightsError:
+    return WeightsError(
+        f"{path} holds more than tensors: this file would need unpickling, which can run any code it likes, so it is "
+        "not read. Convert it to safetensors where you trust it, and name that file."
+    )
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    reason = " ".join(str(error).split())[:200]
+    return WeightsError(f"{path} is cut off or damaged ({reason}). Fetch or copy it again.")

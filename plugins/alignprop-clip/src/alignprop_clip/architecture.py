@@ -1,0 +1,129 @@
+"""What a CLIP model is made of, and the empty model built from it. No checkpoint is fetched for that, ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from alignprop_clip.preprocess import Preprocess
+from alignprop_core.errors import ConfigError, WeightsError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A CLIP model without its weights.
+
+    Attributes:
+        name: what it is called in messages.
+        config: open_clip's model config: embed_dim, vision_cfg, text_cfg, and what else open_clip takes.
+        preprocess: what its pictures go through.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    preprocess: Preprocess
+
+    @classmethod
+    def named(cls, name: str, *, quick_gelu: bool | None = None) -> Architecture:
+        """Return one of open_clip's own models.
+
+        Args:
+            name: open_clip's name; "ViT-L/14" is taken as "ViT-L-14".
+            quick_gelu: the activation; None leaves what open_clip's config says.
+
+        Raises:
+            ConfigError: open_clip has no such model, or one whose text tower or decoder is not supported.
+        """
+        import open_clip
+
+        clean = name.replace("/", "-")
+        if ":" in clean or clean not in open_clip.list_models():
+            raise ConfigError(
+                f'open_clip has no model "{name}".{did_you_mean(clean, open_clip.list_models())} '
+                "`python -c 'import open_clip; print(open_clip.list_models())'` lists them."
+            )
+        config = open_clip.get_model_config(clean)
+        if quick_gelu is not None:
+            config["quick_gelu"] = quick_gelu
+        image_size = config["vision_cfg"].get("image_size", 224)
+        return cls(clean, config, _preprocess(clean, image_size))
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any], where: str) -> Architecture:
+        """Return the architecture a weights file says it has.
+
+        Args:
+            header: {"open_clip": {...}, "image_size": N, "mean": [3], "std": [3]}; "resize" and "interpolation" if
+                they are not shortest and bicubic.
+            where: the file, for messages.
+
+        Raises:
+            WeightsError: a key is missing or has no sensible value.
+        """
+        try:
+            config = dict(header["open_clip"])
+            preprocess = Preprocess(
+                size=int(header["image_size"]),
+                mean=tuple(float(v) for v in header["mean"]),
+                std=tuple(float(v) for v in header["std"]),
+                resize=header.get("resize", "shortest"),
+                interpolation=header.get("interpolation", "bicubic"),
+            )
+            missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
+        except (KeyError, TypeError, ValueError) as error:
+            raise WeightsError(
+                f'{where}: the "config" in its header describes no CLIP model ({type(error).__name__}: {error}); it '
+                'needs "open_clip", "image_size", "mean" and "std". Is the file meant for this reward?'
+            ) from error
+        if missing:
+            raise WeightsError(f'{where}: "open_clip" in its header lacks {", ".join(sorted(missing))}.')
+        return cls(where, config, preprocess)
+
+    def empty(self) -> nn.Module:
+        """Build the model with its parameters on the meta device: no memory, no random numbers; buffers are real.
+
+        Raises:
+            ConfigError: a kind of model that is not supported, or a config open_clip refuses.
+        """
+        from accelerate import init_empty_weights
+        from open_clip import CLIP, CustomTextCLIP
+
+        config = deepcopy(dict(self.config))
+        if "multimodal_cfg" in config:
+            raise ConfigError(f"{self.name} is a captioning model (CoCa); take a contrastive one, such as ViT-L-14.")
+        if "hf_model_name" in config["text_cfg"]:
+            raise ConfigError(
+                f"{self.name} has a text tower from transformers, which cannot be built without the hub; take a model "
+                "with open_clip's own, such as ViT-L-14."
+            )
+        if "timm_model_name" in config["vision_cfg"]:
+            config["vision_cfg"]["timm_model_pretrained"] = False
+        kind: type[nn.Module] = CustomTextCLIP if config.pop("custom_text", False) else CLIP
+        try:
+            with init_empty_weights(include_buffers=False):
+                return kind(**config)
+        except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"{self.name}: open_clip builds no model from its config: {error}") from error
+
+
+def _preprocess(name: str, image_size: Any) -> Preprocess:
+    """Return what open_clip prepares pictures with for the published weights of a model, or CLIP's own way."""
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    tags = list_pretrained_tags_by_model(name)
+    published = get_pretrained_cfg(name, tags[0]) if tags else {}
+    height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    if height != width:
+        raise ConfigError(f"{name} takes pictures of {height}x{width}; only square models are supported.")
+    return Preprocess(
+        size=int(height),
+        mean=tuple(published.get("mean") or OPENAI_DATASET_MEAN),
+        std=tuple(published.get("std") or OPENAI_DATASET_STD),
+        resize=published.get("resize_mode") or "shortest",
+        interpolation="bilinear" if published.get("interpolation") == "bilinear" else "bicubic",
+    )

@@ -1,0 +1,147 @@
+"""From the options `detector` and `weights` to a detector."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    CONFIG_NAME,
+    DetrConfig,
+    DetrForObjectDetection,
+    PreTrainedConfig,
+    RTDetrConfig,
+    RTDetrForObjectDetection,
+)
+from transformers.utils import logging
+
+from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.registry import Registry, load_object
+from alignprop_core.weights import find_weights, load_state_dict, read_header, verify
+from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
+from alignprop_counting.config import DetectorConfig
+from alignprop_counting.detector import Detector
+from alignprop_counting.specs import DetectorSpec, find_detector
+from alignprop_counting.transformers_detector import Detr, RtDetr
+
+_KINDS: dict[str, tuple[str, Any, Any, type[RtDetr] | type[Detr], tuple[str, ...]]] = {
+    "RTDetrForObjectDetection": ("rtdetr", RTDetrForObjectDetection, RTDetrConfig, RtDetr, COCO_NAMES),
+    "DetrForObjectDetection": ("detr", DetrForObjectDetection, DetrConfig, Detr, DETR_NAMES),
+}
+"""Architecture -> detector name, model class, config class, our class, class names of the full-size model."""
+
+
+def load_detector(config: DetectorConfig, registry: Registry) -> Detector:
+    """Find a detector and its weights, build it, and freeze it.
+
+    Raises:
+        PluginError: no plugin, or more than one, offers the detector, or its code is broken.
+        WeightsError: the file is missing or does not fit.
+    """
+    offer = find_detector(config.detector, registry)
+    spec = offer.spec
+    file = _find(config.weights, spec, registry)
+    factory = load_object(offer, spec.factory, "factory")
+    if not callable(factory):
+        raise PluginError(f"{spec.factory} of {offer.distribution} is no function. Report this to its authors.")
+    detector = factory(spec.name, file, config.image_size)
+    if not isinstance(detector, Detector):
+        raise PluginError(f"{spec.factory} of {offer.distribution} returned no Detector. Report this to its authors.")
+    return detector.requires_grad_(False).eval()
+
+
+def _find(value: str, spec: DetectorSpec, registry: Registry) -> Path:
+    """Return the weights file an option means; `WeightsError` if it is not here."""
+    if value != "default":
+        # Sets of weights are kept by the detector's name: all counting rewards share them.
+        return find_weights(value, reward=spec.name, registry=registry)
+    if not spec.weights:
+        raise WeightsError(f'The detector "{spec.name}" has no default weights file. {spec.get_weights}'.strip())
+    default = spec.weights[0]
+    if not default.repository:
+        return find_weights("default", reward=spec.name, default=default, registry=registry)
+    # Written as a file of the hub, so that the message's fetch command fetches this detector's file and no other.
+    hub = f"hub:{default.repository}/{default.file}"
+    path = find_weights(hub, reward=spec.name, registry=registry)
+    verify(path, default, f"`alignprop rewards fetch {hub}` replaces it.")
+    return path
+
+
+def transformers_detector(name: str, weights: Path, image_size: int | None) -> Detector:
+    """Build RT-DETR or DETR from a weights file: the factory of `rtdetr` and `detr`.
+
+    The architecture stands in the file's own header, in a `config.json` beside it (as in a folder from the hub), or is
+    the full-size one of that name.
+    """
+    header = read_header(weights)
+    beside = weights.with_name(CONFIG_NAME)
+    if "transformers" in header:
+        architecture, values = header["transformers"]["architecture"], dict(header["transformers"]["config"])
+    elif beside.is_file():
+        values = json.loads(beside.read_text())
+        architecture = (values.get("architectures") or ["none"])[0]
+    else:
+        architecture, values = next(key for key, kind in _KINDS.items() if kind[0] == name), None
+    if architecture not in _KINDS:
+        raise WeightsError(
+            f"{weights}: holds a {architecture}; this plugin knows {' and '.join(_KINDS)}. Choose another file."
+        )
+    found, model_class, config_class, kind, names = _KINDS[architecture]
+    if found != name:
+        raise WeightsError(f'{weights}: holds a {architecture}; write "detector: {found}" for it, not "{name}".')
+    with _quiet():
+        if values is None:
+            config = config_class(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
+        else:
+            config = config_class.from_dict(values)
+        model = _filled(model_class, config, load_state_dict(weights), weights)
+    return kind(model, image_size or header.get("image_size"))
+
+
+def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor], file: Path) -> Any:
+    """Build the model with the given weights; transformers renames keys of older files."""
+    try:
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise WeightsError(
+            f"{file}: its architecture needs a package that is missing: {' '.join(str(error).split())} "
+            "For DETR with a timm backbone: pip install alignprop-counting[detr]."
+        ) from error
+    wrong = [
+        *(f"{key} is {tuple(has)}, not {tuple(wanted)}" for key, has, wanted in sorted(report["mismatched_keys"])),
+        *(f"{key} is missing" for key in sorted(report["missing_keys"])),
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"{file}: does not fit {model_class.__name__} of its configuration: {'; '.join(wrong[:3])}{more}. "
+            "The configuration is the one in its header, else the config.json beside it (fetch that too), else the "
+            "full-size one."
+        )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' load reports and progress bars out; what they say is said by `_filled`."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

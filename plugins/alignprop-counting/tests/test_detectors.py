@@ -1,0 +1,224 @@
+"""RT-DETR and DETR here are transformers' own, with a true gradient; their files load without unpickling."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, RTDetrConfig, RTDetrImageProcessor
+
+from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.registry import Registry, default_registry
+from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
+from alignprop_counting.config import DetectorConfig
+from alignprop_counting.loading import load_detector, transformers_detector
+from alignprop_counting.testing import check_detector, check_gradient_is_the_derivative, pictures
+from alignprop_counting.transformers_detector import RtDetr, TransformersDetector
+
+
+def load(name: str, weights: dict[str, Path], **options: Any) -> Any:
+    return load_detector(DetectorConfig(detector=name, weights=str(weights[name]), **options), default_registry())
+
+
+def processor(name: str) -> Any:
+    if name == "rtdetr":
+        return RTDetrImageProcessor(size={"height": 64, "width": 64})
+    return DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 106}, do_pad=False)
+
+
+def test_it_passes_the_checks_of_detectors(name: str, weights: dict[str, Path]) -> None:
+    check_detector(load(name, weights))
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 80), (64, 64), (200, 40)])
+def test_predictions_are_those_of_transformers(
+    name: str, weights: dict[str, Path], height: int, width: int, tiny: SimpleNamespace
+) -> None:
+    detector = load(name, weights)
+    images = (pictures(2, height, width) * 255).round().to(torch.uint8)
+    original = tiny.build[name]()
+    original.load_state_dict(load_file(weights[name]))
+    original.eval()
+    process = processor(name)
+    pixels = process(images=list(images), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        outputs = original(pixel_values=pixels)
+        found = detector(images.float() / 255)
+    # The original resizes bytes, and rounds while it does: up to one level apart.
+    assert torch.allclose(detector.preprocess(images.float() / 255), pixels, atol=1.1 / 255 / 0.224)
+    # From the same pixels the numbers are the same.
+    same = detector.outputs(pixels)
+    assert torch.equal(same.logits, outputs.logits)
+    assert torch.equal(same.pred_boxes, outputs.pred_boxes)
+    if (height, width) == (64, 64):
+        expected = outputs.logits.sigmoid() if name == "rtdetr" else outputs.logits.softmax(-1)[..., :-1]
+        assert torch.allclose(found.probabilities, expected, rtol=1e-5, atol=1e-9)
+        for threshold in (0.1, 0.3, 0.5):
+            results = process.post_process_object_detection(
+                outputs, threshold=threshold, target_sizes=[(height, width)] * 2
+            )
+            hard = detector.detect(found, threshold)
+            for i, result in enumerate(results):
+                kept = hard.classes[i] >= 0
+                order = result["scores"].argsort(descending=True, stable=True)
+                assert torch.allclose(hard.scores[i][kept], result["scores"][order], rtol=1e-5)
+                assert hard.classes[i][kept].tolist() == result["labels"][order].tolist()
+                assert torch.allclose(hard.boxes[i][kept], result["boxes"][order], atol=1e-2)
+
+
+def test_the_check_finds_the_originals_detached_path(weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = load("rtdetr", weights)
+    check_gradient_is_the_derivative(detector)
+    monkeypatch.setattr(RtDetr, "outputs", TransformersDetector.outputs)
+    with pytest.raises(AssertionError, match="part of it is detached"):
+        check_gradient_is_the_derivative(detector)
+
+
+def test_a_saturated_softmax_stays_finite(weights: dict[str, Path]) -> None:
+    detector = load("detr", weights)
+    with torch.no_grad():
+        detector.model.class_labels_classifier.weight.mul_(1e3)
+    images = pictures(1).float().requires_grad_()
+    found = detector(images)
+    assert found.probabilities.max() > 0.9999
+    (gradient,) = torch.autograd.grad(found.log_odds.sum(), images)
+    assert gradient.isfinite().all()
+
+
+def test_float16_files_are_computed_in_float32(tmp_path: Path, weights: dict[str, Path], tiny: SimpleNamespace) -> None:
+    file = tiny.write(tiny.lively(tiny.rtdetr()).half(), tmp_path / "half.safetensors")
+    detector = transformers_detector("rtdetr", file, None)
+    assert {p.dtype for p in detector.parameters()} == {torch.float32}
+
+
+def test_the_file_says_architecture_names_and_size(name: str, weights: dict[str, Path], tiny: SimpleNamespace) -> None:
+    detector = load(name, weights)
+    assert detector.names == tiny.names
+    assert detector.image_size == 64
+    assert load(name, weights, image_size=96).image_size == 96
+    assert not any(p.requires_grad for p in detector.parameters())
+    assert not detector.training
+
+
+def test_a_config_beside_the_file_says_the_architecture(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    model = tiny.lively(tiny.rtdetr())
+    save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
+    model.config.architectures = ["RTDetrForObjectDetection"]
+    (tmp_path / "config.json").write_text(model.config.to_json_string())
+    detector = transformers_detector("rtdetr", tmp_path / "model.safetensors", None)
+    assert detector.names == tiny.names
+    assert detector.image_size == 640
+
+
+# -- wrong files and names ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_the_other_architecture_names_the_detector(weights: dict[str, Path]) -> None:
+    with pytest.raises(WeightsError, match='holds a DetrForObjectDetection; write "detector: detr"'):
+        transformers_detector("rtdetr", weights["detr"], None)
+
+
+def test_a_head_of_the_wrong_size_is_one_clear_error(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    model = tiny.rtdetr()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    key = "model.decoder.class_embed.0.weight"
+    state[key] = state[key][:3].clone()
+    header = {"architecture": "RTDetrForObjectDetection", "config": json.loads(model.config.to_json_string())}
+    save_file(state, tmp_path / "w.safetensors", {"config": json.dumps({"transformers": header})})
+    with pytest.raises(WeightsError, match=r"does not fit .*class_embed.0.weight is \(3, 32\), not \(5, 32\)"):
+        transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
+
+
+def test_a_file_without_a_header_must_be_the_full_size(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    save_file({k: v.clone() for k, v in tiny.rtdetr().state_dict().items()}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"does not fit .* and \d+ more\. The configuration is"):
+        transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    header = {"transformers": {"architecture": "YolosForObjectDetection", "config": {}}}
+    save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"config": json.dumps(header)})
+    with pytest.raises(WeightsError, match="holds a YolosForObjectDetection; this plugin knows"):
+        transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
+
+
+def test_a_pickle_is_refused(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    torch.save({"model": tiny.rtdetr()}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="would need unpickling"):
+        load_detector(DetectorConfig(weights=str(tmp_path / "w.pt")), default_registry())
+
+
+def test_missing_default_weights_name_repository_file_and_command(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name, repository in (("rtdetr", "PekingU/rtdetr_r50vd"), ("detr", "facebook/detr-resnet-50")):
+        with pytest.raises(WeightsError) as caught:
+            load_detector(DetectorConfig(detector=name), default_registry())
+        assert f"file model.safetensors of repository {repository}" in str(caught.value)
+        assert f"`alignprop rewards fetch hub:{repository}/model.safetensors`" in str(caught.value)
+
+
+def test_an_unknown_detector_is_answered_with_the_nearest() -> None:
+    with pytest.raises(
+        PluginError, match=r'no plugin offers|No installed plugin offers the detector "rtdtr".*"rtdetr"'
+    ):
+        load_detector(DetectorConfig(detector="rtdtr"), default_registry())
+    import alignprop_counting
+
+    alone = Registry.from_plugins({"alignprop-counting": alignprop_counting})
+    with pytest.raises(PluginError, match="YOLO comes with `pip install alignprop-ultralytics`"):
+        load_detector(DetectorConfig(detector="yolo11n"), alone)
+
+
+def test_a_detector_two_plugins_offer_is_chosen_by_distribution(
+    weights: dict[str, Path], tiny: SimpleNamespace
+) -> None:
+    import alignprop_counting
+
+    class Other:
+        alignprop_detectors_of_transformers = staticmethod(alignprop_counting.alignprop_detectors_of_transformers)
+
+    both = Registry.from_plugins({"alignprop-counting": alignprop_counting, "other-detectors": Other()})
+    file = str(weights["rtdetr"])
+    with pytest.raises(PluginError, match="is offered by alignprop-counting 0 and other-detectors 0"):
+        load_detector(DetectorConfig(weights=file), both)
+    chosen = load_detector(DetectorConfig(detector="alignprop-counting/rtdetr", weights=file), both)
+    assert chosen.names == tiny.names
+
+
+# -- full size ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("full", ["rtdetr", "detr"])
+def test_full_size_networks_give_finite_gradients_at_the_pixels(full: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from transformers import RTDetrForObjectDetection
+
+    torch.manual_seed(0)
+    if full == "rtdetr":
+        model: Any = RTDetrForObjectDetection(RTDetrConfig(id2label=dict(enumerate(COCO_NAMES))))
+        detector: TransformersDetector = RtDetr(model)
+    else:
+        pytest.importorskip("timm", reason="DETR's backbone comes from timm")
+        from alignprop_counting.transformers_detector import Detr
+
+        detector = Detr(DetrForObjectDetection(DetrConfig(id2label=dict(enumerate(DETR_NAMES)))))
+    detector = detector.cuda().eval().requires_grad_(False)
+    images = torch.rand(2, 3, 512, 512, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    (gradient,) = torch.autograd.grad(detector(images).log_odds.amax(1).sum(), images)
+    end.record()
+    torch.cuda.synchronize()
+    print(f"{full}: {start.elapsed_time(end):.0f} ms, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB, 2 images")
+    assert gradient.isfinite().all()
+    assert (gradient != 0).float().mean() > 0.9

@@ -1,0 +1,643 @@
+"""Weights: four forms of one option, every wrong file told in one message, downloads that are whole or absent.
+
+The downloads run against a small server on this machine that speaks the hub's protocol (HEAD with tag, size and
+commit; GET with ranges); nothing leaves the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from alignprop_core import cli, weights
+from alignprop_core.errors import WeightsError
+from alignprop_core.hookspecs import hookimpl
+from alignprop_core.registry import Registry, default_registry
+from alignprop_core.specs import WeightsFile, WeightsSpec
+from alignprop_core.weights import find_weights, load_state_dict, parse_hub_file, read_header
+from tests.fake_plugins import install, reward_spec, rewards_hook
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONTENT = bytes(range(256)) * 4096 * 3  # 3 MiB
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+HUB_FILE = WeightsFile(repository="some/model", file="w.safetensors", sha256=DIGEST, bytes=len(CONTENT), license="MIT")
+
+
+def put_in_cache(cache: Path, content: bytes, file: WeightsFile = HUB_FILE) -> Path:
+    """Lay a file into a hub cache as the hub's library does."""
+    folder = cache / f"models--{file.repository.replace('/', '--')}"
+    path = folder / "snapshots" / COMMIT / file.file
+    path.parent.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    blob = folder / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.parent.mkdir()
+    blob.write_bytes(content)
+    path.symlink_to(blob)
+    return path
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache."""
+    from huggingface_hub import constants
+
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+# -- finding ------------------------------------------------------------------------------------------------------
+
+
+def test_default_comes_from_the_hub_cache_verified(cache: Path) -> None:
+    path = put_in_cache(cache, CONTENT)
+    assert find_weights("default", reward="red", default=HUB_FILE) == path
+
+
+def test_a_missing_file_names_repository_file_command_and_where_to_put_it(cache: Path) -> None:
+    with pytest.raises(WeightsError) as caught:
+        find_weights("default", reward="red", default=HUB_FILE)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in (
+        "file w.safetensors of repository some/model (3 MB)",
+        "`alignprop rewards fetch red`",
+        str(cache),
+        "/some/model/resolve/main/w.safetensors",
+        "weights: PATH",
+        "MIT",
+    ):
+        assert part in message
+
+
+def test_a_hub_file_is_found_or_its_own_command_named(cache: Path) -> None:
+    with pytest.raises(WeightsError, match=r"`alignprop rewards fetch hub:some/model/deep/er/w\.bin`"):
+        find_weights("hub:some/model/deep/er/w.bin", reward="red")
+    path = put_in_cache(cache, b"anything", WeightsFile(repository="some/model", file="deep/er/w.bin"))
+    assert find_weights("hub:some/model/deep/er/w.bin", reward="red") == path
+
+
+@pytest.mark.parametrize("value", ["hub:", "hub:owner", "hub:owner/name", "hub:owner/name/", "hub:a/b/../../c"])
+def test_a_misspelt_hub_file_shows_how_it_is_written(value: str) -> None:
+    with pytest.raises(WeightsError, match="Write hub:owner/name/file, such as"):
+        parse_hub_file(value)
+
+
+def test_a_damaged_or_cut_file_is_refused(cache: Path) -> None:
+    path = put_in_cache(cache, CONTENT[:-1])
+    with pytest.raises(WeightsError, match=r"has 3,145,727 bytes and should have 3,145,728.*fetch red` replaces it"):
+        find_weights("default", reward="red", default=HUB_FILE)
+    path.resolve().write_bytes(CONTENT[:-1] + b"?")
+    with pytest.raises(WeightsError, match=rf"its sha256 is [0-9a-f]{{64}} and should be {DIGEST}.*damaged"):
+        find_weights("default", reward="red", default=HUB_FILE)
+
+
+def test_the_checksum_is_taken_once_until_the_file_changes(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put_in_cache(cache, CONTENT)
+    taken = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: taken.append(given) or digest(*given))
+    for _ in range(3):
+        find_weights("default", reward="red", default=HUB_FILE)
+    assert len(taken) == 1
+    os.utime(path, ns=(1, 1))
+    find_weights("default", reward="red", default=HUB_FILE)
+    assert len(taken) == 2
+
+
+def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "mine.safetensors"
+    file.write_bytes(CONTENT)
+    monkeypatch.chdir(tmp_path)
+    assert find_weights(str(file), reward="red") == file
+    assert find_weights("mine.safetensors", reward="red").absolute() == file
+    with pytest.raises(WeightsError, match=r"no file .*theirs.pth .*hub:owner/name/file"):
+        find_weights(str(tmp_path / "theirs.pth"), reward="red")
+    with pytest.raises(WeightsError, match=r"is a folder; name the file inside it \(it holds mine.safetensors\)"):
+        find_weights(str(tmp_path), reward="red")
+
+
+class SetPlugin:
+    def __init__(self, *specs: WeightsSpec) -> None:
+        self.specs = specs
+
+    @hookimpl
+    def alignprop_register_weights(self) -> list[WeightsSpec]:
+        return list(self.specs)
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A package on the path with a weights file inside."""
+    folder = tmp_path / "fake_with_weights"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("")
+    (folder / "red.safetensors").write_bytes(CONTENT)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "fake_with_weights"
+    sys.modules.pop("fake_with_weights", None)
+
+
+def named(package: str, file: str = "red.safetensors", **more: Any) -> Registry:
+    spec = WeightsSpec(name="small", reward="red", path=f"{package}:{file}", summary="s", **more)
+    return Registry.from_plugins({"fake-sets": SetPlugin(spec)})
+
+
+def test_a_named_set_is_the_file_inside_its_package(package: str, tmp_path: Path) -> None:
+    right = WeightsFile(file="red.safetensors", sha256=DIGEST, bytes=len(CONTENT))
+    registry = named(package, weights=(right,))
+    for name in ("small", "fake-sets/small"):
+        found = find_weights(name, reward="red", registry=registry)
+        assert found == tmp_path / package / "red.safetensors"
+    wrong = named(package, weights=(WeightsFile(file="red.safetensors", sha256="0" * 64),))
+    with pytest.raises(WeightsError, match=r"sha256 is .*Reinstall fake-sets"):
+        find_weights("small", reward="red", registry=wrong)
+
+
+def test_an_unknown_set_names_the_nearest_and_the_other_forms(package: str) -> None:
+    with pytest.raises(WeightsError, match=r'"smal".*Did you mean "small"\?.*The option weights takes "default"'):
+        find_weights("smal", reward="red", registry=named(package))
+    with pytest.raises(WeightsError, match='"small"'):
+        find_weights("small", reward="blue", registry=named(package))
+
+
+def test_a_set_whose_file_or_package_is_missing_says_so(package: str) -> None:
+    with pytest.raises(WeightsError, match=r'Weights "small" of fake-sets .*lacks the weights file blue.safetensors'):
+        find_weights("small", reward="red", registry=named(package, "blue.safetensors"))
+    with pytest.raises(WeightsError, match="package no_such_package_here, which is not installed"):
+        find_weights("small", reward="red", registry=named("no_such_package_here"))
+
+
+def test_without_a_registry_the_environments_own_is_asked() -> None:
+    with pytest.raises(WeightsError, match='set of weights for "no_such_reward" "nothing"'):
+        find_weights("nothing", reward="no_such_reward")
+
+
+def test_a_default_may_ship_in_a_package(package: str, tmp_path: Path) -> None:
+    file = WeightsFile(file=f"{package}:red.safetensors", sha256=DIGEST)
+    assert find_weights("default", reward="red", default=file) == tmp_path / package / "red.safetensors"
+    with pytest.raises(WeightsError, match='Reward "red" has no default weights'):
+        find_weights("default", reward="red")
+
+
+def test_finding_and_headers_import_no_torch(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, file, metadata={"config": '{"width": 8}'})
+    code = (
+        "import sys, pathlib\n"
+        "from alignprop_core.weights import find_weights, read_header\n"
+        "path = find_weights(sys.argv[1], reward='red')\n"
+        "print(read_header(path), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, check=True)
+    assert done.stdout == "{'width': 8} False\n"
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    return {"layer.weight": torch.arange(6.0).reshape(2, 3), "layer.bias": torch.ones(2, dtype=torch.float16)}
+
+
+def same(found: dict[str, Any]) -> bool:
+    return found.keys() == tensors().keys() and all(
+        torch.equal(found[k], v) and found[k].dtype == v.dtype for k, v in tensors().items()
+    )
+
+
+def test_safetensors_are_read_with_their_header(tmp_path: Path) -> None:
+    file = tmp_path / "w.safetensors"
+    safetensors.torch.save_file(tensors(), file, metadata={"config": json.dumps({"width": 8, "names": ["a"]})})
+    assert same(load_state_dict(file))
+    assert read_header(file) == {"width": 8, "names": ["a"]}
+
+
+def test_any_length_of_header_is_read(tmp_path: Path) -> None:
+    """Its first byte may look like another format's: 0x80 is how a pickle begins, 0x50 how a zip does."""
+    for padding in range(256):
+        file = tmp_path / "w.bin"
+        safetensors.torch.save_file(tensors(), file, metadata={"note": "x" * padding})
+        assert same(load_state_dict(file))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_are_read_whatever_their_name(tmp_path: Path, zipped: bool) -> None:
+    file = tmp_path / "w.safetensors"
+    torch.save({"state_dict": tensors(), "epoch": 3}, file, _use_new_zipfile_serialization=zipped)
+    found = load_state_dict(file)
+    assert same(found["state_dict"])
+    assert found["epoch"] == 3
+    assert read_header(file) == {}
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (os.mkdir, ("trapped",))
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "legacy", "module", "torchscript"])
+def test_what_would_need_unpickling_is_refused_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "w.pt"
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps({"a": Trap()}))
+    elif kind == "module":
+        torch.save(torch.nn.Linear(2, 2), file)
+    elif kind == "torchscript":
+        code = (
+            "import sys, torch, warnings\nwarnings.simplefilter('ignore')\n"
+            "torch.jit.script(torch.nn.Linear(2, 2)).save(sys.argv[1])"
+        )
+        subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+    else:
+        torch.save({"a": torch.ones(1), "b": Trap()}, file, _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(WeightsError, match=r"would need unpickling, which can run any code.*Convert it to safetensors"):
+        load_state_dict(file)
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("kept", [12, 100, -1])
+@pytest.mark.parametrize("kind", ["safetensors", "torch"])
+def test_a_cut_file_is_called_cut_off(tmp_path: Path, kind: str, kept: int) -> None:
+    file = tmp_path / "w"
+    if kind == "safetensors":
+        safetensors.torch.save_file(tensors(), file)
+    else:
+        torch.save(tensors(), file)
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(WeightsError, match=r"w is cut off or damaged \(.+\)\. Fetch or copy it again"):
+        load_state_dict(file)
+    if kind == "safetensors":
+        with pytest.raises(WeightsError, match="cut off or damaged"):
+            read_header(file)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "Git LFS pointer"),
+        (b"<html>not found</html>", "no weights file: neither safetensors nor"),
+    ],
+)
+def test_other_files_are_told_apart(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "w.pt"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        load_state_dict(file)
+    assert read_header(file) == {}
+
+
+def test_a_file_that_holds_no_names_or_is_not_there(tmp_path: Path) -> None:
+    torch.save(torch.ones(3), tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="holds a Tensor; a weights file holds tensors by name"):
+        load_state_dict(tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="cannot be read: No such file"):
+        load_state_dict(tmp_path / "nothing.pt")
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "is no JSON"), ("[1]", "is a list; it must be a mapping")])
+def test_a_header_that_cannot_be_used_is_named(tmp_path: Path, text: str, message: str) -> None:
+    safetensors.torch.save_file(tensors(), tmp_path / "w", metadata={"config": text})
+    with pytest.raises(WeightsError, match=message):
+        read_header(tmp_path / "w")
+
+
+# -- fetching -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Hub:
+    """What the small hub serves and what it was asked."""
+
+    content: bytes = CONTENT
+    tag: str = DIGEST
+    status: int = 200
+    error_code: str = ""
+    pause_at: int | None = None  # after so many bytes of an answer the connection stands still
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    url: str = ""
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        wanted = request.headers.get("Range")
+        self.asked.append((request.command, request.path, wanted))
+        status = self.status if request.path == "/some/model/resolve/main/w.safetensors" else 404
+        if status != 200:
+            request.send_response(status)
+            request.send_header("X-Error-Code", self.error_code if status == self.status else "EntryNotFound")
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+            return
+        start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
+        body = self.content[start:]
+        request.send_response(206 if wanted else 200)
+        request.send_header("ETag", f'"{self.tag}"')
+        request.send_header("X-Repo-Commit", COMMIT)
+        request.send_header("Accept-Ranges", "bytes")
+        request.send_header("Content-Length", str(len(body)))
+        if wanted:
+            request.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+        request.end_headers()
+        if request.command == "GET":
+            if self.pause_at is None:
+                request.wfile.write(body)
+            else:
+                request.wfile.write(body[: self.pause_at])
+                request.wfile.flush()
+                time.sleep(30)
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    state = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            state.handle(self)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+        block_on_close = False
+
+        def handle_error(self, *_: object) -> None:
+            """A client that was killed is part of the test."""
+
+    server = Server(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    state.url = f"http://127.0.0.1:{server.server_address[1]}"
+    yield state
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@dataclass
+class Fetcher:
+    """Runs `alignprop rewards fetch` in a process of its own, against the small hub."""
+
+    hub: Hub
+    folder: Path
+    environment: dict[str, str]
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "home" / "hub"
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        code = "import sys; from alignprop_core.cli import run; sys.exit(run(sys.argv[1:]))"
+        return subprocess.Popen(
+            [sys.executable, "-c", code, "rewards", "fetch", *arguments],
+            env={**self.environment, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
+        process = self.start(*arguments, **environment)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        return out, err
+
+    def run_json(self, *arguments: str) -> Any:
+        return json.loads(self.run(*arguments, "--json")[0])
+
+    def partial(self) -> list[Path]:
+        return list(self.folder.rglob("*.part"))
+
+
+@pytest.fixture
+def fetcher(hub: Hub, tmp_path: Path) -> Fetcher:
+    """A plugin with two rewards: `red`, whose file the hub has, and `packaged`, whose file ships with it."""
+    file = HUB_FILE.model_dump()
+    inside = {"file": "fake_red:inside.safetensors", "sha256": DIGEST}
+    specs = ", ".join(
+        [
+            reward_spec("red", "fake_red", f"weights=[{file}]"),
+            reward_spec("packaged", "fake_red", f"weights=[{inside}]"),
+            reward_spec("light", "fake_red"),
+            reward_spec("unchecked", "fake_red", 'weights=[{"repository": "some/model", "file": "w.safetensors"}]'),
+            reward_spec("missing", "fake_red", 'weights=[{"repository": "some/model", "file": "no.bin"}]'),
+        ]
+    )
+    site = tmp_path / "site"
+    site.mkdir()
+    install(site, "fake-red", rewards_hook(f"return [{specs}]"))
+    (site / "fake_red" / "inside.safetensors").write_bytes(CONTENT)
+    return Fetcher(
+        hub,
+        tmp_path,
+        {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "ALIGNPROP_"))},
+            "PYTHONPATH": f"{site}:{Path(__file__).parents[1]}",
+            "ALIGNPROP_PLUGINS": "fake-red",
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "NO_PROXY": "127.0.0.1",
+            "COLUMNS": "400",
+        },
+    )
+
+
+def test_fetch_downloads_verifies_and_puts_the_file_where_it_is_found(
+    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (got,) = fetcher.run_json("red")
+    assert got["status"] == "fetched"
+    assert got["verified"] == "sha256"
+    assert got["license"] == "MIT"
+    assert Path(got["path"]).read_bytes() == CONTENT
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(fetcher.cache))
+    assert find_weights("default", reward="red", default=HUB_FILE) == Path(got["path"])
+    asked = len(fetcher.hub.asked)
+    (again,) = fetcher.run_json("red")
+    assert again["status"] == "present"
+    assert again["path"] == got["path"]
+    assert len(fetcher.hub.asked) == asked
+    assert fetcher.partial() == []
+
+
+def test_fetch_says_in_words_what_it_did(fetcher: Fetcher) -> None:
+    out, _ = fetcher.run("red")
+    assert "some/model/w.safetensors" in out
+    assert f"  fetched: {fetcher.cache}" in out
+    assert "w.safetensors (sha256 verified)" in out
+    assert "MIT" in out
+    out, _ = fetcher.run("red", "--to", str(fetcher.folder / "there"))
+    assert f"weights: {fetcher.folder / 'there' / 'w.safetensors'}" in out
+    assert "ships in an installed package" in fetcher.run("packaged")[0]
+    assert "nothing to fetch" in fetcher.run("light")[0]
+    assert fetcher.run_json("light") == []
+
+
+def test_a_file_without_a_checksum_is_held_to_the_hubs_own(fetcher: Fetcher) -> None:
+    (got,) = fetcher.run_json("unchecked")
+    assert got["verified"] == "sha256"
+    fetcher.hub.tag = "0" * 64
+    _, err = fetcher.run("unchecked", "--to", str(fetcher.folder / "there"), code=2)
+    assert f"its sha256 is {DIGEST} and should be {'0' * 64}" in err
+    assert "It was removed; fetch it again" in err
+    assert list((fetcher.folder / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["cache", "folder"])
+def test_a_killed_download_leaves_nothing_half_and_is_gone_on_with(fetcher: Fetcher, where: str) -> None:
+    arguments = ["unchecked"] if where == "cache" else ["unchecked", "--to", str(fetcher.folder / "there")]
+    content = CONTENT * 8  # the hub's library writes in pieces of 10 MiB: two whole ones and a rest
+    fetcher.hub.content, fetcher.hub.tag = content, hashlib.sha256(content).hexdigest()
+    fetcher.hub.pause_at = 15_000_000
+    process = fetcher.start(*arguments)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in fetcher.partial()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (partial,) = fetcher.partial()
+    kept = partial.stat().st_size
+    assert 0 < kept < len(content)
+    assert [path for path in fetcher.folder.rglob("w.safetensors") if "site" not in path.parts] == []
+
+    fetcher.hub.pause_at = None
+    fetcher.hub.asked.clear()
+    (got,) = fetcher.run_json(*arguments)
+    assert Path(got["path"]).read_bytes() == content
+    assert got["verified"] == "sha256"
+    assert ("GET", "/some/model/resolve/main/w.safetensors", f"bytes={kept}-") in fetcher.hub.asked
+    assert [asked for asked in fetcher.hub.asked if asked[0] == "GET" and asked[2] is None] == []
+    assert fetcher.partial() == []
+
+
+def test_two_fetches_at_once_bring_the_file_once(fetcher: Fetcher) -> None:
+    both = [fetcher.start("red", "--json") for _ in range(2)]
+    results = [json.loads(process.communicate(timeout=60)[0])[0] for process in both]
+    assert sorted(result["status"] for result in results) == ["fetched", "present"]
+    assert len([asked for asked in fetcher.hub.asked if asked[0] == "GET"]) == 1
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(fetcher: Fetcher) -> None:
+    (got,) = fetcher.run_json("red")
+    Path(got["path"]).resolve().write_bytes(CONTENT[:-5] + b"wrong")
+    (again,) = fetcher.run_json("red")
+    assert again["status"] == "fetched"
+    assert Path(again["path"]).read_bytes() == CONTENT
+
+
+def test_a_partial_file_that_is_wrong_is_removed_and_said(fetcher: Fetcher) -> None:
+    there = fetcher.folder / "there"
+    there.mkdir()
+    partial = there / f".w.safetensors.{DIGEST[:16]}.part"
+    partial.write_bytes(b"?" * 1000)
+    _, err = fetcher.run("red", "--to", str(there), code=2)
+    assert "is damaged" in err
+    assert "It was removed; fetch it again" in err
+    assert list(there.iterdir()) == []
+    fetcher.run("red", "--to", str(there))
+    partial.write_bytes(CONTENT + b"more")
+    (there / "w.safetensors").unlink()
+    fetcher.run("red", "--to", str(there))
+    assert (there / "w.safetensors").read_bytes() == CONTENT
+
+
+def test_another_version_on_the_hub_is_refused_before_it_is_downloaded(fetcher: Fetcher) -> None:
+    fetcher.hub.tag = "1" * 64
+    assert f"sha256 {'1' * 64} where {DIGEST} is expected. Nothing was fetched" in fetcher.run("red", code=2)[1]
+    fetcher.hub.content = CONTENT[:-9]
+    assert "3,145,719 bytes where 3,145,728 are expected" in fetcher.run("red", code=2)[1]
+    assert [asked for asked in fetcher.hub.asked if asked[0] == "GET"] == []
+
+
+@pytest.mark.parametrize(
+    ("status", "error_code", "message"),
+    [
+        (404, "RepoNotFound", "There is no repository some/model at"),
+        (404, "EntryNotFound", "some/model has no file w.safetensors: see "),
+        (403, "GatedRepo", "is gated: ask for access on"),
+        (503, "", "failed: "),
+    ],
+)
+def test_what_the_hub_refuses_is_one_clear_message(
+    fetcher: Fetcher, status: int, error_code: str, message: str
+) -> None:
+    fetcher.hub.status, fetcher.hub.error_code = status, error_code
+    out, err = fetcher.run("red", code=2)
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_offline_and_unreachable_are_told_apart(fetcher: Fetcher) -> None:
+    _, err = fetcher.run("red", code=2, HF_HUB_OFFLINE="1")
+    assert "HF_HUB_OFFLINE forbids fetching it" in err
+    assert "/some/model/resolve/main/w.safetensors" in err
+    _, err = fetcher.run("red", code=2, HF_ENDPOINT="http://127.0.0.1:9")
+    assert "Fetching w.safetensors of some/model from http://127.0.0.1:9 failed" in err
+
+
+def test_a_full_disk_keeps_what_came(fetcher: Fetcher) -> None:
+    """A limit on the size of files stands for the disk: the same refusal in the middle of a write."""
+    there = fetcher.folder / "there"
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "from alignprop_core.cli import run; sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "rewards", "fetch", "red", "--to", str(there)]
+    done = subprocess.run(command, env=fetcher.environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "No room to write w.safetensors of some/model" in done.stderr
+    assert "What has come is kept" in done.stderr
+    (partial,) = there.iterdir()
+    assert partial.suffix == ".part"
+    (got,) = fetcher.run_json("red", "--to", str(there))
+    assert Path(got["path"]).read_bytes() == CONTENT
+
+
+def test_one_file_of_several_and_a_hub_file_by_itself(fetcher: Fetcher) -> None:
+    assert len(fetcher.run_json("red", "--file", "w.safetensors")) == 1
+    _, err = fetcher.run("red", "--file", "w.safetensor", code=2)
+    assert 'no weights file "w.safetensor". Did you mean "w.safetensors"?' in err
+    (got,) = fetcher.run_json("hub:some/model/w.safetensors", "--to", str(fetcher.folder / "there"))
+    assert Path(got["path"]) == fetcher.folder / "there" / "w.safetensors"
+    assert "has no file no.bin" in fetcher.run("missing", code=2)[1]
+    assert "Write hub:owner/name/file" in fetcher.run("hub:some/model", code=2)[1]
+
+
+def test_an_unknown_reward_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    default_registry.cache_clear()
+    assert cli.run(["rewards", "fetch", "no_such_reward"]) == 2
+    assert 'No installed plugin offers the reward "no_such_reward"' in capsys.readouterr().err
+
+
+def test_public_names() -> None:
+    assert all(hasattr(weights, name) for name in weights.__all__)
