@@ -383,6 +383,7 @@ def test_true_cfg_scale_is_refused_with_the_right_key(pipe: Any) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: torch.dtype) -> None:
     pipe = tiny_sd().to("cuda", dtype)
@@ -394,8 +395,8 @@ def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: 
         initial=noise.initial.cuda(), plan=noise.plan, steps=noise.steps.cuda() if noise.steps is not None else None
     )
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         out = sampler.sample(PROMPTS, noise)
         leaf = out.latents.detach().requires_grad_()
         sampler.decode(leaf).sum().backward()

@@ -1,4 +1,4 @@
-"""A small real text-to-image model, its world of scenes, prompt sets and a judge, all in one package. No torch."""
+"""A small real text-to-image model, its world of scenes, prompt sets, a judge and weights for rewards. No torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.specs import ModelSpec, PromptSpec, RewardSpec, WeightsFile
+from alignprop_core.specs import ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
 
 _SOURCE = "https://github.com/alignprop/alignprop/tree/main/plugins/alignprop-starter"
 _LICENSE = "Apache-2.0 AND MIT"
@@ -23,6 +23,35 @@ VARIANTS = {
     "_full": "with number, style and place",
 }
 """Ending of a prompt set's name -> what its prompts say beside the animal."""
+
+_WEIGHTS = {
+    "clip": (
+        ("clip_score", "pickscore", "siglip_score", "reference_similarity"),
+        "A small CLIP that reads starter scenes and their captions, and nothing else.",
+        3_568_436,
+        "d572cc56d6fc563b04c28d13bc1efc631139a5402568f3169c5ae3c66f14283a",
+    ),
+    "hpsv2": (
+        ("hpsv2",),
+        "The small CLIP, trained on to prefer the picture that fits its caption; it knows no one's taste.",
+        3_568_436,
+        "be7816db3f2675ae9d5cba649e15d653b8bb45f8020c3656bf3a1a01611ada86",
+    ),
+    "aesthetic": (
+        ("aesthetic",),
+        "Rates the composition of starter scenes by rules; no person rated them.",
+        546_082,
+        "0e5583eacf1e5d2e5f882508265d8d3c9df1f69ca2efcd7b00efbc99e9a316b0",
+    ),
+    # Counting rewards look sets up by their detector's name.
+    "rtdetr": (
+        ("rtdetr",),
+        "A small RT-DETR that finds the 51 animals in starter scenes, and nothing else.",
+        4_653_712,
+        "55cea23284ddd8ded8089070087fbe471fd410a93ad048287706814ac16f8288",
+    ),
+}
+"""File under `weights/` -> what the set `starter` serves with it, what it is, its size in bytes and its sha256."""
 
 
 def model_folder() -> Path:
@@ -80,4 +109,22 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             source=_SOURCE,
             weights=(WeightsFile(file="judge/judge.safetensors", license=_LICENSE),),
         )
+    ]
+
+
+@hookimpl
+def alignprop_register_weights() -> Iterable[WeightsSpec]:
+    """Offer the set `starter`: small weights for other plugins' rewards, trained on rendered scenes."""
+    return [
+        WeightsSpec(
+            name="starter",
+            reward=reward,
+            summary=summary,
+            path=f"alignprop_starter:weights/{file}.safetensors",
+            license=_LICENSE,
+            source=_SOURCE,
+            weights=(WeightsFile(file=f"weights/{file}.safetensors", sha256=sha256, bytes=size, license=_LICENSE),),
+        )
+        for file, (served, summary, size, sha256) in _WEIGHTS.items()
+        for reward in served
     ]

@@ -1,5 +1,5 @@
-"""What the training scripts share: a clock that boxes a run by time or steps, devices, a set of scenes kept on the
-device."""
+"""What the training scripts share: a clock that boxes a run by time or steps, devices, scenes kept on the device and
+the damage done to them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from alignprop_starter.scenes import Layout, draw_layouts, paint
@@ -92,3 +93,15 @@ def render_set(n: int, seed: int, device: str, *, split: str, chunk: int = 2048)
     for i in range(0, n, chunk):
         images[i : i + chunk] = (paint(layout[i : i + chunk], device) * 255).round().byte()
     return images, layout
+
+
+def damage(images: Tensor) -> Tensor:
+    """Blur, noise and colour changes like those of a decoder, so that a network trained on rendered pictures reads
+    generated ones as well. Images (B, 3, H, W) in [0, 1], even sides; other ones come back."""
+    b = images.shape[0]
+    small = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
+    blend = torch.rand(b, 1, 1, 1, device=images.device) ** 2 * 0.8
+    images = images + blend * (small - images)
+    gain = 1 + 0.08 * (torch.rand(b, 3, 1, 1, device=images.device) - 0.5)
+    noise = torch.randn_like(images) * 0.05 * torch.rand(b, 1, 1, 1, device=images.device)
+    return (images * gain + noise).clamp(0, 1)

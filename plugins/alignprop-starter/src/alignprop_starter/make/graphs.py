@@ -125,7 +125,9 @@ class GraphedSteps:
         self.dtype = torch.bfloat16 if cuda else torch.float32
         self.weights = FlatWeights([unet, text], self.dtype, device)
         if muon:
-            self.weights.use_muon({id(p) for m in text.modules() if isinstance(m, nn.Embedding) for p in m.parameters()})
+            self.weights.use_muon(
+                {id(p) for m in text.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+            )
         self.rate, self.total = torch.zeros((), device=device), torch.zeros((), device=device)
         self.halves: Sequence[Callable[[], None]] = self._capture() if cuda else (self._gradient, self._update)
 

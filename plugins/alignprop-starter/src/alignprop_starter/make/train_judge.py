@@ -12,20 +12,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from alignprop_starter.judge import ATTRIBUTES, Judge, read_judge
-from alignprop_starter.make.common import Clock, Ranks, parser, render_set
+from alignprop_starter.make.common import Clock, Ranks, damage, parser, render_set
 from alignprop_starter.scenes import Layout
-
-
-def _damage(images: Tensor) -> Tensor:
-    """Blur, noise and colour changes like those of a decoder, so that the judge reads generated pictures as it reads
-    rendered ones."""
-    b = images.shape[0]
-    small = F.interpolate(F.avg_pool2d(images, 2), scale_factor=2, mode="bilinear")
-    blend = torch.rand(b, 1, 1, 1, device=images.device) ** 2 * 0.8
-    images = images + blend * (small - images)
-    gain = 1 + 0.08 * (torch.rand(b, 3, 1, 1, device=images.device) - 0.5)
-    noise = torch.randn_like(images) * 0.05 * torch.rand(b, 1, 1, 1, device=images.device)
-    return (images * gain + noise).clamp(0, 1)
 
 
 def labels(layout: Layout, device: str) -> dict[str, Tensor]:
@@ -69,7 +57,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(args.rate)
         rows = torch.randint(len(images), (args.batch,), device=args.device)
-        batch = _damage(images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
+        batch = damage(images[rows].float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda):
             logits = judge(batch)
         loss = torch.stack(

@@ -306,9 +306,7 @@ def main() -> None:
     if args.graphs:
         from alignprop_starter.make.graphs import GraphedSteps
 
-        steps = GraphedSteps(
-            loss, unet, text, ranks, device=device, compiled=not args.no_compile, muon=args.muon
-        )
+        steps = GraphedSteps(loss, unet, text, ranks, device=device, compiled=not args.no_compile, muon=args.muon)
     else:
         steps = PlainSteps(loss, unet, text, ranks, compiled=not args.no_compile, device=device)
     if chief:

@@ -1,0 +1,176 @@
+"""Trains the preference model for HPSv2's code path: python -m alignprop_starter.make.train_preference [--seconds N]
+
+Goes on from ``weights/clip.safetensors``. As in HPSv2 (arXiv 2306.09341, eq. 1): a caption, two pictures, a softmax
+over their two scaled cosines. The preferred picture fits the caption; the other differs in one attribute that the
+caption names. The sigmoid loss of `train_clip` over the whole batch keeps the scores of different captions comparable.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from open_clip import CLIP
+from torch import Tensor, nn
+
+from alignprop_starter.make.clip_captions import ATTRIBUTES, Captions, alter, labels, matches
+from alignprop_starter.make.clip_files import read_clip, read_for_training, save_clip
+from alignprop_starter.make.common import Clock, Ranks, parser
+from alignprop_starter.make.train_clip import (
+    draw_numbers,
+    embed_images,
+    embed_texts,
+    prepare,
+    render_bytes,
+    share,
+    sigmoid_loss,
+)
+from alignprop_starter.scenes import draw_layouts
+
+_NUMBER = ATTRIBUTES.index("number")
+_MOST_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Attributes:
+    images: (2, n, 3, 128, 128) uint8: scenes, and for each another one with one attribute changed.
+    truth: (2, 4, n) their labels.
+    changed: (n,) which attribute it is.
+    """
+
+    images: Tensor
+    truth: Tensor
+    changed: Tensor
+
+
+def render_choices(n: int, seed: int, device: str) -> Choices:
+    """Render `n` pairs of scenes; apart from the one attribute they share their labels, and nothing else.
+
+    The first has one to four animals. Where the number changes, the second has none, five or six in one case of five.
+    """
+    first = draw_layouts(n, seed, split="all", number=draw_numbers(n, seed + 3, (0, 1, 1, 1, 1)))
+    g = torch.Generator().manual_seed(seed + 1)
+    other, changed = alter(labels(first, "cpu"), g)
+    far = torch.tensor([0, 5, 6])[torch.randint(3, (n,), generator=g)]
+    other[_NUMBER] = torch.where((changed == _NUMBER) & (torch.rand(n, generator=g) < 0.2), far, other[_NUMBER])
+    species, number, style, place = other
+    second = draw_layouts(n, seed + 2, species=species, number=number, style=style, background=place)
+    images = torch.empty(2, n, 3, 128, 128, dtype=torch.uint8, device=device)
+    for side, layout in enumerate((first, second)):
+        images[side] = render_bytes(layout, device)
+    return Choices(
+        images,
+        torch.stack([labels(first, device), labels(second, device)]),
+        changed.to(device),
+    )
+
+
+class Objective(nn.Module):
+    """The training loss of one batch of choices."""
+
+    def __init__(self, model: CLIP, captions: Captions, compact: Tensor, weight: float) -> None:
+        super().__init__()
+        self.model, self.captions, self.compact, self.weight = model, captions, compact, weight
+
+    def forward(self, images: Tensor, truth: Tensor, changed: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the preference loss plus the weighted sigmoid loss, and the preference loss alone.
+
+        Args:
+            images: (2, B, 3, 128, 128) uint8; truth: (2, 4, B); changed: (B,), see `Choices`.
+        """
+        ids, wishes = self.captions.draw(truth[0], changed)
+        x = prepare(images.flatten(0, 1), damaged=True)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            seen, told = self.model.encode_image(x), self.model.encode_text(self.compact[ids])
+        seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
+        scale = self.model.logit_scale.exp()
+        good, bad = seen.chunk(2)
+        preference = F.softplus(scale * (told * (bad - good)).sum(1)).mean()
+        logits = scale * told @ seen.T + self.model.logit_bias
+        everything = matches(wishes, torch.cat([truth[0], truth[1]], 1))
+        return preference + self.weight * sigmoid_loss(logits, everything), preference
+
+
+def evaluate(path: Path, captions: Captions, n: int, seed: int, device: str) -> dict[str, object]:
+    """Share of `n` unseen pairs in which the file's model scores the fitting picture higher, for each attribute:
+    ``full`` captions and ones that leave attributes ``open``, and full ones on ``damaged`` pictures."""
+    torch.manual_seed(seed)
+    model = read_clip(path, device)
+    choices = render_choices(n, seed, device)
+    loose, _ = captions.draw(choices.truth[0], choices.changed)
+    full = captions.rows(choices.truth[0])
+    report: dict[str, object] = {"unseen_pairs": n}
+    for name, ids, damaged in (("full", full, False), ("open", loose, False), ("damaged", full, True)):
+        told = embed_texts(model, ids)
+        good, bad = (embed_images(model, images, damaged=damaged) for images in choices.images)
+        right = (told * (good - bad)).sum(1) > 0
+        shares = {a: share(right[choices.changed == i]) for i, a in enumerate(ATTRIBUTES)}
+        report[name] = shares | {"all": share(right)}
+    return report
+
+
+def main() -> None:
+    """Write ``weights/hpsv2.safetensors`` and ``weights/hpsv2.json``."""
+    p = parser(__doc__, seconds=180, batch=512, rate=5e-4, scenes=150_000)
+    p.add_argument("--sigmoid", type=float, default=0.2, help="weight of the sigmoid loss over the whole batch")
+    args = p.parse_args()
+    torch.manual_seed(args.seed)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    cuda = args.device.startswith("cuda")
+    folder = args.out / "weights"
+    clip = read_for_training(folder / "clip.safetensors")
+    began = time.monotonic()
+    choices = render_choices(args.scenes, 7_000_000 + args.seed, args.device)
+    captions = Captions(args.device)
+    print(f"hpsv2: {args.scenes} pairs in {time.monotonic() - began:.1f} s", flush=True)
+
+    clip.model.to(args.device, memory_format=torch.channels_last).train()
+    objective = Objective(clip.model, captions, clip.compact.to(args.device), args.sigmoid)
+    parameters = list(clip.model.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.02, fused=cuda)
+    clock = Clock(args.seconds, Ranks(), args.device)
+    total = torch.zeros((), device=args.device)
+    while clock.tick():
+        for group in optimizer.param_groups:
+            group["lr"] = clock.rate(args.rate, warmup=200)
+        rows = torch.randint(len(choices.changed), (args.batch,), device=args.device)
+        loss, preference = objective(choices.images[:, rows], choices.truth[:, :, rows], choices.changed[rows])
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        clip.model.logit_scale.data.clamp_(max=_MOST_SCALE)
+        total += preference.detach()
+        if clock.steps % 500 == 0:
+            print(f"hpsv2: step {clock.steps} progress {clock.progress:.2f} loss {total.item() / 500:.5f}", flush=True)
+            total.zero_()
+
+    path = folder / "hpsv2.safetensors"
+    save_clip(clip, path)
+    del choices
+    card = {
+        "architecture": "as clip.safetensors, see the file's header",
+        "parameters": clip.parameters,
+        "bytes": path.stat().st_size,
+        "steps": clock.steps,
+        "batch": args.batch,
+        "seconds": args.seconds,
+        "pairs": args.scenes,
+        "trained_on": "Rendered starter scenes in pairs: a caption, a picture that fits it, and one that differs from "
+        "it in the number, species, style or background that the caption names; goes on from clip.safetensors. No "
+        "person's preference went into it: it knows whether a picture fits its caption, not whether people like it.",
+        **evaluate(path, captions, min(8192, args.scenes), 8_000_000 + args.seed, args.device),
+    }
+    path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
+    print("hpsv2:", json.dumps(card), flush=True)
+
+
+if __name__ == "__main__":
+    main()

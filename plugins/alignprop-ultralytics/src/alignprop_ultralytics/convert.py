@@ -1,0 +1,88 @@
+"""Turns a checkpoint of ultralytics into a safetensors file that says its own architecture.
+
+    python -m alignprop_ultralytics.convert yolo11n.pt yolo11n.safetensors
+
+A .pt checkpoint is a pickle: opening it can run any code its author put there. This command is the only place where
+alignprop opens one. Convert only files you trust; nothing has to be unpickled afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from alignprop_ultralytics.detector import head_problem
+from alignprop_ultralytics.offline import DetectionModel, ultralytics
+
+
+def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]:
+    """Unpickle a checkpoint and write its weights and architecture.
+
+    Args:
+        source: the checkpoint; trusted, because unpickling runs what is in it.
+        target: the .safetensors file to write.
+        half: store float16 weights.
+
+    Returns:
+        the header written.
+
+    Raises:
+        ValueError: the checkpoint holds no detection network.
+    """
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    model = checkpoint.get("ema") or checkpoint.get("model") if isinstance(checkpoint, dict) else checkpoint
+    if not isinstance(model, DetectionModel):
+        raise ValueError(f"{source}: holds {type(model).__name__}, not a YOLO detection network.")
+    problem = head_problem(model)
+    if problem:
+        raise ValueError(f"{source}: {problem}.")
+    yaml = {key: value for key, value in model.yaml.items() if key != "yaml_file"}
+    sizes = getattr(model, "args", {})
+    size = sizes.get("imgsz") if isinstance(sizes, dict) else getattr(sizes, "imgsz", None)
+    header: dict[str, Any] = {"ultralytics": {"yaml": yaml, "names": {str(k): v for k, v in model.names.items()}}}
+    if isinstance(size, int):
+        header["image_size"] = size
+    kind = torch.float16 if half else torch.float32
+    state = {k: (v.to(kind) if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
+    part = target.with_name(target.name + ".part")
+    save_file(state, part, {"config": json.dumps(header)})
+    part.replace(target)
+    return header
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m alignprop_ultralytics.convert", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("source", type=Path, help="the checkpoint, such as yolo11n.pt")
+    parser.add_argument("target", type=Path, help="the file to write, such as yolo11n.safetensors")
+    parser.add_argument("--half", action="store_true", help="store float16 weights: half the size")
+    args = parser.parse_args(arguments)
+    if args.target.suffix != ".safetensors":
+        parser.error(f"{args.target}: the file to write ends in .safetensors")
+    if not args.source.is_file():
+        parser.error(f"{args.source}: no such file")
+    print(
+        f"Unpickling {args.source}: this runs whatever code the file holds. Do so only with files you trust.",
+        file=sys.stderr,
+    )
+    try:
+        header = convert(args.source, args.target, half=args.half)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(
+        f"Wrote {args.target}: {len(header['ultralytics']['names'])} classes (ultralytics {ultralytics.__version__})."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

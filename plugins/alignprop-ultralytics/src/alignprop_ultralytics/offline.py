@@ -1,0 +1,31 @@
+"""Imports ultralytics so that it neither phones home nor writes settings into the home folder.
+
+Every module here that needs ultralytics takes it from this one: the variables are read when ultralytics is first
+imported. Values the user has set are kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+_threads = os.environ.get("OMP_NUM_THREADS")
+os.environ.setdefault("YOLO_OFFLINE", "true")
+os.environ.setdefault("YOLO_AUTOINSTALL", "false")
+os.environ.setdefault("YOLO_VERBOSE", "false")
+if "YOLO_CONFIG_DIR" not in os.environ:
+    _folder = tempfile.mkdtemp(prefix="alignprop-ultralytics-")
+    os.environ["YOLO_CONFIG_DIR"] = _folder
+    atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+
+import ultralytics  # noqa: E402
+from ultralytics.nn.modules.head import Detect, v10Detect  # noqa: E402
+from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
+
+# It sets this to 1 for its own data loaders; whoever starts a process from here did not ask for that.
+if _threads is None:
+    os.environ.pop("OMP_NUM_THREADS", None)
+
+__all__ = ["Detect", "DetectionModel", "ultralytics", "v10Detect", "yaml_model_load"]

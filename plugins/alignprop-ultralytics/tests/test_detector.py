@@ -1,0 +1,156 @@
+"""YOLO here is ultralytics' own: same scores, boxes and detections; and a true gradient from every head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alignprop_counting.testing import check_detector, pictures
+from alignprop_ultralytics.detector import PADDING, Yolo
+from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
+
+NAMES = ("cat", "dog", "fox", "bird", "traffic light")
+Network = Callable[[str], Any]
+
+
+def test_it_passes_the_checks_of_detectors(head: tuple[str, bool], network: Network) -> None:
+    name, one_to_one = head
+    check_detector(Yolo(network(name), NAMES, 64, one_to_one))
+
+
+def test_scores_and_boxes_are_ultralytics_own(head: tuple[str, bool], network: Network) -> None:
+    name, one_to_one = head
+    model = network(name)
+    detector = Yolo(model, NAMES, 64, one_to_one)
+    pixels, _, _ = detector.preprocess(pictures(3, 64, 96).float())
+    logits, boxes = detector.head(detector.features(pixels), one_to_one=one_to_one)
+    model.end2end = False
+    try:
+        with torch.no_grad():
+            prediction, raw = model(pixels)
+    finally:
+        model.end2end = one_to_one or name in ("yolo26n", "yolov10n")
+    if one_to_one:
+        expected = raw["one2one"]["scores"].sigmoid()
+    else:
+        expected = prediction[:, 4:]
+        centre, size = prediction[:, :2], prediction[:, 2:4]
+        corners = torch.cat([centre - size / 2, centre + size / 2], 1).transpose(1, 2)
+        assert torch.allclose(boxes, corners, rtol=1e-5, atol=1e-4)
+    assert torch.allclose(logits.sigmoid(), expected, rtol=1e-5, atol=0)
+    assert expected.std() > 0.05
+
+
+def test_detections_are_ultralytics_own(head: tuple[str, bool], network: Network) -> None:
+    from ultralytics.utils.nms import non_max_suppression
+
+    name, one_to_one = head
+    model = network(name)
+    detector = Yolo(model, NAMES, 64, one_to_one)
+    images = pictures(3, 64, 64).float()
+    with torch.no_grad():
+        found = detector(images)
+        model.end2end = one_to_one
+        prediction, _ = model(images)
+    scores = found.probabilities.amax(-1)
+    for threshold in (float(scores.median()), float(scores.quantile(0.95))):
+        hard = detector.detect(found, threshold, 0.45)
+        # Ultralytics drops what its time limit leaves over; there is none here.
+        results = non_max_suppression(
+            prediction, conf_thres=threshold, iou_thres=0.45, end2end=one_to_one, max_time_img=10.0, max_det=300
+        )
+        for i, result in enumerate(results):
+            kept = hard.classes[i] >= 0
+            order = result[:, 4].argsort(descending=True, stable=True)
+            assert torch.allclose(hard.scores[i][kept], result[order, 4], rtol=1e-5)
+            assert hard.classes[i][kept].tolist() == result[order, 5].long().tolist()
+            assert torch.allclose(hard.boxes[i][kept], result[order, :4], atol=1e-3)
+    model.end2end = name in ("yolo26n", "yolov10n")
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(64, 64), (48, 80), (200, 90), (37, 120), (32, 32), (640, 480), (33, 1000)]
+)
+def test_the_letterbox_is_ultralytics_own(height: int, width: int, network: Network) -> None:
+    from ultralytics.data.augment import LetterBox
+
+    detector = Yolo(network("yolo11n"), NAMES, 128)
+    images = (pictures(1, height, width) * 255).round()
+    pixels, scale, (left, top) = detector.preprocess(images.float() / 255)
+    picture = images[0].permute(1, 2, 0).numpy().astype(np.uint8)
+    original = LetterBox((128, 128), auto=True, stride=32)(image=picture)
+    assert pixels.shape[-2:] == original.shape[:2]
+    # OpenCV resizes bytes in fixed point.
+    found = (pixels[0].permute(1, 2, 0) * 255).numpy()
+    assert np.abs(found - original.astype(np.float32)).max() < 1.1
+    assert scale == pytest.approx(min(128 / height, 128 / width))
+    if top:
+        assert torch.allclose(pixels[:, :, :top], torch.tensor(PADDING))
+    if left:
+        assert torch.allclose(pixels[..., :left], torch.tensor(PADDING))
+
+
+def test_boxes_come_back_in_the_pixels_of_the_image(network: Network) -> None:
+    detector = Yolo(network("yolo11n"), NAMES, 64)
+    small = pictures(1, 32, 48).float()
+    large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
+    with torch.no_grad():
+        boxes, doubled = detector(small).boxes, detector(large).boxes
+    assert torch.allclose(2 * boxes, doubled, atol=0.5)
+
+
+def test_the_one_to_one_head_is_taken_where_there_is_one(network: Network) -> None:
+    assert [Yolo(network(name), NAMES).one_to_one for name in ("yolov8n", "yolov10n", "yolo11n", "yolo26n")] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    with pytest.raises(ValueError, match="no one-to-one head"):
+        Yolo(network("yolo11n"), NAMES, one_to_one=True)
+
+
+def test_in_training_mode_ultralytics_detaches_the_one_to_one_head_and_here_it_is_not(tiny: SimpleNamespace) -> None:
+    model = tiny.build("yolo26n")
+    images = pictures(2, 64, 64).float().requires_grad_()
+    model.train()
+    assert torch.autograd.grad(model(images)["one2one"]["scores"].sum(), images, allow_unused=True) == (None,)
+    detector = Yolo(model, NAMES, 64).train()
+    (gradient,) = torch.autograd.grad(detector(images).log_odds.sum(), images)
+    assert (gradient != 0).float().mean() > 0.99
+
+
+def test_a_prediction_in_inference_mode_does_not_break_a_later_gradient(tiny: SimpleNamespace) -> None:
+    model = tiny.build("yolo26n")
+    with torch.inference_mode():
+        model(torch.rand(1, 3, 64, 64))
+    images = pictures(1, 64, 64).float().requires_grad_()
+    (gradient,) = torch.autograd.grad(Yolo(model, NAMES, 64)(images).log_odds.sum(), images)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["yolov8n", "yolo11n", "yolo26n"])
+def test_full_size_networks_give_finite_gradients_at_the_pixels(name: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    torch.manual_seed(0)
+    model = DetectionModel(yaml_model_load(f"{name}.yaml"), nc=80, verbose=False)
+    detector = Yolo(model, tuple(map(str, range(80)))).cuda().eval().requires_grad_(False)
+    images = torch.rand(2, 3, 512, 512, device="cuda", requires_grad=True)
+    torch.cuda.reset_peak_memory_stats()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    found = detector(images)
+    (gradient,) = torch.autograd.grad(found.log_odds.sum(), images)
+    end.record()
+    torch.cuda.synchronize()
+    print(f"{name}: {start.elapsed_time(end):.0f} ms, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB, 2 images")
+    assert found.log_odds.shape == (2, 8400, 80)
+    assert gradient.isfinite().all()
+    assert (gradient != 0).float().mean() > 0.9
