@@ -21,12 +21,14 @@ from alignprop_core.config_schema import json_schema
 from alignprop_core.config_sections import (
     BackpropConfig,
     EvaluationConfig,
+    GuardsConfig,
     LoraConfig,
     MixConfig,
     ModelConfig,
     ModelLora,
     OptimizerConfig,
     PromptsConfig,
+    RegularizationConfig,
     RewardTerm,
     RunConfig,
     SamplesConfig,
@@ -43,12 +45,14 @@ from alignprop_core.registry import Registry, default_registry
 __all__ = [
     "BackpropConfig",
     "EvaluationConfig",
+    "GuardsConfig",
     "LoraConfig",
     "MixConfig",
     "ModelConfig",
     "ModelLora",
     "OptimizerConfig",
     "PromptsConfig",
+    "RegularizationConfig",
     "RewardTerm",
     "RunConfig",
     "SamplesConfig",
@@ -131,7 +135,9 @@ def _parse(
         raise ConfigError(f"{source}: must hold keys such as model, prompts, rewards and output, not {shown(data)}.")
     data, overridden = apply_overrides(data, overrides)
     problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
-    problems += _check_rewards(data, registry)
+    wrong = {problem.path for problem in problems}
+    _add_given(data, registry)
+    problems += [problem for problem in _check_rewards(data, registry) if problem.path not in wrong]
     config = None
     try:
         config = RunConfig.model_validate(data)
@@ -140,6 +146,16 @@ def _parse(
     if problems or config is None:
         raise InvalidConfig(problems, _report(problems, lines, source, overridden))
     return config
+
+
+def _add_given(data: dict[str, Any], registry: Registry) -> None:
+    """Train, with weight 1, on rewards passed from Python that the config does not mention, in place."""
+    evaluation = data.get("evaluation")
+    lists = [data.get("rewards"), evaluation.get("rewards") if isinstance(evaluation, dict) else None]
+    named = {term.get("name") for terms in lists if isinstance(terms, list) for term in terms if isinstance(term, dict)}
+    added = [{"name": name} for name in registry.given if name not in named]
+    if added and (data.get("rewards") is None or isinstance(data["rewards"], list)):
+        data["rewards"] = [*(data.get("rewards") or []), *added]
 
 
 def _check_rewards(data: dict[str, Any], registry: Registry) -> list[Problem]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alignprop_core.config_errors import InvalidConfig, Key, Problem, dotted
 from alignprop_core.config_yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError
+from alignprop_core.local_rewards import absolute_name
 
 if TYPE_CHECKING:
     from alignprop_core.registry import Registry
@@ -86,6 +87,12 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
         if kind == "output":
             holder[name] = str(Path(written).expanduser().absolute())
             continue
+        if kind == "reward":
+            try:
+                holder[name] = absolute_name(written, start)
+            except PluginError as error:
+                problems.append(Problem(path, str(error)))
+            continue
         if kind == "option":
             if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
                 holder[name] = _absolute(start, written)
@@ -138,6 +145,7 @@ def _path_values(data: dict[str, Any]) -> Iterator[tuple[str, Key, Any, Any]]:
     for place, holder in ((("rewards",), data), (("evaluation", "rewards"), section(data, "evaluation"))):
         terms = holder.get("rewards")
         for i, term in enumerate(terms if isinstance(terms, list) else ()):
+            places.append(("reward", (*place, i, "name"), term))
             options = section(term, "options")
             places += [("option", (*place, i, "options", key), options) for key in options]
     for kind, path, holder in places:

@@ -30,7 +30,9 @@ def json_schema(registry: Registry) -> dict[str, Any]:
         options = _options(name, offer, registry, definitions)
         rules.append({"if": {"properties": {"name": {"const": name}}, "required": ["name"]}, "then": options})
     if known:
-        term["properties"]["name"]["enum"] = known
+        # Or a class in a Python file; which options that takes only running it can say.
+        about = term["properties"]["name"]
+        about.update(anyOf=[{"enum": known}, {"pattern": r"\.py:[A-Za-z_]\w*$"}])
         term["allOf"] = rules
     # Only what has a gradient may stand under `rewards`; everything may under `evaluation.rewards`.
     watched = [name for name, offer in _choosable(registry) if not trainable(offer.spec)]

@@ -6,6 +6,7 @@ Values are strict (`"8"` is not 8, `true` is not 1), frozen, and unknown keys ar
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -168,15 +169,54 @@ class OptimizerConfig(Section):
         default="constant", description="Learning rate after the warm-up; linear and cosine end at zero."
     )
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from zero.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Saved LoRAs, previews and evaluations use an exponential moving average of the adapters with this "
+        "decay (lower in the first steps); null uses the adapters as they are.",
+    )
+
+
+class RegularizationConfig(Section):
+    """A pull towards the base model."""
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Subtracts this times the mean squared difference between the predictions with and without the "
+        "adapters, over the steps that keep their gradient. In the unit of the mix's total; 0 is off, at no cost.",
+    )
+
+
+def default_label(name: str) -> str:
+    """Return what a reward is called in logs: its name, or a Python class's in snake_case."""
+    if ".py:" in name:
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(":")[2]).lower()
+    return name.rpartition("/")[2]
 
 
 class RewardTerm(Section):
     """One reward of a mix. Higher scores are better."""
 
-    name: Text = Field(description="A reward of an installed plugin, or distribution/reward where two offer the name.")
-    weight: float = Field(default=1.0, description="Factor in the mix; negative asks for less of it, zero is refused.")
+    name: Text = Field(
+        description="A reward of an installed plugin (distribution/reward where two offer the name), or a class in a "
+        "Python file: ./my_rewards.py:MyReward, relative to this config. Such a file is run."
+    )
+    weight: float | Annotated[dict[int, float], Field(min_length=1)] = Field(
+        default=1.0,
+        description="Factor in the mix; negative asks for less of it, zero is refused. Or a schedule, {steps done: "
+        "weight}, linear between its points and constant outside them: {0: 0.0, 20: 1.0}.",
+    )
     ceiling: float | None = Field(
         default=None, description="A sample that scores above this gains nothing more (in the reward's unit)."
+    )
+    floor: float | None = Field(
+        default=None,
+        description="With a negative weight: a sample that scores below this gains nothing more.",
+    )
+    target: float | None = Field(
+        default=None,
+        description="What counts is minus the distance of a sample's score to this, from above and below alike; goes "
+        "without ceiling and floor.",
     )
     label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = Field(
         default="", description="Name in logs and reports; unique; the default is the reward's name."
@@ -186,23 +226,101 @@ class RewardTerm(Section):
     @model_validator(mode="before")
     @classmethod
     def _label_from_name(cls, data: object) -> object:
-        if isinstance(data, dict) and isinstance(data.get("name"), str) and data.get("label") in (None, ""):
-            return {**data, "label": data["name"].rpartition("/")[2]}
+        if not isinstance(data, dict):
+            return data
+        name, weight = data.get("name"), data.get("weight")
+        if isinstance(name, str) and data.get("label") in (None, ""):
+            data = {**data, "label": default_label(name)}
+        if isinstance(weight, dict):
+            # JSON and some YAML writers know text keys only.
+            steps = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in weight]
+            numbers = [*steps, *weight.values()]
+            if not steps or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
+                raise Problems([("weight", "is no schedule: write {steps done: weight}, such as {0: 0.0, 20: 1.0}.")])
+            data = {**data, "weight": dict(zip(steps, weight.values(), strict=True))}
         return data
 
     @model_validator(mode="after")
-    def _weight_says_something(self) -> Self:
-        if self.weight == 0:
-            raise Problems(
-                [("weight", "a weight of 0 trains nothing; list the reward under evaluation.rewards to watch it.")]
+    def _term_says_something(self) -> Self:
+        schedule = self.weight if isinstance(self.weight, dict) else {0: self.weight}
+        problems = [
+            ("weight", f"is a schedule with a point at {step}; its keys are steps done, from 0.")
+            for step in schedule
+            if step < 0
+        ]
+        if not any(schedule.values()):
+            problems.append(
+                ("weight", "a weight of 0 trains nothing; list the reward under evaluation.rewards to watch it.")
             )
+        elif self.floor is not None and min(schedule.values()) >= 0:
+            problems.append(
+                (
+                    "floor",
+                    "goes with a negative weight: with a positive one it would leave alone just the samples that score "
+                    f"low. To raise scores to {self.floor:g} and no further write ceiling: {self.floor:g}; to bring "
+                    f"them there from both sides, target: {self.floor:g}.",
+                )
+            )
+        if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
+            problems.append(("floor", f"is {self.floor:g}; it lies below the ceiling, {self.ceiling:g}."))
+        if self.target is not None:
+            problems += [
+                (key, "does not go with a target, which holds the score from both sides; keep one.")
+                for key in ("ceiling", "floor")
+                if getattr(self, key) is not None
+            ]
+            if min(schedule.values()) < 0:
+                problems.append(("weight", "is negative, which with a target drives scores away from it without end."))
+        if problems:
+            raise Problems(problems)
         return self
 
 
 class MixConfig(Section):
     """How several rewards become one direction."""
 
-    combine: Literal["sum"] = Field(default="sum", description="sum: the weighted sum of the scores.")
+    combine: Literal["sum", "normalized", "balanced", "pcgrad"] = Field(
+        default="sum",
+        description="sum: the weighted sum of the scores. normalized: each score over its running standard deviation. "
+        "balanced: each term's gradient over its running size, so that weights mean shares. pcgrad: balanced, and what "
+        "pulls against another term is taken out.",
+    )
+    balance_at: Literal["image", "latent"] = Field(
+        default="image",
+        description="Where balanced and pcgrad measure and add gradients: at the images, or at the final latents, "
+        "which costs a decoder backward pass a term.",
+    )
+    per_sample: bool = Field(
+        default=False,
+        description="balanced and pcgrad bring every image's gradient to one size, not only the batch's. Changes the "
+        "direction even of a single term, and undoes the easing off near a goal.",
+    )
+    decay: float = Field(
+        default=0.9, ge=0, lt=1, description="How much of the running figures a step keeps; 0 is the last step alone."
+    )
+    scale_floor: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.1,
+        description="A running figure is held above this part of its highest value so far, so that a term whose "
+        "gradient or spread fades is enlarged by so much and no more.",
+    )
+    reward_batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Images a reward scores at a time; null is all that are decoded. Changes cost only."
+    )
+    offload: bool = Field(
+        default=False,
+        description="Keep the rewards' weights in the CPU's memory between uses; on a CPU this changes nothing.",
+    )
+
+    @model_validator(mode="after")
+    def _only_what_the_mode_uses(self) -> Self:
+        problems = [
+            (key, f"combine: {self.combine} does not use it; remove it, or choose combine: balanced or pcgrad.")
+            for key, used in (("balance_at", self.balance_at != "image"), ("per_sample", self.per_sample))
+            if used and self.combine in ("sum", "normalized")
+        ]
+        if problems:
+            raise Problems(problems)
+        return self
 
 
 class TrainingConfig(Section):
@@ -253,6 +371,52 @@ class EvaluationConfig(Section):
     batch_size: int = Field(default=8, ge=1, description="Images at a time.")
     seed: Seed = Field(default=1234, description="Noise of the evaluation.")
     at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Steps between evaluations while training, which `guards` go by; also before the first step and "
+        "after the last (needs prompts.heldout). null makes none.",
+    )
+    diversity_encoder: Text | None = Field(
+        default=None,
+        description="What diversity is measured with: the label of a term whose reward has image features (a CLIP "
+        "score, say); null is the built-in features of layout, colour and edges.",
+    )
+
+
+class GuardsConfig(Section):
+    """What keeps a run from over-optimising, and from bad steps."""
+
+    watch: Text = Field(
+        default="reward",
+        description="Held-out score to go by: reward (the mix's total), or the label of a term, an evaluation reward "
+        "or a true measure.",
+    )
+    lower_is_better: bool = Field(
+        default=False, description="The watched score is better when it is lower (a measure such as a file size)."
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Stop after this many evaluations in a row without a new best; null never stops."
+    )
+    keep_best: bool = Field(
+        default=False, description="The run's LoRA is that of the best evaluation, not that of the last step."
+    )
+    drift_limit: Positive | None = Field(
+        default=None,
+        description="Stop when the drift from the base model is above this; such an evaluation is never the best.",
+    )
+    diversity_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Stop when diversity is below this share of what it was at the first evaluation; such an "
+        "evaluation is never the best.",
+    )
+    explosion: Annotated[float, Field(gt=1)] | None = Field(
+        default=1000.0,
+        description="A step whose gradient norm is above this times the median of the last 32 steps is dropped; null "
+        "drops only what is not finite.",
+    )
+    max_dropped_steps: int = Field(
+        default=3, ge=1, description="The run fails when this many steps in a row had to be dropped."
+    )
 
 
 class RunConfig(Section):
@@ -265,17 +429,19 @@ class RunConfig(Section):
     backprop: BackpropConfig = BackpropConfig()
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
     rewards: list[RewardTerm] = Field(min_length=1, description="Rewards to train on.")
     mix: MixConfig = MixConfig()
     training: TrainingConfig = TrainingConfig()
     save: SaveConfig = SaveConfig()
     samples: SamplesConfig = SamplesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
     output: Text = Field(description="Run folder to write; must not hold a run yet.")
 
     @model_validator(mode="after")
     def _possible_together(self) -> Self:
-        problems = _more_steps_than_there_are(self) + _labels_used_twice(self)
+        problems = _more_steps_than_there_are(self) + _labels_used_twice(self) + _guards_without_evaluation(self)
         if problems:
             raise Problems(problems)
         return self
@@ -294,6 +460,31 @@ def _more_steps_than_there_are(config: RunConfig) -> list[tuple[str, str]]:
     if config.training.steps and config.optimizer.warmup_steps > config.training.steps:
         message = f"is {config.optimizer.warmup_steps}, longer than the run (training.steps: {config.training.steps})."
         problems.append(("optimizer.warmup_steps", message))
+    return problems
+
+
+def _guards_without_evaluation(config: RunConfig) -> list[tuple[str, str]]:
+    evaluation, guards, problems = config.evaluation, config.guards, []
+    if evaluation.every is not None and config.prompts.heldout is None:
+        problems.append(("evaluation.every", "there is nothing to evaluate on; set prompts.heldout."))
+    if evaluation.every is None:
+        problems += [
+            (f"guards.{key}", "goes by evaluations while training; set evaluation.every.")
+            for key in ("patience", "drift_limit", "diversity_floor")
+            if getattr(guards, key) is not None
+        ]
+        if guards.keep_best:
+            problems.append(("guards.keep_best", "goes by evaluations while training; set evaluation.every."))
+    if guards.diversity_floor is not None and evaluation.images_per_prompt < 2:
+        problems.append(
+            ("guards.diversity_floor", "needs pairs of images of one prompt; set evaluation.images_per_prompt to 2.")
+        )
+    encoder = evaluation.diversity_encoder
+    labels = [term.label for term in (*config.rewards, *evaluation.rewards)]
+    if encoder is not None and encoder not in labels:
+        problems.append(
+            ("evaluation.diversity_encoder", f'"{encoder}" is no term\'s label; the labels are {", ".join(labels)}.')
+        )
     return problems
 
 

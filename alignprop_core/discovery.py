@@ -20,8 +20,19 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from alignprop_core import __version__, hookspecs
+from alignprop_core.licenses import LicensePolicy, license_of
 from alignprop_core.plugin_guard import PluginFailure, describe, guarded
-from alignprop_core.specs import API_VERSION, FamilySpec, ModelSpec, PromptSpec, RewardSpec, Spec, WeightsSpec
+from alignprop_core.specs import (
+    API_VERSION,
+    DEPRECATED_API_VERSIONS,
+    OLDEST_API_VERSION,
+    FamilySpec,
+    ModelSpec,
+    PromptSpec,
+    RewardSpec,
+    Spec,
+    WeightsSpec,
+)
 
 CORE = "alignprop-core"
 ALLOW_VARIABLE = "ALIGNPROP_PLUGINS"
@@ -54,6 +65,7 @@ class PluginRecord:
         warnings: what is wrong with a plugin that works nevertheless.
         offers: what each hook returned, by hook name; empty unless loaded.
         seconds: time its import took.
+        license: SPDX expression from its metadata; empty if they say none.
     """
 
     distribution: str
@@ -65,6 +77,7 @@ class PluginRecord:
     warnings: tuple[str, ...] = ()
     offers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     seconds: float = 0.0
+    license: str = ""
 
     @property
     def name(self) -> str:
@@ -85,10 +98,11 @@ class Candidate:
     entry_point: str
     load: Callable[[], object]
     refused: tuple[Status, str] | None = None
+    license: str = ""
 
     def record(self, status: Status, **facts: Any) -> PluginRecord:
         """Return the record of what became of it."""
-        return PluginRecord(self.distribution, self.version, self.entry_point, status, **facts)
+        return PluginRecord(self.distribution, self.version, self.entry_point, status, license=self.license, **facts)
 
 
 def names_in(value: str | None) -> frozenset[str] | None:
@@ -106,6 +120,7 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
     """
     allowed = names_in(environment.get(ALLOW_VARIABLE))
     blocked = names_in(environment.get(BLOCK_VARIABLE)) or frozenset()
+    policy = LicensePolicy.read(environment)
     seen: set[str] = set()
     for distribution in distributions():
         section = _entry_points(distribution)
@@ -114,6 +129,8 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
         try:
             name, version = canonicalize_name(distribution.metadata["Name"]), str(distribution.version)
             problem = _core_range_problem(distribution)
+            license = license_of(distribution)
+            unlicensed = policy.problem(license)
         except Exception as error:
             # Without a name the lists cannot be asked, so it is not imported. A broken install raises many things here.
             entry_name, value = section[0]
@@ -128,10 +145,12 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
             refused = "blocked", f"listed in {BLOCK_VARIABLE}"
         elif allowed is not None and name not in allowed:
             refused = "not allowed", f"not listed in {ALLOW_VARIABLE}"
+        elif unlicensed:
+            refused = "not allowed", unlicensed
         elif problem:
             refused = "incompatible", problem
         for entry_name, value in section:
-            yield Candidate(name, version, entry_name, _loader(entry_name, value), refused)
+            yield Candidate(name, version, entry_name, _loader(entry_name, value), refused, license)
 
 
 def _entry_points(distribution: Distribution) -> list[tuple[str, str]]:
@@ -269,12 +288,21 @@ def _call_hooks(
             warnings=tuple(warnings),
             seconds=seconds,
         )
+    warnings += _deprecations(offers)
     warnings += [
         f"{hook} is not marked with @hookimpl, so it is not called"
         for hook in SPEC_OF_HOOK
         if hook not in offers and hook in dir(plugin) and callable(getattr(plugin, hook))
     ]
     return candidate.record("loaded", warnings=tuple(warnings), offers=offers, seconds=seconds)
+
+
+def _deprecations(offers: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
+    return [
+        f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
+        for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())
+    ]
 
 
 class _WrongOffer(Exception):
@@ -303,9 +331,11 @@ def _checked(hook: str, returned: object) -> tuple[Any, ...]:
     for i, offer in enumerate(offers):
         if not isinstance(offer, kind):
             raise _WrongOffer(f"{hook} returned {type(offer).__name__} at place {i}; it must return {kind.__name__}")
-        if not 1 <= offer.api_version <= API_VERSION:
+        if not OLDEST_API_VERSION <= offer.api_version <= API_VERSION:
+            older = "plugin" if offer.api_version < OLDEST_API_VERSION else "core"
+            package = "NAME" if older == "plugin" else CORE
             raise _WrongApi(
                 f'{kind.__name__} "{getattr(offer, "name", "?")}" is written for plugin API {offer.api_version}, '
-                f"this core knows 1 to {API_VERSION}; upgrade the core: pip install -U {CORE}"
+                f"this core knows {OLDEST_API_VERSION} to {API_VERSION}; upgrade the {older}: pip install -U {package}"
             )
     return offers

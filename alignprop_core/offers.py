@@ -59,4 +59,4 @@ def conflict(what: str, name: str, found: list[Offer[S]]) -> str:
 def belongs(offer: Offer[Any]) -> str:
     """Return what an error message calls an offer: `Reward "x" of my-plugin 1.0`."""
     what = type(offer.spec).__name__.removesuffix("Spec").lower() if isinstance(offer.spec, Spec) else "offer"
-    return f'{what.capitalize()} "{offer.name}" of {offer.distribution} {offer.version}'
+    return f'{what.capitalize()} "{offer.name}" of {offer.distribution} {offer.version}'.rstrip()

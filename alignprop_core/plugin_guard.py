@@ -9,7 +9,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 _OURS = [
-    str(Path(__file__).with_name(name)) for name in ("plugin_guard.py", "discovery.py", "registry.py", "prompts.py")
+    str(Path(__file__).with_name(name))
+    for name in ("plugin_guard.py", "discovery.py", "registry.py", "prompts.py", "local_rewards.py")
 ]
 
 

@@ -26,6 +26,8 @@ from alignprop_core.discovery import (
     load_all,
 )
 from alignprop_core.errors import AlignpropError, PluginError, RewardError
+from alignprop_core.licenses import LicensePolicy
+from alignprop_core.local_rewards import LocalReward, from_file, given_rewards
 from alignprop_core.offers import Offer, belongs, conflict, matching
 from alignprop_core.plugin_guard import PluginFailure, guarded
 from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
@@ -45,24 +47,54 @@ class Registry:
 
     Attributes:
         plugins: a record of every plugin found, loaded or not, in the order of their names.
+        given: rewards passed from Python, by name.
+        licenses: which licences the rewards of plugins may have.
     """
 
-    def __init__(self, plugins: Iterable[PluginRecord]) -> None:
+    def __init__(
+        self,
+        plugins: Iterable[PluginRecord],
+        given: Mapping[str, LocalReward] | None = None,
+        *,
+        licenses: LicensePolicy | None = None,
+    ) -> None:
         self.plugins = tuple(sorted(plugins, key=lambda record: record.name))
+        self.given = dict(given or {})
+        self.licenses = licenses or LicensePolicy()
 
     @classmethod
     def discover(cls, environment: Mapping[str, str] | None = None) -> Registry:
         """Find and load the installed plugins.
 
         Args:
-            environment: where `ALIGNPROP_PLUGINS` and `ALIGNPROP_BLOCK_PLUGINS` are read; `os.environ` if None.
+            environment: where `ALIGNPROP_PLUGINS`, `ALIGNPROP_BLOCK_PLUGINS` and `ALIGNPROP_ALLOW_LICENSES` are
+                read; `os.environ` if None.
         """
-        return cls(load_all(installed(os.environ if environment is None else environment)))
+        environment = os.environ if environment is None else environment
+        return cls(load_all(installed(environment)), licenses=LicensePolicy.read(environment))
 
     @classmethod
     def from_plugins(cls, plugins: Mapping[str, object]) -> Registry:
         """Build a registry from objects with hooks, by distribution name; looks at nothing installed. For tests."""
         return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
+
+    def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
+        """Return a registry that also knows reward objects, by name.
+
+        Raises:
+            PluginError: a name is taken by a plugin's reward or is not snake_case, or an object is no reward.
+        """
+        found = given_rewards(rewards)
+        for name in found:
+            if offers := matching(name, self.rewards()):
+                raise PluginError(
+                    f'rewards["{name}"]: {offers[0].distribution} offers a reward of that name; choose another.'
+                )
+        return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
+
+    def local(self, name: str) -> LocalReward | None:
+        """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
+        return self.given.get(name) or from_file(name)
 
     # -- what there is ------------------------------------------------------------------------------------------
 
@@ -107,7 +139,8 @@ class Registry:
 
     def reward(self, name: str) -> Offer[RewardSpec]:
         """Find a reward; `PluginError` if no plugin or more than one offers it."""
-        return self._one("reward", name, self.rewards())
+        local = self.local(name)
+        return local.offer if local is not None else self._one("reward", name, self.rewards())
 
     def model(self, name: str) -> Offer[ModelSpec]:
         """Find a base model; `PluginError` if no plugin or more than one offers it."""
@@ -142,7 +175,7 @@ class Registry:
         raise PluginError(self._unknown(what, name, offers))
 
     def _unknown(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> str:
-        known = sorted({offer.name for offer in offers})
+        known = sorted({offer.name for offer in offers} | (self.given.keys() if what == "reward" else set()))
         message = f'No installed plugin offers the {what} "{name}".'
         nearest = get_close_matches(name.rpartition("/")[2], known, n=1) or get_close_matches(name, known, n=1)
         if nearest:
@@ -161,7 +194,13 @@ class Registry:
 
     def reward_config_class(self, name: str) -> type[RewardConfig]:
         """Import the options class of a reward, and not the reward; `PluginError` if it is missing or no such class."""
+        local = self.local(name)
+        if local is not None:
+            return local.config_class
         offer = self.reward(name)
+        # A plugin may hold rewards under other licences than its own; the spec's is asked before their code loads.
+        if offer.spec.license and (problem := self.licenses.problem(offer.spec.license)):
+            raise PluginError(f"{belongs(offer)} may not be used here: {problem}.")
         found = load_object(offer, offer.spec.config, "options class")
         if not (isinstance(found, type) and issubclass(found, RewardConfig)):
             raise PluginError(
@@ -187,6 +226,9 @@ class Registry:
         from alignprop_core.config_errors import InvalidConfig, dotted, explain
 
         kind = self.reward_config_class(name)
+        given = self.given.get(name)
+        if given is not None and given.given is not None:
+            return _own_options(name, given.given, options or {}, where)
         try:
             with guarded():
                 # Strict, as the rest of the config is: true is not 1 and "95" is not 95. By way of JSON, because only
@@ -208,9 +250,13 @@ class Registry:
             ConfigError: the options are wrong.
             RewardError: building it failed (or its own error, such as `WeightsError`).
         """
+        local = self.local(name)
         offer = self.reward(name)
+        self.reward_config_class(name)  # its licence is looked at there, also for options that are checked already
         config = options if isinstance(options, RewardConfig) else self.reward_options(name, options)
-        factory = load_object(offer, offer.spec.factory, "class")
+        if local is not None and local.given is not None:
+            return local.given.freeze()
+        factory = local.kind if local is not None else load_object(offer, offer.spec.factory, "class")
         from alignprop_core.reward import Reward
 
         if not (isinstance(factory, type) and issubclass(factory, Reward)):
@@ -265,6 +311,21 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
             "plugin's authors."
         )
     return found
+
+
+def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: str) -> RewardConfig:
+    """Return the options a reward object has; a config may repeat them and not change them."""
+    from alignprop_core.config_errors import InvalidConfig, Problem
+
+    own = reward.config.model_dump(mode="json")
+    problems = [
+        Problem((key,), f'"{name}" was passed from Python with its options; there it is {own.get(key, "unknown")!r}.')
+        for key, value in options.items()
+        if key not in own or own[key] != value
+    ]
+    if problems:
+        raise InvalidConfig(problems, "\n".join(f"{where}.{p.key}: {p.message}" for p in problems))
+    return reward.config
 
 
 def _what_it_is(found: object) -> str:

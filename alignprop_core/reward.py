@@ -60,6 +60,8 @@ class Reward(nn.Module, ABC):
     """
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
+    differentiable: ClassVar[bool] = True
+    """Whether `score` gives a gradient. A plugin says so in its spec; a class without a plugin says it here."""
 
     def __init__(self, config: RewardConfig | None = None) -> None:
         super().__init__()
@@ -114,6 +116,6 @@ def check_scores(name: str, scores: object, size: int, *, differentiable: bool) 
         raise RewardError(
             f'Reward "{name}" returned scores without a gradient, so there is nothing to learn from. Remove .detach(), '
             "torch.no_grad() or NumPy from its score(); or, if it cannot be differentiated, declare "
-            "differentiable=False in its spec and list it under evaluation.rewards."
+            "differentiable=False (in its spec; in the class, if it has none) and use it under evaluation.rewards."
         )
     return scores

@@ -13,6 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 API_VERSION = 1
 """Version of the plugin contract: specs, hooks, `Reward` and `ImageBatch`."""
 
+OLDEST_API_VERSION = 1
+"""The oldest version this core still takes."""
+
+DEPRECATED_API_VERSIONS: dict[int, str] = {}
+"""Versions still taken but soon no more -> what to change, and which core is the last to take them."""
+
 SnakeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 ScopedName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)?$")]
 ObjectPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
@@ -30,7 +36,8 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     summary: str = Field(description="One line for listings.")
-    api_version: int = Field(default=API_VERSION, description="Plugin contract this was written for.")
+    # Not API_VERSION: a spec that does not say was written before there was anything to say, whatever core reads it.
+    api_version: int = Field(default=1, description="Plugin contract this was written for.")
     license: str = Field(default="", description="SPDX identifier of the code or data behind this spec.")
     source: str = Field(default="", description="Where it comes from: repository or page.")
 

@@ -164,7 +164,7 @@ def test_an_unknown_reward_is_one_message_and_exit_code_2(site: Path, capsys: py
 def test_schema_includes_the_installed_rewards(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = json.loads(run(capsys, "schema")[0])
     assert data["$schema"].endswith("2020-12/schema")
-    assert "redness" in data["$defs"]["RewardTerm"]["properties"]["name"]["enum"]
+    assert "redness" in data["$defs"]["RewardTerm"]["properties"]["name"]["anyOf"][0]["enum"]
     assert data["$defs"]["fake-red__redness"]["properties"]["quality"]["maximum"] == 95
 
 

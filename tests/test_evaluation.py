@@ -11,11 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from alignprop_core import lora
 from alignprop_core.config import EvaluationConfig, SamplingConfig
 from alignprop_core.diffusion import Sampler
+from alignprop_core.errors import ConfigError
 from alignprop_core.evaluation.compare import compare
+from alignprop_core.evaluation.diversity import BUILT_IN, diversity, diversity_by_prompt, encoder_of, picture_features
+from alignprop_core.evaluation.drift import Drift, chosen_steps
 from alignprop_core.evaluation.sheet import before_after, grid
 from alignprop_core.evaluation.statistics import paired, summary, t_quantile
 from alignprop_core.mix import Term
@@ -133,3 +137,121 @@ output: {tmp_path / "run"}
     assert run(["sample", "a fox", *arguments, "--count", "2", "--output", str(pictures)]) == 0
     assert len(list(pictures.glob("*.png"))) == 2
     assert run(["score", *map(str, pictures.glob("*.png")), "--reward", "jpeg_bytes", "--json"]) == 0
+
+
+# -- diversity --------------------------------------------------------------------------------------------------------
+
+
+def test_built_in_features_are_distances_between_zero_and_one() -> None:
+    random = torch.rand(6, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.cat([torch.zeros(1, 3, 48, 64), torch.ones(1, 3, 48, 64), random])
+    features = picture_features(images)
+    assert features.shape == (8, 280)
+    assert features.dtype == torch.float32
+    distances = torch.cdist(features, features)
+    assert distances.max() <= 1
+    assert torch.equal(picture_features(images[:1]), features[:1]), "a picture's features do not depend on the batch"
+    # Black and white: all of the layout and seven of eight cumulated bins differ, there are no edges.
+    assert float(distances[0, 1]) == pytest.approx(math.sqrt((1 + 7 / 8) / 3), abs=1e-5)
+    larger = torch.nn.functional.interpolate(images, scale_factor=2, mode="nearest")
+    near = (picture_features(larger) - features).norm(dim=1)
+    assert near[:2].max() < 1e-5
+
+
+def test_built_in_features_see_layout_colour_and_edges() -> None:
+    def square(row: int, column: int, colour: tuple[float, float, float]) -> Tensor:
+        image = torch.full((3, 64, 64), 0.5)
+        image[:, row : row + 24, column : column + 24] = torch.tensor(colour).view(3, 1, 1)
+        return image
+
+    here, there = square(4, 4, (1, 0, 0)), square(36, 36, (1, 0, 0))
+    green, striped = square(4, 4, (0, 1, 0)), square(4, 4, (1, 0, 0))
+    striped[:, 4:28:2, 4:28] = 0.5
+    features = picture_features(torch.stack([here, there, green, striped]))
+    assert (features[1:] - features[0]).norm(dim=1).min() > 0.03
+    nudged = picture_features(square(5, 4, (1, 0, 0))[None])
+    assert float((nudged - features[0]).norm()) < 0.03
+
+
+def test_diversity_is_the_mean_distance_within_each_prompt() -> None:
+    features = torch.tensor([[0.0, 0], [3, 4], [0, 0], [9, 9], [9, 9], [9, 9]])
+    assert diversity_by_prompt(features, 3) == pytest.approx([(5 + 0 + 5) / 3, 0])
+    assert diversity(features, 3) == pytest.approx(5 / 3)
+    assert diversity(features, 1) is None
+
+
+def test_a_term_with_image_features_can_be_the_encoder() -> None:
+    class Seeing(Redness):
+        def image_features(self, images: Tensor) -> Tensor:
+            return images.mean((2, 3))
+
+    encoder = encoder_of("seeing", [Term("other", Redness()), Term("seeing", Seeing())])
+    assert encoder.name == "seeing"
+    features = encoder.features(torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+    with pytest.raises(ConfigError, match="has no image features"):
+        encoder_of("other", [Term("other", Redness())])
+    assert encoder_of(None, []) is BUILT_IN
+
+
+# -- drift ------------------------------------------------------------------------------------------------------------
+
+
+def test_drift_is_the_relative_change_of_the_guided_prediction(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd()
+    lora.attach(pipe.unet, rank=4)
+    with torch.no_grad():
+        for parameter in lora.parameters(pipe.unet)[1::2]:
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+    sampler = Sampler(pipe, SamplingConfig(steps=6, guidance_scale=2.0))
+
+    def base() -> Any:
+        return lora.disabled(pipe.unet)
+
+    prompts = ["a fox", "two owls", "c"]
+    drift = Drift(sampler, prompts, base, seed=9, batch_size=2)
+    moved, whole = 0.0, 0.0
+    with base():
+        noise = sampler.noise(seed=9, step=0, indices=range(3))
+        latents = noise.initial
+        inputs = []
+        for i in range(6):
+            prediction = sampler.predict(latents, i, prompts)
+            if i in (0, 2, 3, 5):
+                inputs.append((i, latents, prediction))
+            latents, _ = sampler.scheduler.step(latents, prediction, i, (), None)
+    assert drift.steps == (0, 2, 3, 5)
+    for i, seen, prediction in inputs:
+        moved += float((sampler.predict(seen, i, prompts) - prediction).square().sum())
+        whole += float(prediction.square().sum())
+    assert drift.measure() == pytest.approx(math.sqrt(moved / whole), rel=1e-4)
+    with base():
+        assert drift.measure() == pytest.approx(0, abs=1e-6)
+
+
+def test_drift_steps_are_the_middle_of_each_quarter() -> None:
+    assert chosen_steps(1) == (0,)
+    assert chosen_steps(3) == (0, 1, 2)
+    assert chosen_steps(12) == (1, 4, 7, 10)
+    assert chosen_steps(50) == (6, 18, 31, 43)
+
+
+def test_comparison_reports_diversity_and_drift_of_every_variant(sampler: Sampler) -> None:
+    from contextlib import nullcontext
+
+    def base() -> Any:
+        return lora.disabled(sampler.family.denoiser)
+
+    drift = Drift(sampler, PROMPTS.prompts, base, seed=1)
+    config = EvaluationConfig(images_per_prompt=3)
+    variants = {"base": base, "tuned": nullcontext}
+    term = Term("redness", Redness())
+    data = compare(sampler, [term], PROMPTS, config, variants, encoder=BUILT_IN, drift=drift).as_json()
+    assert data["drift"]["base"] == pytest.approx(0, abs=1e-6)
+    assert data["drift"]["tuned"] > 0.01
+    assert data["diversity"]["encoder"] == "layout, colour and edges"
+    tuned = data["diversity"]["tuned"]
+    assert tuned["n"] == 3
+    assert tuned["difference"] == pytest.approx(tuned["mean"] - data["diversity"]["base"]["mean"])
+    single = compare(sampler, [term], PROMPTS, EvaluationConfig(images_per_prompt=1), variants, encoder=BUILT_IN)
+    assert "diversity" not in single.as_json(), "one picture of a prompt has no neighbour"

@@ -1,13 +1,18 @@
-"""The mix: weighted sums, ceilings, and a direction at the image that is the gradient of the logged total."""
+"""The mix: what each mode makes of several rewards, against plain autograd and the paper's algorithm."""
 
 from __future__ import annotations
+
+import json
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from alignprop_core.config import MixConfig
 from alignprop_core.errors import RewardError
-from alignprop_core.mix import Mix, Term
+from alignprop_core.mix import Direction, Figures, Mix, Running, StepFigures, Term
+from alignprop_core.mix.combine import project_conflicts
 from alignprop_core.reward import ImageBatch, Reward
 from tests.toy_rewards import BatchMean, NoGradient, Redness, RednessConfig
 
@@ -17,36 +22,339 @@ class Contrast(Reward):
         return batch.images.flatten(1).std(1)
 
 
-def batch(size: int = 4) -> ImageBatch:
-    images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+class Darkness(Reward):
+    """Pulls against redness where red is what makes a picture bright."""
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        return -(batch.images**2).flatten(1).mean(1)
+
+
+def batch(size: int = 4, seed: int = 0) -> ImageBatch:
+    images = torch.rand(size, 3, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return ImageBatch(images=images, prompts=["x"] * size, metadata=[{}] * size)
 
 
+def equal(size: int = 4) -> Tensor:
+    return torch.full((size,), 1 / size, dtype=torch.float64)
+
+
+def terms(gain: float = 1000.0) -> list[Term]:
+    return [
+        Term("redness", Redness(RednessConfig(gain=gain)), weight=0.7),
+        Term("contrast", Contrast(), weight=-2.0),
+        Term("darkness", Darkness(), weight=1.5),
+    ]
+
+
+def learned(mix: Mix, size: int = 4, seed: int = 0) -> Mix:
+    """Let a mix take in one step."""
+    figures = mix.direction(batch(size, seed), equal(size), pull=lambda gradient: gradient).figures
+    mix.update(StepFigures.read(figures, mix.labels))
+    return mix
+
+
+MODES: list[dict[str, Any]] = [
+    {"combine": "sum"},
+    {"combine": "normalized"},
+    {"combine": "balanced"},
+    {"combine": "pcgrad"},
+]
+ALL = [*MODES, {"combine": "balanced", "balance_at": "latent"}, {"combine": "pcgrad", "balance_at": "latent"}]
+ALL += [{"combine": "balanced", "per_sample": True}]
+
+
+def name_of(mode: dict[str, Any]) -> str:
+    return "-".join(str(value) for value in mode.values())
+
+
+# -- the direction is the gradient of the logged total ----------------------------------------------------------------
+
+
 def test_direction_is_the_gradient_of_the_logged_weighted_total() -> None:
-    terms = [
+    limited = [
         Term("redness", Redness(RednessConfig(gain=1000.0)), weight=0.7, ceiling=20.0),
         Term("contrast", Contrast(), weight=-2.0),
     ]
     shares = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    direction, scores = Mix(terms).direction(batch(), shares)
+    found = Mix(limited).direction(batch(), shares)
     images = batch().images.requires_grad_()
     leaf = ImageBatch(images=images, prompts=["x"] * 4, metadata=[{}] * 4)
-    redness, contrast = (term.reward(leaf) for term in terms)
+    redness, contrast = (term.reward(leaf) for term in limited)
     total = 0.7 * redness.clamp(max=20.0) - 2.0 * contrast
     (shares * total).sum().backward()
-    torch.testing.assert_close(direction, images.grad)
-    torch.testing.assert_close(scores.total, total.detach())
-    torch.testing.assert_close(scores.weighted["redness"] + scores.weighted["contrast"], scores.total)
+    torch.testing.assert_close(found.gradient, images.grad)
+    torch.testing.assert_close(found.scores.total, total.detach())
+    weighted = found.scores.weighted
+    torch.testing.assert_close(weighted["redness"] + weighted["contrast"], found.scores.total)
     assert (redness > 20).any(), "the ceiling is tried"
     assert (redness < 20).any(), "and so is what lies below it"
 
 
+@pytest.mark.parametrize("mode", [mode for mode in ALL if mode["combine"] != "pcgrad"], ids=name_of)
+def test_the_gradient_is_that_of_the_logged_total_in_every_mode_that_has_one(mode: dict[str, Any]) -> None:
+    mix = learned(Mix(terms(), MixConfig(**mode)), seed=1)
+    found = mix.direction(batch(), equal(), pull=lambda gradient: gradient)
+    images = batch().images.requires_grad_()
+    leaf = ImageBatch(images=images, prompts=["x"] * 4, metadata=[{}] * 4)
+    scores = {term.label: term.reward(leaf) for term in mix.terms}
+    factors = {label: found.scores.weighted[label] / scores[label].detach() for label in mix.labels}
+    total = sum(factors[label] * scores[label] for label in mix.labels)
+    assert isinstance(total, Tensor)
+    torch.testing.assert_close(total.detach(), found.scores.total)
+    (equal() * total).sum().backward()
+    torch.testing.assert_close(found.gradient, images.grad)
+    logged = StepFigures.read(found.figures, mix.labels)
+    assert logged.reward == pytest.approx(float(total.detach().mean()))
+    for label in mix.labels:
+        assert logged.terms[label]["factor"] == pytest.approx(float(factors[label].mean()))
+        assert logged.terms[label]["weighted"] == pytest.approx(float((factors[label] * scores[label]).detach().mean()))
+
+
+def test_normalized_divides_by_the_spread_and_balanced_by_the_gradient() -> None:
+    once = batch(8)
+    scores = {term.label: term.reward(once) for term in terms()}
+    normalized = learned(Mix(terms(), MixConfig(combine="normalized")), 8).factors()
+    balanced = learned(Mix(terms(), MixConfig(combine="balanced")), 8).factors()
+    for i, term in enumerate(terms()):
+        images = once.images.clone().requires_grad_()
+        term.reward(ImageBatch(images=images)).mean().backward()
+        assert images.grad is not None
+        weight = term.weight_at(0)
+        assert normalized[i] == pytest.approx(weight / float(scores[term.label].std(correction=0)))
+        assert balanced[i] == pytest.approx(weight / float(images.grad.norm()))
+
+
+# -- what the modes promise -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=name_of)
+def test_with_one_term_every_mode_gives_the_direction_of_sum(mode: dict[str, Any]) -> None:
+    plain = Mix(terms()[:1]).direction(batch(), equal()).gradient
+    found = learned(Mix(terms()[:1], MixConfig(**mode)), seed=1).direction(batch(), equal()).gradient
+    ratio = found.norm() / plain.norm()
+    torch.testing.assert_close(found, plain * ratio)
+
+
+def test_per_sample_brings_every_image_to_one_size() -> None:
+    mix = learned(Mix(terms()[2:], MixConfig(combine="balanced", per_sample=True)))
+    norms = mix.direction(batch(), equal()).gradient.flatten(1).norm(dim=1)
+    torch.testing.assert_close(norms, torch.full_like(norms, 1.5 / 2))  # weight / sqrt(4 images)
+    assert Mix(terms()[2:]).direction(batch(), equal()).gradient.flatten(1).norm(dim=1).std() > 1e-4
+
+
+@pytest.mark.parametrize("combine", ["normalized", "balanced", "pcgrad"])
+def test_units_do_not_matter(combine: str) -> None:
+    config = MixConfig.model_validate({"combine": combine})
+    large, small = (learned(Mix(terms(gain), config)).direction(batch(), equal()) for gain in (1000.0, 1.0))
+    torch.testing.assert_close(large.gradient, small.gradient)
+    plain = [Mix(terms(gain)).direction(batch(), equal()).gradient for gain in (1000.0, 1.0)]
+    assert torch.cosine_similarity(plain[0].flatten(), plain[1].flatten(), dim=0) < 0.9, "under sum they do"
+
+
+def test_balanced_gives_each_term_its_weights_share() -> None:
+    two = [Term("redness", Redness(RednessConfig(gain=1000.0))), Term("contrast", Contrast(), weight=3.0)]
+    mix = learned(Mix(two, MixConfig(combine="balanced")))
+    norms = [Mix([term]).direction(batch(), equal()).gradient.norm() for term in two]
+    assert mix.factors()[0] * norms[0] == pytest.approx(1.0)
+    assert mix.factors()[1] * norms[1] / 3 == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("mode", [mode for mode in ALL if mode["combine"] != "sum"], ids=name_of)
+def test_chunks_and_micro_batches_change_nothing(mode: dict[str, Any]) -> None:
+    mix = learned(Mix(terms(), MixConfig(**mode)), seed=1)
+    micro = learned(Mix(terms(), MixConfig(**mode, reward_batch_size=3)), seed=1)
+
+    def direct(chosen: Mix, part: slice) -> Direction:
+        return chosen.direction(batch()[part], equal()[part], pull=lambda gradient: gradient)
+
+    whole = direct(mix, slice(0, 4))
+    parts = [direct(mix, slice(0, 1)), direct(mix, slice(1, 4))]
+    torch.testing.assert_close(torch.cat([part.gradient for part in parts]), whole.gradient)
+    torch.testing.assert_close((parts[0].figures + parts[1].figures).flat(), whole.figures.flat())
+    torch.testing.assert_close(direct(micro, slice(0, 4)).gradient, whole.gradient)
+
+
+# -- conflicts --------------------------------------------------------------------------------------------------------
+
+
+def surgery(gradients: list[Tensor]) -> Tensor:
+    """Yu et al. 2020, algorithm 1, written out for vectors; the others from the next one on."""
+    total = torch.zeros_like(gradients[0])
+    for i, own in enumerate(gradients):
+        projected = own.clone()
+        for j in [*range(i + 1, len(gradients)), *range(i)]:
+            product = projected @ gradients[j]
+            if product < 0:
+                projected = projected - product / (gradients[j] @ gradients[j]) * gradients[j]
+        total = total + projected
+    return total
+
+
+def test_pcgrad_is_the_papers_algorithm_on_the_balanced_gradients() -> None:
+    mix = learned(Mix(terms(), MixConfig(combine="pcgrad")), seed=1)
+    found = mix.direction(batch(), equal()).gradient
+    factors = mix.factors()
+    each = [
+        factor * Mix([Term(term.label, term.reward)]).direction(batch(), equal()).gradient
+        for factor, term in zip(factors, mix.terms, strict=True)
+    ]
+    for i in range(4):
+        expected = surgery([gradient[i].flatten() for gradient in each])
+        torch.testing.assert_close(found[i].flatten(), expected)
+    cosines = StepFigures.read(mix.direction(batch(), equal()).figures, mix.labels).cosines
+    assert min(value for value in cosines.values() if value is not None) < 0, "there is a conflict to take out"
+
+
+def test_pcgrad_of_two_never_goes_against_either_and_without_conflict_is_balanced() -> None:
+    opposed = [Term("redness", Redness()), Term("pale", Redness(), weight=-0.5), Term("darkness", Darkness())]
+    for chosen in (opposed[::2], [Term("a", Redness()), Term("b", Redness(RednessConfig(gain=3.0)))]):
+        pcgrad = learned(Mix(chosen, MixConfig(combine="pcgrad"))).direction(batch(), equal()).gradient
+        balanced = learned(Mix(chosen, MixConfig(combine="balanced"))).direction(batch(), equal()).gradient
+        for term in chosen:
+            own = Mix([term]).direction(batch(), equal()).gradient
+            assert ((pcgrad * own).flatten(1).sum(1) >= -1e-12).all()
+    torch.testing.assert_close(pcgrad, balanced)
+    both = learned(Mix(opposed[:2], MixConfig(combine="pcgrad"))).direction(batch(), equal())
+    torch.testing.assert_close(both.gradient, torch.zeros_like(both.gradient))  # exact opposites leave nothing
+    shares = [term["share"] for term in StepFigures.read(both.figures, ["redness", "pale"]).terms.values()]
+    assert all(share is None or abs(share) <= 1.5 for share in shares)
+
+
+def test_projection_of_a_missing_gradient_is_harmless() -> None:
+    products = torch.zeros(1, 2, 2)
+    products[0, 0, 0] = 4.0
+    torch.testing.assert_close(project_conflicts(products), torch.eye(2).expand(1, 2, 2))
+
+
+# -- weights and limits -----------------------------------------------------------------------------------------------
+
+
+def test_weights_follow_their_schedule() -> None:
+    term = Term("x", Redness(), weight={5: 1.0, 25: -1.0, 30: 3.0})
+    assert [term.weight_at(step) for step in (0, 5, 10, 15, 25, 29, 30, 1000)] == [1, 1, 0.5, 0, -1, 2.2, 3, 3]
+    direction = [Mix([term]).direction(batch(), equal(), step=step).gradient for step in (5, 15, 25)]
+    torch.testing.assert_close(direction[0], -direction[2])
+    assert not direction[1].any()
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [{}, {"ceiling": 0.1}, {"floor": 0.0}, {"floor": -0.1, "ceiling": 0.1}, {"target": 0.05}],
+    ids=lambda limits: "-".join(limits) or "none",
+)
+def test_what_counts_and_its_slope(limits: dict[str, float]) -> None:
+    scores = torch.linspace(-0.3, 0.3, 14, dtype=torch.float64, requires_grad=True)
+    counted, slope = Term("x", Redness(), **limits).counted(scores)  # type: ignore[arg-type]
+    if "target" in limits:
+        expected = -(scores - limits["target"]).abs()
+    else:
+        expected = scores.clamp(limits.get("floor"), limits.get("ceiling")) if limits else scores
+    torch.testing.assert_close(counted, expected)
+    torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), scores)[0])
+
+
+def test_a_target_and_a_ceiling_exclude_each_other() -> None:
+    with pytest.raises(ValueError, match="a target excludes"):
+        Term("x", Redness(), target=1.0, ceiling=2.0)
+
+
+def test_a_ceiling_does_not_make_a_term_louder() -> None:
+    """The running size is that of the raw score's gradient: samples at the ceiling fade out, the rest keep theirs."""
+    free = [Term("redness", Redness()), Term("contrast", Contrast())]
+    held = [Term("redness", Redness(), ceiling=0.0), free[1]]
+    factors = [learned(Mix(chosen, MixConfig(combine="balanced"))).factors() for chosen in (free, held)]
+    assert factors[0] == pytest.approx(factors[1])
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES, ids=name_of)
+def test_figures_are_what_they_say(mode: dict[str, Any]) -> None:
+    chosen = [*terms()[:2], Term("darkness", Darkness(), weight=1.5, ceiling=-0.33)]
+    mix = learned(Mix(chosen, MixConfig(**mode)))
+    found = mix.direction(batch(), equal())
+    logged = StepFigures.read(found.figures, mix.labels)
+    alone = [Mix([Term(t.label, t.reward, ceiling=t.ceiling)]).direction(batch(), equal()).gradient for t in chosen]
+    for term, gradient in zip(chosen, alone, strict=True):
+        assert logged.terms[term.label]["grad_norm"] == pytest.approx(float(gradient.norm()))
+    assert logged.cosines["redness | contrast"] == pytest.approx(
+        float(torch.cosine_similarity(alone[0].flatten(), alone[1].flatten(), dim=0))
+    )
+    shares = [term["share"] or 0.0 for term in logged.terms.values()]
+    assert sum(shares) == pytest.approx(1.0)
+    if mode["combine"] != "pcgrad":
+        whole = found.gradient.flatten()
+        for share, factor, gradient in zip(shares, mix.factors(), alone, strict=True):
+            assert share == pytest.approx(float(factor * gradient.flatten() @ whole / (whole @ whole)))
+    assert 0 < (logged.terms["darkness"]["held"] or 0) < 1
+    assert logged.images == 4
+    assert json.loads(json.dumps(logged.terms)) == logged.terms
+
+
+def test_a_step_that_cannot_move_says_why() -> None:
+    low = Mix([Term("redness", Redness(), ceiling=-9.0), Term("contrast", Contrast(), weight=-1.0, floor=9.0)])
+    found = low.direction(batch(), equal())
+    logged = StepFigures.read(found.figures, low.labels)
+    assert not found.gradient.any()
+    assert not logged.moving
+    assert logged.terms["redness"]["share"] is None
+    assert logged.cosines["redness | contrast"] is None
+    assert "at the limit" in low.why_idle(0)
+    later = Mix([Term("redness", Redness(), weight={0: 0.0, 5: 1.0})])
+    assert "weight is 0" in later.why_idle(0)
+    assert "no term has a spread" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
+
+
+# -- running figures --------------------------------------------------------------------------------------------------
+
+
+def test_running_figures_forget_slowly_and_count_the_first_step_in_full() -> None:
+    running = Running()
+    assert (running.spread, running.gradient) == (0.0, 0.0)
+    running.add(2.0, 5.0, 9.0, 0.9)
+    assert running.spread == pytest.approx(1.0)
+    assert running.gradient == pytest.approx(3.0)
+    running.add(2.0, 5.0, 25.0, 0.9)
+    assert running.gradient == pytest.approx(((0.9 * 9 + 25) / 1.9) ** 0.5)
+    before = running.as_json()
+    running.add(float("nan"), 5.0, 9.0, 0.9)
+    assert running.as_json() == before
+    assert Running.from_json(json.loads(json.dumps(before))) == running
+
+
+def test_a_fading_gradient_is_enlarged_only_so_far() -> None:
+    mix = Mix(terms()[:1], MixConfig(combine="balanced", decay=0.0, scale_floor=0.25))
+    running = mix.running["redness"]
+    running.add(0.0, 1.0, 16.0, 0.0)
+    assert mix.factors() == pytest.approx([0.7 / 4])
+    running.add(0.0, 1.0, 1e-8, 0.0)
+    assert mix.factors() == pytest.approx([0.7 / (0.25 * 4)])
+
+
+def test_state_goes_through_json() -> None:
+    mix = learned(Mix(terms(), MixConfig(combine="balanced")))
+    other = Mix(terms(), MixConfig(combine="balanced"))
+    assert other.unmeasured
+    other.load_state(json.loads(json.dumps(mix.state())))
+    assert not other.unmeasured
+    assert other.factors() == mix.factors()
+
+
+def test_figures_survive_being_one_vector() -> None:
+    flat = torch.arange(3 + 8 * 2 + 4, dtype=torch.float64)
+    assert torch.equal(Figures.from_flat(flat, 2).flat(), flat)
+
+
+# -- rewards ----------------------------------------------------------------------------------------------------------
+
+
 def test_direction_of_a_sample_does_not_depend_on_its_neighbours() -> None:
-    mix = Mix([Term("redness", Redness()), Term("contrast", Contrast())])
-    shares = torch.ones(4, dtype=torch.float64)
-    whole, _ = mix.direction(batch(), shares)
-    alone, _ = mix.direction(batch()[1:2], shares[1:2])
-    torch.testing.assert_close(whole[1:2], alone)
+    for mode in MODES:
+        mix = learned(Mix(terms(), MixConfig(**mode)))
+        whole = mix.direction(batch(), equal()).gradient
+        alone = mix.direction(batch()[1:2], equal()[1:2]).gradient
+        torch.testing.assert_close(whole[1:2], alone)
 
 
 def test_broken_rewards_are_named() -> None:
@@ -54,6 +362,73 @@ def test_broken_rewards_are_named() -> None:
         Mix([Term("mine", BatchMean())]).direction(batch(), torch.ones(4))
     with pytest.raises(RewardError, match='"mine" returned scores without a gradient'):
         Mix([Term("mine", NoGradient())]).direction(batch(), torch.ones(4))
+
+
+class _Halts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise FloatingPointError("no way back")
+
+
+class HaltsOnTheWayBack(Redness):
+    def score(self, batch: ImageBatch) -> Tensor:
+        halted: Tensor = _Halts.apply(super().score(batch))
+        return halted
+
+
+class OutOfMemory(Redness):
+    def score(self, batch: ImageBatch) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_reward_that_fails_on_the_way_back_or_for_memory_is_named() -> None:
+    with pytest.raises(RewardError, match='"mine" raised in its backward pass FloatingPointError: no way back'):
+        Mix([Term("mine", HaltsOnTheWayBack())]).direction(batch(), equal())
+    with pytest.raises(RewardError, match=r'"mine" ran out of memory.*mix\.reward_batch_size'):
+        Mix([Term("mine", OutOfMemory())]).direction(batch(), equal())
+
+
+def test_score_takes_no_gradient_and_uses_the_factors() -> None:
+    mix = learned(Mix(terms(), MixConfig(combine="balanced", reward_batch_size=3)))
+    scores = mix.score(batch())
+    torch.testing.assert_close(scores.total, mix.direction(batch(), equal()).scores.total)
+
+
+class Linear(Redness):
+    def __init__(self, config: RednessConfig | None = None) -> None:
+        super().__init__(config)
+        self.layer = torch.nn.Linear(64, 1)
+        self.register_buffer("shift", torch.ones(1))
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        scores: Tensor = self.layer(batch.images.mean(1).flatten(1))[:, 0] + self.shift
+        return scores
+
+
+@pytest.mark.gpu
+def test_offloaded_rewards_give_the_same_and_leave_the_gpu() -> None:
+    reward = Linear().freeze()
+    images = batch().images.float().cuda()
+    on_gpu = ImageBatch(images=images)
+    shares = equal().cuda()
+    plain = Mix([Term("x", Linear().freeze())])
+    plain.terms[0].reward.load_state_dict(reward.state_dict())
+    expected = plain.to("cuda").direction(on_gpu, shares)
+    mix = Mix([Term("x", reward)], MixConfig(offload=True)).to("cuda")
+    for _ in range(2):
+        assert all(tensor.device.type == "cpu" for tensor in reward.state_dict().values())
+        found = mix.direction(on_gpu, shares)
+        torch.testing.assert_close(found.gradient, expected.gradient)
+        torch.testing.assert_close(mix.terms[0].score(on_gpu), expected.scores.raw["x"])
+
+
+def test_offload_on_a_cpu_changes_nothing() -> None:
+    mix = Mix([Term("x", Linear().freeze())], MixConfig(offload=True)).to("cpu")
+    assert mix.terms[0].offload is None
 
 
 def test_rewards_stay_frozen_and_in_eval_mode() -> None:

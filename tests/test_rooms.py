@@ -13,14 +13,14 @@ CORE = Path(__file__).parents[1] / "alignprop_core"
 
 # Ground floor first. Modules in one row belong together.
 ROOMS = [
-    {"errors", "_files", "_forwards", "_lock"},
+    {"errors", "licenses", "_files", "_forwards", "_lock"},
     {"specs"},
     {"hookspecs"},
     {"weights"},
     {"reward"},
     # Pure descriptions: sections of the config and how a wrong value reads; the registry checks options with them.
     {"config_sections", "config_errors", "config_yaml", "other_trainers"},
-    {"plugin_guard", "offers", "discovery", "registry"},
+    {"plugin_guard", "offers", "discovery", "local_rewards", "registry"},
     {"config", "config_input", "config_schema", "prompts"},
     {"mix", "terms"},
     {"lora"},
@@ -28,6 +28,7 @@ ROOMS = [
     {"runs"},
     {"evaluation"},
     {"training"},
+    {"testing"},
     {"cli"},
 ]
 FLOOR = {name: number for number, row in enumerate(ROOMS) for name in row}

@@ -21,13 +21,20 @@ def evaluate(
     guidance_scale: float | None = typer.Option(None, help="Guidance; a run's own (or 7.5) if left out."),
     images_per_prompt: int | None = typer.Option(None, min=1, help="Images of each prompt; 4 if left out."),
     seed: int | None = typer.Option(None, help="Seed of the noise; 1234 if left out."),
+    strengths: str = typer.Option(
+        "", help="Evaluate the LoRA at these strengths instead, such as 0,0.25,0.5,0.75,1,1.25: rewards against drift."
+    ),
+    soup: Path | None = typer.Option(
+        None,
+        help="Another LoRA or run: at share s, 1 - s of the first and s of this one (--strengths gives the shares).",
+    ),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
     output: Path | None = typer.Option(None, help="Folder for evaluation.json and the sheet; the run folder's own."),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Evaluate a run, or a model with a LoRA, on held-out prompts."""
+    """Evaluate a run, or a model with a LoRA, on held-out prompts; or a whole curve of strengths or shares."""
     common.quiet_libraries()
-    from alignprop_core.config import EvaluationConfig, RewardTerm, load_config
+    from alignprop_core.config import EvaluationConfig, ModelLora, RewardTerm, load_config
     from alignprop_core.errors import UserError
     from alignprop_core.prompts import load_prompts
     from alignprop_core.registry import default_registry
@@ -35,7 +42,11 @@ def evaluate(
 
     if (run is None) == (not model):
         raise UserError("Give a run folder, or --model M with --lora DIR.")
+    if (strengths or soup) and run is None and lora is None:
+        raise UserError("--strengths and --soup need a LoRA: give a run folder, or --lora DIR beside --model.")
+    points = _points(strengths, soup is not None)
     registry = default_registry()
+    frozen: list[ModelLora] = []
     sampling: dict[str, object] = {}
     entries: list[RewardTerm] = []
     evaluation = EvaluationConfig()
@@ -43,9 +54,8 @@ def evaluate(
     precision: Literal["no", "fp16", "bf16"] = "no"
     if run is not None:
         settings = load_config(run / "config.yaml", registry=registry)
-        if settings.model.loras:
-            raise UserError("This run trains on top of other LoRAs; evaluate it while training (evaluation.at_end).")
         model, vae, lora = settings.model.base, settings.model.vae, run / "lora"
+        frozen = settings.model.loras
         sampling = settings.sampling.model_dump()
         entries = [*settings.rewards, *settings.evaluation.rewards]
         evaluation = settings.evaluation
@@ -66,12 +76,21 @@ def evaluate(
         from alignprop_core import lora as adapters
         from alignprop_core.cli.models import TRAINED, open_sampler
         from alignprop_core.evaluation.compare import Switch, compare
+        from alignprop_core.evaluation.diversity import encoder_of
+        from alignprop_core.evaluation.drift import Drift
         from alignprop_core.evaluation.sheet import before_after, save_picture
         from alignprop_core.runs import write_json
         from alignprop_core.training.progress import progress_bar
 
         sampler = open_sampler(
-            model, sampling, lora_path=lora, device=device, mixed_precision=precision, registry=registry, vae=vae
+            model,
+            sampling,
+            lora_path=lora,
+            device=device,
+            mixed_precision=precision,
+            registry=registry,
+            vae=vae,
+            frozen=frozen,
         )
         for term in terms:
             term.reward.to(sampler.device)
@@ -79,11 +98,31 @@ def evaluate(
     def base() -> AbstractContextManager[object]:
         return adapters.disabled(sampler.family.denoiser, name=TRAINED)
 
+    encoder = encoder_of(evaluation.diversity_encoder, terms)
+    if points:
+        from alignprop_core.cli.curves import evaluate_curve
+
+        evaluate_curve(
+            sampler, terms, chosen, evaluation, encoder, points=points, soup=soup, folder=output or run, json=json
+        )
+        return
     variants: dict[str, Switch] = {"model": nullcontext} if lora is None else {"base": base, "tuned": nullcontext}
     with progress_bar(common.console(stderr=True)) as bar:
         total = len(variants) * len(chosen) * evaluation.images_per_prompt
         task = bar.add_task("evaluating", total=total, figures="")
-        result = compare(sampler, terms, chosen, evaluation, variants, advance=lambda images: bar.advance(task, images))
+        drift = None
+        if lora is not None:
+            drift = Drift(sampler, chosen.prompts, base, seed=evaluation.seed, batch_size=evaluation.batch_size)
+        result = compare(
+            sampler,
+            terms,
+            chosen,
+            evaluation,
+            variants,
+            encoder=encoder,
+            drift=drift,
+            advance=lambda images: bar.advance(task, images),
+        )
     folder = output or run
     if folder is not None:
         write_json(folder / "evaluation.json", result.as_json())
@@ -97,3 +136,18 @@ def evaluate(
     if folder is not None:
         sheet = folder / "images" / "before_after.png"
         common.print_facts([("figures", str(folder / "evaluation.json")), ("sheet", str(sheet))])
+
+
+def _points(text: str, soup: bool) -> list[float]:
+    """Read comma-separated numbers; the usual ones where a curve is asked for without any."""
+    from alignprop_core.errors import UserError
+
+    if not text:
+        return [0.0, 0.25, 0.5, 0.75, 1.0] if soup else []
+    try:
+        points = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--strengths {text}: write numbers with commas between them, such as 0,0.5,1.") from None
+    if not all(abs(point) <= 1000 for point in points):
+        raise UserError(f"--strengths {text}: give finite numbers, such as 0,0.5,1.")
+    return [float(f"{point:g}") for point in points]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ValidationError
 
 from alignprop_core import lora
-from alignprop_core.config import SamplingConfig
+from alignprop_core.config import ModelLora, SamplingConfig
 from alignprop_core.diffusion import Sampler, family_for, load_pipeline
 from alignprop_core.errors import UserError
 from alignprop_core.registry import Registry, default_registry
@@ -29,8 +29,11 @@ def open_sampler(
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     registry: Registry | None = None,
     vae: str | None = None,
+    frozen: Sequence[ModelLora] = (),
 ) -> Sampler:
     """Load a model, apply a LoRA (a folder, a file or a run folder), and return a sampler.
+
+    `frozen` are LoRAs of the base model, applied first and not counted to the one under test.
 
     Raises:
         UserError: a value is out of range, or model, LoRA or device cannot be had.
@@ -44,6 +47,8 @@ def open_sampler(
     where = choose_device(device)
     dtype = network_dtype(mixed_precision, where)
     pipeline = load_pipeline(model, registry=registry, device=where, dtype=dtype, vae=vae)
+    for number, extra in enumerate(frozen):
+        lora.attach_frozen(pipeline, extra.path, extra.strength, f"frozen_{number}")
     if lora_path is not None:
         inside = lora_path / "lora"
         lora.attach_frozen(pipeline, inside if inside.is_dir() else lora_path, strength, TRAINED)

@@ -59,6 +59,7 @@ def _as_json(record: PluginRecord) -> dict[str, Any]:
         "distribution": record.distribution,
         "version": record.version,
         "entry_point": record.entry_point,
+        "license": record.license,
         "status": record.status,
         "error": record.error,
         "warnings": list(record.warnings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from alignprop_core.cli import common
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
+    from alignprop_core.mix import Term
     from alignprop_core.training import Trainer
 
 
@@ -50,11 +52,19 @@ def _facts(trainer: Trainer) -> list[tuple[str, str]]:
     return [
         ("model", f"{config.model.base} ({type(trainer.pipeline).__name__}) on {trainer.device}"),
         ("prompts", f"{len(trainer.prompts)} to train on, {len(trainer.heldout) if trainer.heldout else 0} held out"),
-        ("rewards", ", ".join(f"{term.weight:g} x {term.label}" for term in trainer.mix.terms)),
+        ("rewards", ", ".join(f"{_weight(term)} x {term.label}" for term in trainer.mix.terms)),
+        ("mix", config.mix.combine),
         ("adapters", f"rank {config.lora.rank}, {size:,} parameters in {len(trainer.parameters) // 2} layers"),
         ("steps", f"{config.training.steps} of {per_step} images"),
         ("output", str(trainer.output)),
     ]
+
+
+def _weight(term: Term) -> str:
+    """Return a weight, or the way it takes."""
+    if isinstance(term.weight, Mapping):
+        return " -> ".join(f"{weight:g} ({step})" for step, weight in sorted(term.weight.items()))
+    return f"{term.weight:g}"
 
 
 def finish(trainer: Trainer, folder: Path) -> None:
@@ -95,5 +105,12 @@ def print_comparison(comparison: Comparison) -> None:
             rows.append([label, *means, change, low_high])
         if not others:
             rows.append([label, f"{base['mean']:.5g}", f"{base['std']:.3g}"])
+    further = {"diversity": result.get("diversity", {}), "drift": result.get("drift", {})}
+    for label, values in further.items():
+        if first in values:
+            named = [
+                values[name]["mean"] if isinstance(values[name], dict) else values[name] for name in comparison.variants
+            ]
+            rows.append([label, *(f"{value:.4g}" for value in named)])
     columns = ["measure", *comparison.variants] + (["difference", "change", "95% interval"] if others else ["std"])
     common.print_table(columns, rows)

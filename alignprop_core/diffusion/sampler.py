@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,8 +30,10 @@ from alignprop_core.diffusion.families import family_for
 from alignprop_core.diffusion.family import Conditioning, Family
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 from alignprop_core.diffusion.noise import Noise, sample_noise, seeded
+from alignprop_core.diffusion.regularization import squared_difference
 from alignprop_core.diffusion.upsampling import doubling_forwards
 from alignprop_core.errors import RunError
+from alignprop_core.lora import disabled
 from alignprop_core.lora.effective import effective_forwards
 
 _CACHED_PROMPTS = 512
@@ -47,7 +50,7 @@ class SampleOutput:
             samples, then n further sets of B.
         sample_index: R integers: which of the B prompts a row belongs to.
         kept_steps: step numbers that keep their gradient; empty if gradients are off.
-        aux: scalar terms of the objective that arise while sampling; `backward` adds their gradient.
+        aux: scalar losses that arise while sampling, summed over the B samples; `backward` adds their gradient.
     """
 
     latents: Tensor
@@ -79,6 +82,7 @@ class Sampler:
         sampling: steps, guidance, eta, size.
         backprop: strategy, checkpointing.
         family: adapter for the pipeline; found by the pipeline's class if None.
+        regularization: weight of the squared difference to the base model's predictions, an aux term of each sample.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class Sampler:
         backprop: BackpropConfig | None = None,
         *,
         family: Family | None = None,
+        regularization: float = 0.0,
     ) -> None:
+        self.regularization = regularization
         self.sampling = sampling or SamplingConfig()
         self.backprop = backprop or BackpropConfig()
         self.family = family or family_for(pipeline, self.sampling)
@@ -138,12 +144,21 @@ class Sampler:
         step_noise = None if noise.steps is None else noise.steps.to(self.device, self.dtype)
         state = self.scheduler.initial_state()
         forwards = self._denoiser_forwards(with_graph=plan is not None)
+        regularized = plan is not None and self.regularization > 0
+        with disabled(self.family.denoiser) if regularized else nullcontext():
+            base_forwards = self._denoiser_forwards(with_graph=False) if regularized else {}
+        penalties: list[Tensor] = []
         for i in range(self.scheduler.steps):
             in_graph = plan is not None and i >= plan.first
             keep = plan is not None and i in plan.kept
             with torch.set_grad_enabled(in_graph):
                 seen = latents.detach() if plan is not None and plan.detach_input else latents
                 prediction = self._predict(seen, i, conditioning, forwards, keep=keep, checkpointing=checkpointing)
+                if keep and regularized:
+                    base = partial(self._network, step=i, conditioning=conditioning, forwards=base_forwards)
+                    penalties.append(
+                        squared_difference(seen, prediction, base, partial(disabled, self.family.denoiser))
+                    )
                 if plan is not None and i == plan.stop_at:
                     latents = self.scheduler.clean(latents, prediction, i)
                     break
@@ -157,7 +172,14 @@ class Sampler:
             latents=latents,
             sample_index=tuple(range(len(prompts))) * copies,
             kept_steps=() if plan is None else plan.kept,
+            aux={"regularization": self.regularization * torch.stack(penalties).mean()} if penalties else {},
         )
+
+    def predict(self, latents: Tensor, step: int, prompts: Sequence[str]) -> Tensor:
+        """Return the denoiser's guided prediction, (B, C, h, w), at the start of denoising step `step`; no graph."""
+        conditioning = self.conditioning(prompts)
+        with torch.no_grad():
+            return self._network(latents, step, conditioning, self._denoiser_forwards(with_graph=False))
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1]."""
@@ -166,15 +188,18 @@ class Sampler:
         clipped: Tensor = _StraightThroughClip.apply(self._pixels(latents))
         return clipped
 
-    def backward(self, out: SampleOutput, grad_latents: Tensor) -> None:
-        """Send a gradient at the final latents, (R, C, h, w), and the aux terms on into the adapters' `.grad`."""
+    def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
+        """Send a gradient at the final latents, (R, C, h, w), and aux_scale times that of the aux terms on into the
+        adapters' `.grad`."""
         if not out.latents.requires_grad:
             raise RunError(
                 "The sample carries no gradient: no parameter of the denoiser is trainable, or sampling ran with "
                 "gradients off. Attach a LoRA first (alignprop_core.lora.attach)."
             )
         terms = list(out.aux.values())
-        torch.autograd.backward([out.latents, *terms], [grad_latents, *(torch.ones_like(term) for term in terms)])
+        torch.autograd.backward(
+            [out.latents, *terms], [grad_latents, *(torch.full_like(term, aux_scale) for term in terms)]
+        )
 
     def __call__(self, prompts: Sequence[str], *, generator: torch.Generator) -> Tensor:
         """Sample and decode in one graph; the generator is used as the diffusers pipeline would use it.

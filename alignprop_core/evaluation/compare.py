@@ -1,8 +1,8 @@
-"""Base against tuned: the same prompts, the same noise, every term and its true measure."""
+"""Base against tuned: the same prompts, the same noise, every term and its true measure, diversity and drift."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from alignprop_core.config import EvaluationConfig
 from alignprop_core.diffusion import Sampler
+from alignprop_core.evaluation.diversity import Encoder, diversity_by_prompt
+from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.statistics import paired, summary
 from alignprop_core.mix import Term
 from alignprop_core.prompts import PromptSet
@@ -28,10 +30,14 @@ class Variant:
     Attributes:
         scores: label -> one score an image.
         images: (N, 3, H, W) uint8 on the CPU: the first image of each prompt.
+        diversity: mean distance between the images of a prompt, one a prompt; empty where it was not measured.
+        drift: relative change of the predicted noise from the base model's; None where it was not measured.
     """
 
     scores: dict[str, list[float]] = field(default_factory=dict)
     images: list[Tensor] = field(default_factory=list)
+    diversity: list[float] = field(default_factory=list)
+    drift: float | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Comparison:
     prompts: PromptSet
     config: EvaluationConfig
     variants: dict[str, Variant]
+    encoder: Encoder | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return the content of evaluation.json; every variant after the first is paired with the first."""
@@ -58,6 +65,13 @@ class Comparison:
                 label: summary(values) | ({} if name == names[0] else paired(base[label], values))
                 for label, values in scores.items()
             }
+        if self.encoder is not None and (first := self.variants[names[0]].diversity):
+            result["diversity"] = {"encoder": self.encoder.name} | {
+                name: summary(spread) | ({} if name == names[0] else paired(first, spread))
+                for name, spread in ((name, self.variants[name].diversity) for name in names)
+            }
+        if any(variant.drift is not None for variant in self.variants.values()):
+            result["drift"] = {name: variant.drift for name, variant in self.variants.items()}
         return result
 
 
@@ -66,8 +80,10 @@ def compare(
     terms: Sequence[Term],
     prompts: PromptSet,
     config: EvaluationConfig,
-    variants: dict[str, Switch] | None = None,
+    variants: Mapping[str, Switch] | None = None,
     *,
+    encoder: Encoder | None = None,
+    drift: Drift | None = None,
     advance: Callable[[int], object] = lambda images: None,
 ) -> Comparison:
     """Sample and score every prompt with each variant of the model at the same noise.
@@ -78,6 +94,8 @@ def compare(
         prompts: held-out prompts.
         config: images per prompt, batch size, seed.
         variants: name -> context in which the model is that variant; base first. None is the model as it stands.
+        encoder: measures the diversity of each prompt's images; None measures none.
+        drift: measures each variant's distance from the base model; None measures none.
         advance: called with the number of images just done.
     """
     variants = variants or {"model": nullcontext}
@@ -86,6 +104,7 @@ def compare(
         (prompt, index) for prompt in range(len(prompts.prompts)) for index in range(prompt * per, (prompt + 1) * per)
     ]
     results = {name: Variant({term.label: [] for term in terms}) for name in variants}
+    features: dict[str, list[Tensor]] = {name: [] for name in variants}
     for start in range(0, len(jobs), config.batch_size):
         part = jobs[start : start + config.batch_size]
         texts = [prompts.prompts[prompt] for prompt, _ in part]
@@ -98,7 +117,15 @@ def compare(
                 )
                 for term in terms:
                     results[name].scores[term.label] += term.score(batch).tolist()
+                if encoder is not None and per > 1:
+                    features[name].append(encoder.features(images).cpu())
             firsts = [row for row, (_, index) in enumerate(part) if index % per == 0]
             results[name].images += list((images[firsts] * 255).round().to(torch.uint8).cpu())
             advance(len(part))
-    return Comparison(prompts, config, results)
+    for name, switch in variants.items():
+        if features[name]:
+            results[name].diversity = diversity_by_prompt(torch.cat(features[name]), per)
+        if drift is not None:
+            with switch():
+                results[name].drift = drift.measure()
+    return Comparison(prompts, config, results, encoder)

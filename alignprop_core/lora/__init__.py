@@ -22,6 +22,8 @@ from alignprop_core.lora.attach import (
     set_strength,
     state,
 )
+from alignprop_core.lora.bake import bake
+from alignprop_core.lora.combine import Mixed, mix, scale
 from alignprop_core.lora.formats import (
     DIFFUSERS_NAME,
     Factors,
@@ -30,24 +32,32 @@ from alignprop_core.lora.formats import (
     write_diffusers,
     write_kohya,
 )
+from alignprop_core.lora.whole import WholeLora, read_whole, write_whole
 
 __all__ = [
     "ADAPTER",
     "DEFAULT_TARGETS",
     "DIFFUSERS_NAME",
     "Factors",
+    "Mixed",
+    "WholeLora",
     "attach",
     "attach_frozen",
+    "bake",
     "current",
     "disabled",
     "load_delta",
     "load_state",
+    "mix",
     "parameters",
     "read_lora",
+    "read_whole",
     "save",
     "save_kohya",
+    "scale",
     "set_strength",
     "state",
     "write_diffusers",
     "write_kohya",
+    "write_whole",
 ]

@@ -35,18 +35,13 @@ from alignprop_core.lora.layers import (
     layers_of,
     scale_of,
 )
+from alignprop_core.lora.whole import architecture
 
 ADAPTER = "alignprop"
 """Name of the adapter that is trained."""
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention projections of the denoiser."""
-
-_ARCHITECTURES = {  # by width of the text embedding: what modelspec readers and A1111 call it
-    768: {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "sd_v1"},
-    1024: {"modelspec.architecture": "stable-diffusion-v2-768-v/lora", "ss_v2": "True"},
-    2048: {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_base_model_version": "sdxl_base_v1-0"},
-}
 
 
 def attach(
@@ -266,8 +261,7 @@ def save_kohya(
 
 def _architecture(denoiser: nn.Module) -> dict[str, str]:
     width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
-    other = {"modelspec.architecture": f"{type(denoiser).__name__}/lora"}
-    return dict(_ARCHITECTURES.get(width, other) if isinstance(width, int) else other)
+    return architecture(width if isinstance(width, int) else None, type(denoiser).__name__)
 
 
 def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequence[str]) -> dict[str, Factors]:

@@ -224,31 +224,35 @@ def write_diffusers(
     factors: Mapping[str, Factors],
     *,
     component: str = "unet",
+    text_encoders: Mapping[str, Mapping[str, Factors]] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write diffusers' format, atomically: scale folded into B, alpha = rank in the header.
 
-    The header's settings are the few that every peft version knows, so that older ones read it too.
+    The header's settings are the few that every peft version knows, so that older ones read it too. `text_encoders`
+    are further parts by component name, as `read_lora` gives them.
 
     Raises:
         OutputError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module, layer in factors.items():
-        tensors[f"{component}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
-        tensors[f"{component}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
-    rank = Counter(layer.rank for layer in factors.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(module)}": layer.rank for module, layer in factors.items() if layer.rank != rank}
-    settings = {
-        "r": rank,
-        "lora_alpha": rank,
-        "use_rslora": False,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": sorted(factors),
-    }
-    packed = json.dumps({f"{component}.{key}": value for key, value in settings.items()}, sort_keys=True)
+    settings: dict[str, Any] = {}
+    for name, layers in {component: factors, **(text_encoders or {})}.items():
+        for module, layer in layers.items():
+            tensors[f"{name}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
+            tensors[f"{name}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
+        rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
+        others = {f"^{re.escape(module)}": layer.rank for module, layer in layers.items() if layer.rank != rank}
+        settings |= {
+            f"{name}.r": rank,
+            f"{name}.lora_alpha": rank,
+            f"{name}.use_rslora": False,
+            f"{name}.rank_pattern": others,
+            f"{name}.alpha_pattern": others,
+            f"{name}.target_modules": sorted(layers),
+        }
+    packed = json.dumps(settings, sort_keys=True)
     header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": packed}
     write_atomic(file, safetensors.torch.save(tensors, metadata=header))
 
@@ -258,24 +262,31 @@ def write_kohya(
     factors: Mapping[str, Factors],
     *,
     component: str = "unet",
+    text_encoders: Mapping[str, Mapping[str, Factors]] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write kohya's key layout, atomically: scale folded into B, alpha = rank as tensors, a modelspec header.
 
     `metadata` overrides the header's entries (`modelspec.title`, `modelspec.architecture`, ...). The header follows
-    https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files.
+    https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files. `text_encoders` as in
+    `write_diffusers`.
 
     Raises:
         OutputError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    for module, layer in factors.items():
-        key = f"lora_{component}_{flatten_name(module)}"
-        tensors[f"{key}.lora_down.weight"] = _stored(layer.down, dtype)
-        tensors[f"{key}.lora_up.weight"] = _stored(layer.folded_up(), dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
-    ranks = {layer.rank for layer in factors.values()}
+    encoders = text_encoders or {}
+    first = "te1" if "text_encoder_2" in encoders else "te"  # one text encoder has no number in this layout
+    names = {component: component, "text_encoder": first, "text_encoder_2": "te2"}
+    ranks: set[int] = set()
+    for name, layers in {component: factors, **encoders}.items():
+        for module, layer in layers.items():
+            key = f"lora_{names[name]}_{flatten_name(module)}"
+            tensors[f"{key}.lora_down.weight"] = _stored(layer.down, dtype)
+            tensors[f"{key}.lora_up.weight"] = _stored(layer.folded_up(), dtype)
+            tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
+            ranks.add(layer.rank)
     rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
     header = {
         "modelspec.sai_model_spec": "1.0.0",

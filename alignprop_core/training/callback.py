@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,6 +19,12 @@ class Callback:
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Run after each optimizer step."""
 
+    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
+        """Run after each evaluation while training (`evaluation.every`).
+
+        `figures` holds `scores` (label -> n, mean, std), the mix's total `reward`, `drift` and `diversity`.
+        """
+
     def on_end(self, trainer: Trainer) -> None:
         """Run once, after the last step."""
 
@@ -33,24 +39,34 @@ class StepRecord:
     Attributes:
         step: number of the step, from 1.
         reward: mean total of the mix.
-        terms: label -> {"raw", "weighted"}: batch means.
+        terms: label -> batch means "raw" and "weighted"; "factor": what the score within its limits was multiplied
+            with; "held": share of images at a limit; "grad_norm": norm of the term's gradient at the images; "share":
+            its part of the final direction (parts add up to 1; null without a direction).
         grad_norm: norm of the adapters' gradient before clipping.
         learning_rate: the rate used.
         kept_steps: denoising steps that kept their gradient.
         reward_queries: images scored since the run began.
         seconds: wall time of the step.
         peak_memory: bytes: most memory allocated so far on the GPU, or held by the process on a CPU.
+        cosines: "label | label" -> cosine of the two terms' gradients where they are combined; null without one.
+        idle: why this step changed nothing on purpose, such as every image at its ceiling; null if it did.
+        regularization: what the pull towards the base model took off the mean objective; 0 where it is off.
+        dropped: why this step did not change the adapters; None if it did.
     """
 
     step: int
     reward: float
-    terms: Mapping[str, Mapping[str, float]]
+    terms: Mapping[str, Mapping[str, float | None]]
     grad_norm: float
     learning_rate: float
     kept_steps: int
     reward_queries: int
     seconds: float
     peak_memory: int
+    cosines: Mapping[str, float | None] = field(default_factory=dict)
+    idle: str | None = None
+    regularization: float = 0.0
+    dropped: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return a JSON-ready mapping."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,15 +11,13 @@ from rich.console import Console
 
 from alignprop_core import lora
 from alignprop_core.errors import OutputError
-from alignprop_core.evaluation.compare import Comparison, compare
+from alignprop_core.evaluation.compare import Comparison
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
-from alignprop_core.mix import Term
-from alignprop_core.prompts import PromptSet
-from alignprop_core.runs import safe_name
-from alignprop_core.terms import load_terms, measure_entries
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint
-from alignprop_core.training.progress import progress_bar
+from alignprop_core.training.heldout import Measures
+from alignprop_core.training.lora_names import lora_metadata, lora_name
+from alignprop_core.training.progress import progress_bar, terms_line
 from alignprop_core.training.trainer import Trainer
 
 
@@ -40,7 +37,9 @@ class ProgressBar(Callback):
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Move the bar on."""
-        terms = "  ".join(f"{label} {values['raw']:.4g}" for label, values in record.terms.items())
+        if record.dropped:
+            self.console.print(f"step {record.step} dropped: {record.dropped}", highlight=False, soft_wrap=True)
+        terms = terms_line(record)
         if self.console.is_terminal:
             self.bar.update(self.task, completed=record.step, figures=f"reward {record.reward:.4g}  {terms}")
         else:
@@ -50,6 +49,15 @@ class ProgressBar(Callback):
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
+        """Print a line."""
+        scores = "  ".join(f"{label} {score['mean']:.4g}" for label, score in figures["scores"].items())
+        further = [f"drift {figures['drift']:.3g}"]
+        further += [] if figures["diversity"] is None else [f"diversity {figures['diversity']:.3g}"]
+        self.console.print(
+            f"held-out at step {trainer.step_number}  {scores}  {'  '.join(further)}", highlight=False, soft_wrap=True
+        )
 
     def on_end(self, trainer: Trainer) -> None:
         """Take the bar away."""
@@ -80,7 +88,7 @@ class Previews(Callback):
         prompts = (trainer.heldout or trainer.prompts).prompts
         chosen = [prompts[i % len(prompts)] for i in range(settings.count)]
         pictures = []
-        with torch.no_grad():
+        with torch.no_grad(), trainer.guarding.as_saved():
             for i, prompt in enumerate(chosen):
                 noise = trainer.sampler.noise(seed=settings.seed, step=0, indices=[i])
                 pictures.append(trainer.sampler.decode(trainer.sampler.sample([prompt], noise).latents)[0])
@@ -95,16 +103,16 @@ class LoraFiles(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Name the files after the run."""
-        self.name = safe_name(trainer.folder.path.name)
-        if self.name.endswith("pytorch_lora_weights"):
-            self.name += "_kohya"  # diffusers' own file has that name
+        self.name = lora_name(trainer.folder.path)
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Write a file every `save.every` steps and keep the newest."""
         settings = trainer.config.save
         if settings.every and record.step % settings.every == 0:
             file = trainer.folder.inside(f"lora/{self.name}-{record.step:06d}.safetensors")
-            lora.save_kohya(trainer.denoiser, file, metadata=self.metadata(trainer), component=trainer.denoiser_name)
+            with trainer.guarding.as_saved():
+                header = lora_metadata(trainer)
+                lora.save_kohya(trainer.denoiser, file, metadata=header, component=trainer.denoiser_name)
             if settings.keep is not None:
                 trainer.folder.keep_newest(f"lora/{self.name}-*.safetensors", settings.keep)
 
@@ -115,19 +123,9 @@ class LoraFiles(Callback):
             trainer.denoiser,
             trainer.folder.lora,
             name=self.name,
-            metadata=self.metadata(trainer),
+            metadata=lora_metadata(trainer),
             component=trainer.denoiser_name,
         )
-
-    def metadata(self, trainer: Trainer) -> dict[str, str]:
-        """Return what the file's header says of the run."""
-        rewards = [{"name": term.name, "weight": term.weight} for term in trainer.config.rewards]
-        return {
-            "modelspec.title": self.name,
-            "alignprop.base_model": trainer.config.model.base,
-            "alignprop.step": str(trainer.step_number),
-            "alignprop.rewards": json.dumps(rewards),
-        }
 
 
 class Checkpoints(Callback):
@@ -144,7 +142,7 @@ class Checkpoints(Callback):
         """Write a checkpoint when one is due."""
         training = trainer.config.training
         every = training.checkpoint_every or trainer.config.save.every
-        if record.step == training.steps or (every and record.step % every == 0):
+        if record.step == training.steps or trainer.stop_reason or (every and record.step % every == 0):
             self.save(trainer)
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
@@ -182,11 +180,20 @@ class Trackers(Callback):
 
     def on_step(self, trainer: Trainer, record: StepRecord) -> None:
         """Log one step."""
-        values = {key: value for key, value in record.as_json().items() if key not in ("step", "terms")}
+        values = record.as_json()
         for label, term in record.terms.items():
             values |= {f"{label}/{kind}": value for kind, value in term.items()}
+        values |= {f"cosine/{pair}": value for pair, value in record.cosines.items()}
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
         for tracker in self.trackers:
-            tracker.log(values, step=record.step)
+            tracker.log(numbers, step=record.step)
+
+    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
+        """Log an evaluation's means."""
+        values = {f"heldout/{label}": score["mean"] for label, score in figures["scores"].items()}
+        values |= {f"heldout/{key}": figures[key] for key in ("reward", "drift", "diversity")}
+        for tracker in self.trackers:
+            tracker.log({key: value for key, value in values.items() if value is not None}, step=trainer.step_number)
 
     def on_end(self, trainer: Trainer) -> None:
         """Close the trackers."""
@@ -197,49 +204,19 @@ class Trackers(Callback):
 class Evaluation(Callback):
     """evaluation.json at the end: base against tuned on held-out prompts, with a before/after sheet in images/."""
 
-    def __init__(self) -> None:
+    def __init__(self, measures: Measures) -> None:
+        self.measures = measures
         self.result: Comparison | None = None
-        self.terms: list[Term] = []
 
     def on_start(self, trainer: Trainer) -> None:
         """Load the measures before the first step, so that one that cannot load does not cost the run."""
         if trainer.config.evaluation.at_end and trainer.heldout is not None:
-            self.terms = evaluation_terms(trainer)
+            self.measures.load()
 
     def on_end(self, trainer: Trainer) -> None:
         """Evaluate and write."""
         if trainer.config.evaluation.at_end and trainer.heldout is not None:
-            self.result = evaluate_trained(trainer, trainer.heldout, self.terms)
-            trainer.folder.write_json("evaluation.json", self.result.as_json())
+            self.result = self.measures.compare({"base": self.measures.base, "tuned": nullcontext})
+            told = {"step": trainer.saved_step, "stopped": trainer.stop_reason}
+            trainer.folder.write_json("evaluation.json", self.result.as_json() | told)
             save_picture(before_after(self.result), trainer.folder.inside("images/before_after.png"))
-
-
-def evaluation_terms(trainer: Trainer) -> list[Term]:
-    """Return the run's rewards, their true measures and its evaluation-only rewards, loaded on its device."""
-    config, registry = trainer.config, trainer.registry
-    entries = [*config.rewards, *config.evaluation.rewards]
-    extra = [*config.evaluation.rewards, *measure_entries(entries, registry)]
-    loaded = load_terms(extra, registry)
-    for term in loaded:
-        term.reward.to(trainer.device)
-    return [*trainer.mix.terms, *loaded]
-
-
-def evaluate_trained(trainer: Trainer, prompts: PromptSet, terms: list[Term]) -> Comparison:
-    """Compare the base model with the adapters as they are now, with a progress bar."""
-
-    def base() -> AbstractContextManager[object]:
-        return lora.disabled(trainer.denoiser)
-
-    with progress_bar() as bar:
-        total = 2 * len(prompts) * trainer.config.evaluation.images_per_prompt
-        task = bar.add_task("evaluating", total=total, figures="")
-        advance: Callable[[int], object] = lambda images: bar.advance(task, images)  # noqa: E731
-        return compare(
-            trainer.sampler,
-            terms,
-            prompts,
-            trainer.config.evaluation,
-            {"base": base, "tuned": nullcontext},
-            advance=advance,
-        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,24 @@ from alignprop_core.errors import UserError
 from alignprop_core.runs import RunFolder
 
 ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
+EXTRA = "extra.safetensors"
 
 
-_MAY_DIFFER = {"output", "save", "samples", "evaluation"}
+_MAY_DIFFER = {"output", "save", "samples", "evaluation", "guards"}
 """Sections a resumed run may change: they do not touch what is trained."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: adapter tensors, optimizer state, and small numbers such as the step."""
+    """What a checkpoint holds: adapter tensors, optimizer state, and small numbers such as the step.
+
+    `extra` holds tensors of what not every run has: the adapters' moving average, the best adapters so far.
+    """
 
     adapter: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     state: dict[str, Any]
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -55,10 +60,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> Path:
     """Write checkpoints/step-NNNNNN of a run; whole under its name, or not there at all."""
     name = f"checkpoints/step-{int(checkpoint.state['step']):06d}"
-    tensors = [*checkpoint.adapter.values(), *checkpoint.optimizer.values()]
+    tensors = [*checkpoint.adapter.values(), *checkpoint.optimizer.values(), *checkpoint.extra.values()]
     with folder.staged(name, needs=sum(t.nbytes for t in tensors)) as building:
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.adapter.items()}, building / ADAPTER)
         save_file({k: v.contiguous().cpu() for k, v in checkpoint.optimizer.items()}, building / OPTIMIZER)
+        if checkpoint.extra:
+            save_file({k: v.contiguous().cpu() for k, v in checkpoint.extra.items()}, building / EXTRA)
         (building / STATE).write_text(json.dumps(checkpoint.state, indent=2) + "\n")
     return folder.path / name
 
@@ -70,6 +77,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             adapter=load_file(folder / ADAPTER),
             optimizer=load_file(folder / OPTIMIZER),
             state=json.loads((folder / STATE).read_text()),
+            extra=load_file(folder / EXTRA) if (folder / EXTRA).is_file() else {},
         )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no complete checkpoint: {error}. Choose another with --resume DIR.") from error

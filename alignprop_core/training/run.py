@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 
 from alignprop_core.config import RunConfig, load_config
 from alignprop_core.registry import Registry, default_registry
+from alignprop_core.reward import Reward
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.callbacks import Checkpoints, Evaluation, LoraFiles, Previews, ProgressBar, Trackers
+from alignprop_core.training.heldout import HeldOut, Measures
 from alignprop_core.training.trainer import Trainer
 
 
@@ -18,7 +20,10 @@ def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[
     """Return the callbacks of a run in their order; evaluation comes last."""
     names = list(trainer.config.training.trackers)
     trackers = [Trackers(names)] if names else []
-    return [Previews(), ProgressBar(console), LoraFiles(), Checkpoints(), *trackers, Evaluation()]
+    progress, measures = ProgressBar(console), Measures(trainer)
+    heldout = HeldOut(measures, progress.console, progress.bar)
+    # Before the files: what is the best, and whether the run goes on, is known when they are written.
+    return [Previews(), progress, heldout, LoraFiles(), Checkpoints(), *trackers, Evaluation(measures)]
 
 
 def run(trainer: Trainer, console: Console | None = None) -> Path:
@@ -33,6 +38,7 @@ def train(
     *,
     callbacks: Sequence[Callback] = (),
     registry: Registry | None = None,
+    rewards: Mapping[str, Reward] | None = None,
     resume: Path | None = None,
 ) -> Path:
     """Fine-tune on a run config, as `alignprop train` does; returns the run folder.
@@ -42,9 +48,11 @@ def train(
         overrides: `key.path=value` changes to a config file.
         callbacks: watchers of your own; they run after the built-in ones.
         registry: installed plugins; discovered if None.
+        rewards: reward objects by name, such as `{"redness": Redness(...)}`. The config's `rewards` may name them to
+            give weight, ceiling and label; one it does not mention is trained on with weight 1.
         resume: a run folder or checkpoint to go on from.
     """
-    registry = registry or default_registry()
+    registry = (registry or default_registry()).with_rewards(rewards or {})
     if not isinstance(config, RunConfig):
         config = load_config(config, overrides, registry=registry)
     return run(Trainer(config, registry=registry, callbacks=callbacks, resume=resume))

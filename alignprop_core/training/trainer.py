@@ -18,12 +18,13 @@ from alignprop_core import lora
 from alignprop_core.config import RunConfig, resolved_yaml
 from alignprop_core.diffusion import Sampler, family_for, load_pipeline
 from alignprop_core.diffusion.noise import seeded
-from alignprop_core.errors import ConfigError, RewardError, RunError
-from alignprop_core.mix import Mix
+from alignprop_core.errors import ConfigError, RunError
+from alignprop_core.mix import Figures, Mix, StepFigures
 from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry import Registry, default_registry
+from alignprop_core.reward import Reward
 from alignprop_core.runs import RunFolder, environment
-from alignprop_core.terms import load_terms
+from alignprop_core.terms import load_terms, try_local, with_given
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import (
     Checkpoint,
@@ -34,6 +35,8 @@ from alignprop_core.training.checkpoint import (
     restore_optimizer,
 )
 from alignprop_core.training.devices import choose_device, keep_freed_memory, network_dtype, peak_memory
+from alignprop_core.training.guarding import Guarding
+from alignprop_core.training.heldout import check_watch
 from alignprop_core.training.objective import Outcome, backpropagate
 
 
@@ -53,6 +56,7 @@ class Trainer:
     Args:
         config: the run config.
         registry: installed plugins; discovered if None.
+        rewards: reward objects by name, beside those of plugins; what the config does not mention gets weight 1.
         callbacks: watchers beside the built-in ones.
         resume: a run folder or checkpoint to go on from.
         overwrite: replace an earlier run in the output folder.
@@ -64,13 +68,14 @@ class Trainer:
         config: RunConfig,
         *,
         registry: Registry | None = None,
+        rewards: Mapping[str, Reward] | None = None,
         callbacks: Sequence[Callback] = (),
         resume: Path | None = None,
         overwrite: bool = False,
         pipeline: Any = None,
     ) -> None:
-        self.config = config
-        self.registry = registry or default_registry()
+        self.registry = (registry or default_registry()).with_rewards(rewards or {})
+        self.config = config = with_given(config, self.registry)
         self.callbacks = list(callbacks)
         self.state = PartialState(cpu=config.training.device == "cpu")
         self.device = choose_device(config.training.device)
@@ -82,11 +87,13 @@ class Trainer:
         self._overwrite = overwrite
         if checkpoint is None:
             RunFolder.check_free(self.output, overwrite=overwrite)
+        check_watch(config, self.registry)
         self.prompts = load_prompts(config.prompts.train, self.registry)
         self.heldout: PromptSet | None = (
             None if config.prompts.heldout is None else load_prompts(config.prompts.heldout, self.registry)
         )
         self.mix = Mix(load_terms(config.rewards, self.registry), config.mix).to(self.device)
+        try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device)
         self.pipeline = pipeline or load_pipeline(
             config.model.base,
             registry=self.registry,
@@ -108,7 +115,9 @@ class Trainer:
             init_from=config.lora.init_from,
             seed=config.training.seed,
         )
-        self.sampler = Sampler(self.pipeline, config.sampling, config.backprop, family=family)
+        self.sampler = Sampler(
+            self.pipeline, config.sampling, config.backprop, family=family, regularization=config.regularization.weight
+        )
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.optimizer.learning_rate,
@@ -118,6 +127,9 @@ class Trainer:
         )
         self.schedule = self._new_schedule(done=0)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.guarding = Guarding(config, self.parameters)
+        self.stop_reason: str | None = None
+        self._adopted_step: int | None = None
         self.progress = _Progress()
         self._folder: RunFolder | None = None
         self._resumed = checkpoint is not None
@@ -157,12 +169,14 @@ class Trainer:
         try:
             for callback in callbacks:
                 callback.on_start(self)
-            while self.progress.step < self.config.training.steps:
+            while self.progress.step < self.config.training.steps and not self._stops():
                 record = self.step()
                 if main:
                     self.folder.append_metrics(record.as_json())
                 for callback in callbacks:
                     callback.on_step(self, record)
+                self.guarding.steps.check()
+            self._settle()
             for callback in callbacks:
                 callback.on_end(self)
             self.state.wait_for_everyone()
@@ -179,10 +193,15 @@ class Trainer:
         started = time.perf_counter()
         step = self.progress.step
         self.optimizer.zero_grad(set_to_none=True)
+        first = self.mix.unmeasured  # its images are made twice: once to learn the terms' sizes
+        if first:
+            self._learn_sizes([self._accumulate(part, send=False) for part in self._parts()])
         outcomes = [self._accumulate(part) for part in self._parts()]
-        record = self._measure(outcomes)
+        record, figures = self._measure(outcomes)
         rate = float(self.schedule.get_last_lr()[0])
-        self._update(images=int(record.pop("images")))
+        overflow = self.scaler.is_enabled() and self.scaler.get_scale() > 1
+        dropped = self.guarding.steps.judge(step + 1, figures.score, record["grad_norm"], overflow_expected=overflow)
+        self._update(figures, learn=not first and dropped is None, dropped=dropped is not None)
         return StepRecord(
             step=step + 1,
             learning_rate=rate,
@@ -190,6 +209,8 @@ class Trainer:
             reward_queries=self.progress.reward_queries,
             seconds=time.perf_counter() - started,
             peak_memory=peak_memory(self.device),
+            regularization=self._regularization(outcomes, figures.images),
+            dropped=dropped,
             **record,
         )
 
@@ -206,7 +227,7 @@ class Trainer:
             parts.append(list(whole[state.process_index :: state.num_processes]))
         return [part for part in parts if part]
 
-    def _accumulate(self, indices: Sequence[int]) -> Outcome:
+    def _accumulate(self, indices: Sequence[int], *, send: bool = True) -> Outcome:
         step, training = self.progress.step, self.config.training
         chosen = choose_prompts(len(self.prompts.prompts), seed=training.seed, step=step, indices=indices)
         noise = self.sampler.noise(seed=training.seed, step=step, indices=indices)
@@ -218,27 +239,41 @@ class Trainer:
             noise,
             share=1.0 / (training.batch_size * training.gradient_accumulation_steps),
             scale=float(self.scaler.scale(torch.ones((), device=self.device))),
+            step=step,
+            send=send,
         )
 
-    def _measure(self, outcomes: Sequence[Outcome]) -> dict[str, Any]:
-        """Sum gradients over processes, clip, and bring the step's figures to the host in one transfer."""
-        labels = [term.label for term in self.mix.terms]
-        figures = torch.zeros(2 * len(labels) + 2, device=self.device)
-        for outcome in outcomes:
-            sums = [value.sum() for value in (*outcome.raw.values(), *outcome.weighted.values(), outcome.total)]
-            figures += torch.stack([*sums, torch.ones_like(sums[0]) * len(outcome.total)])
+    def _learn_sizes(self, outcomes: Sequence[Outcome]) -> None:
+        """Give the mix a whole step's figures before its first step."""
+        flat = self._figures(outcomes)
         if self.state.num_processes > 1:
-            self._sum_over_processes(figures)
+            torch.distributed.all_reduce(flat)
+        figures = StepFigures.read(Figures.from_flat(flat, len(self.mix.terms)), self.mix.labels)
+        self.mix.update(figures)
+        self.progress.reward_queries += figures.images
+
+    def _figures(self, outcomes: Sequence[Outcome]) -> Tensor:
+        """Return the sums over this process's images, as `Figures.flat` lays them out."""
+        zeros = Figures.zeros(len(self.mix.terms), self.device)
+        return sum((outcome.figures for outcome in outcomes), start=zeros).flat()
+
+    def _measure(self, outcomes: Sequence[Outcome]) -> tuple[dict[str, Any], StepFigures]:
+        """Sum gradients over processes, clip, and bring the step's figures to the host in one transfer."""
+        flat = self._figures(outcomes)
+        if self.state.num_processes > 1:
+            self._sum_over_processes(flat)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         limit = self.config.optimizer.max_grad_norm
         if limit is not None:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
-        *values, images, grad_norm = torch.cat([figures, norm.to(figures).view(1)]).tolist()
-        means = [value / images for value in values]
-        terms = {label: {"raw": means[i], "weighted": means[len(labels) + i]} for i, label in enumerate(labels)}
-        self._check_finite(terms, grad_norm)
-        return {"reward": means[-1], "terms": terms, "grad_norm": grad_norm, "images": images}
+        *sums, grad_norm = torch.cat([flat, norm.to(flat).view(1)]).tolist()
+        figures = StepFigures.read(
+            Figures.from_flat(torch.tensor(sums, dtype=torch.float64), len(self.mix.terms)), self.mix.labels
+        )
+        idle = None if figures.moving else self.mix.why_idle(self.progress.step)
+        record = {"reward": figures.reward, "terms": figures.terms, "grad_norm": grad_norm}
+        return record | {"cosines": figures.cosines, "idle": idle}, figures
 
     def _sum_over_processes(self, figures: Tensor) -> None:
         """Add up gradients and figures of all processes in place; each sample's share is of the whole step."""
@@ -252,37 +287,71 @@ class Trainer:
         for parameter, part in zip(self.parameters, torch.split(flat, sizes), strict=True):
             parameter.grad = part.view_as(parameter)
 
-    def _check_finite(self, terms: Mapping[str, Mapping[str, float]], grad_norm: float) -> None:
-        step = self.progress.step + 1
-        for label, values in terms.items():
-            if not _finite(values["raw"]):
-                raise RewardError(
-                    f'Step {step}: reward "{label}" gave a score that is not finite ({values["raw"]}). This step did '
-                    "not change the adapters, and what was saved before is intact. Check the reward on a picture with "
-                    f"`alignprop score IMAGE --reward {label}`."
-                )
-        if not _finite(grad_norm) and not self.scaler.is_enabled():
-            raise RunError(
-                f"Step {step}: the gradient is not finite, though all scores are. This step did not change the "
-                "adapters. A reward with an infinite slope (a square root or logarithm at zero) does this; a lower "
-                "optimizer.learning_rate or fewer kept steps may help."
-            )
+    def _regularization(self, outcomes: Sequence[Outcome], images: int) -> float:
+        """Return the mean over the step's samples of the losses beside the rewards."""
+        if not self.config.regularization.weight:
+            return 0.0
+        whole = torch.zeros((), device=self.device)
+        for outcome in outcomes:
+            whole += torch.stack(outcome.aux).sum()
+        if self.state.num_processes > 1:
+            torch.distributed.all_reduce(whole)
+        return float(whole) / images
 
-    def _update(self, images: int) -> None:
+    def _update(self, figures: StepFigures, *, learn: bool, dropped: bool) -> None:
         self.progress.updating = True
         before = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
+        # Even a zero gradient would move the adapters: by momentum and weight decay.
+        moves = figures.moving and not dropped
+        if moves:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= before:  # a step skipped for float16 overflow does not count for the schedule
+        # A step that did nothing, was dropped, or was skipped for float16 overflow counts neither for the schedule nor
+        # for the average.
+        if moves and self.scaler.get_scale() >= before:
             self.schedule.step()
+            if self.guarding.average is not None:
+                self.guarding.average.update()
         self.progress.step += 1
-        self.progress.reward_queries += images
+        self.progress.reward_queries += figures.images
+        if learn:
+            self.mix.update(figures)
         self.progress.updating = False
 
     @property
     def consistent(self) -> bool:
-        """Whether adapters, optimizer and step number belong together: false only inside an update."""
-        return not self.progress.updating
+        """Whether adapters, optimizer and step number belong together: not inside an update, not after the end."""
+        return not self.progress.updating and self._adopted_step is None
+
+    # -- the end ------------------------------------------------------------------------------------------------
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step, as if it were the last; for callbacks (the main process decides)."""
+        self.stop_reason = reason
+
+    def adopt(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """Take these adapters, of an earlier step, for the run's result; only after the last step."""
+        lora.load_state(self.denoiser, tensors)
+        self._adopted_step = step
+
+    @property
+    def saved_step(self) -> int:
+        """Step of the adapters that are saved now: the run's own, or the best one's once that is adopted."""
+        return self.progress.step if self._adopted_step is None else self._adopted_step
+
+    def _stops(self) -> bool:
+        """Whether a callback ended the run; callbacks run on the main process, and all stop together."""
+        if self.state.num_processes > 1:
+            reason = [self.stop_reason]
+            torch.distributed.broadcast_object_list(reason, src=0)
+            self.stop_reason = reason[0]
+        return self.stop_reason is not None
+
+    def _settle(self) -> None:
+        """After the last step: the adapters become what is saved, for good."""
+        if self.guarding.average is not None:
+            self.guarding.average.copy_to_parameters()
+        self._adopted_step = self.progress.step
 
     # -- state --------------------------------------------------------------------------------------------------
 
@@ -293,16 +362,22 @@ class Trainer:
             "reward_queries": self.progress.reward_queries,
             "schedule": self.schedule.last_epoch,
             "scaler": self.scaler.state_dict(),
+            "mix": self.mix.state(),
+            "guarding": self.guarding.as_json(),
         }
-        return Checkpoint(lora.state(self.denoiser), optimizer_tensors(self.optimizer), state)
+        adapter, optimizer = lora.state(self.denoiser), optimizer_tensors(self.optimizer)
+        return Checkpoint(adapter, optimizer, state, self.guarding.tensors())
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         lora.load_state(self.denoiser, checkpoint.adapter)
         restore_optimizer(self.optimizer, checkpoint.optimizer)
         self.schedule = self._new_schedule(done=int(checkpoint.state["schedule"]))
         self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.mix.load_state(checkpoint.state.get("mix", {}))
         self.progress.step = int(checkpoint.state["step"])
         self.progress.reward_queries = int(checkpoint.state["reward_queries"])
+        if "guarding" in checkpoint.state:
+            self.guarding.load(checkpoint.state["guarding"], checkpoint.extra)
 
     def _new_schedule(self, done: int) -> LRScheduler:
         """Return the learning-rate schedule as it stands after `done` steps."""
@@ -342,10 +417,13 @@ class Trainer:
 
     def _environment(self) -> dict[str, Any]:
         config = self.config
-        offers = [self.registry.reward(term.name) for term in (*config.rewards, *config.evaluation.rewards)]
+        names = [term.name for term in (*config.rewards, *config.evaluation.rewards)]
+        local = {name: found.origin for name in names if (found := self.registry.local(name)) is not None}
+        offers = [self.registry.reward(name) for name in names if name not in local]
         model = self.registry.find_model(config.model.base)
         used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
-        return environment(used, [offer.spec for offer in offers]) | {"training_device": str(self.device)}
+        known = environment(used, [offer.spec for offer in offers])
+        return known | {"local_rewards": local, "training_device": str(self.device)}
 
 
 def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) -> list[int]:
@@ -356,7 +434,3 @@ def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) 
     """
     order = torch.randperm(count, generator=seeded(seed, "prompts", step)).tolist()
     return [order[index % count] for index in indices]
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0

@@ -11,11 +11,13 @@ The option takes four forms:
 from __future__ import annotations
 
 import hashlib
+import os
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.licenses import LicensePolicy
 from alignprop_core.specs import WeightsFile
 
 if TYPE_CHECKING:
@@ -47,6 +49,7 @@ def find_weights(
     if value == "default":
         if default is None:
             raise WeightsError(f'Reward "{reward}" has no default weights; {FORMS}.')
+        _need_license(default.license, f'The default weights of reward "{reward}" ({_title(default)})')
         return _find_file(default, reward, f"alignprop rewards fetch {reward}")
     if value.startswith(HUB):
         return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}")
@@ -138,6 +141,12 @@ def verify(path: Path, file: WeightsFile, remedy: str) -> None:
         )
 
 
+def _need_license(licence: str, what: str) -> None:
+    """Refuse declared weights whose licence is not allowed; a file that the user names is the user's choice."""
+    if problem := LicensePolicy.read(os.environ).problem(licence):
+        raise WeightsError(f"{what} may not be used here: {problem}.")
+
+
 def _title(file: WeightsFile) -> str:
     return f"{file.file} of {file.repository}" if file.repository else file.file
 
@@ -190,6 +199,8 @@ def _named(name: str, reward: str, registry: Registry | None) -> Path:
 
         registry = default_registry()
     offer = registry.weights_for(reward, name)
+    for licence in {offer.spec.license, *(file.license for file in offer.spec.weights)} - {""}:
+        _need_license(licence, f'Weights "{name}" of {offer.distribution} {offer.version}')
     path = packaged(offer.spec.path, f'Weights "{name}" of {offer.distribution} {offer.version}')
     for file in offer.spec.weights:
         if offer.spec.path.endswith(file.file):

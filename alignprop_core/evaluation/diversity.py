@@ -1,0 +1,106 @@
+"""Diversity: how far apart the pictures of one prompt lie, seed from seed, in the features of an encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alignprop_core.errors import ConfigError
+from alignprop_core.mix import Term
+
+LAYOUT_SIDE, EDGE_SIDE, ORIENTATIONS, COLOUR_BINS = 8, 4, 4, 8
+_EDGE_GAIN = 4.0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """What diversity is measured with.
+
+    Attributes:
+        name: said in evaluation.json.
+        features: (B, 3, H, W) in [0, 1] -> (B, D), float.
+    """
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+
+
+def picture_features(images: Tensor) -> Tensor:
+    """Return fixed features of layout, colour and edges: no network, no weights, the same for ever.
+
+    Three groups of numbers in [0, 1], each divided by the square root of its size and of the number of groups, so that
+    the distance of two pictures is a root mean square over each group and over the groups, between 0 and 1:
+
+    - layout: the picture at 8 x 8 pixels, antialiased (3 * 64 numbers);
+    - colour: for each channel, the share of pixels in 8 equal bins, cumulated (3 * 8 numbers);
+    - edges: for each cell of a 4 x 4 grid, the mean length of brightness differences between neighbouring pixels in
+      4 orientations, times 4, at most 1 (4 * 16 numbers).
+
+    It sees where things are, what colours they have and how busy they are. It does not know what they are: two foxes
+    in other places differ, and a fox and a dog of one shape and colour hardly do.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+
+    Returns:
+        (B, 280) float32.
+    """
+    images = images.detach().float()
+    layout = F.interpolate(images, (LAYOUT_SIDE, LAYOUT_SIDE), mode="bilinear", antialias=True).flatten(1)
+    edges = torch.arange(1, COLOUR_BINS + 1, device=images.device) / COLOUR_BINS
+    colour = torch.stack([(images <= edge).float().mean((2, 3)) for edge in edges], -1).flatten(1)
+    grey = images.mean(1, keepdim=True)
+    across = grey[..., 1:, 1:] - grey[..., 1:, :-1]
+    down = grey[..., 1:, 1:] - grey[..., :-1, 1:]
+    length, angle = torch.hypot(across, down), torch.atan2(down, across) % math.pi
+    which = (angle / math.pi * ORIENTATIONS).long().clamp(max=ORIENTATIONS - 1)
+    maps = torch.cat([length * (which == i) for i in range(ORIENTATIONS)], 1)
+    busy = (F.adaptive_avg_pool2d(maps, EDGE_SIDE) * _EDGE_GAIN).clamp(max=1).flatten(1)
+    groups = (layout, colour, busy)
+    return torch.cat([group / math.sqrt(len(groups) * group.shape[1]) for group in groups], 1)
+
+
+BUILT_IN = Encoder("layout, colour and edges", picture_features)
+
+
+def encoder_of(label: str | None, terms: Sequence[Term]) -> Encoder:
+    """Return the encoder that `evaluation.diversity_encoder` names: a term's image features, at unit length.
+
+    A reward offers them as a method `image_features(images)`, (B, 3, H, W) in [0, 1] -> (B, D).
+
+    Raises:
+        ConfigError: the term's reward has no such method.
+    """
+    if label is None:
+        return BUILT_IN
+    reward = next(term.reward for term in terms if term.label == label)
+    image_features = getattr(reward, "image_features", None)
+    if not callable(image_features):
+        raise ConfigError(
+            f'evaluation.diversity_encoder: the reward of "{label}" has no image features '
+            "(a method image_features). Name another term, or leave it out for the built-in features."
+        )
+    return Encoder(label, lambda images: F.normalize(image_features(images).float(), dim=1))
+
+
+def pairwise_distance(features: Tensor) -> float | None:
+    """Return the mean Euclidean distance over all pairs of rows of (n, D); None for fewer than two rows."""
+    return float(torch.pdist(features.double()).mean()) if len(features) > 1 else None
+
+
+def diversity_by_prompt(features: Tensor, images_per_prompt: int) -> list[float]:
+    """Return each prompt's mean pairwise distance; (N, D) features stand in prompt order. Empty for one image each."""
+    distances = [pairwise_distance(part) for part in torch.split(features, images_per_prompt)]
+    return [distance for distance in distances if distance is not None]
+
+
+def diversity(features: Tensor, images_per_prompt: int) -> float | None:
+    """Return the mean over prompts of `diversity_by_prompt`, or None where there is one image a prompt."""
+    distances = diversity_by_prompt(features, images_per_prompt)
+    return fmean(distances) if distances else None

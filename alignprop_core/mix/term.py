@@ -1,0 +1,114 @@
+"""A term of a mix: a reward, its weight over the steps, and the limits within which its score counts."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alignprop_core.errors import RewardError, UserError
+from alignprop_core.mix.offload import Offload
+from alignprop_core.reward import ImageBatch, Reward, check_scores
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of a mix.
+
+    Attributes:
+        label: its name in logs, unique in the mix.
+        reward: the frozen module.
+        weight: factor of its score in the total, or {steps done: factor}, linear between the points; negative asks
+            for less of it.
+        ceiling: a sample's score counts only up to here; at or above it the sample's gradient is zero.
+        floor: a sample's score counts as at least this; at or below it the sample's gradient is zero.
+        target: minus the distance of a sample's score to this counts instead of the score; excludes the other two.
+        differentiable: whether scores must carry a gradient.
+        offload: keeps the reward's weights on the CPU between uses; None leaves them where they are.
+    """
+
+    label: str
+    reward: Reward
+    weight: float | Mapping[int, float] = 1.0
+    ceiling: float | None = None
+    floor: float | None = None
+    target: float | None = None
+    differentiable: bool = True
+    offload: Offload | None = None
+
+    def __post_init__(self) -> None:
+        if self.target is not None and (self.ceiling is not None or self.floor is not None):
+            raise ValueError(f'term "{self.label}": a target excludes ceiling and floor')
+
+    def weight_at(self, step: int) -> float:
+        """Return the weight after `step` optimizer steps: linear between a schedule's points, constant outside."""
+        if not isinstance(self.weight, Mapping):
+            return float(self.weight)
+        points = sorted(self.weight.items())
+        after = bisect_right(points, step, key=lambda point: point[0])
+        if after == 0:
+            return float(points[0][1])
+        if after == len(points):
+            return float(points[-1][1])
+        (start, low), (end, high) = points[after - 1], points[after]
+        return low + (high - low) * (step - start) / (end - start)
+
+    @contextmanager
+    def placed(self) -> Iterator[None]:
+        """Keep an offloaded reward on its device; backward passes of its scores belong inside."""
+        if self.offload is None:
+            yield
+            return
+        with self.offload:
+            yield
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        """Return checked raw scores, (B,); raises `RewardError` naming the term."""
+        with self.placed(), self.named("raised"):
+            scores = self.reward(batch)
+        due = self.differentiable and torch.is_grad_enabled() and batch.images.requires_grad
+        return check_scores(self.label, scores, len(batch), differentiable=due)
+
+    @contextmanager
+    def named(self, what: str) -> Iterator[None]:
+        """Turn whatever the reward raises into a `RewardError` that names the term."""
+        try:
+            yield
+        except UserError as error:  # a prompt without a number, say: the reward's own words, and the user's to mend
+            raise type(error)(f'Reward "{self.label}": {error}') from error
+        except torch.OutOfMemoryError as error:
+            raise RewardError(
+                f'Reward "{self.label}" ran out of memory. Score fewer images at a time (mix.reward_batch_size), or '
+                "keep the rewards' weights on the CPU between uses (mix.offload: true)."
+            ) from error
+        except Exception as error:
+            raise RewardError(f'Reward "{self.label}" {what} {type(error).__name__}: {error}') from error
+
+    def counted(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what raw scores count for, and the slope of that.
+
+        Args:
+            scores: (B,) raw scores.
+
+        Returns:
+            (B,): -|score - target| with a target, else the score held within [floor, ceiling]; and (B,): its
+            derivative by the score: 1, 0 (at a limit) or, above a target, -1.
+        """
+        if self.target is not None:
+            return -(scores - self.target).abs(), torch.sign(self.target - scores)
+        held = scores
+        free = torch.ones_like(scores, dtype=torch.bool)
+        if self.ceiling is not None:
+            held, free = held.clamp(max=self.ceiling), free & (scores < self.ceiling)
+        if self.floor is not None:
+            held, free = held.clamp(min=self.floor), free & (scores > self.floor)
+        # What is not finite stays so: a limit must not hide a broken score.
+        return torch.where(scores.isnan(), scores, held), free.to(scores)
+
+    def weighted(self, scores: Tensor, step: int = 0) -> Tensor:
+        """Return the weight after `step` steps times what raw scores count for, (B,); no mode's scale is in it."""
+        return self.weight_at(step) * self.counted(scores)[0]

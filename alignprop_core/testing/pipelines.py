@@ -1,0 +1,103 @@
+"""Tiny diffusers pipelines from config, one for each family: random weights, seeded, offline, 32x32 pixels, fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Return a CLIP tokenizer that spells every text in single bytes: 512 symbols and the two markers, no merges."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)  # CLIP writes each remaining byte as the next character after 255
+    letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
+    symbols = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
+    # transformers 5 ignores vocab_file= and merges_file= without a word; vocab= and merges= are read.
+    return CLIPTokenizer(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
+
+
+def tiny_sd(
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", cross_attention_dim: int = 32, seed: int = 0
+) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline of about 0.3M float32 parameters; the same `seed` gives the same weights.
+
+    Images are 32x32, latents (B, 4, 4, 4): the VAE shrinks eightfold. The global random state is left as it was.
+    """
+    tokenizer = tiny_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=cross_attention_dim,
+                intermediate_size=2 * cross_attention_dim,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=77,
+                # Without these the pooled output of a small vocabulary comes from position 0.
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=32,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=cross_attention_dim,
+            attention_head_dim=8,
+            norm_num_groups=8,
+        )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+TINY_PIPELINES: dict[str, Callable[..., Any]] = {"stable_diffusion": tiny_sd}
+"""Family -> the function that builds its tiny pipeline."""
+
+
+def tiny_pipeline(family: str = "stable_diffusion", *, seed: int = 0) -> Any:
+    """Return a tiny pipeline of a family; the same `seed` gives the same weights.
+
+    Raises:
+        ValueError: no family of the core has that name.
+    """
+    if family not in TINY_PIPELINES:
+        raise ValueError(f'no tiny pipeline of the family "{family}"; there are: {", ".join(TINY_PIPELINES)}')
+    return TINY_PIPELINES[family](seed=seed)

@@ -1,0 +1,31 @@
+"""What a run's LoRA files are called, and what their headers say of the run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alignprop_core.local_rewards import public_name
+from alignprop_core.runs import safe_name
+
+if TYPE_CHECKING:
+    from alignprop_core.training.trainer import Trainer
+
+
+def lora_name(folder: Path) -> str:
+    """Return the name of a run's LoRA: its folder's, as a plain file name that is not diffusers' own."""
+    name = safe_name(folder.name)
+    return f"{name}_kohya" if name.endswith("pytorch_lora_weights") else name
+
+
+def lora_metadata(trainer: Trainer) -> dict[str, str]:
+    """Return what the file's header says of the run."""
+    # Without the folders of a Python file: what a LoRA carries around says nothing of its maker's disk.
+    rewards = [{"name": public_name(term.name), "weight": term.weight} for term in trainer.config.rewards]
+    return {
+        "modelspec.title": lora_name(trainer.folder.path),
+        "alignprop.base_model": trainer.config.model.base,
+        "alignprop.step": str(trainer.saved_step),
+        "alignprop.rewards": json.dumps(rewards),
+    }

@@ -1,0 +1,7 @@
+"""`mean_colour` keeps the promises alignprop relies on."""
+
+from alignprop_core.testing import RewardConformance
+
+
+class TestMeanColour(RewardConformance):
+    reward = "mean_colour"

@@ -1,0 +1,31 @@
+"""The reward keeps alignprop's promises, in both ways of preprocessing; a tiny model with random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from alignprop_clip.testing import write_tiny_clip
+from alignprop_core.testing import RewardConformance
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_clip(tmp_path_factory.mktemp("hpsv2") / "tiny.safetensors", dtype=torch.float32))
+
+
+class TestHpsv2(RewardConformance):
+    reward = "hpsv2"
+    skip = {"range": "random weights say nothing of the usual range"}  # noqa: RUF012
+
+    @pytest.fixture
+    def reward_options(self, weights: str) -> dict[str, Any]:
+        return {"weights": weights}
+
+
+class TestHpsv2CentreCrop(TestHpsv2):
+    @pytest.fixture
+    def reward_options(self, weights: str) -> dict[str, Any]:
+        return {"weights": weights, "preprocessing": "centre_crop"}

@@ -1,0 +1,8 @@
+"""The measure keeps alignprop's promises."""
+
+from alignprop_core.testing import RewardConformance
+
+
+class TestSceneAccuracy(RewardConformance):
+    reward = "scene_accuracy"
+    options = {"attribute": "all"}  # noqa: RUF012

@@ -1,0 +1,135 @@
+"""Time a training step of three rewards under each mix: same trainer, same machine, modes in turns.
+
+Networks have the sizes of Stable Diffusion 1.5 and of CLIP's ViT-L/14 and ViT-H/14 and random weights, which cost what
+trained ones cost; the third reward is the JPEG size. `--tiny` only tries the script out, on a CPU.
+
+    python -m tests.bench.mix_overhead --device cuda --rounds 6
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from alignprop_core.config import MixConfig, parse_config
+from alignprop_core.registry import default_registry
+from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.training import Trainer
+from tests.tiny import tiny_sd
+
+MODES = {
+    "sum": MixConfig(),
+    "balanced": MixConfig(combine="balanced"),
+    "balanced at the latent": MixConfig(combine="balanced", balance_at="latent"),
+    "pcgrad": MixConfig(combine="pcgrad"),
+}
+SIZES = {"clip_l": (1024, 24, 16, 4096), "clip_h": (1280, 32, 16, 5120), "clip_tiny": (32, 2, 2, 64)}
+
+
+class RandomClip(Reward):
+    """Cosine of a picture's features with a fixed direction; a CLIP image tower with random weights."""
+
+    def __init__(self, size: str) -> None:
+        super().__init__()
+        width, layers, heads, inner = SIZES[size]
+        config = CLIPVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=inner,
+            patch_size=14,
+            image_size=224,
+            projection_dim=64,
+        )
+        self.network = CLIPVisionModelWithProjection(config)
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        """Return (B,) scores."""
+        images = F.interpolate(batch.images, size=(224, 224), mode="bicubic", antialias=True, align_corners=False)
+        with torch.autocast(images.device.type, dtype=torch.bfloat16):
+            features = self.network(images).image_embeds
+        return F.normalize(features.float(), dim=-1)[:, 0]
+
+
+def stable_diffusion() -> StableDiffusionPipeline:
+    """Return a pipeline of Stable Diffusion 1.5's size with random weights."""
+    pipeline = tiny_sd(cross_attention_dim=768)
+    pipeline.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+    pipeline.vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        sample_size=512,
+    ).eval()
+    text = CLIPTextConfig(vocab_size=len(pipeline.tokenizer), hidden_size=768, intermediate_size=3072)
+    pipeline.text_encoder = CLIPTextModel(text).eval()
+    return pipeline
+
+
+def main() -> None:
+    """Print a table: seconds a step of each mode, and what it takes over `sum`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    sizes = ["clip_tiny", "clip_tiny"] if options.tiny else ["clip_l", "clip_h"]
+    rewards: dict[str, Any] = {f"{size}_{i}": RandomClip(size) for i, size in enumerate(sizes)}
+    registry = default_registry().with_rewards(rewards)
+    dtype = torch.float32 if options.tiny else torch.bfloat16
+    pipeline = (tiny_sd() if options.tiny else stable_diffusion()).to(options.device, dtype)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "prompts.txt").write_text("a fox\nan owl\na boat\na hill\n")
+        config = parse_config(
+            {
+                "model": {"base": "owner/name"},  # not loaded: the pipeline is given
+                "prompts": {"train": f"{folder}/prompts.txt"},
+                "sampling": {"steps": 4 if options.tiny else 50, "guidance_scale": 7.5},
+                "backprop": {"strategy": "last_k", "k": 2 if options.tiny else 8},
+                "rewards": [{"name": "jpeg_compressibility"}, *({"name": name} for name in rewards)],
+                "training": {
+                    "batch_size": 4,
+                    "device": options.device,
+                    "mixed_precision": "no" if options.tiny else "bf16",
+                },
+                "output": f"{folder}/run",
+            },
+            registry=registry,
+        )
+        trainer = Trainer(config, registry=registry, pipeline=pipeline)
+        times: dict[str, list[float]] = {name: [] for name in MODES}
+        for turn in range(options.rounds + 1):
+            names = list(MODES) if turn % 2 else list(reversed(MODES))
+            for name in names:
+                trainer.mix.config = MODES[name]
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                trainer.step()
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                if turn:  # the first round warms up, and learns the terms' sizes
+                    times[name].append(time.perf_counter() - start)
+    device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
+    print(f"{device}, torch {torch.__version__}, {options.rounds} rounds\n")
+    print("| mix | s a step (median) | over `sum`, round by round (median) |\n| --- | --- | --- |")
+    for name, seconds in times.items():
+        over = statistics.median(own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True))
+        print(f"| {name} | {statistics.median(seconds):.3f} | {over:+.1%} |")
+
+
+if __name__ == "__main__":
+    main()

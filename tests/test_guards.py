@@ -1,0 +1,436 @@
+"""Guards: bad steps are dropped and said, the best LoRA is kept, a run that has gone far enough stops by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from alignprop_core import lora
+from alignprop_core.config import GuardsConfig, RunConfig, parse_config
+from alignprop_core.errors import ConfigError, RewardError, RunError
+from alignprop_core.hookspecs import hookimpl
+from alignprop_core.registry import Registry
+from alignprop_core.reward import ImageBatch
+from alignprop_core.specs import RewardSpec
+from alignprop_core.training import Callback, StepRecord, Trainer
+from alignprop_core.training.ema import Average
+from alignprop_core.training.guards import HeldOutGuard, StepGuard
+from alignprop_core.training.run import run
+from tests import toy_rewards
+from tests.toy_rewards import Redness
+
+
+class Moody(Redness):
+    """Redness, but for the training batches (of four) whose numbers are listed: there its gradient is multiplied."""
+
+    factors: dict[int, float] = {}  # noqa: RUF012
+    calls = 0
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        score = super().score(batch)
+        if batch.images.requires_grad:
+            Moody.calls += 1
+            factor = Moody.factors.get(Moody.calls, 1.0)
+            score.register_hook(lambda gradient: gradient * factor)
+        return score
+
+
+class Plugin:
+    @hookimpl
+    def alignprop_register_rewards(self) -> list[RewardSpec]:
+        return [
+            RewardSpec(
+                name="moody",
+                summary="For tests.",
+                factory="tests.test_guards:Moody",
+                config="tests.toy_rewards:RednessConfig",
+            )
+        ]
+
+
+def registry() -> Registry:
+    toys = SimpleNamespace(alignprop_register_rewards=toy_rewards.alignprop_register_rewards)
+    return Registry.from_plugins({"toy-rewards": toys, "guards": Plugin()})
+
+
+@pytest.fixture
+def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
+    """Build a config; keyword arguments are overrides with dots written as double underscores."""
+    (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
+    base = {
+        "model": {"base": str(tiny_model)},
+        "prompts": {"train": str(tmp_path / "prompts.txt"), "heldout": str(tmp_path / "prompts.txt")},
+        "sampling": {"steps": 3, "guidance_scale": 2.0},
+        "backprop": {"strategy": "last_k", "k": 1},
+        "rewards": [{"name": "redness"}],
+        "lora": {"rank": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 6, "batch_size": 4, "device": "cpu"},
+        "samples": {"every": None},
+        "save": {"every": None},
+        "evaluation": {"at_end": False, "images_per_prompt": 2},
+        "output": str(tmp_path / "run"),
+    }
+
+    def build(**overrides: object) -> RunConfig:
+        changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+        return parse_config(base, registry=registry(), overrides=changes)
+
+    return build
+
+
+def train(config: RunConfig, **options: Any) -> Path:
+    return run(Trainer(config, registry=registry(), **options))
+
+
+def adapters(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
+
+
+def lines(folder: Path, key: str) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if key in row]
+
+
+class Interrupt(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == self.step:
+            raise KeyboardInterrupt
+
+
+# -- steps that are dropped -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("factor", "why"), [(float("nan"), "not finite"), (1e9, "times the usual")])
+def test_a_bad_step_is_dropped_and_the_run_goes_on(
+    make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str], factor: float, why: str
+) -> None:
+    class Watch(Callback):
+        states: list[dict[str, Tensor]] = []  # noqa: RUF012
+
+        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+            self.states.append(lora.state(trainer.denoiser))
+
+    Watch.states.clear()
+    Moody.calls, Moody.factors = 0, {10: factor}
+    folder = train(make(rewards=[{"name": "moody"}], training__steps=12), callbacks=[Watch()])
+    rows = lines(folder, "reward")
+    assert [row["step"] for row in rows if row["dropped"]] == [10]
+    assert why in rows[9]["dropped"]
+    assert "step 10 dropped: " in capsys.readouterr().err
+    before, at, after = Watch.states[8:11]
+    assert all(torch.equal(at[name], before[name]) for name in before)
+    assert any(not torch.equal(after[name], at[name]) for name in before)
+
+
+def test_repeated_bad_steps_stop_the_run_with_the_last_good_state(make: Callable[..., RunConfig]) -> None:
+    Moody.calls, Moody.factors = 0, {n: float("nan") for n in range(4, 99)}
+    config = make(rewards=[{"name": "moody"}], guards__max_dropped_steps=2)
+    with pytest.raises(RunError, match=r"Step 5: the gradient is not finite.* and the 1 before it were dropped"):
+        train(config)
+    folder = Path(config.output)
+    assert [bool(row["dropped"]) for row in lines(folder, "reward")] == [False] * 3 + [True] * 2
+    kept = load_file(folder / "checkpoints" / "step-000005" / "adapter.safetensors")
+    Moody.calls, Moody.factors = 0, {}
+    good = make(rewards=[{"name": "moody"}], training__steps=3, output=str(folder.parent / "good"))
+    expected = load_file(train(good) / "checkpoints" / "step-000003" / "adapter.safetensors")
+    assert all(torch.equal(kept[name], expected[name]) for name in expected)
+    Moody.calls, Moody.factors = 0, {}
+    train(config, resume=folder)
+    assert [row["step"] for row in lines(folder, "reward")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_score_that_is_not_finite_names_its_reward_when_it_stays_so(make: Callable[..., RunConfig]) -> None:
+    with pytest.raises(RewardError, match=r'Step 1: reward "not_a_number" gave a score that is not finite'):
+        train(make(rewards=[{"name": "not_a_number"}], guards__max_dropped_steps=1))
+
+
+def test_explosion_is_judged_against_the_usual_norm_and_not_before_there_is_one() -> None:
+    guard = StepGuard(GuardsConfig(explosion=10.0))
+
+    def judge(step: int, norm: float) -> str | None:
+        return guard.judge(step, {"a": 0.0}, norm, overflow_expected=False)
+
+    assert judge(1, 1e6) is None, "nothing is usual yet"
+    assert all(judge(step, 0.0) is None for step in range(2, 20)), "steps at a ceiling say nothing of what is usual"
+    assert all(judge(step, 1.0) is None for step in range(20, 28))
+    assert judge(28, 9.0) is None
+    assert judge(29, 11.0) is not None
+    assert StepGuard(GuardsConfig(explosion=None)).judge(1, {}, 1e30, overflow_expected=False) is None
+    assert guard.judge(30, {"a": 0.0}, float("inf"), overflow_expected=True) is None, "float16 finding its scale"
+    again = StepGuard(GuardsConfig(explosion=10.0))
+    again.load(json.loads(json.dumps(guard.as_json())))
+    assert again.as_json() == guard.as_json()
+
+
+# -- held-out scores --------------------------------------------------------------------------------------------------
+
+
+def test_patience_counts_evaluations_without_a_new_best() -> None:
+    guard = HeldOutGuard(GuardsConfig(patience=2))
+    for step, score, best in ((0, 1.0, True), (5, 2.0, True), (10, 1.9, False)):
+        assert guard.judge(step, score, 0.0, None) is best
+        assert guard.stop_reason() is None
+    assert not guard.judge(15, float("nan"), 0.0, None), "what is not a number is never the best"
+    assert guard.stop_reason() == "held-out reward was no better at 2 evaluations in a row (best 2 at step 5)"
+    assert guard.judge(20, 3.0, 0.0, None)
+    assert guard.stop_reason() is None
+
+
+def test_limits_stop_a_run_and_bar_an_evaluation_from_being_the_best() -> None:
+    guard = HeldOutGuard(GuardsConfig(drift_limit=0.2, diversity_floor=0.5, lower_is_better=True))
+    assert guard.judge(0, 5.0, 0.0, 0.4)
+    assert guard.judge(1, 4.0, 0.2, 0.3)
+    assert not guard.judge(2, 3.0, 0.21, 0.3)
+    assert guard.stop_reason() == "drift 0.21 is above guards.drift_limit 0.2"
+    assert not guard.judge(3, 3.0, 0.1, 0.19)
+    assert guard.stop_reason() == "diversity 0.19 is below guards.diversity_floor 0.5 of its first, 0.4"
+    assert guard.standing.best_step == 1
+
+
+def test_evaluations_are_lines_of_metrics_with_the_same_seeds(make: Callable[..., RunConfig]) -> None:
+    seen = []
+
+    class Watch(Callback):
+        def on_evaluation(self, trainer: Trainer, figures: Any) -> None:
+            seen.append((trainer.step_number, figures["reward"]))
+
+    folder = train(make(evaluation__every=4), callbacks=[Watch()])
+    rows = lines(folder, "evaluation")
+    assert [row["step"] for row in rows] == [0, 4, 6], "before the first step, on the way, after the last"
+    assert seen == [(row["step"], row["evaluation"]["reward"]) for row in rows]
+    first, last = rows[0]["evaluation"], rows[-1]["evaluation"]
+    assert first["drift"] == 0
+    assert last["drift"] > 0
+    assert last["scores"]["redness"]["mean"] > first["scores"]["redness"]["mean"]
+    assert last["scores"]["red_share"]["mean"] == pytest.approx(last["reward"], abs=1e-6)
+    assert first["diversity"] > 0
+    assert [row["step"] for row in lines(folder, "terms")] == [1, 2, 3, 4, 5, 6], "the steps' own lines are as before"
+
+
+def test_the_run_stops_by_itself_and_keeps_the_best(
+    make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Trained for more red, watched for less: the start stays the best, and the second evaluation is one too many.
+    config = make(
+        training__steps=50,
+        evaluation__every=2,
+        evaluation__at_end=True,
+        guards={"watch": "red_share", "lower_is_better": True, "patience": 2, "keep_best": True},
+    )
+    folder = train(config)
+    assert [row["step"] for row in lines(folder, "reward")][-1] == 4
+    told = json.loads((folder / "evaluation.json").read_text())
+    assert told["step"] == 0
+    assert "no better at 2 evaluations in a row" in told["stopped"]
+    assert told["drift"]["tuned"] == 0
+    assert told["diversity"]["base"]["mean"] == told["diversity"]["tuned"]["mean"]
+    assert all(not tensor.any() for name, tensor in adapters(folder).items() if "lora_B" in name)
+    said = capsys.readouterr().err
+    assert "stopped at step 4: held-out red_share was no better" in said
+    assert "the run's LoRA is the best one, of step 0" in said
+
+
+def test_the_best_lora_is_kept_beside_the_last_and_is_what_was_evaluated(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    # The best lies in the middle: after step 4 the learning rate of this run makes nothing better.
+    config = make(training__steps=4, evaluation__every=2, guards={"drift_limit": 1e-9})
+    folder = train(config)
+    best = load_file(folder / "lora" / "best" / "pytorch_lora_weights.safetensors")
+    assert all(not tensor.any() for name, tensor in best.items() if "lora_B" in name), "only the start had no drift"
+    assert any(tensor.any() for name, tensor in adapters(folder).items() if "lora_B" in name)
+    assert lines(folder, "reward")[-1]["step"] == 2
+    again = make(training__steps=4, evaluation__every=2, output=str(tmp_path / "again"))
+    free = train(again)
+    best = load_file(free / "lora" / "best" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(best[name], tensor) for name, tensor in adapters(free).items()), "red rose to the end"
+
+
+def test_a_guarded_run_resumes_as_the_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "evaluation__every": 2,
+        "evaluation__at_end": True,
+        "optimizer__ema_decay": 0.9,
+        "regularization__weight": 0.1,
+        "guards": {"patience": 3, "keep_best": True},
+    }
+    straight = train(make(**options))
+    config = make(**options, output=str(tmp_path / "broken"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, callbacks=[Interrupt(3)])
+    resumed = train(config, resume=tmp_path / "broken")
+    for name, tensor in adapters(straight).items():
+        assert torch.equal(adapters(resumed)[name], tensor), name
+    for key in ("evaluation", "reward"):
+        strip = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in lines(straight, key)]
+        assert [
+            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in lines(resumed, key)
+        ] == strip
+    one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (straight, resumed))
+    assert one == two
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    straight = train(make(evaluation__every=2))
+    config = make(evaluation__every=2, output=str(tmp_path / "broken"))
+    trainer = Trainer(config, registry=registry())
+
+    def interrupt(*_: object) -> None:
+        if trainer.step_number == 4:
+            raise KeyboardInterrupt
+
+    trainer.denoiser.register_forward_pre_hook(lambda *_: None if torch.is_grad_enabled() else interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+    folder = train(config, resume=tmp_path / "broken")
+    assert lines(folder, "evaluation") == lines(straight, "evaluation")
+
+
+def test_a_stopped_run_stays_stopped_until_its_guards_allow_more(make: Callable[..., RunConfig]) -> None:
+    options: dict[str, Any] = {"evaluation__every": 2, "training__steps": 8}
+    folder = train(make(**options, guards={"drift_limit": 1e-9}))
+    assert lines(folder, "reward")[-1]["step"] == 2
+    train(make(**options, guards={"drift_limit": 1e-9}), resume=folder)
+    assert lines(folder, "reward")[-1]["step"] == 2
+    train(make(**options), resume=folder)
+    assert lines(folder, "reward")[-1]["step"] == 8
+    assert [row["step"] for row in lines(folder, "evaluation")] == [0, 2, 4, 6, 8]
+
+
+# -- the average, weight decay, regularization ------------------------------------------------------------------------
+
+
+def test_the_average_follows_its_formula() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    average = Average([parameter], decay=0.5)
+    expected = torch.zeros(3)
+    for n in range(6):
+        with torch.no_grad():
+            parameter += 1
+        average.update()
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * parameter.detach()
+    torch.testing.assert_close(average.values[0], expected)
+    with average.swapped_in():
+        torch.testing.assert_close(parameter.detach(), expected)
+    assert torch.equal(parameter.detach(), torch.full((3,), 6.0))
+
+
+def test_saved_and_evaluated_is_the_average(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    class Watch(Callback):
+        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+            assert trainer.guarding.average is not None
+            self.raw = lora.state(trainer.denoiser)
+            self.average = [value.clone() for value in trainer.guarding.average.values]
+
+    watch = Watch()
+    trainer = Trainer(make(optimizer__ema_decay=0.9, evaluation__every=3), registry=registry(), callbacks=[watch])
+    folder = run(trainer)
+    raw, mean = torch.cat([t.flatten() for t in watch.raw.values()]), torch.cat([t.flatten() for t in watch.average])
+    assert not torch.allclose(raw, mean)
+    saved = lora.load_delta(folder)
+    live = lora.current(trainer.denoiser)
+    assert all(torch.equal(saved[name].down, live[name].down) for name in live)
+    assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.parameters]), mean)
+    kept = load_file(folder / "checkpoints" / "step-000006" / "adapter.safetensors")
+    assert all(torch.equal(kept[name], tensor) for name, tensor in watch.raw.items()), "training goes on from the raw"
+
+
+def test_weight_decay_and_regularization_hold_the_adapters_back(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def drift(name: str, **options: object) -> float:
+        folder = train(make(evaluation__every=20, training__steps=20, output=str(tmp_path / name), **options))
+        return float(lines(folder, "evaluation")[-1]["evaluation"]["drift"])
+
+    free = drift("free")
+    assert drift("decayed", optimizer__weight_decay=20.0) < 0.8 * free
+    assert drift("pulled", regularization__weight=50.0) < 0.8 * free
+    pulled = lines(tmp_path / "pulled", "reward")
+    assert pulled[0]["regularization"] == 0
+    assert pulled[-1]["regularization"] > 0
+    assert all(row["regularization"] == 0 for row in lines(tmp_path / "free", "reward"))
+
+
+# -- configs that cannot be meant -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"guards__patience": 3}, "guards.patience: goes by evaluations while training; set evaluation.every"),
+        ({"guards__keep_best": True}, "guards.keep_best: goes by evaluations"),
+        ({"guards__drift_limit": 0.2}, "guards.drift_limit: goes by evaluations"),
+        ({"evaluation__every": 2, "prompts__heldout": None}, "evaluation.every: there is nothing to evaluate on"),
+        (
+            {"evaluation__every": 2, "guards__diversity_floor": 0.5, "evaluation__images_per_prompt": 1},
+            "guards.diversity_floor: needs pairs",
+        ),
+        ({"evaluation__diversity_encoder": "clip"}, '"clip" is no term\'s label; the labels are redness'),
+        ({"guards__patience": 0, "evaluation__every": 2}, "guards.patience"),
+        ({"guards__max_dropped_steps": 0}, "guards.max_dropped_steps"),
+        ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay"),
+        ({"regularization__weight": -1.0}, "regularization.weight"),
+    ],
+)
+def test_impossible_guards_are_refused(
+    make: Callable[..., RunConfig], overrides: dict[str, object], words: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make(**overrides)
+    assert words in str(caught.value).replace(" (from the command line)", "")
+
+
+def test_a_watched_score_nobody_measures_is_refused_before_anything_loads(make: Callable[..., RunConfig]) -> None:
+    config = make(evaluation__every=2, guards__watch="red_shar", model__base="owner/name")
+    with pytest.raises(ConfigError, match=r'"red_shar" is measured by no evaluation.*Did you mean "red_share"'):
+        Trainer(config, registry=registry())
+
+
+def test_an_encoder_without_image_features_is_refused(make: Callable[..., RunConfig]) -> None:
+    with pytest.raises(ConfigError, match=r'reward of "redness" has no image features'):
+        train(make(evaluation__every=2, evaluation__diversity_encoder="redness"))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    options: dict[str, Any] = {"evaluation__every": 2, "guards": {"drift_limit": 1e-9}, "regularization__weight": 0.1}
+    one = train(make(**options, output=str(tmp_path / "one")))
+    config = tmp_path / "two.json"
+    config.write_text(make(**options, output=str(tmp_path / "two")).model_dump_json())
+    script = tmp_path / "two.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from alignprop_core.config import RunConfig\n"
+        "from alignprop_core.training import Trainer, run\n"
+        "from tests.test_guards import registry\n"
+        f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
+        "trainer = Trainer(config, registry=registry())\n"
+        "assert trainer.state.num_processes == 2\n"
+        "run(trainer)\n"
+        "assert trainer.step_number == 2, trainer.step_number\n"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
+        check=True,
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    for a, b in zip(lines(one, "reward"), lines(tmp_path / "two", "reward"), strict=True):
+        assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
+        assert b["regularization"] == pytest.approx(a["regularization"], rel=1e-3, abs=1e-9)

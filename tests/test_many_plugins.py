@@ -1,0 +1,149 @@
+"""Many plugins, and many broken ones: listings stay quick and whole, runs import what they name and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.fake_plugins import install, reward_spec, rewards_hook
+from tests.test_registry import BROKEN
+
+# The ways a plugin can be broken that test_registry has not: they load, or are found out only when they are named.
+LATE = {
+    "duplicate-one": ({"module": rewards_hook(f"return [{reward_spec('twice', 'fake_duplicate_one')}]")}, "loaded"),
+    "duplicate-two": ({"module": rewards_hook(f"return [{reward_spec('twice', 'fake_duplicate_two')}]")}, "loaded"),
+    "missing-factory": ({"reward": "Other = 1"}, "loaded"),
+    "bad-config": ({"config": "class Options: pass"}, "loaded"),
+    "slow-import": (
+        {
+            "module": "import time; time.sleep(1.1)\n"
+            + rewards_hook(f"return [{reward_spec('slow', 'fake_slow_import')}]")
+        },
+        "loaded",
+    ),
+    "prints": (
+        {"module": "print('HELLO')\n" + rewards_hook(f"return [{reward_spec('prints', 'fake_prints')}]")},
+        "loaded",
+    ),
+}
+# A line without "=" makes importlib.metadata raise for whoever asks for any entry point. pydantic and torch do when
+# they are imported, so beside such an installation no program that uses them starts, ours or another's.
+FOUND = {kind: facts for kind, facts in BROKEN.items() if kind != "no-value"}
+TRAIN = """
+import sys
+from pathlib import Path
+from alignprop_core.testing import train_two_steps
+train_two_steps("fake_works", Path(sys.argv[1]), {"quality": 3})
+mine = sorted(name for name in sys.modules if name.startswith("fake_") and "." in name)
+assert mine == ["fake_works.config", "fake_works.reward"], mine
+"""
+
+
+def environment(site: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("ALIGNPROP_")}
+    return {**kept, "PYTHONPATH": str(site)}
+
+
+def alignprop(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    code = "from alignprop_core.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=environment(site), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("broken")
+    for kind, (arguments, *_) in {**FOUND, **LATE}.items():
+        install(site, f"fake-{kind}", **arguments)  # type: ignore[arg-type]
+    install(site, "fake-works")
+    return site
+
+
+def test_the_listings_hold_with_every_kind_of_broken_plugin_at_once(broken: Path) -> None:
+    done = alignprop(broken, "plugins", "--json")
+    assert done.returncode == 0, done.stderr
+    listed = {plugin["distribution"]: plugin for plugin in json.loads(done.stdout)["plugins"]}
+    for kind, (_, status, message) in FOUND.items():
+        assert listed[f"fake-{kind}"]["status"] == status
+        assert message in listed[f"fake-{kind}"]["error"]
+    for kind, (_, status) in LATE.items():
+        assert listed[f"fake-{kind}"]["status"] == status
+    assert "took 1." in listed["fake-slow-import"]["warnings"][0]
+    assert "prints when imported" in listed["fake-prints"]["warnings"][0]
+    rewards = alignprop(broken, "rewards", "list")
+    assert rewards.returncode == 0
+    assert "HELLO" not in rewards.stdout
+    for name in ("fake-duplicate-one/twice", "fake-duplicate-two/twice", "fake_works"):
+        assert name in rewards.stdout
+    assert "fake-import-error is not loaded" in rewards.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("twice", "offered by fake-duplicate-one 1.2 and fake-duplicate-two 1.2"),
+        ("fake_bad_config", "must be a subclass of alignprop_core.RewardConfig"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_is_said_when_it_is_named(broken: Path, name: str, message: str) -> None:
+    done = alignprop(broken, "rewards", "show", name)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_a_missing_factory_is_said_when_the_reward_is_checked(broken: Path) -> None:
+    done = alignprop(broken, "rewards", "check", "fake_missing_factory")
+    assert done.returncode == 2
+    assert "fake_missing_factory.reward:Fake does not exist" in done.stderr
+
+
+def test_a_run_that_does_not_use_them_is_unaffected(broken: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(tmp_path)],
+        env=environment(broken), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.fixture(scope="module")
+def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    site = tmp_path_factory.mktemp("fifty")
+    for number in range(49):
+        install(site, f"fake-number{number}")
+    install(site, "fake-works")
+    return site
+
+
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures processor time with os.wait4, which Windows lacks")
+def test_fifty_plugins_are_listed_in_seven_tenths_of_a_second(fifty: Path) -> None:
+    seconds = []
+    for _ in range(4):  # the first compiles
+        process = subprocess.Popen(
+            [sys.executable, "-c", "from alignprop_core.cli import main; main()", "rewards", "list", "--json"],
+            env=environment(fifty), stdout=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout is not None
+        names = [reward["name"] for reward in json.loads(process.stdout.read())]
+        process.stdout.close()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == 0
+        assert len([name for name in names if name.startswith("fake_")]) == 50
+        seconds.append(usage.ru_utime + usage.ru_stime)
+    assert min(seconds) < 0.7
+
+
+def test_a_run_imports_code_only_of_what_it_names(fifty: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN, str(tmp_path)],
+        env=environment(fifty), capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

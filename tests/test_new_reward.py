@@ -1,0 +1,167 @@
+"""`alignprop rewards new` writes plugins that work: built, installed outside the repository, tested, trained on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+from itertools import product
+from pathlib import Path
+
+import pytest
+
+from alignprop_core import __version__, cli
+from alignprop_core.cli.scaffold import LICENSES, render, reward_project
+from tests.fresh import ROOT, FreshEnvironment, build_wheel
+
+COMBINATIONS = list(product((False, True), (False, True), LICENSES))
+QUICK = {(False, False, "Apache-2.0"), (True, True, "MIT")}
+"""Every block of the templates once in and once out; the others are in `make test-all`."""
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheels"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "weights", "license"),
+    [pytest.param(*c, id="-".join(map(str, c)), marks=[] if c in QUICK else [pytest.mark.slow]) for c in COMBINATIONS],
+)
+def test_a_new_plugin_builds_installs_and_passes_its_tests(
+    prompts: bool, weights: bool, license: str, core: Path, tmp_path: Path
+) -> None:
+    environment = FreshEnvironment(tmp_path / "environment")
+    environment.install(core)
+    flags = ["--prompts" if prompts else "--no-prompts", "--weights" if weights else "--no-weights"]
+    environment.run(["alignprop", "rewards", "new", "warm_colours", *flags, "--license", license], tmp_path)
+    project = tmp_path / "alignprop-warm-colours"
+    for command in ("check", "format --check"):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command.split(), "."],
+            cwd=project,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout
+    (tmp_path / "dist").mkdir()
+    environment.install(build_wheel(project, tmp_path / "dist"))
+    done = environment.run(["pytest", "-q", "-p", "no:cacheprovider", str(project)], tmp_path)
+    assert " passed" in done.stdout
+    assert "failed" not in done.stdout
+    # The installed wheel was tested, not the source beside the tests.
+    where = environment.run(["python", "-c", "import alignprop_warm_colours as m; print(m.__file__)"], tmp_path)
+    assert Path(where.stdout.strip()).is_relative_to(environment.site)
+    (plugin,) = json.loads(environment.run(["alignprop", "plugins", "--json"], tmp_path).stdout)["plugins"]
+    assert (plugin["distribution"], plugin["status"], plugin["rewards"]) == (
+        "alignprop-warm-colours",
+        "loaded",
+        ["warm_colours"],
+    )
+    assert plugin["warnings"] == []
+
+
+@pytest.mark.slow
+def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
+    """The commands that `rewards new` prints, and a run on a tiny model."""
+    environment = FreshEnvironment(tmp_path / "environment")
+    environment.install(core)
+    printed = environment.run("alignprop rewards new warm_colours --no-prompts --no-weights", tmp_path).stdout
+    commands = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
+    assert [command.split()[0] for command in commands] == ["pip", "python", "alignprop"]
+    for command in commands:
+        done = environment.run(command, tmp_path)
+    assert "It keeps its promises." in done.stdout
+    code = (
+        "from pathlib import Path; from alignprop_core.testing import train_two_steps;"
+        "Path('work').mkdir(); train_two_steps('warm_colours', Path('work'), {'colour': [1, 0, 0]})"
+    )
+    environment.run(["python", "-c", code], tmp_path)
+    run = tmp_path / "work" / "run"
+    assert (run / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(step["grad_norm"] > 0 for step in steps)
+
+
+def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
+    project = reward_project("warm_colours", prompts=True, weights=True, license="MIT", author="A. N. Other")
+    assert set(project) == {
+        "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/tests.yml",
+        "src/alignprop_warm_colours/__init__.py", "src/alignprop_warm_colours/config.py",
+        "src/alignprop_warm_colours/reward.py", "src/alignprop_warm_colours/py.typed",
+        "src/alignprop_warm_colours/weights/example.safetensors",
+        "tests/test_conformance.py", "tests/test_reward.py",
+    }  # fmt: skip
+    facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
+    assert facts["license"] == "MIT"
+    assert "alignprop-plugin" in facts["keywords"]
+    from packaging.requirements import Requirement
+
+    (needed,) = (Requirement(line) for line in facts["dependencies"] if line.startswith("alignprop-core"))
+    assert needed.specifier.contains(__version__)
+    assert not needed.specifier.contains("1.0")
+    assert b"A. N. Other" in project["LICENSE"]
+    assert not [path for path, data in project.items() if b"<<" in data or b"%%" in data]
+
+
+def test_templates_take_values_and_nested_blocks() -> None:
+    text = "a <<x>>\n%% if one\nb\n%% if not two\nc\n%% end\n%% end\nd\n"
+    assert render(text, {"x": "1"}, {"one": True, "two": True}) == "a 1\nb\nd\n"
+    assert render(text, {"x": "1"}, {"one": True, "two": False}) == "a 1\nb\nc\nd\n"
+    assert render(text, {"x": "1"}, {"one": False, "two": False}) == "a 1\nd\n"
+    with pytest.raises(KeyError):
+        render(text, {}, {"one": True, "two": True})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["WarmColours"], "is no name for a reward: use small letters"),
+        (["warm__colours"], "is no name for a reward"),
+        (["../escape"], "is no name for a reward"),
+        (["warm", "--license", "GPL-3.0"], "is none of Apache-2.0, MIT, BSD-3-Clause"),
+        (["warm", "--to", "full"], "exists already"),
+    ],
+)
+def test_wrong_input_is_one_message_and_writes_nothing(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert cli.run(["rewards", "new", *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_what_no_flag_says_is_asked_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import typer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    asked: list[str] = []
+    monkeypatch.setattr(typer, "confirm", lambda text, default: asked.append(text) or "network" in text)
+    monkeypatch.setattr(typer, "prompt", lambda text, default: asked.append(text) or "MIT")
+    assert cli.run(["rewards", "new", "warm"]) == 0
+    assert len(asked) == 3
+    assert (tmp_path / "alignprop-warm/src/alignprop_warm/weights/example.safetensors").is_file()
+    assert "needs_prompts" not in (tmp_path / "alignprop-warm/src/alignprop_warm/__init__.py").read_text()
+    assert (tmp_path / "alignprop-warm/LICENSE").read_text().startswith("MIT License")
+
+
+def test_new_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from alignprop_core.cli import run; assert run(['rewards', 'new', 'warm', '--weights']) == 0;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdin=subprocess.DEVNULL, timeout=60, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,73 @@
+"""`alignprop rewards check`: a verdict a check, and an exit code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from alignprop_core import cli
+from alignprop_core.registry import Registry
+from alignprop_core.specs import RewardSpec
+from alignprop_core.testing import CHECKS
+from alignprop_core.testing.fixtures import isolated_registry  # noqa: F401
+from tests.promise_rewards import BREAKERS, GOOD, hook_of
+
+Use = Callable[[RewardSpec], Registry]
+
+
+@pytest.fixture
+def use(isolated_registry: Callable[..., Registry]) -> Use:  # noqa: F811
+    return lambda spec: isolated_registry({"promise-rewards": hook_of(spec)})
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> tuple[str, str]:
+    assert cli.run(["rewards", "check", *arguments]) == code
+    return capsys.readouterr()
+
+
+def test_a_good_reward_passes_with_a_verdict_a_check(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    use(GOOD["a reward"])
+    out, err = run(capsys, "subject", "gain=2.0")
+    words = " ".join(out.split())
+    for check in CHECKS:
+        assert f"{check.name} kept {check.promise[:20]}" in words
+    assert out.endswith(f"subject: {len(CHECKS)} kept. It keeps its promises.\n")
+    assert err == ""
+
+
+def test_a_broken_promise_is_said_and_the_exit_code_is_1(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    spec, words = BREAKERS["samples_independent"][0]
+    use(spec)
+    out, _ = run(capsys, "subject", code=1)
+    assert words in " ".join(out.split())
+    assert "It is not ready for runs." in out
+    data = json.loads(run(capsys, "subject", "--json", code=1)[0])
+    assert not data["passed"]
+    assert "samples_independent" in {one["check"] for one in data["checks"] if one["status"] == "broken"}
+    assert set(data["checks"][0]) == {"check", "promise", "status", "message"}
+
+
+def test_options_prompts_and_skips_are_heard(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    use(GOOD["a measure"])
+    data = json.loads(run(capsys, "subject", "gain=0.5", "--prompt", "a fox", "--skip", "shape", "--json")[0])
+    assert data["options"] == {"gain": 0.5}
+    assert {one["check"] for one in data["checks"] if one["status"] == "skipped"} == {"shape"}
+    assert "declared differentiable=False" in {o["check"]: o["message"] for o in data["checks"]}["gradcheck"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["subjct"], 'Did you mean "subject"?'),
+        (["subject", "gian=2"], "options.gian"),
+        (["subject", "gain"], "write key.path=value"),
+        (["subject", "--skip", "shap"], 'there is no check "shap". Did you mean "shape"?'),
+    ],
+)
+def test_wrong_input_is_one_message(
+    arguments: list[str], message: str, use: Use, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use(GOOD["a reward"])
+    assert message in run(capsys, *arguments, code=2)[1]

@@ -1,0 +1,308 @@
+"""Strength and soups: LoRAs scaled, mixed, converted and baked exactly; curves of reward against drift."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from alignprop_core import lora
+from alignprop_core.cli import run
+from alignprop_core.errors import LoraError
+from alignprop_core.evaluation.plot import Panel, draw, ticks
+from alignprop_core.lora.combine import truncated
+from alignprop_core.lora.formats import Factors
+from tests.tiny import tiny_sd
+
+
+def make_lora(folder: Path, *, rank: int = 4, seed: int = 5, targets: list[str] | None = None, **options: Any) -> Path:
+    """Write a LoRA of the tiny model with a random change."""
+    unet = tiny_sd().unet
+    lora.attach(unet, rank=rank, targets=targets, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in lora.parameters(unet)[1::2]:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    lora.save(unet, folder, name=folder.name, metadata={"alignprop.base_model": "tiny"})
+    return folder
+
+
+def changes(path: Path) -> dict[str, Tensor]:
+    return {name: factors.change() for name, factors in lora.load_delta(path).items()}
+
+
+def both(folder: Path) -> list[dict[str, Tensor]]:
+    """The weight changes of a folder's two files."""
+    return [changes(folder / lora.DIFFUSERS_NAME), changes(folder / f"{folder.name}.safetensors")]
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, atol=tolerance * float(change.norm() + 1e-9), rtol=0)
+
+
+def picture(pipe: StableDiffusionPipeline) -> Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    images: Tensor = pipe("a fox", num_inference_steps=2, generator=generator, output_type="pt").images
+    return images
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def test_scale_writes_both_formats(tmp_path: Path) -> None:
+    one = make_lora(tmp_path / "one", alpha=11.0)
+    assert run(["lora", "scale", str(one), "0.4", "--output", str(tmp_path / "weak")]) == 0
+    expected = {name: 0.4 * change for name, change in changes(one).items()}
+    for found in both(tmp_path / "weak"):
+        assert_same(found, expected)
+
+
+def test_mix_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> None:
+    one = make_lora(tmp_path / "one", rank=4, alpha=11.0)
+    two = make_lora(tmp_path / "two", rank=3, seed=6, targets=["to_q", "conv1"], rank_stabilized=True)
+    arguments = ["lora", "mix", str(one), str(two / "two.safetensors"), "--weights", "0.7,-1.5"]
+    assert run([*arguments, "--output", str(tmp_path / "soup")]) == 0
+    first, second = changes(one), changes(two)
+    assert first.keys() != second.keys()
+    expected = {
+        name: 0.7 * first.get(name, torch.zeros(())) - 1.5 * second.get(name, torch.zeros(()))
+        for name in first.keys() | second.keys()
+    }
+    for found in both(tmp_path / "soup"):
+        assert_same(found, expected)
+    ranks = {name: factors.rank for name, factors in lora.load_delta(tmp_path / "soup").items()}
+    assert set(ranks.values()) == {3, 4, 7}, "ranks add up where both change a layer"
+    told = lora.read_whole(tmp_path / "soup").header["alignprop.mix"]
+    assert json.loads(told) == [{"lora": "one", "weight": 0.7}, {"lora": "two.safetensors", "weight": -1.5}]
+
+
+def test_mix_to_a_rank_is_the_nearest_and_says_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [make_lora(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2))]
+    read = [lora.read_whole(path) for path in paths]
+    exact = lora.mix(read, [0.5, 0.5]).lora.denoiser
+    for rank in (1, 3, 8):
+        mixed = lora.mix(read, [0.5, 0.5], rank=rank)
+        lost, whole = 0.0, 0.0
+        for name, factors in mixed.lora.denoiser.items():
+            u, sizes, v = torch.linalg.svd(exact[name].change(), full_matrices=False)
+            nearest = (u[:, :rank] * sizes[:rank]) @ v[:rank]
+            torch.testing.assert_close(factors.change(), nearest, atol=1e-9, rtol=0)
+            assert factors.rank == min(rank, 8)
+            lost += float((nearest - exact[name].change()).square().sum())
+            whole += float(exact[name].change().square().sum())
+        assert mixed.error == pytest.approx((lost / whole) ** 0.5, abs=1e-9)
+        assert mixed.worst >= mixed.error
+    assert mixed.error < 1e-9, "rank 8 holds two LoRAs of rank 4"
+    assert run(["lora", "mix", *map(str, paths), "--rank", "3", "--output", str(tmp_path / "soup")]) == 0
+    assert "of the exact mix's weight change" in capsys.readouterr().out
+
+
+def test_truncation_handles_convolutions_and_zero_changes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up = torch.randn(6, 4, 3, 3, generator=generator), torch.randn(5, 6, 1, 1, generator=generator)
+    layer, sizes = truncated(Factors(down, up, 0.5), 5)
+    torch.testing.assert_close(layer.change(), Factors(down, up, 0.5).change(), atol=1e-9, rtol=0)
+    assert layer.down.shape[1:] == (4, 3, 3)
+    assert layer.up.shape[2:] == (1, 1)
+    assert len(sizes) == 5
+    zero, _ = truncated(Factors(down, torch.zeros_like(up)), 5)
+    assert not zero.change().any()
+    assert zero.rank == 1
+
+
+def test_sweep_writes_a_soup_for_every_share(tmp_path: Path) -> None:
+    one, two = make_lora(tmp_path / "one", seed=1), make_lora(tmp_path / "two", seed=2)
+    assert run(["lora", "mix", str(one), str(two), "--sweep", "0,0.25,1", "--output", str(tmp_path / "soups")]) == 0
+    first, second = changes(one), changes(two)
+    for share in (0.0, 0.25, 1.0):
+        expected = {name: (1 - share) * first[name] + share * second[name] for name in first}
+        folder = tmp_path / "soups" / f"{share:g}"
+        assert_same(changes(folder / lora.DIFFUSERS_NAME), expected)
+        assert_same(changes(folder / f"soups-{share:g}.safetensors"), expected)
+
+
+def test_convert_carries_text_encoders_and_headers_along(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def factors(name: str) -> dict[str, Factors]:
+        return {name: Factors(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator), 0.5)}
+
+    unet = factors("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    encoders = {"text_encoder": factors("text_model.encoder.layers.0.self_attn.q_proj")}
+    encoders["text_encoder_2"] = factors("text_model.encoder.layers.1.self_attn.v_proj")
+    lora.write_kohya(tmp_path / "in.safetensors", unet, text_encoders=encoders, metadata={"modelspec.title": "mine"})
+    assert run(["lora", "convert", str(tmp_path / "in.safetensors"), "--output", str(tmp_path / "out")]) == 0
+    expected = {"denoiser": unet, **encoders}
+    for file in (lora.DIFFUSERS_NAME, "out.safetensors"):
+        found = lora.read_lora(tmp_path / "out" / file)
+        assert found.keys() == expected.keys()
+        for component, part in expected.items():
+            assert_same({n: f.change() for n, f in found[component].items()}, {n: f.change() for n, f in part.items()})
+    arguments = ["lora", "convert", str(tmp_path / "in.safetensors"), "--to", "kohya", "--name", "other"]
+    assert run([*arguments, "--output", str(tmp_path / "kohya")]) == 0
+    assert [path.name for path in (tmp_path / "kohya").iterdir()] == ["other.safetensors"]
+    alone = lora.WholeLora(expected)
+    assert lora.scale(alone, 0.0).parts["text_encoder"].keys() == encoders["text_encoder"].keys()
+
+
+def test_baked_model_draws_what_the_lora_draws(tiny_model: Path, tmp_path: Path) -> None:
+    one = make_lora(tmp_path / "one", targets=["to_q", "to_k", "conv1"])
+    arguments = ["lora", "bake", str(one), "--model", str(tiny_model), "--strength", "0.8"]
+    assert run([*arguments, "--output", str(tmp_path / "baked")]) == 0
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    base = picture(pipe)
+    pipe.load_lora_weights(one, weight_name=lora.DIFFUSERS_NAME)
+    pipe.set_adapters(pipe.get_active_adapters(), 0.8)
+    expected = picture(pipe)
+    assert (expected - base).abs().max() > 1e-3
+    torch.testing.assert_close(
+        picture(StableDiffusionPipeline.from_pretrained(tmp_path / "baked")), expected, atol=1e-5, rtol=0
+    )
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_baking_into_half_precision_says_what_rounding_took(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = make_lora(tmp_path / "one")
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    exact, rough = lora.bake(pipe, lora.read_whole(one), 1e-3), None
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
+    rough = lora.bake(pipe, lora.read_whole(one), 1e-3, dtype=torch.bfloat16)
+    assert exact.lost < 1e-3
+    assert rough.lost > 0.5, "a change of a thousandth is mostly lost in bfloat16"
+    assert next(pipe.unet.parameters()).dtype == torch.bfloat16
+    arguments = ["lora", "bake", str(one), "--model", str(tiny_model), "--precision", "bf16"]
+    assert run([*arguments, "--output", str(tmp_path / "baked")]) == 0
+    assert "lost to rounding" in capsys.readouterr().out
+
+
+# -- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["scale", "ONE", "nan", "--output", "OUT"], "strength of nan"),
+        (["scale", "gone", "1", "--output", "OUT"], "no such LoRA"),
+        (["mix", "ONE", "--weights", "0.5,0.5", "--output", "OUT"], "1 LoRAs and 2 weights"),
+        (["mix", "ONE", "ONE", "--weights", "0,0", "--output", "OUT"], "not all 0"),
+        (["mix", "ONE", "ONE", "--weights", "a,b", "--output", "OUT"], "commas between"),
+        (["mix", "ONE", "OTHER", "--output", "OUT"], "has weights of shapes"),
+        (["mix", "ONE", "ONE", "--sweep", "0,1", "--weights", "1,1", "--output", "OUT"], "no --weights"),
+        (["convert", "ONE", "--to", "ckpt", "--output", "OUT"], "choose diffusers, kohya or both"),
+        (["convert", "ONE", "--name", "../x", "--output", "OUT"], "plain name"),
+        (["bake", "ONE", "--model", "MODEL", "--precision", "fp8", "--output", "OUT"], "fp32, fp16 or bf16"),
+        (["bake", "ONE", "--model", "MODEL", "--output", "MODEL"], "not empty"),
+        (["bake", "OTHER", "--model", "MODEL", "--output", "OUT"], "does not fit this model"),
+    ],
+)
+def test_lora_mistakes_have_one_message(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    one = make_lora(tmp_path / "one")
+    name = next(iter(lora.load_delta(one)))
+    odd = {name: Factors(torch.ones(2, 10), torch.ones(10, 2))}
+    lora.write_kohya(tmp_path / "other.safetensors", odd)
+    places = {"ONE": one, "OTHER": tmp_path / "other.safetensors", "OUT": tmp_path / "out", "MODEL": tiny_model}
+    assert run(["lora", *(str(places.get(argument, argument)) for argument in arguments)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert "Traceback" not in message
+    assert words in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_unet_and_a_transformer_do_not_mix() -> None:
+    part = {"denoiser": {"a": Factors(torch.ones(1, 2), torch.ones(2, 1))}}
+    with pytest.raises(LoraError, match="other kinds of model"):
+        lora.mix([lora.WholeLora(part), lora.WholeLora(part, "transformer")], [1, 1])
+    with pytest.raises(LoraError, match="holds nothing"):
+        lora.mix([lora.WholeLora(part)], [1], rank=0)
+
+
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evaluated(tiny_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run `alignprop evaluate` on a random LoRA; returns what it wrote."""
+    pytest.importorskip("alignprop_jpeg")
+    make_lora(tmp_path / "one", seed=1)
+    (tmp_path / "prompts.txt").write_text("a fox\nan owl\n")
+
+    def evaluate(file: str, *arguments: str) -> dict[str, Any]:
+        base = ["--model", str(tiny_model), "--lora", str(tmp_path / "one"), "--device", "cpu"]
+        base += ["--prompts", str(tmp_path / "prompts.txt"), "--steps", "3", "--guidance-scale", "2"]
+        base += ["--reward", "jpeg_compressibility", "--images-per-prompt", "2", "--output", str(tmp_path / "out")]
+        assert run(["evaluate", *base, *arguments]) == 0
+        data: dict[str, Any] = json.loads((tmp_path / "out" / file).read_text())
+        return data
+
+    return evaluate
+
+
+def test_strength_curve_starts_at_the_base_and_drifts_the_further(
+    evaluated: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = evaluated("strengths.json", "--strengths", "1,0.25,0.5,0.75,1.25")
+    points = data["points"]
+    assert [point["strength"] for point in points] == [0, 0.25, 0.5, 0.75, 1, 1.25], "in order, with the base"
+    drifts = [point["drift"] for point in points]
+    assert drifts[0] == 0
+    assert drifts == sorted(drifts)
+    whole = evaluated("evaluation.json")
+    for label in ("jpeg_compressibility", "jpeg_bytes"):
+        assert points[0]["scores"][label]["mean"] == pytest.approx(whole["base"][label]["mean"], rel=1e-5)
+        assert points[4]["scores"][label]["mean"] == pytest.approx(whole["tuned"][label]["mean"], rel=1e-5)
+        assert points[4]["scores"][label]["interval"] == pytest.approx(whole["tuned"][label]["interval"], rel=1e-3)
+    assert drifts[4] == pytest.approx(whole["drift"]["tuned"], rel=1e-5)
+    assert points[4]["diversity"] == pytest.approx(whole["diversity"]["tuned"]["mean"], rel=1e-5)
+    with Image.open(tmp_path / "out" / "images" / "strengths.png") as plot:
+        assert plot.size[0] >= 800
+    assert "strength" in capsys.readouterr().out
+
+
+def test_soup_curve_is_the_mix_of_weight_changes(evaluated: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    two = make_lora(tmp_path / "two", seed=2)
+    data = evaluated("soup.json", "--soup", str(two), "--strengths", "0,0.5,1")
+    points = {point["share"]: point for point in data["points"]}
+    read = [lora.read_whole(tmp_path / name) for name in ("one", "two")]
+    for share in (0.0, 0.5, 1.0):
+        mixed = lora.mix(read, [1 - share, share]).lora
+        lora.write_whole(mixed, tmp_path / f"mixed-{share}", "mixed")
+        whole = evaluated("evaluation.json", "--lora", str(tmp_path / f"mixed-{share}"))
+        found = points[share]["scores"]["jpeg_compressibility"]["mean"]
+        assert found == pytest.approx(whole["tuned"]["jpeg_compressibility"]["mean"], rel=1e-4)
+        assert points[share]["drift"] == pytest.approx(whole["drift"]["tuned"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "x", "--prompts", "p.txt", "--strengths", "0,1"], "need a LoRA"),
+        (["--model", "x", "--prompts", "p.txt", "--lora", "y", "--strengths", "0;1"], "commas between them"),
+        (["--model", "x", "--prompts", "p.txt", "--lora", "y", "--strengths", "nan"], "finite numbers"),
+    ],
+)
+def test_curve_mistakes_have_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert run(["evaluate", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_plots_of_one_point_and_of_equal_values_are_drawn() -> None:
+    panel = Panel("score", "drift", [0.0], [1.0], [None], ["0"])
+    assert draw([panel, Panel("other", "drift", [0, 1], [2, 2], [None, (1.5, 2.5)], ["0", "1"])]).size == (840, 300)
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert ticks(-0.013, 0.011) == pytest.approx([-0.01, -0.005, 0, 0.005, 0.01])
+    assert ticks(3, 3) == [3]
