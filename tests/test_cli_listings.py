@@ -193,6 +193,7 @@ def test_doctor_fails_on_a_missing_requirement(
     site: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checks, "requires", lambda name: ["no-such-distribution>=3", "pyyaml>=99"])
+    monkeypatch.setenv("COLUMNS", "200")  # narrower tables break the command over lines
     out, _ = run(capsys, "doctor", "--quick", code=1)
     assert 'pip install -U "no-such-distribution>=3"' in out
     assert "needed is >=99" in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,7 @@ def test_the_listings_hold_with_every_kind_of_broken_plugin_at_once(broken: Path
         assert message in listed[f"fake-{kind}"]["error"]
     for kind, (_, status) in LATE.items():
         assert listed[f"fake-{kind}"]["status"] == status
-    assert "took 1." in listed["fake-slow-import"]["warnings"][0]
+    assert re.search(r"took \d", listed["fake-slow-import"]["warnings"][0])
     assert "prints when imported" in listed["fake-prints"]["warnings"][0]
     rewards = alignprop(broken, "rewards", "list")
     assert rewards.returncode == 0

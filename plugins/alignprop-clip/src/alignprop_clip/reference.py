@@ -64,7 +64,8 @@ def read_picture(file: Path) -> Tensor:
     try:
         with Image.open(file) as opened:
             picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    # ultralytics, where it is loaded, makes Pillow try another format first, whose package may be missing.
+    except (UnidentifiedImageError, OSError, ValueError, ImportError) as error:
         raise ConfigError(f"reference_similarity: {file} is no picture that can be read: {error}") from error
     solid = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     pixels = torch.frombuffer(bytearray(solid.tobytes()), dtype=torch.uint8).view(solid.height, solid.width, 3)
