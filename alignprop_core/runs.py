@@ -12,7 +12,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -42,7 +42,8 @@ class RunFolder:
         """Make a new run folder and lock it.
 
         Args:
-            path: the folder; it may exist if it is empty. Missing parents are made.
+            path: the folder; it may exist if it is empty, or if a run failed in it before its first step. Missing
+                parents are made.
             overwrite: clear away an earlier run's files (the names above, and nothing else) first.
 
         Raises:
@@ -336,9 +337,17 @@ def _version(distribution: str) -> str | None:
         return None
 
 
+def _never_began(path: Path, names: Sequence[str]) -> bool:
+    """Whether a run failed here before its first step: there is nothing to lose and nothing to resume."""
+    empty = [name for name in names if (path / name).is_dir() and not any((path / name).iterdir())]
+    rest = set(names) - set(empty) - {"config.yaml", "environment.json", "images"}
+    begun = rest == {"metrics.jsonl"} and (path / "metrics.jsonl").stat().st_size > 0
+    return {"config.yaml", "environment.json"} <= set(names) and not (rest - {"metrics.jsonl"}) and not begun
+
+
 def _refuse_used(path: Path, overwrite: bool) -> None:
     names = sorted(p.name for p in path.iterdir() if p.name != LOCK_NAME and not _is_leftover(p))
-    if not names:
+    if not names or _never_began(path, names):
         return
     if not overwrite:
         raise OutputError(

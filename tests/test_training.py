@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -182,6 +183,18 @@ def test_existing_run_is_not_overwritten(make: Callable[..., RunConfig]) -> None
     with pytest.raises(OutputError, match="not empty"):
         train(config)
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_that_failed_before_its_first_step_blocks_nothing(make: Callable[..., RunConfig]) -> None:
+    config = make(training__steps=1)
+    folder = train(config)
+    shutil.rmtree(folder / "lora")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    (folder / "evaluation.json").unlink(missing_ok=True)
+    with pytest.raises(OutputError, match="not empty"):
+        train(config)  # there are metrics of a step
+    (folder / "metrics.jsonl").unlink()
+    assert (train(config) / "metrics.jsonl").stat().st_size > 0
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------

@@ -107,7 +107,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             typical_range=(0.0, 1.0),
             license=_LICENSE,
             source=_SOURCE,
-            weights=(WeightsFile(file="judge/judge.safetensors", license=_LICENSE),),
+            weights=(WeightsFile(file="alignprop_starter:judge/judge.safetensors", license=_LICENSE),),
         )
     ]
 
