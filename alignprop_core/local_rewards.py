@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.config_sections import default_label
+from alignprop_core.config_rewards import default_label
 from alignprop_core.errors import PluginError
 from alignprop_core.offers import Offer
 from alignprop_core.plugin_guard import PluginFailure, guarded
@@ -108,7 +108,7 @@ def from_file(name: str) -> LocalReward | None:
     except OSError as error:
         raise PluginError(f"{path}: cannot be read: {error.strerror or error}. It should hold a reward.") from None
     digest = hashlib.sha256(source).hexdigest()
-    module = _run(path, digest)
+    module = _run(path, source, digest)
     kind = getattr(module, kind_name, None)
     from alignprop_core.reward import Reward
 
@@ -153,20 +153,24 @@ def _offer(name: str, kind: type[Reward], origin: str) -> Offer[RewardSpec]:
     return Offer(spec, origin, "")
 
 
-def _run(path: Path, digest: str) -> ModuleType:
-    """Run a file as a module; one with the same content runs once a process."""
+def _run(path: Path, source: bytes, digest: str) -> ModuleType:
+    """Run a file's source as a module; the same content runs once a process.
+
+    The source itself is run, not what Python's cache of compiled files holds for the path: what a run writes down as
+    its code is the code it ran, and nothing is written beside the user's file.
+    """
     stem = re.sub(r"\W", "_", path.stem)
     name = f"alignprop_file_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     spec = spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if spec is None:
         raise PluginError(f"{path}: cannot be loaded as a Python file.")
     module = module_from_spec(spec)
     sys.modules[name] = module  # pydantic looks types up by a class's module
     try:
         with guarded() as printed:
-            spec.loader.exec_module(module)
+            exec(compile(source, str(path), "exec"), module.__dict__)
     except PluginFailure as failure:
         del sys.modules[name]
         error = PluginError(f"{path}: cannot be run: {failure}.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -15,7 +17,7 @@ from alignprop_core import train
 from alignprop_core.config import RunConfig, load_config, parse_config
 from alignprop_core.config_errors import InvalidConfig
 from alignprop_core.errors import PluginError, RewardError
-from alignprop_core.local_rewards import public_name
+from alignprop_core.local_rewards import from_file, public_name
 from alignprop_core.reward import Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.training import Trainer
@@ -140,6 +142,26 @@ def test_the_maker_s_folders_stay_out_of_the_lora(folder: Path, data: Callable[.
             assert str(folder / "my_rewards") not in json.dumps(opened.metadata())
     assert public_name("/home/me/my_rewards.py:Plain") == "my_rewards.py:Plain"
     assert public_name("dist/reward") == "dist/reward"
+
+
+def test_the_code_that_runs_is_the_source_and_nothing_is_written_beside_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    file = folder / "quick.py"
+    source = FILE + "\nEDITION = 1\n"
+    file.write_text(source)
+    time = file.stat().st_mtime_ns
+    first = from_file(f"{file}:Plain")
+    # An edit of the same length within the clock's grain: a compiled file would still look fresh.
+    file.write_text(source.replace("EDITION = 1", "EDITION = 2"))
+    os.utime(file, ns=(time, time))
+    second = from_file(f"{file}:Plain")
+    assert first is not None
+    assert second is not None
+    assert first.sha256 != second.sha256
+    assert [sys.modules[found.kind.__module__].EDITION for found in (first, second)] == [1, 2]
+    assert not (folder / "__pycache__").exists()
 
 
 def test_an_edited_file_is_read_anew(folder: Path) -> None:
