@@ -15,26 +15,25 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alignprop_core.config_base import Section
 from alignprop_core.config_errors import InvalidConfig, Key, Problem, dotted, explain, shown
 from alignprop_core.config_input import apply_overrides, resolve_paths
+from alignprop_core.config_rewards import MixConfig, RewardTerm
 from alignprop_core.config_schema import json_schema
 from alignprop_core.config_sections import (
     BackpropConfig,
     EvaluationConfig,
     GuardsConfig,
     LoraConfig,
-    MixConfig,
     ModelConfig,
     ModelLora,
     OptimizerConfig,
     PromptsConfig,
     RegularizationConfig,
-    RewardTerm,
     RunConfig,
     SamplesConfig,
     SamplingConfig,
     SaveConfig,
-    Section,
     Strategy,
     TrainingConfig,
 )

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from alignprop_core.config_sections import Problems, RunConfig
+from alignprop_core.config_base import Problems
+from alignprop_core.config_sections import RunConfig
 from alignprop_core.errors import ConfigError
 from alignprop_core.other_trainers import OTHER_TRAINERS
 

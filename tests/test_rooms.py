@@ -19,7 +19,7 @@ ROOMS = [
     {"weights"},
     {"reward"},
     # Pure descriptions: sections of the config and how a wrong value reads; the registry checks options with them.
-    {"config_sections", "config_errors", "config_yaml", "other_trainers"},
+    {"config_base", "config_rewards", "config_sections", "config_errors", "config_yaml", "other_trainers"},
     {"plugin_guard", "offers", "discovery", "local_rewards", "registry"},
     {"config", "config_input", "config_schema", "prompts"},
     {"mix", "terms"},
