@@ -12,9 +12,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alignprop_core.config_rewards import default_label
@@ -153,24 +154,34 @@ def _offer(name: str, kind: type[Reward], origin: str) -> Offer[RewardSpec]:
     return Offer(spec, origin, "")
 
 
-def _run(path: Path, source: bytes, digest: str) -> ModuleType:
-    """Run a file's source as a module; the same content runs once a process.
+class _SourceAsRead(SourceFileLoader):
+    """Loads the source that was read, not what Python's cache of compiled files holds for the path.
 
-    The source itself is run, not what Python's cache of compiled files holds for the path: what a run writes down as
-    its code is the code it ran, and nothing is written beside the user's file.
+    What a run writes down as its code is so the code it ran, and nothing is written beside the user's file.
     """
+
+    def __init__(self, name: str, path: str, source: bytes) -> None:
+        super().__init__(name, path)
+        self._source = source
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self._source, self.path)
+
+
+def _run(path: Path, source: bytes, digest: str) -> ModuleType:
+    """Load a file's source as a module; the same content is loaded once a process."""
     stem = re.sub(r"\W", "_", path.stem)
     name = f"alignprop_file_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{digest[:16]}"
     if name in sys.modules:
         return sys.modules[name]
-    spec = spec_from_file_location(name, path)
-    if spec is None:
+    spec = spec_from_file_location(name, path, loader=_SourceAsRead(name, str(path), source))
+    if spec is None or spec.loader is None:
         raise PluginError(f"{path}: cannot be loaded as a Python file.")
     module = module_from_spec(spec)
     sys.modules[name] = module  # pydantic looks types up by a class's module
     try:
         with guarded() as printed:
-            exec(compile(source, str(path), "exec"), module.__dict__)
+            spec.loader.exec_module(module)
     except PluginFailure as failure:
         del sys.modules[name]
         error = PluginError(f"{path}: cannot be run: {failure}.")
