@@ -7,6 +7,7 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 BENCH   := build/bench
 REFERENCE := build/reference
+ISOLATED  := build/isolated
 
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
 # Those that others depend on come first: older pips look for an unpublished requirement only among what came before.
@@ -16,7 +17,10 @@ SOURCES  := alignprop_core $(wildcard $(addsuffix /src,$(PLUGINS)))
 
 # One OpenMP thread a test: on two busy cores, threads that wait for each other turn 0.1 s into 13 s.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest
+# A process a processor, eight at most: a process with a model in it takes one to two GB. WORKERS=0 is one process for all,
+# which a debugger needs. A file goes to one process, the long ones first (tests/conftest.py).
+WORKERS  ?= logical
+PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint docs bench clean
@@ -27,10 +31,10 @@ help: ## list the targets
 demo: $(STAMP) ## fine-tune the starter model and show pictures before and after
 	$(BIN)/alignprop demo
 
-test: $(STAMP) $(REFERENCE)/.installed ## run the tests, without the slow ones
+test: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP) $(REFERENCE)/.installed ## run every test, the slow proofs included
+test-all: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run every test, the slow proofs and installs from the registry included
 	$(PYTEST)
 
 lint: $(STAMP) ## check style, formatting and types
@@ -62,6 +66,16 @@ $(STAMP): $(PROJECTS)
 # environment of today, so it lies beside ours without its dependencies (docs/decisions/0003-hpsv2-reference.md).
 $(REFERENCE)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REFERENCE) hpsv2==1.2.0 clint==0.5.1 args==0.1.0
+	@touch $@
+
+# The same package as its users have it: with its pins, in an environment of its own, made by the command for that. Its
+# wheel lacks a file that open_clip has.
+$(ISOLATED)/.installed: $(STAMP)
+	rm -rf $(ISOLATED)
+	$(BIN)/alignprop rewards isolate ./examples/isolated/original_hpsv2.py:OriginalHpsv2 --share --with hpsv2==1.2.0 \
+		--into $(ISOLATED)/hpsv2
+	cp $(VENV)/lib/python3*/site-packages/open_clip/bpe_simple_vocab_16e6.txt.gz \
+		$(ISOLATED)/hpsv2/lib/python3*/site-packages/hpsv2/src/open_clip/
 	@touch $@
 
 # TRL lives beside the environment, not in it: a second one that sees the first.

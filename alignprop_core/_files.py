@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
+import math
 import os
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from alignprop_core.errors import OutputError
 
@@ -71,6 +76,33 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         flush(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Write JSON whole or not at all; NaN and infinities, which JSON has not, are written as null."""
+    write_atomic(path, json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
+    return path
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: tensors and arrays of one number become that number, NaN and infinity null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def safe_name(text: str, *, longest: int = 80) -> str:
+    """`text` as a plain file name: letters, digits, `.`, `-` and `_`; never empty, hidden, or a way out."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:longest].rstrip("._-")
+    return name or "unnamed"
 
 
 def flush(path: Path) -> None:

@@ -9,7 +9,8 @@ checked by the reward's own options class, without importing the reward.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +19,36 @@ from pydantic import ValidationError
 from alignprop_core.config_base import Section
 from alignprop_core.config_errors import InvalidConfig, Key, Problem, dotted, explain, shown
 from alignprop_core.config_input import apply_overrides, resolve_paths
-from alignprop_core.config_rewards import MixConfig, RewardTerm
-from alignprop_core.config_schema import json_schema
-from alignprop_core.config_sections import (
+from alignprop_core.config_model import (
     BackpropConfig,
-    EvaluationConfig,
-    GuardsConfig,
     LoraConfig,
     ModelConfig,
     ModelLora,
-    OptimizerConfig,
     PromptsConfig,
+    SamplingConfig,
+    Strategy,
+)
+from alignprop_core.config_rewards import IsolationConfig, MixConfig, RewardTerm
+from alignprop_core.config_schema import json_schema
+from alignprop_core.config_sections import (
+    EvaluationConfig,
+    GuardsConfig,
+    OptimizerConfig,
     RegularizationConfig,
     RunConfig,
     SamplesConfig,
-    SamplingConfig,
     SaveConfig,
-    Strategy,
     TrainingConfig,
 )
 from alignprop_core.config_yaml import Lines, dump_yaml, read_yaml
-from alignprop_core.errors import ConfigError, PluginError
+from alignprop_core.errors import ConfigError, PluginError, UserError
 from alignprop_core.registry import Registry, default_registry
 
 __all__ = [
     "BackpropConfig",
     "EvaluationConfig",
     "GuardsConfig",
+    "IsolationConfig",
     "LoraConfig",
     "MixConfig",
     "ModelConfig",
@@ -62,6 +66,7 @@ __all__ = [
     "TrainingConfig",
     "json_schema",
     "load_config",
+    "located",
     "parse_config",
     "resolved_yaml",
 ]
@@ -120,6 +125,25 @@ def parse_config(
     return _parse(data, {}, source=source, overrides=overrides, registry=registry, folder=folder)
 
 
+@contextmanager
+def located(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Give errors raised inside, that name a key of a run config, the file and line where that key stands.
+
+    Args:
+        path: the run config's file.
+        overrides: what was given with it.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.key is not None and not error.key.startswith("-"):  # options of commands stand in no file
+            data, lines = read_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
+            _, overridden = apply_overrides(data, overrides)
+            key = tuple(int(part) if part.isdecimal() else part for part in error.key.split("."))
+            error.key = _place(key, lines, str(path), overridden)
+        raise
+
+
 def resolved_yaml(config: RunConfig) -> str:
     """Return a complete run config as YAML: every key, defaults included; it loads again to an equal config."""
     return dump_yaml(config.model_dump(mode="json"))
@@ -175,7 +199,9 @@ def _check_rewards(data: dict[str, Any], registry: Registry) -> list[Problem]:
 def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains: bool) -> list[Problem]:
     name = term["name"]
     try:
-        spec = registry.reward(name).spec
+        isolation = term.get("isolation")
+        source = registry if isolation is None else registry.elsewhere(IsolationConfig.model_validate(isolation))
+        spec = source.reward(name).spec
         if trains and not spec.differentiable:
             return [
                 Problem((*place, "name"), f'"{name}" gives no gradient to train on; use it under evaluation.rewards.')
@@ -186,9 +212,10 @@ def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains:
         if options is None:
             options = {}
         if isinstance(options, dict):
-            term["options"] = registry.reward_options(name, options, where=dotted((*place, "options"))).model_dump(
-                mode="json"
-            )
+            checked = source.reward_options(name, options, where=dotted((*place, "options")))
+            term["options"] = checked if isinstance(checked, dict) else checked.model_dump(mode="json")
+    except ValidationError:
+        return []  # of the isolation; the run config's own check reports it
     except InvalidConfig as error:
         return [Problem((*place, "options", *problem.path), problem.message) for problem in error.problems]
     except PluginError as error:
@@ -198,20 +225,30 @@ def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains:
 
 def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: set[Key]) -> str:
     """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
-
-    def line(path: Key) -> int:
-        while path and path not in lines:
-            path = path[:-1]
-        return lines[path] if path else 0
-
-    def shown(problem: Problem) -> str:
-        given = any(problem.path[: len(done)] == done for done in overridden)
-        return f"{problem.key}{' (from the command line)' if given else ''}: {problem.message}"
-
     if len(problems) == 1:
-        at = line(problems[0].path)
-        return f"{source}{f':{at}' if at else ''}: {shown(problems[0])}"
-    ordered = sorted(problems, key=lambda problem: line(problem.path))
-    places = [f"line {line(problem.path)}: " if line(problem.path) else "" for problem in ordered]
-    listed = [f"  {place}{shown(problem)}" for place, problem in zip(places, ordered, strict=True)]
+        return f"{_place(problems[0].path, lines, source, overridden)}: {problems[0].message}"
+    ordered = sorted(problems, key=lambda problem: _line(problem.path, lines))
+    places = [f"line {at}: " if (at := _line(problem.path, lines)) else "" for problem in ordered]
+    listed = [
+        f"  {place}{_named(problem.path, overridden)}: {problem.message}"
+        for place, problem in zip(places, ordered, strict=True)
+    ]
     return "\n".join([f"{source}: {len(problems)} problems", *listed])
+
+
+def _place(path: Key, lines: Lines, source: str, overridden: set[Key]) -> str:
+    """Return `run.yaml:12: rewards.0.weight`."""
+    at = _line(path, lines)
+    return f"{source}{f':{at}' if at else ''}: {_named(path, overridden)}"
+
+
+def _line(path: Key, lines: Lines) -> int:
+    """Return the line of a key, or of the innermost section that holds it; 0 for none."""
+    while path and path not in lines:
+        path = path[:-1]
+    return lines[path] if path else 0
+
+
+def _named(path: Key, overridden: set[Key]) -> str:
+    given = any(path[: len(done)] == done for done in overridden)
+    return f"{dotted(path)}{' (from the command line)' if given else ''}"

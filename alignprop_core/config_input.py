@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -93,6 +94,10 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
             except PluginError as error:
                 problems.append(Problem(path, str(error)))
             continue
+        if kind == "python":
+            # The path as written: a virtual environment's Python is a link, and what it leads to is another one.
+            holder[name] = os.path.abspath(start / Path(written).expanduser())
+            continue
         if kind == "option":
             if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
                 holder[name] = _absolute(start, written)
@@ -146,6 +151,7 @@ def _path_values(data: dict[str, Any]) -> Iterator[tuple[str, Key, Any, Any]]:
         terms = holder.get("rewards")
         for i, term in enumerate(terms if isinstance(terms, list) else ()):
             places.append(("reward", (*place, i, "name"), term))
+            places.append(("python", (*place, i, "isolation", "python"), section(term, "isolation")))
             options = section(term, "options")
             places += [("option", (*place, i, "options", key), options) for key in options]
     for kind, path, holder in places:

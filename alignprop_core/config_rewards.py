@@ -17,6 +17,23 @@ def default_label(name: str) -> str:
     return name.rpartition("/")[2]
 
 
+class IsolationConfig(Section):
+    """A reward in a Python environment of its own, computed by a worker process there."""
+
+    python: Text = Field(
+        description="The environment's Python, such as envs/hpsv2/bin/python, relative to this config; `alignprop "
+        "rewards isolate NAME` makes one."
+    )
+    device: Text = Field(
+        default="auto", description="Where the reward computes: auto is the run's device, or the CPU; cpu, cuda:N, mps."
+    )
+    timeout: float = Field(default=300.0, gt=0, description="Seconds a batch may take.")
+    start_timeout: float = Field(default=900.0, gt=0, description="Seconds until the reward must be loaded.")
+    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="GiB of resident memory the worker may have; null is no limit."
+    )
+
+
 class RewardTerm(Section):
     """One reward of a mix. Higher scores are better."""
 
@@ -45,6 +62,9 @@ class RewardTerm(Section):
         default="", description="Name in logs and reports; unique; the default is the reward's name."
     )
     options: dict[str, Any] = Field(default={}, description="The reward's own options: `alignprop rewards show NAME`.")
+    isolation: IsolationConfig | None = Field(
+        default=None, description="Run it in a Python environment of its own; null is in this one."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -85,8 +85,8 @@ class PluginRecord:
         return f"{self.distribution}:{self.entry_point}"
 
     def names(self, kind: str) -> tuple[str, ...]:
-        """Return the names it offers of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
-        return tuple(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ()))
+        """Return the names it offers, each once, of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
+        return tuple(dict.fromkeys(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ())))
 
 
 @dataclass(frozen=True)

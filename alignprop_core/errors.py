@@ -6,7 +6,8 @@ The command line prints the message alone and exits with `exit_code`: 2 for inpu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -17,9 +18,19 @@ class AlignpropError(Exception):
 
 
 class UserError(AlignpropError):
-    """The input is wrong: a file, a key, a value, a name. Exit code 2."""
+    """The input is wrong: a file, a key, a value, a name. Exit code 2.
+
+    Attributes:
+        key: what the wrong value stands under, a key of the run config or an option; the message starts with it.
+    """
 
     exit_code = 2
+    key: str | None = None
+
+    def __str__(self) -> str:
+        """Return the message, the key in front."""
+        message = super().__str__()
+        return message if self.key is None else f"{self.key}: {message}"
 
 
 class ConfigError(UserError):
@@ -60,6 +71,17 @@ class RunError(AlignpropError):
 
 class RewardError(RunError):
     """A reward broke its contract (shape, finiteness, gradient) or raised."""
+
+
+@contextmanager
+def under(key: str) -> Iterator[None]:
+    """Name the key a value stands under in the `UserError`s raised inside; one that names its key keeps it."""
+    try:
+        yield
+    except UserError as error:
+        if error.key is None:
+            error.key = key
+        raise
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -32,24 +32,52 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def alignprop_register_rewards() -> Iterable[RewardSpec]:  # type: ignore[empty-body]
-    """Return the rewards this plugin offers."""
+    """Return the rewards this plugin offers.
+
+    Called at every listing and run, so it is quick: no torch, no files. `factory` and `config` of a spec are imported
+    only when a run names the reward.
+
+    Returns:
+        Any iterable of specs. What is no `RewardSpec`, or an error, is reported as this plugin's and stops no other.
+    """
 
 
 @hookspec
 def alignprop_register_models() -> Iterable[ModelSpec]:  # type: ignore[empty-body]
-    """Return base models by name."""
+    """Return base models by name, for `model.base` in a run config.
+
+    Returns:
+        Any iterable of specs. A `path` in them is imported, or looked up, only when a run names the model.
+    """
 
 
 @hookspec
 def alignprop_register_families() -> Iterable[FamilySpec]:  # type: ignore[empty-body]
-    """Return families of diffusers pipelines the sampler can run."""
+    """Return families of diffusers pipelines the sampler can run.
+
+    A family adapter says how a kind of pipeline encodes prompts, predicts and decodes; see
+    `alignprop_core.diffusion.Family`.
+
+    Returns:
+        Any iterable of specs. A base model's pipeline class is looked up in their `pipelines`.
+    """
 
 
 @hookspec
 def alignprop_register_prompts() -> Iterable[PromptSpec]:  # type: ignore[empty-body]
-    """Return named prompt sets."""
+    """Return named prompt sets, for `prompts.train` and `prompts.heldout` in a run config.
+
+    Returns:
+        Any iterable of specs. Their files are read only when a run names the set.
+    """
 
 
 @hookspec
 def alignprop_register_weights() -> Iterable[WeightsSpec]:  # type: ignore[empty-body]
-    """Return named sets of weights for rewards."""
+    """Return named sets of weights for rewards, chosen with `weights: NAME` in a reward's options.
+
+    The reward may be another plugin's: so a package of small weights can serve rewards it does not depend on.
+
+    Returns:
+        Any iterable of specs, one for each reward a set serves; several may have the same `name` and file.
+    """

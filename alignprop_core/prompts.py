@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -30,15 +30,21 @@ class PromptSet:
         prompts: N texts, none empty.
         metadata: N mappings: the other keys of a JSONL line, empty for text files.
         skipped: blank lines and comments that were left out.
+        lines: the line of each prompt in its file, from 1.
     """
 
     name: str
     prompts: tuple[str, ...]
     metadata: tuple[Mapping[str, Any], ...]
     skipped: int = 0
+    lines: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def problem(self, index: int, message: object) -> str:
+        """Return a message about a prompt, with the file and line it stands in."""
+        return f"{self.name}{f':{self.lines[index]}' if self.lines else ''}: {message}"
 
 
 def load_prompts(source: str, registry: Registry, *, folder: Path | None = None) -> PromptSet:
@@ -89,6 +95,7 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
         raise PromptError(f"{name}:{at}: is not UTF-8 text; save the file as UTF-8.") from None
     prompts: list[str] = []
     metadata: list[Mapping[str, Any]] = []
+    lines: list[int] = []
     problems: list[str] = []
     skipped = 0
     # Not splitlines(): that also breaks at characters (such as U+2028) that JSON strings may hold.
@@ -96,24 +103,27 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
         line = raw.strip()
         if not line or line.startswith("#"):
             skipped += 1
-        elif suffix == ".txt":
-            prompts.append(line)
-            metadata.append({})
-        else:
-            try:
-                prompt, extra = _entry(line)
-            except ValueError as error:
-                problems.append(f"{name}:{number}: {error}")
-            else:
-                prompts.append(prompt)
-                metadata.append(extra)
+            continue
+        try:
+            prompt, extra = (line, {}) if suffix == ".txt" else _entry(line)
+        except ValueError as error:
+            problems.append(f"{name}:{number}: {error}")
+            continue
+        prompts.append(prompt)
+        metadata.append(extra)
+        lines.append(number)
     if problems:
-        more = len(problems) - _SHOWN_PROBLEMS
-        raise PromptError("\n".join([*problems[:_SHOWN_PROBLEMS], *([f"and {more} more lines."] if more > 0 else [])]))
+        raise PromptError(listed(problems))
     if not prompts:
         wanted = "one prompt a line" if suffix == ".txt" else 'one {"prompt": "..."} a line'
         raise PromptError(f"{name}: holds no prompt; write {wanted}.")
-    return PromptSet(name, tuple(prompts), tuple(metadata), skipped)
+    return PromptSet(name, tuple(prompts), tuple(metadata), skipped, tuple(lines))
+
+
+def listed(problems: Sequence[str]) -> str:
+    """Return the first few of the problems with prompts, a line each, and how many more there are."""
+    more = len(problems) - _SHOWN_PROBLEMS
+    return "\n".join([*problems[:_SHOWN_PROBLEMS], *([f"and {more} more lines."] if more > 0 else [])])
 
 
 def _entry(line: str) -> tuple[str, dict[str, Any]]:

@@ -33,6 +33,8 @@ from alignprop_core.plugin_guard import PluginFailure, guarded
 from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
 
 if TYPE_CHECKING:
+    from alignprop_core.config_rewards import IsolationConfig
+    from alignprop_core.isolation.lookup import IsolatedRewards
     from alignprop_core.reward import Reward
 
 __all__ = ["Offer", "PluginRecord", "Registry", "default_registry", "load_object"]
@@ -95,6 +97,16 @@ class Registry:
     def local(self, name: str) -> LocalReward | None:
         """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
         return self.given.get(name) or from_file(name)
+
+    def of(self, isolation: IsolationConfig | None) -> Registry | IsolatedRewards:
+        """Return what knows the rewards of an environment of their own; this registry if there is none."""
+        return self if isolation is None else self.elsewhere(isolation)
+
+    def elsewhere(self, isolation: IsolationConfig) -> IsolatedRewards:
+        """Return the rewards of another Python environment; nothing of it is imported here."""
+        from alignprop_core.isolation.lookup import IsolatedRewards
+
+        return IsolatedRewards(isolation, self.licenses)
 
     # -- what there is ------------------------------------------------------------------------------------------
 
@@ -208,6 +220,10 @@ class Registry:
                 "subclass of alignprop_core.RewardConfig. Report this to the plugin's authors."
             )
         return found
+
+    def option_names(self, name: str) -> frozenset[str]:
+        """Return the names of a reward's options."""
+        return frozenset(self.reward_config_class(name).model_fields)
 
     def reward_options(
         self, name: str, options: Mapping[str, Any] | None = None, *, where: str = "options"

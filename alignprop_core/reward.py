@@ -76,6 +76,20 @@ class Reward(nn.Module, ABC):
             the other samples.
         """
 
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Look at a prompt that `score` will be given, before a model loads; does nothing unless a reward needs to.
+
+        For rewards that read something out of prompts or metadata. It is called for every prompt of a run, so it costs
+        little: no network looks at anything.
+
+        Args:
+            prompt: the prompt.
+            metadata: whatever the prompt file says beside it.
+
+        Raises:
+            PromptError: `score` would refuse it.
+        """
+
     def forward(self, batch: ImageBatch) -> Tensor:
         """Return `score(batch)`; exists so that module hooks work."""
         return self.score(batch)

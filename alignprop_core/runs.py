@@ -1,4 +1,4 @@
-"""The run folder: its names, whole-or-absent writes, one writer at a time, metrics a line a step. No torch at import.
+"""The run folder: its names, whole-or-absent writes, one writer at a time. No torch.
 
 config.yaml  environment.json  metrics.jsonl  evaluation.json  report.html  lora/  checkpoints/  images/
 """
@@ -6,27 +6,22 @@ config.yaml  environment.json  metrics.jsonl  evaluation.json  report.html  lora
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
-import platform
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
-from alignprop_core._files import cannot_write, check_space, flush, says_full, write_atomic
+from alignprop_core._files import cannot_write, check_space, flush, says_full, write_atomic, write_json
 from alignprop_core._lock import LOCK_NAME, FolderLock
-from alignprop_core.errors import AlignpropError, OutputError
-from alignprop_core.specs import RewardSpec
+from alignprop_core.errors import AlignpropError, OutputError, under
+from alignprop_core.metrics import Metrics
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html")
 FOLDERS = ("lora", "checkpoints", "images")
-_LIBRARIES = ("alignprop-core", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 class RunFolder:
@@ -35,7 +30,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
         self.path = path
         self._lock = lock
-        self._metrics: IO[bytes] | None = None
+        self._metrics = Metrics(self.metrics)
 
     @classmethod
     def create(cls, path: str | Path, *, overwrite: bool = False) -> RunFolder:
@@ -55,7 +50,8 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(path)
             try:
-                _refuse_used(path, overwrite)  # another run may have finished in it meanwhile
+                with under("output"):
+                    _refuse_used(path, overwrite)  # another run may have finished in it meanwhile
                 for name in (*FILES, *FOLDERS):
                     _remove(path / name)
                 _clear_leftovers(path)
@@ -71,12 +67,13 @@ class RunFolder:
         """Raise OutputError where `create` would refuse; makes nothing (for a dry run, or before a model loads)."""
         path = Path(path).expanduser().absolute()
         nearest = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not nearest.is_dir():
-            raise OutputError(f"output: {nearest} is a file, and a folder is needed. Choose another output=.")
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
-        if nearest == path:
-            _refuse_used(path, overwrite)
+        with under("output"):
+            if not nearest.is_dir():
+                raise OutputError(f"{nearest} is a file, and a folder is needed. Choose another output=.")
+            if not os.access(nearest, os.W_OK | os.X_OK):
+                raise cannot_write(path, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+            if nearest == path:
+                _refuse_used(path, overwrite)
 
     @classmethod
     def open(cls, path: str | Path, *, lock: bool = True) -> RunFolder:
@@ -95,7 +92,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Close the metrics and let go of the lock. What is written stays."""
-        self._close_metrics()
+        self._metrics.close()
         if self._lock:
             self._lock.release()
             self._lock = None
@@ -240,101 +237,16 @@ class RunFolder:
     # --- metrics
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, on disk for readers when this returns. A half line before it is cut off.
-
-        Raises:
-            OutputError: the disk is full; the lines before stay whole.
-        """
-        line = json.dumps(_plain(row), ensure_ascii=False).encode("utf-8") + b"\n"
-        try:
-            if self._metrics is None:
-                _cut_half_line(self.metrics)
-                self._metrics = open(self.metrics, "ab", buffering=0)  # noqa: SIM115
-            start = self._metrics.seek(0, os.SEEK_END)
-            written = 0
-            try:
-                while written < len(line):
-                    written += self._metrics.write(line[written:])
-            except OSError:
-                self._metrics.truncate(start)
-                raise
-        except OSError as error:
-            raise cannot_write(self.metrics, error) from error
+        """Add one line to metrics.jsonl, on disk for readers when this returns; as `Metrics.append`."""
+        self._metrics.append(row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a half-written last line is passed over.
-
-        Raises:
-            OutputError: a line before the last is damaged.
-        """
-        if not self.metrics.exists():
-            return []
-        rows: list[dict[str, Any]] = []
-        lines = self.metrics.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is nothing, or half a line
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise OutputError(f"{self.metrics}, line {number}, is damaged ({error}). Remove that line.") from error
-            rows.append(row)
-        return rows
+        """All whole lines of metrics.jsonl; as `Metrics.read`."""
+        return self._metrics.read()
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines up to and including `step`: what a run does before it goes on from a checkpoint at `step`."""
-        if not self.metrics.exists():
-            return
-        kept = [row for row in self.read_metrics() if row.get("step", 0) <= step]
-        self._close_metrics()
-        self.write_text("metrics.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
-
-    def _close_metrics(self) -> None:
-        if self._metrics is not None:
-            self._metrics.close()
-            self._metrics = None
-
-
-def write_json(path: Path, data: Any) -> Path:
-    """Write JSON whole or not at all; NaN and infinities, which JSON has not, are written as null."""
-    write_atomic(path, json.dumps(_plain(data), indent=2, ensure_ascii=False) + "\n")
-    return path
-
-
-def safe_name(text: str, *, longest: int = 80) -> str:
-    """`text` as a plain file name: letters, digits, `.`, `-` and `_`; never empty, hidden, or a way out."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:longest].rstrip("._-")
-    return name or "unnamed"
-
-
-def environment(plugins: Iterable[str] = (), rewards: Iterable[RewardSpec] = ()) -> dict[str, Any]:
-    """What a run ran on: versions of the core, its libraries and the `plugins` used (distribution names), the device,
-    and the licences of the `rewards` and their weights. Imports torch.
-    """
-    import torch
-
-    cuda = torch.cuda.is_available()
-    return {
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "versions": {name: _version(name) for name in _LIBRARIES},
-        "plugins": {name: _version(name) for name in sorted(set(plugins))},
-        "device": {
-            "kind": "cuda" if cuda else "cpu",
-            "names": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
-            "cuda": torch.version.cuda if cuda else None,
-            "threads": torch.get_num_threads(),
-        },
-        "licenses": {
-            spec.name: {"reward": spec.license, "weights": {file.file: file.license for file in spec.weights}}
-            for spec in rewards
-        },
-    }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return None
+        self._metrics.truncate(step)
 
 
 def _never_began(path: Path, names: Sequence[str]) -> bool:
@@ -351,13 +263,11 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise OutputError(
-            f"output: {path} exists already and is not empty (it holds {', '.join(names[:3])}). "
+            f"{path} exists already and is not empty (it holds {', '.join(names[:3])}). "
             "Choose another output=, or go on with that run: --resume latest."
         )
     if "config.yaml" not in names:
-        raise OutputError(
-            f"output: {path} holds something that is no run; it is not overwritten. Choose another output=."
-        )
+        raise OutputError(f"{path} holds something that is no run; it is not overwritten. Choose another output=.")
 
 
 def _is_leftover(path: Path) -> bool:
@@ -389,26 +299,3 @@ def _remove(path: Path) -> None:
 def _last_number(name: str) -> int:
     numbers = re.findall(r"\d+", name)
     return int(numbers[-1]) if numbers else -1
-
-
-def _cut_half_line(file: Path) -> None:
-    if not file.exists():
-        return
-    with open(file, "rb+") as opened:
-        content = opened.read()
-        opened.truncate(content.rfind(b"\n") + 1)
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tensors and arrays of one number become that number, NaN and infinity null."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if hasattr(value, "tolist"):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -85,7 +85,7 @@ class RewardSpec(Spec):
 class ModelSpec(Spec):
     """A base model by name: a diffusers folder that ships in a package, or a hub repository."""
 
-    name: SnakeName
+    name: SnakeName = Field(description="What `model.base` says, snake_case.")
     path: str = Field(
         description='"package.module:function" returning the folder as a Path, or a hub repository id "owner/name".'
     )
@@ -93,13 +93,15 @@ class ModelSpec(Spec):
     demo: str = Field(
         default="", description='"package:relative/file.yaml": a run config that shows the model off in minutes.'
     )
-    weights: tuple[WeightsFile, ...] = ()
+    weights: tuple[WeightsFile, ...] = Field(
+        default=(), description="Its files: where they come from, and their licences."
+    )
 
 
 class FamilySpec(Spec):
     """A family of pipelines the sampler can differentiate through."""
 
-    name: SnakeName
+    name: SnakeName = Field(description="The family's name, such as `stable_diffusion`.")
     factory: ObjectPath = Field(description='"package.module:Class", a subclass of alignprop_core.diffusion.Family.')
     pipelines: tuple[str, ...] = Field(description="diffusers pipeline class names it handles.")
 
@@ -107,7 +109,7 @@ class FamilySpec(Spec):
 class PromptSpec(Spec):
     """A set of prompts by name, such as `starter/simple_animals`."""
 
-    name: ScopedName
+    name: ScopedName = Field(description="What `prompts.train` says: snake_case, with one slash if it likes.")
     path: str = Field(description='"package:relative/file.jsonl" (or .txt): a file that ships in a package.')
     size: int | None = Field(default=None, description="How many prompts it holds.")
 
@@ -115,7 +117,9 @@ class PromptSpec(Spec):
 class WeightsSpec(Spec):
     """A named set of weights for rewards (such as `starter`), chosen with `weights: NAME`."""
 
-    name: SnakeName
+    name: SnakeName = Field(description="What the option `weights` says, snake_case.")
     reward: SnakeName = Field(description="The reward these weights are for.")
     path: str = Field(description='"package:relative/file.safetensors": a file that ships in a package.')
-    weights: tuple[WeightsFile, ...] = ()
+    weights: tuple[WeightsFile, ...] = Field(
+        default=(), description="The file again, with its checksum, size and licence; it is held to them."
+    )

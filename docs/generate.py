@@ -1,4 +1,4 @@
-"""Write what the docs take from the code: README.md's file tree, the tables of configuration.md and rewards.md.
+"""Write what the docs take from the code: README.md's file tree, and tables of config keys, rewards, plugins, specs.
 
     python docs/generate.py
 
@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from packaging.requirements import Requirement
+from pydantic import BaseModel
 
 from alignprop_core.config import RunConfig
-from alignprop_core.registry import Registry
+from alignprop_core.discovery import SPEC_OF_HOOK
+from alignprop_core.registry import PluginRecord, Registry
+from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
+from alignprop_core.testing import CHECKS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -29,6 +34,8 @@ FOLDERS = {
     "docs/": "the site; decisions/ says why, results/ holds measured figures beside their commands",
     "Makefile": "demo, test, test-all, lint, docs, bench; each does its own set-up",
 }
+SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, WeightsFile)
+NAMES_SHOWN = 6
 LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
 
 
@@ -53,6 +60,42 @@ def reward_table(folder: Path) -> str:
     return "\n".join([*lines, ""])
 
 
+def spec_table(kind: type[BaseModel]) -> str:
+    """Return a table of a spec's fields, those it must have first."""
+    schema = kind.model_json_schema()
+    required = schema.get("required", [])
+    lines = ["| field | value | default | what it says |", "| --- | --- | --- | --- |"]
+    for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in required):
+        default = "required" if name in required else _value(field)
+        value = (
+            f"list of [`{section}`][alignprop_core.specs.{section}]" if (section := _reference(field)) else _type(field)
+        )
+        lines.append(f"| `{name}` | {value} | {default} | {_cell(field['description'])} |")
+    return "\n".join([*lines, ""])
+
+
+def check_table() -> str:
+    """Return a table of the conformance checks."""
+    lines = ["| check | what it holds a reward to |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| `{check.name}` | {_cell(check.promise)} |" for check in CHECKS), ""])
+
+
+def plugin_table(folder: Path, registry: Registry) -> str:
+    """Return a table of the distributions in a folder: what they say of themselves, and what they offer here."""
+    projects = {path.parent.name: _project(path) for path in sorted(folder.glob("*/pyproject.toml"))}
+    records = {record.distribution: record for record in registry.plugins}
+    lines = ["| plugin | what it is | offers | licence | install, from a checkout |", "| --- | --- | --- | --- | --- |"]
+    for name, project in projects.items():
+        where = folder.relative_to(ROOT) / name
+        needed = [Requirement(line).name for line in project["dependencies"]]
+        install = [f"./{folder.relative_to(ROOT) / other}" for other in needed if other in projects] + [f"./{where}"]
+        offers = "; ".join(_offers(records[name])) if name in records else _example_offers(folder / name)
+        link = f"[{name}](https://github.com/alignprop/alignprop/tree/main/{where})"
+        cells = (link, project["description"], offers, project["license"], f"`pip install {' '.join(install)}`")
+        lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
+    return "\n".join([*lines, ""])
+
+
 def file_tree() -> str:
     """Return the tree of the repository, each file with the first sentence of its docstring."""
     lines = ["alignprop_core/"]
@@ -63,25 +106,65 @@ def file_tree() -> str:
         lines += [_entry(path, 2) for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
     lines.append("plugins/")
     for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        lines.append(_line(f"  {path.parent.name}/", project["description"]))
+        lines.append(_line(f"  {path.parent.name}/", _project(path)["description"]))
     lines += [_line(name, told) for name, told in FOLDERS.items()]
     return "\n".join(["```text", *lines, "```", ""])
 
 
 def pages() -> dict[Path, str]:
     """Return what each page with generated parts should hold."""
-    return {
-        ROOT / "README.md": _fill(ROOT / "README.md", "tree", file_tree()),
-        DOCS / "configuration.md": _fill(DOCS / "configuration.md", "table", config_tables()),
-        DOCS / "rewards.md": _fill(DOCS / "rewards.md", "table", reward_table(ROOT / "plugins")),
+    registry = Registry.discover({})
+    parts = {
+        ROOT / "README.md": {"tree": file_tree()},
+        DOCS / "configuration.md": {"table": config_tables()},
+        DOCS / "rewards.md": {"table": reward_table(ROOT / "plugins")},
+        DOCS / "plugins.md": {
+            "plugins": plugin_table(ROOT / "plugins", registry),
+            "examples": plugin_table(ROOT / "examples" / "plugins", registry),
+        },
+        DOCS / "plugin-reference.md": {kind.__name__: spec_table(kind) for kind in SPECS} | {"checks": check_table()},
     }
+    return {page: _filled(page, named) for page, named in parts.items()}
 
 
-def _fill(page: Path, name: str, part: str) -> str:
-    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
-    head, rest = page.read_text(encoding="utf-8").split(begin)
-    return f"{head}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+def _filled(page: Path, parts: dict[str, str]) -> str:
+    text = page.read_text(encoding="utf-8")
+    for name, part in parts.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        head, rest = text.split(begin)
+        text = f"{head}{begin}\n{part}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+def _project(path: Path) -> dict[str, Any]:
+    project: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
+    return project
+
+
+def _offers(record: PluginRecord) -> Iterator[str]:
+    """Yield what a plugin offers, a kind at a time; long lists are counted."""
+    known = [hook for hook in SPEC_OF_HOOK if record.offers.get(hook)]
+    for hook in [*known, *(hook for hook in record.offers if hook not in SPEC_OF_HOOK)]:
+        kind, specs = SPEC_OF_HOOK.get(hook), record.offers[hook]
+        names = list(dict.fromkeys(spec.name for spec in specs))
+        listed = ", ".join(f"`{name}`" for name in names[:NAMES_SHOWN])
+        more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+        if kind is WeightsSpec:
+            yield f"weights {listed} for {', '.join(f'`{spec.reward}`' for spec in specs)}"
+        elif kind is PromptSpec:
+            yield f"prompt sets {listed}{more}"
+        elif kind is RewardSpec:
+            yield listed
+        else:  # the last word of a hook's name is what it asks for, a plugin's own hooks included
+            yield f"{hook.rpartition('_')[2]} {listed}{more}"
+
+
+def _example_offers(folder: Path) -> str:
+    """Return the names in an example's specs, read from its source: examples are not installed here."""
+    (module,) = folder.glob("*/__init__.py")
+    calls = [node for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+    keywords = [keyword for call in calls for keyword in call.keywords if keyword.arg == "name"]
+    return ", ".join(f"`{k.value.value}`" for k in keywords if isinstance(k.value, ast.Constant))
 
 
 def _entry(path: Path, depth: int) -> str:
@@ -127,9 +210,10 @@ def _section(
 
 
 def _reference(field: dict[str, Any]) -> str | None:
-    """Return the section a key holds, or the section of its list's items."""
+    """Return the section a key holds (or null), or the section of its list's items."""
     place = field.get("items", field)
-    reference = place.get("$ref") or next((part["$ref"] for part in place.get("allOf", ()) if "$ref" in part), None)
+    parts = (*place.get("allOf", ()), *place.get("anyOf", ()))
+    reference = place.get("$ref") or next((part["$ref"] for part in parts if "$ref" in part), None)
     return reference.rpartition("/")[2] if reference else None
 
 
@@ -139,6 +223,8 @@ def _type(field: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(kinds))
     if "enum" in field or "const" in field:
         return ", ".join(f"`{_written(value)}`" for value in field.get("enum", [field.get("const")]))
+    if "prefixItems" in field:
+        return f"({', '.join(_type(part) for part in field['prefixItems'])})"
     if field.get("type") == "array":
         return "list of sections" if _reference(field) else f"list of {_type(field['items'])}"
     if _reference(field):

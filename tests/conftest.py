@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+
+ENVIRONMENTS = ("test_distributions.py", "test_fresh_installs.py")
+"""Files whose tests make an environment each, for a minute and more, and share nothing but the wheels."""
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +32,34 @@ def tiny_model(tiny_sd: Callable[..., StableDiffusionPipeline], tmp_path_factory
     return folder
 
 
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The wheel of the core or of a plugin by its distribution's name; built once for all processes of the tests."""
+    from tests.fresh import shared_wheel
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels-of-ours"
+    return lambda name: shared_wheel(name, folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give a file to one process, for its fixtures' sake; tests that make an environment each go one by one."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return nodeid if file.endswith(ENVIRONMENTS) else file
+
+    return Files(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, visibly, what needs a GPU where there is none."""
+    """Put the longest tests first, so that none is left over at the end; skip, visibly, what needs a GPU."""
+    items.sort(key=lambda item: item.path.name not in ENVIRONMENTS)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

@@ -1,7 +1,8 @@
 """Fresh environments outside the repository: ours from wheels, third-party packages from the environment of the tests.
 
 A new virtual environment has a folder of links to this environment's packages, without anything of alignprop (editable
-or not). So what is not installed there as a wheel is not there, entry points and data files included.
+or not). So what is not installed there as a wheel is not there, entry points and data files included. It may also have
+links to only what some requirements ask for, so that a package that is used and not declared is not there either.
 """
 
 from __future__ import annotations
@@ -12,10 +13,17 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Mapping
+from importlib.metadata import Distribution, PackageNotFoundError, PathDistribution, distribution
 from pathlib import Path
 
+from filelock import FileLock
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
 ROOT = Path(__file__).parents[1]
+PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").is_file())
 _OURS = re.compile(r"(_*editable_*)?_*(impl_)?alignprop", re.IGNORECASE)
 _PIP = """\
 import sys
@@ -36,25 +44,86 @@ def build_wheel(project: Path, folder: Path) -> Path:
     return wheel
 
 
-class FreshEnvironment:
-    """A virtual environment with third-party packages and nothing of ours, and running commands in it."""
+def shared_wheel(name: str, folder: Path) -> Path:
+    """Return the wheel of the core or of a plugin in `folder`; the first of all processes that asks builds it."""
+    own = folder / name
+    own.mkdir(parents=True, exist_ok=True)
+    with FileLock(own / "lock"):
+        built = list(own.glob("*.whl"))
+        return built[0] if built else build_wheel(ROOT if name == "alignprop-core" else ROOT / "plugins" / name, own)
 
-    def __init__(self, folder: Path) -> None:
+
+def metadata_of(wheel: Path) -> Distribution:
+    """Return what a wheel says of itself, read from the wheel."""
+    name, version, *_ = wheel.name.split("-")
+    return PathDistribution(zipfile.Path(wheel, f"{name}-{version}.dist-info/"))
+
+
+def needed_by(requirements: Iterable[str], known: Mapping[str, Distribution]) -> set[str]:
+    """Return the normalised names of all distributions that requirements ask for, directly or through others.
+
+    Markers are those of this interpreter. `known` has distributions by name that are looked at first; the others are
+    looked for in this environment.
+    """
+    waiting = [Requirement(line) for line in requirements]
+    seen: set[tuple[str, str]] = set()
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        for extra in ("", *requirement.extras):
+            if (name, extra) in seen:
+                continue
+            seen.add((name, extra))
+            try:
+                found = known.get(name) or distribution(name)
+            except PackageNotFoundError:
+                raise AssertionError(f"{requirement} is required, and is not in the environment of the tests") from None
+            further = [Requirement(line) for line in found.requires or ()]
+            waiting += [r for r in further if r.marker is None or r.marker.evaluate({"extra": extra})]
+    return {name for name, _ in seen}
+
+
+class FreshEnvironment:
+    """A virtual environment with third-party packages and nothing of ours, and running commands in it.
+
+    Args:
+        folder: where it is made.
+        third_party: names of the distributions it sees; None for all of this environment.
+    """
+
+    def __init__(self, folder: Path, third_party: Iterable[str] | None = None) -> None:
         venv.create(folder, with_pip=False)
         self.folder = folder
         self.bin = folder / "bin"
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         self.site = folder / "lib" / version / "site-packages"
-        links = folder / "third-party"
-        links.mkdir()
-        for base in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
-            for entry in os.scandir(base):
-                # .pth files of the other environment are what makes its editable installs appear.
-                if not (_OURS.match(entry.name) or entry.name.endswith((".pth", "__pycache__"))):
-                    (links / entry.name).symlink_to(entry.path)
-        (self.site / "third-party.pth").write_text(f"{links}\n")
+        self._links = folder / "third-party"
+        self._links.mkdir()
+        (self.site / "third-party.pth").write_text(f"{self._links}\n")
+        if third_party is None:
+            for base in {sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"]}:
+                for entry in os.scandir(base):
+                    self._link(Path(entry.path))
+        else:
+            self.show(["pip", *third_party])
         self._script("pip", _PIP)
         self._script("pytest", "import sys\nimport pytest\nsys.exit(pytest.main())\n")
+
+    def show(self, third_party: Iterable[str]) -> None:
+        """Let it see further distributions of this environment."""
+        for name in third_party:
+            found = distribution(name)
+            tops = {file.parts[0] for file in found.files or ()} - {"..", "/"}
+            assert tops, f"{name} does not say which files are its own"
+            for top in tops:
+                self._link(Path(str(found.locate_file(top))))
+
+    def _link(self, path: Path) -> None:
+        # .pth files of the other environment are what makes its editable installs appear.
+        if not (_OURS.match(path.name) or path.name.endswith((".pth", "__pycache__"))):
+            link = self._links / path.name
+            if not link.is_symlink():
+                link.symlink_to(path)
 
     def _script(self, name: str, code: str) -> None:
         (self.bin / name).write_text(f"#!{self.bin / 'python'}\n{code}")

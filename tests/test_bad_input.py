@@ -115,7 +115,7 @@ def test_blank_lines_between_prompts_are_fine(config: Callable[..., Path], tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_cuda_on_a_machine_without(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    refused(capsys, ["train", config(), "training.device=cuda"], "training.device", "device: auto")
+    refused(capsys, ["train", config(), "training.device=cuda"], "training.device", "Choose auto")
 
 
 def test_fp16_on_a_cpu(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,7 +201,7 @@ def test_doctor_fails_on_a_missing_requirement(
 
 @pytest.mark.parametrize(
     ("variables", "word"),
-    [({"HF_HUB_OFFLINE": "1"}, "offline"), ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": ""}, "online")],
+    [({"HF_HUB_OFFLINE": "1"}, "offline"), ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": ""}, "not set to offline")],
 )
 def test_doctor_says_whether_the_hub_is_used(
     variables: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch
@@ -210,6 +210,7 @@ def test_doctor_says_whether_the_hub_is_used(
         monkeypatch.setenv(name, value)
     (hub,) = (f for f in checks.check_all(Registry.from_plugins({}), quick=True) if f.what == "hub")
     assert hub.found.startswith(word)
+    assert "online" not in hub.found, "it looked at variables only"
 
 
 # -- errors and exit codes --------------------------------------------------------------------------------------

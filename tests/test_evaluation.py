@@ -16,13 +16,14 @@ from torch import Tensor
 from alignprop_core import lora
 from alignprop_core.config import EvaluationConfig, SamplingConfig
 from alignprop_core.diffusion import Sampler
-from alignprop_core.errors import ConfigError
+from alignprop_core.errors import ConfigError, RewardError
 from alignprop_core.evaluation.compare import compare
 from alignprop_core.evaluation.diversity import BUILT_IN, diversity, diversity_by_prompt, encoder_of, picture_features
 from alignprop_core.evaluation.drift import Drift, chosen_steps
 from alignprop_core.evaluation.sheet import before_after, grid
 from alignprop_core.evaluation.statistics import paired, summary, t_quantile
 from alignprop_core.mix import Term
+from alignprop_core.mix.offload import Offload
 from alignprop_core.prompts import PromptSet
 from tests.toy_rewards import Redness
 
@@ -192,6 +193,52 @@ def test_a_term_with_image_features_can_be_the_encoder() -> None:
     with pytest.raises(ConfigError, match="has no image features"):
         encoder_of("other", [Term("other", Redness())])
     assert encoder_of(None, []) is BUILT_IN
+
+
+def test_an_offloaded_encoder_is_on_its_device_while_it_looks() -> None:
+    there: list[bool] = []
+
+    class Watched(Offload):
+        """Offloads to the CPU itself, for want of another device here, and says when the weights are there."""
+
+        def __enter__(self) -> Offload:
+            there.append(True)
+            return super().__enter__()
+
+        def __exit__(self, *reason: Any) -> None:
+            super().__exit__(*reason)
+            there.append(False)
+
+    class Seeing(Redness):
+        def image_features(self, images: Tensor) -> Tensor:
+            assert there == [True]
+            return images.mean((2, 3))
+
+    reward = Seeing()
+    term = Term("seeing", reward, offload=Watched(reward.freeze(), torch.device("cpu")))
+    encoder_of("seeing", [term]).features(torch.rand(2, 3, 32, 32))
+    assert there == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (torch.zeros(3), r"returned shape \(3,\) from image_features for 2 images; .* shape \(2, D\)"),
+        (torch.zeros(1, 3), r"returned shape \(1, 3\)"),
+        ([0.0, 1.0], "returned list"),
+        (None, "raised ValueError: no features today"),
+    ],
+)
+def test_image_features_that_are_none_name_the_term(found: object, words: str) -> None:
+    class Seeing(Redness):
+        def image_features(self, images: Tensor) -> object:
+            if found is None:
+                raise ValueError("no features today")
+            return found
+
+    encoder = encoder_of("seeing", [Term("seeing", Seeing())])
+    with pytest.raises(RewardError, match=f'Reward "seeing" {words}'):
+        encoder.features(torch.rand(2, 3, 32, 32))
 
 
 # -- drift ------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import GuardsConfig, RunConfig, parse_config
+from alignprop_core.config import GuardsConfig, RunConfig
 from alignprop_core.errors import ConfigError, RewardError, RunError
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry import Registry
@@ -29,6 +29,7 @@ from alignprop_core.training.guards import HeldOutGuard, StepGuard
 from alignprop_core.training.run import run
 from tests import toy_rewards
 from tests.toy_rewards import Redness
+from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
 class Moody(Redness):
@@ -67,49 +68,13 @@ def registry() -> Registry:
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
+    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1})
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
-    base = {
-        "model": {"base": str(tiny_model)},
-        "prompts": {"train": str(tmp_path / "prompts.txt"), "heldout": str(tmp_path / "prompts.txt")},
-        "sampling": {"steps": 3, "guidance_scale": 2.0},
-        "backprop": {"strategy": "last_k", "k": 1},
-        "rewards": [{"name": "redness"}],
-        "lora": {"rank": 4},
-        "optimizer": {"learning_rate": 1e-2},
-        "training": {"steps": 6, "batch_size": 4, "device": "cpu"},
-        "samples": {"every": None},
-        "save": {"every": None},
-        "evaluation": {"at_end": False, "images_per_prompt": 2},
-        "output": str(tmp_path / "run"),
-    }
-
-    def build(**overrides: object) -> RunConfig:
-        changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-        return parse_config(base, registry=registry(), overrides=changes)
-
-    return build
+    return lambda **overrides: changed(base, overrides, registry())
 
 
 def train(config: RunConfig, **options: Any) -> Path:
     return run(Trainer(config, registry=registry(), **options))
-
-
-def adapters(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-
-
-def lines(folder: Path, key: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if key in row]
-
-
-class Interrupt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step:
-            raise KeyboardInterrupt
 
 
 # -- steps that are dropped -------------------------------------------------------------------------------------------
@@ -128,7 +93,7 @@ def test_a_bad_step_is_dropped_and_the_run_goes_on(
     Watch.states.clear()
     Moody.calls, Moody.factors = 0, {10: factor}
     folder = train(make(rewards=[{"name": "moody"}], training__steps=12), callbacks=[Watch()])
-    rows = lines(folder, "reward")
+    rows = metrics(folder, "reward")
     assert [row["step"] for row in rows if row["dropped"]] == [10]
     assert why in rows[9]["dropped"]
     assert "step 10 dropped: " in capsys.readouterr().err
@@ -143,7 +108,7 @@ def test_repeated_bad_steps_stop_the_run_with_the_last_good_state(make: Callable
     with pytest.raises(RunError, match=r"Step 5: the gradient is not finite.* and the 1 before it were dropped"):
         train(config)
     folder = Path(config.output)
-    assert [bool(row["dropped"]) for row in lines(folder, "reward")] == [False] * 3 + [True] * 2
+    assert [bool(row["dropped"]) for row in metrics(folder, "reward")] == [False] * 3 + [True] * 2
     kept = load_file(folder / "checkpoints" / "step-000005" / "adapter.safetensors")
     Moody.calls, Moody.factors = 0, {}
     good = make(rewards=[{"name": "moody"}], training__steps=3, output=str(folder.parent / "good"))
@@ -151,7 +116,7 @@ def test_repeated_bad_steps_stop_the_run_with_the_last_good_state(make: Callable
     assert all(torch.equal(kept[name], expected[name]) for name in expected)
     Moody.calls, Moody.factors = 0, {}
     train(config, resume=folder)
-    assert [row["step"] for row in lines(folder, "reward")] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in metrics(folder, "reward")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_score_that_is_not_finite_names_its_reward_when_it_stays_so(make: Callable[..., RunConfig]) -> None:
@@ -210,7 +175,7 @@ def test_evaluations_are_lines_of_metrics_with_the_same_seeds(make: Callable[...
             seen.append((trainer.step_number, figures["reward"]))
 
     folder = train(make(evaluation__every=4), callbacks=[Watch()])
-    rows = lines(folder, "evaluation")
+    rows = metrics(folder, "evaluation")
     assert [row["step"] for row in rows] == [0, 4, 6], "before the first step, on the way, after the last"
     assert seen == [(row["step"], row["evaluation"]["reward"]) for row in rows]
     first, last = rows[0]["evaluation"], rows[-1]["evaluation"]
@@ -219,7 +184,7 @@ def test_evaluations_are_lines_of_metrics_with_the_same_seeds(make: Callable[...
     assert last["scores"]["redness"]["mean"] > first["scores"]["redness"]["mean"]
     assert last["scores"]["red_share"]["mean"] == pytest.approx(last["reward"], abs=1e-6)
     assert first["diversity"] > 0
-    assert [row["step"] for row in lines(folder, "terms")] == [1, 2, 3, 4, 5, 6], "the steps' own lines are as before"
+    assert [row["step"] for row in metrics(folder, "terms")] == [1, 2, 3, 4, 5, 6], "the steps' own lines are as before"
 
 
 def test_the_run_stops_by_itself_and_keeps_the_best(
@@ -233,7 +198,7 @@ def test_the_run_stops_by_itself_and_keeps_the_best(
         guards={"watch": "red_share", "lower_is_better": True, "patience": 2, "keep_best": True},
     )
     folder = train(config)
-    assert [row["step"] for row in lines(folder, "reward")][-1] == 4
+    assert [row["step"] for row in metrics(folder, "reward")][-1] == 4
     told = json.loads((folder / "evaluation.json").read_text())
     assert told["step"] == 0
     assert "no better at 2 evaluations in a row" in told["stopped"]
@@ -254,7 +219,7 @@ def test_the_best_lora_is_kept_beside_the_last_and_is_what_was_evaluated(
     best = load_file(folder / "lora" / "best" / "pytorch_lora_weights.safetensors")
     assert all(not tensor.any() for name, tensor in best.items() if "lora_B" in name), "only the start had no drift"
     assert any(tensor.any() for name, tensor in adapters(folder).items() if "lora_B" in name)
-    assert lines(folder, "reward")[-1]["step"] == 2
+    assert metrics(folder, "reward")[-1]["step"] == 2
     again = make(training__steps=4, evaluation__every=2, output=str(tmp_path / "again"))
     free = train(again)
     best = load_file(free / "lora" / "best" / "pytorch_lora_weights.safetensors")
@@ -277,10 +242,11 @@ def test_a_guarded_run_resumes_as_the_run(make: Callable[..., RunConfig], tmp_pa
     for name, tensor in adapters(straight).items():
         assert torch.equal(adapters(resumed)[name], tensor), name
     for key in ("evaluation", "reward"):
-        strip = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in lines(straight, key)]
-        assert [
-            {k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in lines(resumed, key)
-        ] == strip
+        ours, theirs = (
+            [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory")} for row in metrics(folder, key)]
+            for folder in (resumed, straight)
+        )
+        assert ours == theirs
     one, two = (json.loads((folder / "evaluation.json").read_text()) for folder in (straight, resumed))
     assert one == two
 
@@ -298,18 +264,18 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(make: Callable[..., R
     with pytest.raises(KeyboardInterrupt):
         run(trainer)
     folder = train(config, resume=tmp_path / "broken")
-    assert lines(folder, "evaluation") == lines(straight, "evaluation")
+    assert metrics(folder, "evaluation") == metrics(straight, "evaluation")
 
 
 def test_a_stopped_run_stays_stopped_until_its_guards_allow_more(make: Callable[..., RunConfig]) -> None:
     options: dict[str, Any] = {"evaluation__every": 2, "training__steps": 8}
     folder = train(make(**options, guards={"drift_limit": 1e-9}))
-    assert lines(folder, "reward")[-1]["step"] == 2
+    assert metrics(folder, "reward")[-1]["step"] == 2
     train(make(**options, guards={"drift_limit": 1e-9}), resume=folder)
-    assert lines(folder, "reward")[-1]["step"] == 2
+    assert metrics(folder, "reward")[-1]["step"] == 2
     train(make(**options), resume=folder)
-    assert lines(folder, "reward")[-1]["step"] == 8
-    assert [row["step"] for row in lines(folder, "evaluation")] == [0, 2, 4, 6, 8]
+    assert metrics(folder, "reward")[-1]["step"] == 8
+    assert [row["step"] for row in metrics(folder, "evaluation")] == [0, 2, 4, 6, 8]
 
 
 # -- the average, weight decay, regularization ------------------------------------------------------------------------
@@ -354,15 +320,15 @@ def test_saved_and_evaluated_is_the_average(make: Callable[..., RunConfig], tmp_
 def test_weight_decay_and_regularization_hold_the_adapters_back(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     def drift(name: str, **options: object) -> float:
         folder = train(make(evaluation__every=20, training__steps=20, output=str(tmp_path / name), **options))
-        return float(lines(folder, "evaluation")[-1]["evaluation"]["drift"])
+        return float(metrics(folder, "evaluation")[-1]["evaluation"]["drift"])
 
     free = drift("free")
     assert drift("decayed", optimizer__weight_decay=20.0) < 0.8 * free
     assert drift("pulled", regularization__weight=50.0) < 0.8 * free
-    pulled = lines(tmp_path / "pulled", "reward")
+    pulled = metrics(tmp_path / "pulled", "reward")
     assert pulled[0]["regularization"] == 0
     assert pulled[-1]["regularization"] > 0
-    assert all(row["regularization"] == 0 for row in lines(tmp_path / "free", "reward"))
+    assert all(row["regularization"] == 0 for row in metrics(tmp_path / "free", "reward"))
 
 
 # -- configs that cannot be meant -------------------------------------------------------------------------------------
@@ -431,6 +397,6 @@ def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: P
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         timeout=200,
     )
-    for a, b in zip(lines(one, "reward"), lines(tmp_path / "two", "reward"), strict=True):
+    for a, b in zip(metrics(one, "reward"), metrics(tmp_path / "two", "reward"), strict=True):
         assert b["reward"] == pytest.approx(a["reward"], abs=1e-5)
         assert b["regularization"] == pytest.approx(a["regularization"], rel=1e-3, abs=1e-9)

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig, parse_config
+from alignprop_core.config import RunConfig
 from alignprop_core.reward import ImageBatch
 from alignprop_core.training import Trainer
 from alignprop_core.training.callbacks import ProgressBar
 from alignprop_core.training.run import run
 from tests.toy_rewards import Redness, registry
+from tests.toy_runs import adapters, changed, metrics, toy_data
 
 
 class Shade(Redness):
@@ -46,36 +46,21 @@ MODES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
     """Build a trainer on redness and shade; keyword arguments are overrides, dots written as double underscores."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a fox\ntwo owls\nthree red boats\na hill\n")
-    base = {
-        "model": {"base": str(tiny_model)},
-        "prompts": {"train": str(prompts)},
-        "sampling": {"steps": 3, "guidance_scale": 2.0},
-        "rewards": [{"name": "redness", "options": {"gain": 1000.0}}, {"name": "shade", "weight": 1.0}],
-        "lora": {"rank": 4},
+    base = toy_data(
+        tiny_model,
+        tmp_path,
+        prompts={"train": str(tmp_path / "prompts.txt")},
+        rewards=[{"name": "redness", "options": {"gain": 1000.0}}, {"name": "shade", "weight": 1.0}],
         # A large epsilon, so that gradients that are nothing but rounding do not become steps of full size.
-        "optimizer": {"learning_rate": 1e-2, "epsilon": 1e-3},
-        "training": {"steps": 4, "batch_size": 4, "device": "cpu"},
-        "samples": {"every": None},
-        "save": {"every": None},
-        "output": str(tmp_path / "run"),
-    }
+        optimizer={"learning_rate": 1e-2, "epsilon": 1e-3},
+        training={"steps": 4, "batch_size": 4, "device": "cpu"},
+    )
 
     def build(resume: Path | None = None, **overrides: object) -> Trainer:
-        changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
         known = registry().with_rewards({"shade": Shade()})
-        return Trainer(parse_config(base, registry=known, overrides=changes), registry=known, resume=resume)
+        return Trainer(changed(base, overrides, known), registry=known, resume=resume)
 
     return build
-
-
-def adapters(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

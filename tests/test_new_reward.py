@@ -103,7 +103,15 @@ def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
     assert needed.specifier.contains(__version__)
     assert not needed.specifier.contains("1.0")
     assert b"A. N. Other" in project["LICENSE"]
+    assert facts["authors"] == [{"name": "A. N. Other"}]
     assert not [path for path, data in project.items() if b"<<" in data or b"%%" in data]
+
+
+@pytest.mark.parametrize("author", ['Ada "the first" Lovelace', "Łukasz \\ Ünal", ""])
+def test_any_author_stands_in_the_metadata(author: str) -> None:
+    project = reward_project("warm", prompts=False, weights=False, license="Apache-2.0", author=author)
+    facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
+    assert facts.get("authors", [{"name": ""}]) == [{"name": author}]
 
 
 def test_templates_take_values_and_nested_blocks() -> None:

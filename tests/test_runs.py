@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from alignprop_core._files import safe_name
+from alignprop_core.environment import environment
 from alignprop_core.errors import OutputError
-from alignprop_core.runs import RunFolder, environment, safe_name
+from alignprop_core.runs import RunFolder
 from alignprop_core.specs import RewardSpec, WeightsFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX signals and limits")

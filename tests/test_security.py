@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
+from alignprop_core._files import safe_name
 from alignprop_core.config import load_config
 from alignprop_core.config_yaml import read_yaml
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.errors import AlignpropError, ConfigError, LoraError, ModelError, OutputError
 from alignprop_core.lora.formats import read_lora
 from alignprop_core.registry import Offer, default_registry
-from alignprop_core.runs import RunFolder, safe_name
+from alignprop_core.runs import RunFolder
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import tiny_pipeline, train_two_steps
 

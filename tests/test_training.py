@@ -15,16 +15,15 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
-from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig, parse_config
+from alignprop_core.config import RunConfig
 from alignprop_core.errors import AlignpropError, ConfigError, OutputError, RewardError, RunError
-from alignprop_core.training import Callback, StepRecord, Trainer
+from alignprop_core.training import Trainer
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import choose_prompts
 from tests.toy_rewards import Crashes, registry
+from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
 @pytest.fixture
@@ -35,39 +34,12 @@ def model(tiny_model: Path) -> Path:
 @pytest.fixture
 def make(model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a fox\ntwo owls\n\nthree red boats\na hill\n")
-    base = {
-        "model": {"base": str(model)},
-        "prompts": {"train": str(prompts), "heldout": str(prompts)},
-        "sampling": {"steps": 4, "guidance_scale": 2.0},
-        "rewards": [{"name": "redness"}],
-        "lora": {"rank": 4},
-        "optimizer": {"learning_rate": 1e-2},
-        "training": {"steps": 6, "batch_size": 4, "device": "cpu"},
-        "samples": {"every": None},
-        "save": {"every": None},
-        "evaluation": {"at_end": False, "images_per_prompt": 2},
-        "output": str(tmp_path / "run"),
-    }
-
-    def build(**overrides: object) -> RunConfig:
-        changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-        return parse_config(base, registry=registry(), overrides=changes)
-
-    return build
+    base = toy_data(model, tmp_path, sampling={"steps": 4, "guidance_scale": 2.0})
+    return lambda **overrides: changed(base, overrides, registry())
 
 
 def train(config: RunConfig, **options: Any) -> Path:
     return run(Trainer(config, registry=registry(), **options))
-
-
-def adapters(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "lora" / "pytorch_lora_weights.safetensors")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -190,7 +162,8 @@ def test_a_run_that_failed_before_its_first_step_blocks_nothing(make: Callable[.
     folder = train(config)
     shutil.rmtree(folder / "lora")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / "evaluation.json").unlink(missing_ok=True)
+    for name in ("evaluation.json", "report.html"):
+        (folder / name).unlink(missing_ok=True)
     with pytest.raises(OutputError, match="not empty"):
         train(config)  # there are metrics of a step
     (folder / "metrics.jsonl").unlink()
@@ -198,15 +171,6 @@ def test_a_run_that_failed_before_its_first_step_blocks_nothing(make: Callable[.
 
 
 # -- resume -----------------------------------------------------------------------------------------------------------
-
-
-class Interrupt(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step:
-            raise KeyboardInterrupt
 
 
 def test_resumed_run_is_the_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:

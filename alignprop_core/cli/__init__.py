@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import typer
 
 from alignprop_core import __version__
-from alignprop_core.cli import demo, doctor, evaluate, lora, plugins, rewards, sample, schema, score, train
+from alignprop_core.cli import demo, doctor, evaluate, lora, plugins, report, rewards, sample, schema, score, train
 from alignprop_core.errors import AlignpropError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
 app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(lora.app, name="lora")
 app.command("plugins")(plugins.plugins)

@@ -171,7 +171,8 @@ def _hub() -> Iterator[Finding]:
         advice = "Models and weights come from the local cache only; unset it to download."
         yield Finding("hub", "ok", f"offline ({', '.join(on)} is set)", advice)
     else:
-        yield Finding("hub", "ok", "online: a run downloads the models and weights it names")
+        advice = "Whether the hub can be reached was not tried; HF_HUB_OFFLINE=1 keeps runs to the local cache."
+        yield Finding("hub", "ok", "not set to offline: a run downloads the base model it names", advice)
 
 
 def _is_on(variable: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 
 from alignprop_core import lora
+from alignprop_core._files import write_json
 from alignprop_core.cli import common
 from alignprop_core.cli.models import TRAINED
 from alignprop_core.config import EvaluationConfig
@@ -20,7 +21,6 @@ from alignprop_core.evaluation.sheet import save_picture
 from alignprop_core.lora.layers import adapter_names
 from alignprop_core.mix import Term
 from alignprop_core.prompts import PromptSet
-from alignprop_core.runs import write_json
 from alignprop_core.training.progress import progress_bar
 
 _OTHER = "soup"

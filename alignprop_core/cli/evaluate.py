@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
 from alignprop_core.cli import common
+
+if TYPE_CHECKING:
+    from alignprop_core.config import EvaluationConfig, ModelLora, RewardTerm
+    from alignprop_core.prompts import PromptSet
+    from alignprop_core.registry import Registry
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Subject:
+    """What is evaluated: the model with its LoRA, and what its own run evaluates it with."""
+
+    model: str
+    lora: Path | None
+    vae: str | None = None
+    frozen: Sequence[ModelLora] = ()
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    sampling: Mapping[str, object] = field(default_factory=dict)
+    rewards: Sequence[RewardTerm] = ()
+    evaluation: EvaluationConfig | None = None
+    heldout: str = ""
 
 
 def evaluate(
@@ -17,10 +40,13 @@ def evaluate(
     lora: Path | None = typer.Option(None, help="... and a LoRA folder or file."),
     prompts: str = typer.Option("", help="Held-out prompts: a registered set or a file; a run's own if left out."),
     reward: list[str] = typer.Option([], help="Rewards to report beside the run's own (repeat the option)."),
+    option: list[str] = typer.Option(
+        [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="One of a --reward's options; of several, NAME's."
+    ),
     steps: int | None = typer.Option(None, help="Denoising steps; a run's own (or 50) if left out."),
     guidance_scale: float | None = typer.Option(None, help="Guidance; a run's own (or 7.5) if left out."),
     images_per_prompt: int | None = typer.Option(None, min=1, help="Images of each prompt; 4 if left out."),
-    seed: int | None = typer.Option(None, help="Seed of the noise; 1234 if left out."),
+    seed: int | None = typer.Option(None, min=0, help="Seed of the noise; 1234 if left out."),
     strengths: str = typer.Option(
         "", help="Evaluate the LoRA at these strengths instead, such as 0,0.25,0.5,0.75,1,1.25: rewards against drift."
     ),
@@ -34,11 +60,11 @@ def evaluate(
 ) -> None:
     """Evaluate a run, or a model with a LoRA, on held-out prompts; or a whole curve of strengths or shares."""
     common.quiet_libraries()
-    from alignprop_core.config import EvaluationConfig, ModelLora, RewardTerm, load_config
-    from alignprop_core.errors import UserError
-    from alignprop_core.prompts import load_prompts
+    from alignprop_core.cli.inputs import check_model_options, reward_entries, sampling_settings
+    from alignprop_core.config import EvaluationConfig, located
+    from alignprop_core.errors import UserError, under
+    from alignprop_core.model_files import find_lora
     from alignprop_core.registry import default_registry
-    from alignprop_core.terms import load_terms, measure_entries
 
     if (run is None) == (not model):
         raise UserError("Give a run folder, or --model M with --lora DIR.")
@@ -46,54 +72,54 @@ def evaluate(
         raise UserError("--strengths and --soup need a LoRA: give a run folder, or --lora DIR beside --model.")
     points = _points(strengths, soup is not None)
     registry = default_registry()
-    frozen: list[ModelLora] = []
-    sampling: dict[str, object] = {}
-    entries: list[RewardTerm] = []
-    evaluation = EvaluationConfig()
-    vae = None
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    if run is not None:
-        settings = load_config(run / "config.yaml", registry=registry)
-        model, vae, lora = settings.model.base, settings.model.vae, run / "lora"
-        frozen = settings.model.loras
-        sampling = settings.sampling.model_dump()
-        entries = [*settings.rewards, *settings.evaluation.rewards]
-        evaluation = settings.evaluation
-        precision = settings.training.mixed_precision
-        prompts = prompts or settings.prompts.heldout or ""
-    if not prompts:
-        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
-    entries += [RewardTerm(name=name, label=name) for name in reward]
-    if not entries:
-        raise UserError("There is nothing to measure: give --reward NAME.")
-    sampling |= {k: v for k, v in {"steps": steps, "guidance_scale": guidance_scale}.items() if v is not None}
-    changes = {"images_per_prompt": images_per_prompt, "seed": seed}
-    evaluation = evaluation.model_copy(update={k: v for k, v in changes.items() if v is not None})
-    entries += measure_entries(entries, registry)
-    with common.status("loading rewards and model"):
-        chosen = load_prompts(prompts, registry)
-        terms = load_terms(entries, registry)
-        from alignprop_core import lora as adapters
-        from alignprop_core.cli.models import TRAINED, open_sampler
-        from alignprop_core.evaluation.compare import Switch, compare
-        from alignprop_core.evaluation.diversity import encoder_of
-        from alignprop_core.evaluation.drift import Drift
-        from alignprop_core.evaluation.sheet import before_after, save_picture
-        from alignprop_core.runs import write_json
-        from alignprop_core.training.progress import progress_bar
-
-        sampler = open_sampler(
-            model,
-            sampling,
-            lora_path=lora,
-            device=device,
-            mixed_precision=precision,
-            registry=registry,
-            vae=vae,
-            frozen=frozen,
+    with nullcontext() if run is None else located(run / "config.yaml"):
+        subject = _Subject(model=model, lora=lora) if run is None else _of_run(run, registry)
+        chosen = _prompts(prompts, subject.heldout, registry)
+        entries = _with_further(subject.rewards, reward_entries(reward, option, registry))
+        if not entries:
+            raise UserError("There is nothing to measure: give --reward NAME.")
+        changes = {"steps": steps, "guidance_scale": guidance_scale}
+        sampling = sampling_settings({**subject.sampling, **{k: v for k, v in changes.items() if v is not None}})
+        changes = {"images_per_prompt": images_per_prompt, "seed": seed}
+        evaluation = (subject.evaluation or EvaluationConfig()).model_copy(
+            update={k: v for k, v in changes.items() if v is not None}
         )
-        for term in terms:
-            term.reward.to(sampler.device)
+        if run is None:
+            check_model_options(model, lora, registry)
+        if soup is not None:
+            with under("--soup"):
+                find_lora(soup)
+        from alignprop_core.devices import choose_device
+
+        with under("--device"):
+            where = choose_device(device)
+        with common.status("loading rewards and model"):
+            from alignprop_core import lora as adapters
+            from alignprop_core.terms import check_prompts, load_terms, measure_entries
+
+            terms = load_terms([*entries, *measure_entries(entries, registry)], registry)
+            with under("--prompts" if prompts else "prompts.heldout"):
+                check_prompts(terms, chosen)
+            from alignprop_core._files import write_json
+            from alignprop_core.cli.models import TRAINED, open_sampler
+            from alignprop_core.evaluation.compare import Switch, compare
+            from alignprop_core.evaluation.diversity import encoder_of
+            from alignprop_core.evaluation.drift import Drift
+            from alignprop_core.evaluation.sheet import before_after, save_picture
+            from alignprop_core.training.progress import progress_bar
+
+            sampler = open_sampler(
+                subject.model,
+                sampling,
+                device=where,
+                registry=registry,
+                lora_path=subject.lora,
+                mixed_precision=subject.precision,
+                vae=subject.vae,
+                frozen=subject.frozen,
+            )
+            for term in terms:
+                term.reward.to(sampler.device)
 
     def base() -> AbstractContextManager[object]:
         return adapters.disabled(sampler.family.denoiser, name=TRAINED)
@@ -106,12 +132,14 @@ def evaluate(
             sampler, terms, chosen, evaluation, encoder, points=points, soup=soup, folder=output or run, json=json
         )
         return
-    variants: dict[str, Switch] = {"model": nullcontext} if lora is None else {"base": base, "tuned": nullcontext}
+    variants: dict[str, Switch] = (
+        {"model": nullcontext} if subject.lora is None else {"base": base, "tuned": nullcontext}
+    )
     with progress_bar(common.console(stderr=True)) as bar:
         total = len(variants) * len(chosen) * evaluation.images_per_prompt
         task = bar.add_task("evaluating", total=total, figures="")
         drift = None
-        if lora is not None:
+        if subject.lora is not None:
             drift = Drift(sampler, chosen.prompts, base, seed=evaluation.seed, batch_size=evaluation.batch_size)
         result = compare(
             sampler,
@@ -136,6 +164,50 @@ def evaluate(
     if folder is not None:
         sheet = folder / "images" / "before_after.png"
         common.print_facts([("figures", str(folder / "evaluation.json")), ("sheet", str(sheet))])
+
+
+def _of_run(run: Path, registry: Registry) -> _Subject:
+    from alignprop_core.config import load_config
+    from alignprop_core.model_files import find_lora
+    from alignprop_core.preflight import check_model, check_rewards
+
+    config = load_config(run / "config.yaml", registry=registry)
+    find_lora(run / "lora")
+    check_model(config, registry)
+    check_rewards(config, registry)
+    return _Subject(
+        model=config.model.base,
+        lora=run / "lora",
+        vae=config.model.vae,
+        frozen=config.model.loras,
+        precision=config.training.mixed_precision,
+        sampling=config.sampling.model_dump(),
+        rewards=[*config.rewards, *config.evaluation.rewards],
+        evaluation=config.evaluation,
+        heldout=config.prompts.heldout or "",
+    )
+
+
+def _prompts(given: str, own: str, registry: Registry) -> PromptSet:
+    from alignprop_core.errors import UserError, under
+    from alignprop_core.prompts import load_prompts
+
+    if not (given or own):
+        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
+    with under("--prompts" if given else "prompts.heldout"):
+        return load_prompts(given or own, registry)
+
+
+def _with_further(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
+    """Return a run's rewards and those of --reward; one with the options of a run's own is measured already."""
+    entries = list(own)
+    for entry in given:
+        if any((other.name, other.options) == (entry.name, entry.options) for other in own):
+            continue
+        taken = {other.label for other in own}
+        label = next(label for n in count(1) if (label := entry.label if n == 1 else f"{entry.label}.{n}") not in taken)
+        entries.append(entry.model_copy(update={"label": label}))
+    return entries
 
 
 def _points(text: str, soup: bool) -> list[float]:

@@ -126,8 +126,8 @@ def bake(
 
 
 def _write(lora: WholeLora, output: Path, name: str, formats: tuple[str, ...] = ("diffusers", "kohya")) -> None:
+    from alignprop_core._files import safe_name
     from alignprop_core.lora.whole import write_whole
-    from alignprop_core.runs import safe_name
 
     files = write_whole(lora, output, name or safe_name(output.absolute().name), formats=formats)
     common.print_facts([("LoRA", str(file)) for file in files] + [("rank", str(lora.rank))])

@@ -15,7 +15,7 @@ def new(
     prompts: bool | None = typer.Option(None, "--prompts/--no-prompts", help="Whether it reads prompts. [asked; no]"),
     weights: bool | None = typer.Option(None, "--weights/--no-weights", help="Whether it has a network. [asked; no]"),
     license: str | None = typer.Option(None, help="Apache-2.0, MIT or BSD-3-Clause. [asked; Apache-2.0]"),
-    author: str = typer.Option("", help="Who stands in the licence."),
+    author: str = typer.Option("", help="Who stands in its metadata, and in a licence that names somebody."),
     to: Path | None = typer.Option(None, help="Folder to write. [default: alignprop-NAME]"),
 ) -> None:
     """Write a plugin with one reward that installs, passes its tests and trains as it is.
@@ -61,7 +61,8 @@ def new(
         f"alignprop rewards check {name}",
     ):
         typer.echo(f"  {command}")
-    typer.echo(f"\nThen write your own score() in {next(path for path in project if path.endswith('reward.py'))}.")
+    score = next(path for path in project if path.startswith("src/") and path.endswith("/reward.py"))
+    typer.echo(f"\nThen write your own score() in {folder / score}.")
 
 
 def _shown(folder: Path) -> str:

@@ -26,22 +26,34 @@ def sample(
 ) -> None:
     """Draw pictures; the same seed gives the picture diffusers gives for it."""
     common.quiet_libraries()
-    from alignprop_core.cli.models import open_sampler
+    from alignprop_core.cli.inputs import check_model_options, sampling_settings
+    from alignprop_core.errors import under
+    from alignprop_core.registry import default_registry
 
-    options = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-    }
+    registry = default_registry()
+    settings = sampling_settings(
+        {
+            "steps": steps,
+            "guidance_scale": guidance_scale,
+            "negative_prompt": negative_prompt,
+            "width": width,
+            "height": height,
+        }
+    )
+    check_model_options(model, lora, registry)
+    from alignprop_core.devices import choose_device
+
+    with under("--device"):
+        where = choose_device(device)
     with common.status("loading the model"):
-        sampler = open_sampler(model, options, lora_path=lora, strength=strength, device=device)
+        from alignprop_core.cli.models import open_sampler
+
+        sampler = open_sampler(model, settings, device=where, registry=registry, lora_path=lora, strength=strength)
 
     import torch
 
+    from alignprop_core._files import safe_name
     from alignprop_core.evaluation.sheet import save_picture, to_picture
-    from alignprop_core.runs import safe_name
     from alignprop_core.training.progress import progress_bar
 
     files = []

@@ -5,6 +5,7 @@ A template is a text file with `<<values>>` and blocks from a line `%% if FLAG` 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -51,7 +52,8 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
         prompts: whether it reads prompts.
         weights: whether it has a network with weights.
         license: one of `LICENSES`.
-        author: who stands in the licence; "the authors of DISTRIBUTION" if empty.
+        author: who stands in the metadata, and in a licence that names somebody; "the authors of DISTRIBUTION" stand
+            there if empty.
     """
     major, minor = (int(part) for part in __version__.split(".")[:2])
     distribution = "alignprop-" + name.replace("_", "-")
@@ -65,6 +67,7 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
         + (", and a small network likes it." if weights else "."),
         "license": license,
         "author": author or f"the authors of {distribution}",
+        "quoted_author": json.dumps(author, ensure_ascii=False),  # a JSON string is a TOML string
         "year": str(date.today().year),
         "high": "1.0" if weights else "0.0",
         "core_from": f"{major}.{minor}",
@@ -72,7 +75,7 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
         "core_below": f"{major}.{minor + 1}" if major == 0 else f"{major + 1}",
         "api_version": str(API_VERSION),
     }
-    flags = {"prompts": prompts, "weights": weights}
+    flags = {"prompts": prompts, "weights": weights, "author": bool(author)}
     root = files("alignprop_core").joinpath("templates/reward")
 
     def filled(template: str) -> bytes:

@@ -1,4 +1,4 @@
-"""`alignprop score`: what a reward makes of picture files."""
+"""`alignprop score`: what rewards make of picture files."""
 
 from __future__ import annotations
 
@@ -10,58 +10,74 @@ import typer
 from alignprop_core.cli import common
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from numpy import uint8
+    from numpy.typing import NDArray
 
 
 def score(
     images: list[Path] = typer.Argument(help="Picture files."),
-    reward: str = typer.Option(help="A reward's name; `alignprop rewards list` lists them."),
-    option: list[str] = typer.Option([], "--option", "-o", metavar="KEY=VALUE", help="One of the reward's options."),
+    reward: list[str] = typer.Option(
+        help="A reward's name (repeat the option for several); `alignprop rewards list` lists them."
+    ),
+    option: list[str] = typer.Option(
+        [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="One of a reward's options; of several, NAME's."
+    ),
     prompt: str = typer.Option("", help="The prompt the pictures were made from, for rewards that read it."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Score pictures with a reward."""
+    """Score pictures with one or several rewards."""
     common.quiet_libraries()
-    from alignprop_core.config_input import apply_overrides
-    from alignprop_core.errors import UserError
+    from alignprop_core.cli.inputs import reward_entries
+    from alignprop_core.errors import UserError, under
     from alignprop_core.registry import default_registry
 
     registry = default_registry()
-    spec = registry.reward(reward).spec
-    if spec.needs_prompts and not prompt:
-        raise UserError(f'Reward "{reward}" reads the prompt: give --prompt "...".')
-    options = registry.reward_options(reward, apply_overrides({}, option)[0])
+    entries = reward_entries(reward, option, registry)
+    specs = [registry.reward(entry.name).spec for entry in entries]
+    for entry, spec in zip(entries, specs, strict=True):
+        if spec.needs_prompts and not prompt:
+            raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
     pictures = [read_picture(path) for path in images]
-    with common.status(f"loading {reward}"):
-        from alignprop_core.mix import Term
-        from alignprop_core.training.devices import choose_device
-
-        where = choose_device(device)
-        term = Term(label=reward, reward=registry.load_reward(reward, options).to(where), differentiable=False)
 
     import torch
 
+    from alignprop_core.devices import choose_device
     from alignprop_core.reward import ImageBatch
+    from alignprop_core.terms import load_terms
 
+    with under("--device"):
+        where = choose_device(device)
+    with common.status(f"loading {', '.join(reward)}"):
+        terms = load_terms(entries, registry)
+        for term in terms:
+            term.reward.to(where)
+    rows = []
     with torch.no_grad():
-        # One by one: pictures may differ in size.
-        scores = [
-            float(term.score(ImageBatch(images=picture.to(where), prompts=[prompt], metadata=[{}]))[0])
-            for picture in pictures
-        ]
+        for picture in pictures:
+            # One by one: pictures may differ in size.
+            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(where) / 255
+            batch = ImageBatch(images=image, prompts=[prompt], metadata=[{}])
+            rows.append([float(term.score(batch)[0]) for term in terms])
+    labels = [term.label for term in terms]
     if json:
-        pairs = [{"image": str(path), "score": value} for path, value in zip(images, scores, strict=True)]
-        common.print_json({"reward": reward, "unit": spec.unit, "scores": pairs})
+        scored = [
+            {"image": str(path), "scores": dict(zip(labels, row, strict=True))}
+            for path, row in zip(images, rows, strict=True)
+        ]
+        units = {label: spec.unit for label, spec in zip(labels, specs, strict=True)}
+        common.print_json({"units": units, "images": scored})
         return
-    title = f"{reward} ({spec.unit})" if spec.unit else reward
-    common.print_table(["image", title], [[path, f"{s:.6g}"] for path, s in zip(images, scores, strict=True)])
+    titles = [f"{label} ({spec.unit})" if spec.unit else label for label, spec in zip(labels, specs, strict=True)]
+    common.print_table(
+        ["image", *titles],
+        [[path, *(f"{value:.6g}" for value in row)] for path, row in zip(images, rows, strict=True)],
+    )
 
 
-def read_picture(path: Path) -> Tensor:
-    """Return a picture file as (1, 3, H, W), float32 in [0, 1]; transparency is laid on white."""
+def read_picture(path: Path) -> NDArray[uint8]:
+    """Return a picture file as (H, W, 3), RGB bytes; transparency is laid on white."""
     import numpy as np
-    import torch
     from PIL import Image, UnidentifiedImageError
 
     from alignprop_core.errors import UserError
@@ -74,5 +90,4 @@ def read_picture(path: Path) -> Tensor:
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise UserError(f"{path} is no picture that can be read: {error}.") from error
     paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    pixels = np.array(Image.alpha_composite(paper, picture).convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
+    return np.array(Image.alpha_composite(paper, picture).convert("RGB"))

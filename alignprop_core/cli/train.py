@@ -24,23 +24,32 @@ def train(
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
-    from alignprop_core.config import load_config
+    from alignprop_core.config import load_config, located
+    from alignprop_core.preflight import check_inputs
     from alignprop_core.registry import default_registry
 
     registry = default_registry()
     settings = load_config(config, overrides or [], registry=registry)
-    with common.status("loading rewards and model"):
-        from alignprop_core.training import Trainer
+    where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
+    with located(config, overrides or []):
+        # The trainer checks the same; but its libraries take many seconds to import, and torch alone a few.
+        check_inputs(settings, registry, resume=where)
+        from alignprop_core.devices import device_and_dtype
 
-        where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
-        trainer = Trainer(settings, registry=registry, resume=where)
-    if dry_run:
-        common.print_facts(_facts(trainer))
-        common.console().print("Everything loads. Nothing was trained or written.")
-        return
-    from alignprop_core.training.run import run
+        device_and_dtype(settings.training)
+        with common.status("loading rewards and model"):
+            from alignprop_core.training import Trainer
+            from alignprop_core.training.heldout import Measures
+            from alignprop_core.training.run import run
 
-    folder = run(trainer, common.console(stderr=True))
+            trainer = Trainer(settings, registry=registry, resume=where)
+        if dry_run:
+            if trainer.heldout is not None:
+                Measures(trainer).load()
+            common.print_facts(_facts(trainer))
+            common.console().print("Everything loads. Nothing was trained or written.")
+            return
+        folder = run(trainer, common.console(stderr=True))
     if trainer.state.is_main_process:
         finish(trainer, folder)
 

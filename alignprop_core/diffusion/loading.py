@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from alignprop_core.errors import ModelError, did_you_mean
+from alignprop_core.errors import ModelError
+from alignprop_core.model_files import find_base, find_vae
 from alignprop_core.registry import Registry
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load_pipeline(
@@ -42,15 +39,18 @@ def load_pipeline(
     """
     import diffusers
 
-    source = _resolve(base, registry)
+    source = find_base(base, registry)
+    autoencoder = None if vae is None else find_vae(vae)
     try:
         with _no_progress_bar():
             pipeline = _open(source)
-            if vae is not None:
-                subfolder = "vae" if (Path(vae) / "vae").is_dir() else None
-                pipeline.vae = diffusers.AutoencoderKL.from_pretrained(vae, subfolder=subfolder, use_safetensors=True)
+            if autoencoder is not None:
+                subfolder = "vae" if (Path(autoencoder) / "vae").is_dir() else None
+                pipeline.vae = diffusers.AutoencoderKL.from_pretrained(
+                    autoencoder, subfolder=subfolder, use_safetensors=True
+                )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f'model.base "{base}" could not be loaded from {source}: {error}') from error
+        raise ModelError(f'"{base}" could not be loaded from {source}: {error}') from error
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns of modules this family does not have
@@ -98,37 +98,3 @@ def prepare(pipeline: Any, device: torch.device | str) -> Any:
         if module is not None:
             module.to(memory_format=torch.channels_last)
     return pipeline
-
-
-def _resolve(base: str, registry: Registry) -> Path | str:
-    """Return the folder, file or hub id that a `model.base` value names."""
-    offer = registry.find_model(base)
-    if offer is not None:
-        path = offer.spec.path
-        if ":" not in path:
-            return path
-        module, _, function = path.partition(":")
-        folder = Path(getattr(import_module(module), function)())
-        if not folder.is_dir():
-            raise ModelError(f'Model "{base}" of {offer.distribution} should be at {folder}, which does not exist.')
-        return folder
-    path_ = Path(base).expanduser()
-    if path_.is_dir():
-        if not (path_ / "model_index.json").is_file():
-            raise ModelError(f"{path_} is no diffusers folder: it has no model_index.json.")
-        return path_
-    if path_.suffix in {".ckpt", ".pt", ".pth", ".bin"}:
-        raise ModelError(
-            f"{path_} is a pickle, which can run code when opened; convert it to .safetensors and give that."
-        )
-    if path_.is_file():
-        return path_
-    if path_.suffix == ".safetensors" or base.startswith((".", "/", "~")):
-        raise ModelError(f"model.base {path_} does not exist.")
-    if _HUB_ID.fullmatch(base):
-        return base
-    known = [offer.spec.name for offer in registry.models()]
-    raise ModelError(
-        f'Unknown model "{base}": it is no registered model ({", ".join(known) or "none installed"}), no folder, '
-        f'no file and no hub id of the form "owner/name".{did_you_mean(base, known)}'
-    )

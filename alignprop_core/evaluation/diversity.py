@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignprop_core.errors import ConfigError
+from alignprop_core.errors import ConfigError, RewardError
 from alignprop_core.mix import Term
 
 LAYOUT_SIDE, EDGE_SIDE, ORIENTATIONS, COLOUR_BINS = 8, 4, 4, 8
@@ -72,21 +72,35 @@ BUILT_IN = Encoder("layout, colour and edges", picture_features)
 def encoder_of(label: str | None, terms: Sequence[Term]) -> Encoder:
     """Return the encoder that `evaluation.diversity_encoder` names: a term's image features, at unit length.
 
-    A reward offers them as a method `image_features(images)`, (B, 3, H, W) in [0, 1] -> (B, D).
+    A reward offers them as a method `image_features(images)`, (B, 3, H, W) in [0, 1] -> (B, D), floating point. The
+    encoder brings an offloaded reward to its device for each call, as scoring does, and raises a `RewardError` that
+    names the term if the method fails or returns something else.
 
     Raises:
         ConfigError: the term's reward has no such method.
     """
     if label is None:
         return BUILT_IN
-    reward = next(term.reward for term in terms if term.label == label)
-    image_features = getattr(reward, "image_features", None)
+    term = next(term for term in terms if term.label == label)
+    image_features = getattr(term.reward, "image_features", None)
     if not callable(image_features):
         raise ConfigError(
             f'evaluation.diversity_encoder: the reward of "{label}" has no image features '
             "(a method image_features). Name another term, or leave it out for the built-in features."
         )
-    return Encoder(label, lambda images: F.normalize(image_features(images).float(), dim=1))
+
+    def features(images: Tensor) -> Tensor:
+        with term.placed(), term.named("raised"):
+            found = image_features(images)
+        if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
+            what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+            raise RewardError(
+                f'Reward "{label}" returned {what} from image_features for {len(images)} images; it must return a '
+                f"tensor of shape ({len(images)}, D)."
+            )
+        return F.normalize(found.float(), dim=1)
+
+    return Encoder(label, features)
 
 
 def pairwise_distance(features: Tensor) -> float | None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from alignprop_core._files import write_atomic
 from alignprop_core.evaluation.compare import Comparison
+from alignprop_core.evaluation.report.pictures import CELLS
 
 _GAP, _LINE = 10, 16
 _INK, _PAPER, _FAINT = (30, 30, 30), (255, 255, 255), (110, 110, 110)
@@ -30,7 +33,10 @@ def to_picture(image: Tensor) -> Image.Image:
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a picture whole or not at all; the format follows the file's ending."""
     buffer = io.BytesIO()
-    picture.save(buffer, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix, "PNG"))
+    told = PngInfo()
+    if CELLS in picture.info:
+        told.add_itxt(CELLS, picture.info[CELLS])
+    picture.save(buffer, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix, "PNG"), pnginfo=told)
     write_atomic(path, buffer.getvalue())
 
 
@@ -77,7 +83,7 @@ def _figure(value: float) -> str:
 def _table(
     cells: Sequence[tuple[Sequence[Image.Image], Sequence[str]]], columns: int, heads: Sequence[str] = ()
 ) -> Image.Image:
-    """Lay out cells of pictures side by side with lines of text below."""
+    """Lay out cells of pictures side by side with lines of text below; the sheet's `info` says where they are."""
     font = ImageFont.load_default(13)
     columns = min(columns, len(cells))
     pictures, lines = cells[0]
@@ -88,15 +94,20 @@ def _table(
     rows = math.ceil(len(cells) / columns)
     sheet = Image.new("RGB", (_GAP + columns * (cell_width + _GAP), top + rows * (cell_height + _GAP)), _PAPER)
     draw = ImageDraw.Draw(sheet)
+    told = []
     for number, (pictures, lines) in enumerate(cells):
         x = _GAP + (number % columns) * (cell_width + _GAP)
         y = top + (number // columns) * (cell_height + _GAP)
+        boxes = []
         for place, picture in enumerate(pictures):
             left = x + place * (side + 4)
             sheet.paste(picture, (left, y))
+            boxes.append([left, y, left + picture.width, y + picture.height])
             if heads and number < columns:
                 draw.text((left, _GAP // 2), heads[place], fill=_FAINT, font=font)
         for row, line in enumerate(lines):
             ink = _INK if row == 0 else _FAINT
             draw.text((x, y + tall + 3 + row * _LINE), _fitted(line, cell_width, font), fill=ink, font=font)
+        told.append({"boxes": boxes, "lines": list(lines)})
+    sheet.info[CELLS] = json.dumps({"heads": list(heads), "cells": told})
     return sheet

@@ -25,7 +25,6 @@ from alignprop_core.lora.attach import (
 from alignprop_core.lora.bake import bake
 from alignprop_core.lora.combine import Mixed, mix, scale
 from alignprop_core.lora.formats import (
-    DIFFUSERS_NAME,
     Factors,
     load_delta,
     read_lora,
@@ -33,6 +32,7 @@ from alignprop_core.lora.formats import (
     write_kohya,
 )
 from alignprop_core.lora.whole import WholeLora, read_whole, write_whole
+from alignprop_core.model_files import DIFFUSERS_NAME
 
 __all__ = [
     "ADAPTER",

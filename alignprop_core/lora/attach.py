@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from alignprop_core.errors import LoraError
 from alignprop_core.lora.formats import (
     DENOISER,
-    DIFFUSERS_NAME,
     Factors,
     read_lora,
     write_diffusers,
@@ -36,6 +35,7 @@ from alignprop_core.lora.layers import (
     scale_of,
 )
 from alignprop_core.lora.whole import architecture
+from alignprop_core.model_files import DIFFUSERS_NAME
 
 ADAPTER = "alignprop"
 """Name of the adapter that is trained."""
@@ -210,10 +210,15 @@ def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def current(denoiser: nn.Module) -> dict[str, Factors]:
-    """The trained weight change at strength 1: {module name: Factors}, sharing memory with the live parameters."""
+    """The trained weight change at strength 1: {module name: Factors}, in the CPU's memory.
+
+    There because it is written in float64 first, which Apple GPUs lack.
+    """
     return {
         name: Factors(
-            layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach(), scale_of(layer, ADAPTER)
+            layer.lora_A[ADAPTER].weight.detach().cpu(),
+            layer.lora_B[ADAPTER].weight.detach().cpu(),
+            scale_of(layer, ADAPTER),
         )
         for name, layer in attached(denoiser, ADAPTER)
     }

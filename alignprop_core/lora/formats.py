@@ -23,9 +23,7 @@ from torch import Tensor
 
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import LoraError
-
-DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""The file name plain `pipe.load_lora_weights(folder)` looks for."""
+from alignprop_core.model_files import find_lora
 
 DENOISER = "denoiser"
 _COMPONENTS = {
@@ -43,7 +41,6 @@ _KOHYA_COMPONENTS = {
 }
 _PEFT = "base_model.model."  # peft's own files
 _FACTOR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>A|B|down|up)\.weight")
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 # Identifiers with an underscore inside, so that a flattened name can be taken apart again.
 _COMPOUNDS = re.findall(
@@ -91,37 +88,6 @@ def unflatten_name(flat: str) -> str:
     return _FLATTENED.sub(lambda match: match[0].replace(".", "_"), flat.replace("_", "."))
 
 
-def find_file(path: str | Path) -> Path:
-    """The LoRA file that `path` means: itself, or the one inside a LoRA folder or a run folder.
-
-    Raises:
-        LoraError: nothing there, several candidates, or a pickled file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder = path / "lora" if (path / "lora").is_dir() else path
-        found = sorted(folder.glob("*.safetensors"))
-        preferred = [file for file in found if file.name == DIFFUSERS_NAME] or found
-        if len(preferred) == 1:
-            return preferred[0]
-        if found:
-            raise LoraError(
-                f"{folder} holds several LoRA files ({', '.join(f.name for f in found)}): name one of them."
-            )
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
-        if not pickles:
-            raise LoraError(f"{folder} holds no LoRA: a .safetensors file is expected there.")
-        path = folder / pickles[0]
-    if path.suffix in _PICKLES:
-        raise LoraError(
-            f"{path} is a pickled file, and opening one can run any code hidden in it; alignprop never does. "
-            "Convert it to .safetensors with a tool of your trust, then name that file."
-        )
-    if not path.is_file():
-        raise LoraError(f"{path}: there is no such LoRA file or folder.")
-    return path
-
-
 def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     """Read a LoRA of either format: {component: {module name: Factors}}, on the CPU in the file's dtype.
 
@@ -131,7 +97,7 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     Raises:
         LoraError: the file is missing, pickled, damaged, empty, not finite or of a kind other than plain LoRA.
     """
-    file = find_file(path)
+    file = find_lora(path)
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}

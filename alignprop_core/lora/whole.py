@@ -11,13 +11,12 @@ from safetensors import safe_open
 from alignprop_core.errors import LoraError
 from alignprop_core.lora.formats import (
     DENOISER,
-    DIFFUSERS_NAME,
     Factors,
-    find_file,
     read_lora,
     write_diffusers,
     write_kohya,
 )
+from alignprop_core.model_files import DIFFUSERS_NAME, find_lora
 
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""
@@ -70,7 +69,7 @@ def read_whole(path: str | Path) -> WholeLora:
     Raises:
         LoraError: as `read_lora`; or the file changes a text encoder alone.
     """
-    file = find_file(path)
+    file = find_lora(path)
     parts = read_lora(file)
     if DENOISER not in parts:
         raise LoraError(f"{file} changes no denoiser, only {', '.join(sorted(parts))}; such files are not handled.")

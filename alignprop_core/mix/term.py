@@ -78,7 +78,7 @@ class Term:
         """Turn whatever the reward raises into a `RewardError` that names the term."""
         try:
             yield
-        except UserError as error:  # a prompt without a number, say: the reward's own words, and the user's to mend
+        except (UserError, RewardError) as error:  # the reward's own words: a prompt without a number, say
             raise type(error)(f'Reward "{self.label}": {error}') from error
         except torch.OutOfMemoryError as error:
             raise RewardError(

@@ -12,6 +12,7 @@ from rich.console import Console
 from alignprop_core import lora
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.compare import Comparison
+from alignprop_core.evaluation.report import read_run, run_page
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint
@@ -220,3 +221,32 @@ class Evaluation(Callback):
             told = {"step": trainer.saved_step, "stopped": trainer.stop_reason}
             trainer.folder.write_json("evaluation.json", self.result.as_json() | told)
             save_picture(before_after(self.result), trainer.folder.inside("images/before_after.png"))
+
+
+class Report(Callback):
+    """report.html at the end, also of a run that failed: a page to look at. A page that fails costs no run."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write the page."""
+        self.write(trainer)
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Write the page of what was done."""
+        if trainer.step_number:
+            self.write(trainer)
+
+    def write(self, trainer: Trainer) -> None:
+        """Write the page, or say why there is none."""
+        try:
+            trainer.folder.write_text("report.html", run_page(read_run(trainer.folder.path)))
+        except Exception as error:
+            self.console.print(
+                f"report.html is not written: {type(error).__name__}: {error}\nThe run's other files are whole; "
+                f"`alignprop report {trainer.folder.path}` tries again.",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )

@@ -13,20 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignprop_core.errors import UserError
+from alignprop_core.resume import STATE
 from alignprop_core.runs import RunFolder
 
-ADAPTER, OPTIMIZER, STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
-EXTRA = "extra.safetensors"
-
-
-_MAY_DIFFER = {"output", "save", "samples", "evaluation", "guards"}
-"""Sections a resumed run may change: they do not touch what is trained."""
+ADAPTER, OPTIMIZER, EXTRA = "adapter.safetensors", "optimizer.safetensors", "extra.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,36 +76,3 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is no complete checkpoint: {error}. Choose another with --resume DIR.") from error
-
-
-def find_checkpoint(where: Path) -> Path:
-    """Return the newest checkpoint of a run folder, or the folder itself if it is a checkpoint."""
-    if (where / STATE).is_file():
-        return where
-    found = sorted((where / "checkpoints").glob("step-*"))
-    if not found:
-        raise UserError(
-            f"There is no checkpoint in {where}: nothing to resume. Start the run without --resume, or give the folder "
-            "of a run or of one checkpoint."
-        )
-    return found[-1]
-
-
-def differing_keys(mine: str, stored: str) -> list[str]:
-    """Return the dotted keys in which two resolved configs differ and a resumed run may not."""
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if not isinstance(value, dict):
-            return {prefix: value}
-        return {
-            k: v for key, part in value.items() for k, v in flat(part, f"{prefix}.{key}" if prefix else key).items()
-        }
-
-    a, b = flat(yaml.safe_load(mine)), flat(yaml.safe_load(stored))
-    free = {"training.steps", "training.device", "training.trackers", "training.checkpoint_every"}
-    free |= {"training.keep_checkpoints", "backprop.sample_batch_size", "backprop.decode_batch_size"}
-    return [
-        key
-        for key in sorted(a.keys() | b.keys())
-        if a.get(key) != b.get(key) and key.partition(".")[0] not in _MAY_DIFFER and key not in free
-    ]

@@ -12,14 +12,14 @@ from rich.progress import Progress
 
 from alignprop_core import lora
 from alignprop_core.config import RunConfig
-from alignprop_core.errors import ConfigError, did_you_mean
+from alignprop_core.errors import ConfigError, did_you_mean, under
 from alignprop_core.evaluation.compare import Comparison, Switch, Variant, compare
 from alignprop_core.evaluation.diversity import encoder_of
 from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.statistics import summary
 from alignprop_core.mix import Term
 from alignprop_core.registry import Registry
-from alignprop_core.terms import load_terms, measure_entries
+from alignprop_core.terms import check_prompts, load_terms, measure_entries
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.guards import spread
 from alignprop_core.training.lora_names import lora_metadata, lora_name
@@ -61,7 +61,11 @@ class Measures:
             return
         config, registry = self.trainer.config, self.trainer.registry
         entries = [*config.rewards, *config.evaluation.rewards]
-        loaded = load_terms([*config.evaluation.rewards, *measure_entries(entries, registry)], registry)
+        loaded = load_terms(config.evaluation.rewards, registry, where="evaluation.rewards")
+        loaded += load_terms(measure_entries(entries, registry), registry)
+        if self.trainer.heldout is not None:
+            with under("prompts.heldout"):
+                check_prompts(loaded, self.trainer.heldout)
         for term in loaded:
             term.reward.to(self.trainer.device)
         self.terms = [*self.trainer.mix.terms, *loaded]

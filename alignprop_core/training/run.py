@@ -7,23 +7,32 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignprop_core.config import RunConfig, load_config
+from alignprop_core.config import RunConfig, load_config, located
 from alignprop_core.registry import Registry, default_registry
 from alignprop_core.reward import Reward
 from alignprop_core.training.callback import Callback
-from alignprop_core.training.callbacks import Checkpoints, Evaluation, LoraFiles, Previews, ProgressBar, Trackers
+from alignprop_core.training.callbacks import (
+    Checkpoints,
+    Evaluation,
+    LoraFiles,
+    Previews,
+    ProgressBar,
+    Report,
+    Trackers,
+)
 from alignprop_core.training.heldout import HeldOut, Measures
 from alignprop_core.training.trainer import Trainer
 
 
 def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:
-    """Return the callbacks of a run in their order; evaluation comes last."""
+    """Return the callbacks of a run in their order; evaluation comes last, and the page that shows it."""
     names = list(trainer.config.training.trackers)
     trackers = [Trackers(names)] if names else []
     progress, measures = ProgressBar(console), Measures(trainer)
     heldout = HeldOut(measures, progress.console, progress.bar)
     # Before the files: what is the best, and whether the run goes on, is known when they are written.
-    return [Previews(), progress, heldout, LoraFiles(), Checkpoints(), *trackers, Evaluation(measures)]
+    files = [LoraFiles(), Checkpoints()]
+    return [Previews(), progress, heldout, *files, *trackers, Evaluation(measures), Report(progress.console)]
 
 
 def run(trainer: Trainer, console: Console | None = None) -> Path:
@@ -53,6 +62,8 @@ def train(
         resume: a run folder or checkpoint to go on from.
     """
     registry = (registry or default_registry()).with_rewards(rewards or {})
-    if not isinstance(config, RunConfig):
-        config = load_config(config, overrides, registry=registry)
-    return run(Trainer(config, registry=registry, callbacks=callbacks, resume=resume))
+    if isinstance(config, RunConfig):
+        return run(Trainer(config, registry=registry, callbacks=callbacks, resume=resume))
+    settings = load_config(config, overrides, registry=registry)
+    with located(config, overrides):
+        return run(Trainer(settings, registry=registry, callbacks=callbacks, resume=resume))

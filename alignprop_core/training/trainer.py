@@ -16,25 +16,24 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from alignprop_core import lora
 from alignprop_core.config import RunConfig, resolved_yaml
+from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
 from alignprop_core.diffusion import Sampler, family_for, load_pipeline
 from alignprop_core.diffusion.noise import seeded
-from alignprop_core.errors import ConfigError, RunError
+from alignprop_core.environment import environment
+from alignprop_core.errors import RunError, under
 from alignprop_core.mix import Figures, Mix, StepFigures
-from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.preflight import check_inputs
 from alignprop_core.registry import Registry, default_registry
 from alignprop_core.reward import Reward
-from alignprop_core.runs import RunFolder, environment
-from alignprop_core.terms import load_terms, try_local, with_given
+from alignprop_core.runs import RunFolder
+from alignprop_core.terms import check_prompts, load_terms, try_local, with_given
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import (
     Checkpoint,
-    differing_keys,
-    find_checkpoint,
     load_checkpoint,
     optimizer_tensors,
     restore_optimizer,
 )
-from alignprop_core.training.devices import choose_device, keep_freed_memory, network_dtype, peak_memory
 from alignprop_core.training.guarding import Guarding
 from alignprop_core.training.heldout import check_watch
 from alignprop_core.training.objective import Outcome, backpropagate
@@ -78,21 +77,21 @@ class Trainer:
         self.config = config = with_given(config, self.registry)
         self.callbacks = list(callbacks)
         self.state = PartialState(cpu=config.training.device == "cpu")
-        self.device = choose_device(config.training.device)
-        self.dtype = network_dtype(config.training.mixed_precision, self.device)
+        self.device, self.dtype = device_and_dtype(config.training)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.output = Path(config.output)
-        checkpoint = self._checkpoint(resume) if resume is not None else None
         self._overwrite = overwrite
-        if checkpoint is None:
-            RunFolder.check_free(self.output, overwrite=overwrite)
+        inputs = check_inputs(config, self.registry, resume=resume, overwrite=overwrite, loads_model=pipeline is None)
+        checkpoint = None if inputs.checkpoint is None else load_checkpoint(inputs.checkpoint)
         check_watch(config, self.registry)
-        self.prompts = load_prompts(config.prompts.train, self.registry)
-        self.heldout: PromptSet | None = (
-            None if config.prompts.heldout is None else load_prompts(config.prompts.heldout, self.registry)
-        )
-        self.mix = Mix(load_terms(config.rewards, self.registry), config.mix).to(self.device)
+        self.prompts, self.heldout = inputs.prompts, inputs.heldout
+        self.mix = Mix(load_terms(config.rewards, self.registry, where="rewards"), config.mix).to(self.device)
+        with under("prompts.train"):
+            check_prompts(self.mix.terms, self.prompts)
+        if self.heldout is not None:
+            with under("prompts.heldout"):
+                check_prompts(self.mix.terms, self.heldout)
         try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device)
         self.pipeline = pipeline or load_pipeline(
             config.model.base,
@@ -393,18 +392,6 @@ class Trainer:
         )
         return schedule
 
-    def _checkpoint(self, resume: Path) -> Checkpoint:
-        folder = find_checkpoint(resume)
-        stored = folder.parent.parent / "config.yaml"
-        if stored.is_file():
-            differing = differing_keys(resolved_yaml(self.config), stored.read_text(encoding="utf-8"))
-            if differing:
-                raise ConfigError(
-                    f"--resume: {', '.join(differing)} differ from the run in {stored.parent}, so this would be "
-                    "another run. Put them back, or start a new run (lora.init_from goes on from its LoRA)."
-                )
-        return load_checkpoint(folder)
-
     def _open_folder(self) -> RunFolder:
         if self._resumed and (self.output / "config.yaml").is_file():
             folder = RunFolder.open(self.output)
@@ -417,13 +404,21 @@ class Trainer:
 
     def _environment(self) -> dict[str, Any]:
         config = self.config
-        names = [term.name for term in (*config.rewards, *config.evaluation.rewards)]
+        terms = (*config.rewards, *config.evaluation.rewards)
+        isolated = {
+            term.label: self.registry.elsewhere(term.isolation).origin(term.name) for term in terms if term.isolation
+        }
+        names = [term.name for term in terms if not term.isolation]
         local = {name: found.origin for name in names if (found := self.registry.local(name)) is not None}
         offers = [self.registry.reward(name) for name in names if name not in local]
         model = self.registry.find_model(config.model.base)
         used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
         known = environment(used, [offer.spec for offer in offers])
-        return known | {"local_rewards": local, "training_device": str(self.device)}
+        return known | {
+            "local_rewards": local,
+            "isolated_rewards": isolated,
+            "training_device": str(self.device),
+        }
 
 
 def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) -> list[int]:

@@ -54,7 +54,7 @@ def find_weights(
     if value.startswith(HUB):
         return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}")
     path = Path(value).expanduser()
-    if path.is_absolute() or value.startswith((".", "~")) or path.suffix.lower() in SUFFIXES:
+    if _is_path(value):
         return _local(path, reward)
     try:
         return _named(value, reward, registry)
@@ -62,6 +62,22 @@ def find_weights(
         if path.is_file():
             return path
         raise WeightsError(f"{error} {FORMS[0].upper()}{FORMS[1:]}.") from error
+
+
+def check_named_file(value: str, *, reward: str) -> None:
+    """Raise `WeightsError` if a `weights` option names a file, here or on the hub, that is not on this machine.
+
+    What can be said before the reward is built. "default", named sets and folders are left to the reward.
+    """
+    if value.startswith(HUB):
+        find_weights(value, reward=reward)
+    elif _is_path(value) and not Path(value).expanduser().exists():
+        _local(Path(value).expanduser(), reward)
+
+
+def _is_path(value: str) -> bool:
+    path = Path(value).expanduser()
+    return path.is_absolute() or value.startswith((".", "~")) or path.suffix.lower() in SUFFIXES
 
 
 def parse_hub_file(value: str) -> WeightsFile:

@@ -97,6 +97,13 @@ def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
     assert all(field.description for field in AestheticConfig.model_fields.values())
 
 
+def test_image_features_are_the_embeddings_the_head_rates(build: Callable[..., Aesthetic]) -> None:
+    reward = build()
+    features = reward.image_features(batch().images)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    torch.testing.assert_close(reward.head(features), reward.score(batch()))
+
+
 @pytest.mark.parametrize("prefix", ["", "mlp.", "module.", "model.module."])
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_real_size_head_gives_the_published_formula(tmp_path: Path, prefix: str, nested: bool) -> None:

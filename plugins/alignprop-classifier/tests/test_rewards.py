@@ -275,6 +275,10 @@ def test_what_names_no_class_is_refused_with_the_nearest(tiny: Path) -> None:
     ]:
         with pytest.raises(PromptError, match=message):
             ours.score(ImageBatch(images=images, prompts=[prompt], metadata=[metadata]))
+        with pytest.raises(PromptError, match=message):
+            ours.check_prompt(prompt, metadata)  # a run asks before its model loads
+    ours.check_prompt("letter a", {})
+    reward(tiny, unnamed="ignore").check_prompt("a leter of a kind", {})
     with pytest.raises(ConfigError, match=r'no class "letter z"\. Did you mean "letter a"|no class "letter z"\.'):
         reward(tiny, target="letter z")
 

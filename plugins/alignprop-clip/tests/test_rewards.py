@@ -20,7 +20,7 @@ from torch.nn import functional as F
 import alignprop_clip
 from alignprop_clip.config import ClipScoreConfig, PickScoreConfig, ReferenceSimilarityConfig, SiglipScoreConfig
 from alignprop_clip.reference import ReferenceSimilarity, read_picture
-from alignprop_clip.reward import ClipScore, PickScore, SiglipScore
+from alignprop_clip.reward import ClipScore, EncoderReward, PickScore, SiglipScore
 from alignprop_clip.testing import random_state, tiny_network, write_tiny_clip
 from alignprop_core.errors import ConfigError, WeightsError
 from alignprop_core.hookspecs import hookimpl
@@ -139,6 +139,29 @@ def test_the_gradient_reaches_every_pixel_and_is_the_derivative(name: str, build
             lambda x, prompt=prompt: reward.score(ImageBatch(images=x, prompts=[prompt])), (images,), fast_mode=True
         )
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in reward.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_image_features_are_the_embeddings_that_scores_are_made_of(name: str, build: Callable[..., Reward]) -> None:
+    reward = build(name)
+    assert isinstance(reward, EncoderReward)
+    images = batch().images.requires_grad_()
+    features = reward.image_features(images)
+    assert (features.shape, features.dtype) == ((4, 16), torch.float32)
+    assert reward.image_features(batch(dtype=torch.float64).images).dtype == torch.float64
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+    if isinstance(reward, ReferenceSimilarity):
+        expected = (features @ reward.references.T).mean(1)
+    else:
+        expected = (features * reward.encoder.prompts(PROMPTS)).sum(1)
+        if name != "clip_score":
+            expected = expected * reward.encoder.logit_scale
+        if name == "siglip_score":
+            expected = expected + (reward.encoder.logit_bias or 0)
+    torch.testing.assert_close(reward.score(batch()), expected)
+    features[:, 0].sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().amax((1, 2, 3)).min() > 0
 
 
 @pytest.mark.parametrize("name", NAMES)

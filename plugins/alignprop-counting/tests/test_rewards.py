@@ -69,10 +69,14 @@ def test_climbing_the_reward_brings_the_count_to_the_number(weights: dict[str, P
     before = float(reward.counts(reward.detector(images), samples, kinds))
     pixels = images.clone().requires_grad_()
     optimizer = torch.optim.Adam([pixels], lr=0.002)
-    for _ in range(60):
+    after = before
+    for step in range(200):  # how many it takes depends on the random network, and that on transformers' version
         (pixels.grad,) = torch.autograd.grad(-reward(batch(pixels, ("",))).sum(), pixels)
         optimizer.step()
-    after = float(reward.counts(reward.detector(pixels.detach()), samples, kinds))
+        if step % 20 == 19:
+            after = float(reward.counts(reward.detector(pixels.detach()), samples, kinds))
+            if abs(after - 3) < 0.5 * abs(before - 3):
+                break
     assert abs(after - 3) < 0.5 * abs(before - 3)
 
 
@@ -211,6 +215,10 @@ def test_prompts_that_do_not_say_enough_are_named(weights: dict[str, Path]) -> N
     ):
         with pytest.raises(PromptError, match=message):
             reward(batch(pictures(1).float(), (prompt,)))
+        with pytest.raises(PromptError, match=message):
+            reward.check_prompt(prompt, {})  # a run asks before its model loads
+    reward.check_prompt("three foxes", {})
+    load("hard_count", "rtdetr", weights, measure="count").check_prompt("foxes", {})
     assert reward(batch(pictures(1).float(), ("three foxes " + "and more " * 500,))).shape == (1,)
 
 

@@ -75,6 +75,16 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("preprocessing", WAYS)
+def test_image_features_are_the_embeddings_that_scores_are_made_of(
+    preprocessing: str, build: Callable[..., Hpsv2]
+) -> None:
+    reward = build(preprocessing=preprocessing)
+    features = reward.image_features(batch().images)
+    torch.testing.assert_close((features * reward.encoder.prompts(PROMPTS)).sum(1), reward.score(batch()))
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
+
+
+@pytest.mark.parametrize("preprocessing", WAYS)
 def test_the_gradient_reaches_every_pixel_and_is_the_derivative(
     preprocessing: str, build: Callable[..., Hpsv2]
 ) -> None:

@@ -11,13 +11,14 @@ from alignprop_aesthetic.head import read_head
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.catalogue import CLIP_SCORE_WEIGHTS
 from alignprop_clip.encoder import load_clip
+from alignprop_clip.reward import EncoderReward
 from alignprop_core.errors import WeightsError
-from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights, load_state_dict, read_header
 
 
-class Aesthetic(Reward):
+class Aesthetic(EncoderReward):
     """LAION's aesthetic predictor v2: the rating from 1 to 10 that people would give a picture.
 
     score = head(e / |e|), e the projected image embedding of OpenAI's CLIP ViT-L/14 (QuickGELU, as its weights need),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -72,13 +73,17 @@ class _Classifier(Reward):
         Raises:
             PromptError: the metadata or the prompt names no class of the network.
         """
+        return [self._wanted(p, metadata) for p, metadata in zip(batch.prompts, batch.metadata, strict=True)]
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Read the class a sample wants; `PromptError` if it names none of the network's."""
+        self._wanted(prompt, metadata)
+
+    def _wanted(self, prompt: str, metadata: Mapping[str, Any]) -> Wanted | None:
         if self._target is not None:
-            return [self._target] * len(batch)
+            return self._target
         key = self.config.metadata_key
-        return [
-            self._from_metadata(metadata[key]) if key in metadata else self._from_prompt(prompt)
-            for prompt, metadata in zip(batch.prompts, batch.metadata, strict=True)
-        ]
+        return self._from_metadata(metadata[key]) if key in metadata else self._from_prompt(prompt)
 
     def _from_metadata(self, name: object) -> Wanted:
         if not isinstance(name, (str, int)) or isinstance(name, bool):

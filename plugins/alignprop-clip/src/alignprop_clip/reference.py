@@ -10,15 +10,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from alignprop_clip.config import ReferenceSimilarityConfig
-from alignprop_clip.reward import load_model
+from alignprop_clip.reward import EncoderReward, load_model
 from alignprop_core.errors import ConfigError
-from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
-class ReferenceSimilarity(Reward):
+class ReferenceSimilarity(EncoderReward):
     """Cosine of a picture's CLIP embedding to those of a folder of pictures.
 
     score = mean over references of cos(f(image), f(reference)), or the largest of them. With "mean" every picture is

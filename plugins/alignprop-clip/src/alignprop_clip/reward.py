@@ -59,7 +59,24 @@ def cosine(encoder: ClipEncoder, batch: ImageBatch) -> Tensor:
     return (images * encoder.prompts(batch.prompts).to(images)).sum(-1)
 
 
-class ClipScore(Reward):
+class EncoderReward(Reward):
+    """A reward that looks at pictures through a CLIP model; its subclasses build `encoder`, and score."""
+
+    encoder: ClipEncoder
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Return the image embeddings that scores are made of, for `evaluation.diversity_encoder` and others.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], any size, any floating-point type.
+
+        Returns:
+            (B, D) of length 1, float32 (float64 if the images are), with a gradient to the pixels.
+        """
+        return self.encoder.images(images)
+
+
+class ClipScore(EncoderReward):
     """Cosine of image and text embedding under a CLIP model.
 
     score = cos(f(image), g(prompt)), in [-1, 1]; matching photographs lie near 0.25 to 0.35 under ViT-L-14. CLIPScore
@@ -79,7 +96,7 @@ class ClipScore(Reward):
         return cosine(self.encoder, batch)
 
 
-class PickScore(Reward):
+class PickScore(EncoderReward):
     """PickScore: which picture people would pick for a prompt (arXiv:2305.01569).
 
     score = exp(logit_scale) * cos(f(image), g(prompt)) with CLIP-H fine-tuned on Pick-a-Pic, as the authors score;
@@ -99,7 +116,7 @@ class PickScore(Reward):
         return cosine(self.encoder, batch) * self.encoder.logit_scale.to(batch.images.device)
 
 
-class SiglipScore(Reward):
+class SiglipScore(EncoderReward):
     """A SigLIP model's logit for picture and prompt (arXiv:2303.15343).
 
     score = exp(logit_scale) * cos(f(image), g(prompt)) + logit_bias; 0 is even odds that they belong together. The

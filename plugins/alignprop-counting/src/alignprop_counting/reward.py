@@ -44,6 +44,10 @@ class DetectorReward(Reward):
         self.detector = load_detector(self.config, registry or default_registry())
         self.reader = WishReader(self.config, Vocabulary(self.detector.names))
 
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Read the sample's wishes; `PromptError` if it does not say what is needed."""
+        self.wishes(prompt, metadata)
+
     def score(self, batch: ImageBatch) -> Tensor:
         """Return (B,) scores, the mean over each sample's wishes; float32, or float64 if the images are.
 

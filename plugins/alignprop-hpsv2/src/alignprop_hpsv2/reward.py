@@ -10,15 +10,15 @@ from torch import Tensor
 
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.encoder import load_clip
-from alignprop_clip.reward import cosine
+from alignprop_clip.reward import EncoderReward, cosine
 from alignprop_core.errors import WeightsError
-from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights
 from alignprop_hpsv2.config import DEFAULT_VERSION, WEIGHTS, Hpsv2Config
 
 
-class Hpsv2(Reward):
+class Hpsv2(EncoderReward):
     """Human Preference Score v2 (arXiv:2306.09341).
 
     score = cos(f(image), g(prompt)) with CLIP ViT-H-14 fine-tuned on HPD v2: no logit scale, no factor of 100. Usual

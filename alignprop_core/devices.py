@@ -1,39 +1,53 @@
-"""Which device and number format a run uses, and how much memory it took."""
+"""Which device and number format a run uses, and how much memory it took. Of the heavy libraries torch alone."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import sys
 
 import torch
-from accelerate import PartialState
 
-from alignprop_core.errors import DeviceError
+from alignprop_core.config import TrainingConfig
+from alignprop_core.config_sections import DEVICE_PATTERN
+from alignprop_core.errors import DeviceError, under
 
 _HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def device_and_dtype(training: TrainingConfig) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a run and the dtype of its frozen networks; `DeviceError` naming the key to change."""
+    with under("training.device"):
+        device = choose_device(training.device)
+    with under("training.mixed_precision"):
+        return device, network_dtype(training.mixed_precision, device)
+
+
 def choose_device(name: str) -> torch.device:
-    """Return the device a config names: auto, cpu, mps, cuda or cuda:N.
+    """Return the device of a name: auto, cpu, mps, cuda or cuda:N.
 
     With several processes, `auto` and `cuda` give each its own GPU.
 
     Raises:
-        DeviceError: this machine has no such device.
+        DeviceError: there is no such name, or this machine has no such device.
     """
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise DeviceError(f'must be auto, cpu, mps, cuda or cuda:N (as in cuda:0), not "{name}".')
     if name == "cpu":
         return torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(
-            f"training.device is {name}, but PyTorch sees no CUDA device here. Use device: auto (or cpu), or install "
-            "a driver and a PyTorch build for it; `alignprop doctor` shows what there is."
+            f"{name} is asked for, but PyTorch sees no CUDA device here. Choose auto (or cpu), or install a driver and "
+            "a PyTorch build for it; `alignprop doctor` shows what there is."
         )
     if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("training.device is mps, but PyTorch sees no Apple GPU here. Use device: auto (or cpu).")
+        raise DeviceError("mps is asked for, but PyTorch sees no Apple GPU here. Choose auto (or cpu).")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
-        raise DeviceError(f"training.device is {name}, but there are {torch.cuda.device_count()} CUDA devices.")
+        raise DeviceError(f"{name} is asked for, but the CUDA devices here are 0 to {torch.cuda.device_count() - 1}.")
     if name in ("auto", "cuda"):
+        from accelerate import PartialState
+
         device: torch.device = PartialState().device
         return device
     return torch.device(name)
@@ -46,12 +60,9 @@ def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
         DeviceError: the device cannot train in this format.
     """
     if mixed_precision == "fp16" and device.type == "cpu":
-        raise DeviceError(
-            "training.mixed_precision fp16 needs a GPU: CPUs have no fast float16 and no loss scaling. "
-            "Use bf16 or no on a CPU."
-        )
+        raise DeviceError("fp16 needs a GPU: CPUs have no fast float16 and no loss scaling. Use bf16 or no on a CPU.")
     if mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise DeviceError("training.mixed_precision bf16 needs a GPU of 2020 or later; use fp16 on this one.")
+        raise DeviceError("bf16 needs a GPU of 2020 or later; use fp16 on this one.")
     return _HALF[mixed_precision]
 
 

@@ -1,0 +1,280 @@
+"""What was trained, on what, under which licences, and how to use it: the parts of a page that come from settings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from math import fsum
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from alignprop_core.evaluation.report.axes import figure
+from alignprop_core.evaluation.report.markup import Child, Markup, code, element, facts, joined, table
+from alignprop_core.evaluation.report.read import Run, label_of, mapping, mappings, number, pick
+from alignprop_core.evaluation.report.words import minutes
+
+_NONCOMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only|OpenRAIL-?NC", re.IGNORECASE)
+_DIFFUSERS = "pytorch_lora_weights.safetensors"
+_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+
+
+def trained(run: Run) -> Markup:
+    """Return what was trained: settings, rewards, time and place."""
+    config = run.config
+    pairs: list[tuple[str, Child]] = [
+        ("model", model_told(config)),
+        ("mix", str(pick(config, "mix", "combine") or "sum")),
+        ("steps", f"{run.last_step} of {run.planned if run.planned is not None else '?'}"),
+        ("batch", _batch(config)),
+        ("backpropagation", _backprop(config)),
+        (
+            "sampling",
+            _settings(config.get("sampling"), ("scheduler", "steps", "guidance_scale", "eta", "width", "height")),
+        ),
+        ("LoRA", _settings(config.get("lora"), ("rank", "alpha", "targets", "init_from"))),
+        ("optimizer", _settings(config.get("optimizer"), ("learning_rate", "schedule", "weight_decay", "ema_decay"))),
+        ("prompts", _settings(config.get("prompts"), ("train", "heldout"))),
+        ("seed", _value(pick(config, "training", "seed"))),
+        ("time", _time(run)),
+        ("machine", _machine(run.environment)),
+    ]
+    terms = [
+        [label_of(term), _value(term.get("name")), _weight(term.get("weight", 1.0)), _limits(term), _options(term)]
+        for term in run.rewards
+    ]
+    rewards = table(["reward", "name", "weight", "limit", "options"], terms, caption="What it was trained on")
+    return joined(facts([(name, value) for name, value in pairs if value]), rewards)
+
+
+def in_short(run: Run) -> list[str]:
+    """Return what matters most of the settings, for one line."""
+    config = run.config
+    rank, seed = pick(config, "lora", "rank"), pick(config, "training", "seed")
+    several = len(run.rewards) > 1
+    told = [
+        f"mix {pick(config, 'mix', 'combine') or 'sum'}" if several else "",
+        f"{run.last_step} steps",
+        _batch(config),
+        _backprop(config),
+        "" if rank is None else f"LoRA rank {_value(rank)}",
+        "" if seed is None else f"seed {_value(seed)}",
+        f"{minutes(fsum(seconds))} in its steps" if (seconds := _seconds(run)) else "",
+        f"on {where}" if (where := _machine(run.environment, short=True)) else "",
+    ]
+    return [part for part in told if part]
+
+
+def license_warnings(environment: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for each licence, of a reward or its weights, that forbids commercial use or says nothing."""
+    found = []
+    for reward, what, license_ in _licenses(environment):
+        if _NONCOMMERCIAL.search(license_):
+            found.append(f"{reward}: {what} {license_}: not for commercial use. That may hold for this LoRA too.")
+        elif not license_.strip():
+            found.append(f"{reward}: {what} no licence is said.")
+    return found
+
+
+def ran_on(environment: Mapping[str, Any]) -> Markup:
+    """Return versions and licences."""
+    versions = {**mapping(environment.get("versions")), **mapping(environment.get("plugins"))}
+    rows = [[name, _value(version)] for name, version in versions.items()]
+    rows += [[name, _value(environment.get(name))] for name in ("python", "system") if environment.get(name)]
+    parts = [table(["package", "version"], rows, caption="Versions")] if rows else []
+    licences = [[reward, what.rstrip(":"), license_ or "not said"] for reward, what, license_ in _licenses(environment)]
+    if licences:
+        parts.append(table(["reward", "of", "licence"], licences, caption="Licences of rewards and their weights"))
+    own = mapping(environment.get("local_rewards"))
+    if own:
+        origins = [[str(name), _settings(origin, tuple(mapping(origin)))] for name, origin in own.items()]
+        parts.append(table(["reward", "from"], origins, caption="Rewards from Python files"))
+    return joined(parts) if parts else element("p", "environment.json says nothing of it.")
+
+
+def use(run: Run) -> Markup:
+    """Return how to draw with the LoRA and how to go on."""
+    folder, base = str(run.path), str(pick(run.config, "model", "base") or "MODEL")
+    sampling = mapping(run.config.get("sampling"))
+    steps, guidance = number(sampling.get("steps")) or 50, number(sampling.get("guidance_scale"))
+    guidance = 7.5 if guidance is None else guidance
+    words = ["alignprop", "train", f"{folder}/config.yaml", "--resume", "latest"]
+    if pick(run.config, "output") != folder:  # the folder was moved
+        words.append(f"output={folder}")
+    if run.finished and run.planned:
+        words.append(f"training.steps={2 * run.planned}")
+    resume = joined(
+        element("h3", "Go on with the run"),
+        element("p", "It goes on from its last checkpoint."),
+        code(shlex.join(words)),
+    )
+    if not run.has_lora:
+        return joined(element("p", "The final LoRA is written when the run ends; there is none yet."), resume)
+    sample = f"alignprop sample --model {shlex.quote(base)} --lora {shlex.quote(folder + '/lora')} "
+    sample += f'--steps {steps:g} --guidance-scale {guidance:g} "a prompt of yours"'
+    others = sorted(file.name for file in (run.path / "lora").glob("*.safetensors") if file.name != _DIFFUSERS)
+    whole = [name for name in others if not re.search(r"-\d{6}\.safetensors$", name)]
+    parts = [
+        element("h3", "From the command line"),
+        code(sample),
+        element("h3", "With diffusers"),
+        code(_snippet(run, base, steps, guidance)),
+    ]
+    beside = [f"the VAE {run.config['model']['vae']}"] if pick(run.config, "model", "vae") else []
+    beside += [
+        f"the LoRA {lora.get('path')} at {lora.get('strength', 1.0)}"
+        for lora in mappings(pick(run.config, "model", "loras"))
+    ]
+    if beside:
+        parts.append(element("p", f"It was trained with {' and '.join(beside)}: load that as well."))
+    if whole:
+        files = [joined(", " if i else None, element("code", f"lora/{name}")) for i, name in enumerate(whole)]
+        parts.append(element("h3", "In ComfyUI, A1111 and Forge"))
+        parts.append(element("p", "Copy ", files, " into their folder of LoRAs (models/loras, models/Lora)."))
+    along = "A strength below 1 lies between the base model and this one."
+    return joined(parts, element("p", along), resume)
+
+
+def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:
+    """Return Python that draws one picture with plain diffusers."""
+    dtype = _DTYPES.get(str(pick(run.config, "training", "mixed_precision")))
+    options = f", torch_dtype=torch.{dtype}" if dtype else ""
+    registered = "/" not in base and "\\" not in base and not Path(base).exists()
+    lines = ["import torch"]
+    if registered:  # a model of an installed plugin: only alignprop knows its folder
+        lines += [
+            "from alignprop_core.model_files import find_base",
+            "from alignprop_core.registry import default_registry",
+        ]
+    single = base.endswith(".safetensors")
+    kind, load = ("StableDiffusionPipeline", "from_single_file") if single else ("DiffusionPipeline", "from_pretrained")
+    where = f"find_base({_quoted(base)}, default_registry())" if registered else _quoted(base)
+    lines += [
+        f"from diffusers import DDIMScheduler, {kind}",
+        "",
+        f"pipe = {kind}.{load}({where}{options})",
+        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        f"pipe.load_lora_weights({_quoted(str(run.path / 'lora'))}, weight_name={_quoted(_DIFFUSERS)})",
+        "noise = torch.Generator().manual_seed(0)",
+        f'image = pipe("a prompt of yours", num_inference_steps={steps:g}, guidance_scale={guidance:g}, '
+        "generator=noise).images[0]",
+        'image.save("picture.png")',
+    ]
+    return "\n".join(lines)
+
+
+def _quoted(text: str) -> str:
+    """Return a Python string with double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def model_told(config: Mapping[str, Any]) -> str:
+    """Name the model, and the VAE and LoRAs beside it."""
+    parts = [str(pick(config, "model", "base") or "?")]
+    if vae := pick(config, "model", "vae"):
+        parts.append(f"with the VAE {vae}")
+    loras = mappings(pick(config, "model", "loras"))
+    parts += [f"with the LoRA {lora.get('path')} at {lora.get('strength', 1.0)}" for lora in loras]
+    return " ".join(parts)
+
+
+def term_told(term: Mapping[str, Any]) -> str:
+    """Name a term with its weight, and its limit if it has one."""
+    limit = _limits(term)
+    return f"{_weight(term.get('weight', 1.0))} × {label_of(term)}" + (f" ({limit})" if limit else "")
+
+
+def _batch(config: Mapping[str, Any]) -> str:
+    size = number(pick(config, "training", "batch_size"))
+    times = number(pick(config, "training", "gradient_accumulation_steps")) or 1
+    if size is None:
+        return ""
+    return f"{size * times:g} pictures a step" + (f" ({times:g} batches of {size:g})" if times > 1 else "")
+
+
+def _backprop(config: Mapping[str, Any]) -> str:
+    keys = ("strategy", "k", "mean", "std", "keep_probability", "refl_steps")
+    samples = number(pick(config, "backprop", "lv_samples"))
+    return _settings(config.get("backprop"), (*keys, "lv_samples") if samples else keys)
+
+
+def _seconds(run: Run) -> list[float]:
+    return [value for row in run.steps if (value := number(row.get("seconds"))) is not None]
+
+
+def _time(run: Run) -> str:
+    seconds = _seconds(run)
+    parts = [f"{minutes(fsum(seconds))} in its steps, {median(seconds):.2g} s each"] if seconds else []
+    try:
+        written = datetime.fromtimestamp((run.path / "metrics.jsonl").stat().st_mtime, UTC)
+    except OSError:
+        pass  # a run without metrics has no last step to date
+    else:
+        parts.append(f"last step written {written:%Y-%m-%d %H:%M} UTC")
+    return "; ".join(parts)
+
+
+def _machine(environment: Mapping[str, Any], *, short: bool = False) -> str:
+    names = pick(environment, "device", "names")
+    used = environment.get("training_device") or pick(environment, "device", "kind")
+    parts = [str(used)] if used else []
+    if isinstance(names, list) and names and str(used) != "cpu":
+        parts.append(", ".join(map(str, names)))
+    if environment.get("system") and not short:
+        parts.append(str(environment["system"]))
+    return "; ".join(parts)
+
+
+def _licenses(environment: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield reward, "itself:" or the weights' file, and licence."""
+    for name, known in mapping(environment.get("licenses")).items():
+        yield str(name), "the reward:", _text(pick(known, "reward"))
+        for file, license_ in mapping(pick(known, "weights")).items():
+            yield str(name), f"the weights {file}:", _text(license_)
+    for name, known in mapping(environment.get("isolated_rewards")).items():
+        yield str(name), "the reward:", _text(pick(known, "license"))
+        for file, license_ in mapping(pick(known, "weights")).items():
+            yield str(name), f"the weights {file}:", _text(license_)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
+
+
+def _settings(section: object, keys: tuple[str, ...]) -> str:
+    """Return the keys of a section that are set: `uniform`, `rank 8, alpha 4`."""
+    known = [(key, pick(section, key)) for key in keys]
+    shown = [(key, value) for key, value in known if value is not None and value != ""]
+    return ", ".join(
+        _value(value) if key == "strategy" else f"{key.replace('_', ' ')} {_value(value)}" for key, value in shown
+    )
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return ""
+    known = number(value)
+    if known is not None:
+        return str(value) if isinstance(value, int) else f"{known:g}"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _weight(weight: object) -> str:
+    """Return a weight, or the way it takes over the steps."""
+    if isinstance(weight, Mapping):
+        return " → ".join(f"{_value(value)} (step {step})" for step, value in weight.items())
+    return _value(weight)
+
+
+def _limits(term: Mapping[str, Any]) -> str:
+    known = [(kind, number(term.get(kind))) for kind in ("ceiling", "floor", "target")]
+    return ", ".join(f"{kind} {figure(value)}" for kind, value in known if value is not None)
+
+
+def _options(term: Mapping[str, Any]) -> str:
+    return ", ".join(
+        f"{key} {_value(value)}" for key, value in mapping(term.get("options")).items() if value is not None
+    )

@@ -1,0 +1,211 @@
+"""What a run folder holds, read without trusting it: files may be missing, older, half-written or changed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from alignprop_core.config_yaml import read_yaml
+from alignprop_core.errors import OutputError
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder's content.
+
+    Attributes:
+        path: the folder, absolute.
+        config_text: config.yaml as it stands.
+        config: the same, parsed and not checked.
+        environment: environment.json; empty where there is none.
+        steps: the lines of steps in metrics.jsonl, by step; of a step done twice the later one.
+        evaluations: the lines of evaluations while training, by step, `step` among their figures.
+        comparison: evaluation.json; None where there is none.
+        curves: name -> strengths.json and soup.json, those that are there.
+        problems: what could not be read, a sentence each.
+    """
+
+    path: Path
+    config_text: str
+    config: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    steps: Sequence[Mapping[str, Any]] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    comparison: Mapping[str, Any] | None = None
+    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    problems: Sequence[str] = ()
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name or str(self.path)
+
+    @property
+    def rewards(self) -> list[Mapping[str, Any]]:
+        """The terms trained on, as the config has them."""
+        return mappings(self.config.get("rewards"))
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the terms trained on."""
+        return [label_of(term) for term in self.rewards]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that was done; 0 before there is one."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def best_step(self) -> float | None:
+        """The step of the best evaluation while training; None before there is one."""
+        found = [float(row["step"]) for row in self.evaluations if row.get("best") is True]
+        return found[-1] if found else None
+
+    @property
+    def planned(self) -> int | None:
+        """How many steps the config asks for."""
+        steps = number(pick(self.config, "training", "steps"))
+        return None if steps is None else int(steps)
+
+    @property
+    def stop_reason(self) -> str | None:
+        """Why a guard stopped it, where evaluation.json says so."""
+        reason = pick(self.comparison, "stopped")
+        return reason if isinstance(reason, str) else None
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether the final LoRA is there: a run writes it at its end."""
+        return (self.path / "lora" / "pytorch_lora_weights.safetensors").is_file()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.has_lora and (
+            self.planned is None or self.last_step >= self.planned or self.stop_reason is not None
+        )
+
+
+def read_run(path: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        OutputError: there is no such folder, or it holds no run.
+        ConfigError: its config.yaml is no YAML.
+    """
+    path = Path(path).expanduser().absolute()
+    if not path.exists():
+        raise OutputError(f"{path}: there is no such folder. Give the folder of a run, such as runs/first.")
+    if not path.is_dir():
+        raise OutputError(f"{path} is a file. Give the folder of a run, the one that holds its config.yaml.")
+    if not (path / "config.yaml").is_file():
+        inside = sorted(file.parent.name for file in path.glob("*/config.yaml"))[:_SHOWN]
+        hint = f" There are run folders in it: {', '.join(inside)}." if inside else " Check the path."
+        raise OutputError(f"{path} is no run folder: there is no config.yaml in it.{hint}")
+    try:
+        text = (path / "config.yaml").read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OutputError(f"{path / 'config.yaml'} cannot be read: {error}.") from error
+    config, _ = read_yaml(text, str(path / "config.yaml"))
+    if not isinstance(config, Mapping) or not {"model", "rewards"} <= config.keys():
+        raise OutputError(f"{path} is no run folder: its config.yaml is no run config (it has no model or no rewards).")
+    problems: list[str] = []
+    steps, evaluations = _read_metrics(path / "metrics.jsonl", problems)
+    curves = {name: _read_json(path / f"{name}.json", problems) for name in ("strengths", "soup")}
+    return Run(
+        path=path,
+        config_text=text,
+        config=config,
+        environment=_read_json(path / "environment.json", problems) or {},
+        steps=steps,
+        evaluations=evaluations,
+        comparison=_read_json(path / "evaluation.json", problems),
+        curves={name: data for name, data in curves.items() if data is not None},
+        problems=problems,
+    )
+
+
+def number(value: object) -> float | None:
+    """Return a finite number, or None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def pick(data: object, *keys: str) -> Any:
+    """Return what stands under nested keys; None where one is missing."""
+    for key in keys:
+        data = data.get(key) if isinstance(data, Mapping) else None
+    return data
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """Return a mapping as it is, and an empty one for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def mappings(value: object) -> list[Mapping[str, Any]]:
+    """Return the mappings in a list; nothing for anything else."""
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def label_of(term: Mapping[str, Any]) -> str:
+    """Return what a term is called: its label, or its reward's name in older configs."""
+    return str(term.get("label") or term.get("name") or "reward")
+
+
+def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        data = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problems.append(f"{path.name} cannot be read and is left out: {error}.")
+        return None
+    if not isinstance(data, Mapping):
+        problems.append(f"{path.name} holds no figures and is left out.")
+        return None
+    return data
+
+
+def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+    if not path.is_file():
+        return [], []
+    steps: dict[int, Mapping[str, Any]] = {}
+    evaluations: dict[int, Mapping[str, Any]] = {}
+    broken: list[int] = []
+    try:
+        for place, row in _lines(path.read_bytes()):
+            step = number(pick(row, "step"))
+            if step is None or step < 0:
+                broken.append(place)
+            elif isinstance(figures := pick(row, "evaluation"), Mapping):
+                evaluations[int(step)] = {**figures, "step": int(step)}
+            else:
+                steps[int(step)] = {**mapping(row), "step": int(step)}
+    except OSError as error:
+        problems.append(f"{path.name} cannot be read: {error}.")
+    if broken:
+        places = ", ".join(map(str, broken[:_SHOWN])) + (" and more" if len(broken) > _SHOWN else "")
+        lines = "line" if len(broken) == 1 else "lines"
+        problems.append(f"{len(broken)} broken {lines} of {path.name} left out ({lines} {places}).")
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+
+
+def _lines(content: bytes) -> Iterator[tuple[int, Any]]:
+    """Yield each line's place, from 1, and its data; None for one that is no JSON."""
+    for place, line in enumerate(content.split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError):
+                yield place, None

@@ -1,0 +1,54 @@
+"""Runs in a reward's own environment: says what the reward is, and checks its options there. No torch.
+
+    python -I -m alignprop_core.isolation.describe < request.json
+
+The request is {"name": ..., "options": {...} or null}; the answer, on standard output, has the spec, the JSON schema
+of the options and the options with their defaults (null if none were given to check), or an error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from alignprop_core import __version__
+from alignprop_core.isolation.messages import PROTOCOL, error_data
+from alignprop_core.registry import default_registry
+
+
+def describe(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what the reward is: distribution, version, spec, options' schema, and the options checked."""
+    registry = default_registry()
+    offer = registry.reward(name)
+    kind = registry.reward_config_class(name)
+    local = registry.local(name)
+    return {
+        "distribution": offer.distribution,
+        "version": offer.version,
+        "spec": offer.spec.model_dump(mode="json"),
+        "schema": kind.model_json_schema(),
+        "options": None if options is None else registry.reward_options(name, options).model_dump(mode="json"),
+        "origin": None if local is None else local.origin,
+    }
+
+
+def main() -> None:
+    """Answer the request on standard input."""
+    request = json.load(sys.stdin)
+    # The answer alone goes to standard output: what a plugin's import prints, from C too, goes to standard error.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    answer: dict[str, Any] = {"protocol": PROTOCOL, "core": __version__, "python": platform.python_version()}
+    try:
+        answer |= describe(request["name"], request["options"])
+    except Exception as error:
+        answer["error"] = error_data(error)
+    json.dump(answer, answers)
+    answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Making an environment for a reward: the core without its heavy requirements, the plugin, its pins. No torch.
+
+The plugin asks for the core and the core for diffusers, transformers, peft and more, none of which scoring needs. So
+our own distributions go in without their requirements, and what a worker and the plugin need is installed beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from alignprop_core.discovery import CORE
+from alignprop_core.errors import OutputError, RunError
+
+WORKER_NEEDS = ("torch", "pydantic", "pluggy", "packaging", "safetensors")
+"""What a worker needs of the core's requirements, in the versions the core asks for."""
+
+_REQUIRES = """\
+import json, sys
+from importlib.metadata import PackageNotFoundError, requires
+def of(name):
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return None
+print(json.dumps({name: of(name) for name in sys.argv[1:]}))
+"""
+
+
+def python_of(folder: Path) -> Path:
+    """Return the Python of a virtual environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def source_of(name: str) -> str:
+    """Return what pip installs an installed distribution from: the folder or file it came from, or `name==version`."""
+    found = distribution(name)
+    try:
+        origin = json.loads(found.read_text("direct_url.json") or "{}")
+    except ValueError:
+        origin = {}
+    url = urlparse(str(origin.get("url", "")))
+    path = Path(url2pathname(url.path))
+    if url.scheme == "file" and path.exists():
+        return str(path)
+    if origin.get("url") and url.scheme != "file":
+        return str(origin["url"])
+    return f"{name}=={found.version}"
+
+
+def make_environment(
+    folder: Path,
+    plugins: Sequence[str],
+    *,
+    packages: Sequence[str] = (),
+    share: bool = False,
+    python: str = sys.executable,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Make a virtual environment for rewards; returns its Python.
+
+    Args:
+        folder: where; must not exist, or be empty.
+        plugins: what pip takes: names, `name==version`, folders, wheels. Installed with their requirements, those on
+            the core and on other plugins (`alignprop-...`) without theirs.
+        packages: further requirements, such as the pins this is all about.
+        share: let it see this environment's packages behind its own: nothing that is here already is installed again,
+            and what is installed there is found first.
+        python: the interpreter to make it with.
+        say: called with each command before it runs.
+
+    Raises:
+        OutputError: the folder is in use.
+        RunError: a command failed; the environment stays as it is, for a look.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"{folder}: exists already and is not empty. Remove it, or choose another --into.")
+    _run([python, "-m", "venv", str(folder)], say)
+    inner = python_of(folder)
+    pip = [str(inner), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if share:
+        _see_this_environment(inner)
+        ours = [plugin for plugin in plugins if not _is_here(plugin)]
+    else:
+        ours = [source_of(CORE), *plugins]
+    if ours:
+        _run([*pip, "--no-deps", *ours], say)
+    needed = _needs(inner, pip, say)
+    rest = [*(needed if ours else ()), *packages]
+    if rest:
+        _run([*pip, *rest], say)
+    return inner
+
+
+def _see_this_environment(inner: Path) -> None:
+    """Write a .pth file: packages of the environment come first, this one's after."""
+    paths = json.loads(_output([str(inner), "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"]))
+    here = sysconfig.get_paths()
+    lines = [f"import site; site.addsitedir({here[key]!r})" for key in ("purelib", "platlib")]
+    (Path(paths["purelib"]) / "this-environment-first.pth").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+
+
+def _is_here(plugin: str) -> bool:
+    try:
+        requirement = Requirement(plugin)
+        return requirement.url is None and requirement.specifier.contains(
+            distribution(requirement.name).version, prereleases=True
+        )
+    except (InvalidRequirement, PackageNotFoundError):
+        return False
+
+
+def _needs(inner: Path, pip: Sequence[str], say: Callable[[str], None]) -> list[str]:
+    """Install the plugins that installed ones ask for, and return everybody else's names that they ask for."""
+    wanted = [line for line in _required(inner, [CORE])[CORE] or () if _name(line) in WORKER_NEEDS]
+    asked = {CORE}
+    while True:
+        names = json.loads(_output([str(inner), "-c", _NAMES]))
+        fresh = [name for name in names if name not in asked]
+        if not fresh:
+            return list(dict.fromkeys(wanted))
+        asked |= set(fresh)
+        lines = [line for found in _required(inner, fresh).values() for line in found or ()]
+        missing = [line for line in lines if _is_ours(line) and _name(line) not in names]
+        wanted += [line for line in lines if not _is_ours(line)]
+        if missing:
+            _run([*pip, "--no-deps", *(_from_here(line) for line in missing)], say)
+
+
+_NAMES = """\
+import json
+from importlib.metadata import distributions
+found = {d.metadata["Name"].lower().replace("_", "-") for d in distributions()}
+print(json.dumps(sorted(name for name in found if name.startswith("alignprop-"))))
+"""
+
+
+def _required(inner: Path, names: Sequence[str]) -> dict[str, list[str] | None]:
+    found: dict[str, list[str] | None] = json.loads(_output([str(inner), "-c", _REQUIRES, *names]))
+    kept: dict[str, list[str] | None] = {}
+    for name, lines in found.items():
+        applies = [line for line in lines or () if (m := Requirement(line).marker) is None or m.evaluate({"extra": ""})]
+        kept[name] = applies
+    return kept
+
+
+def _name(line: str) -> str:
+    return canonicalize_name(Requirement(line).name)
+
+
+def _is_ours(line: str) -> bool:
+    return _name(line).startswith("alignprop-")
+
+
+def _from_here(line: str) -> str:
+    """Return where a plugin that is installed here came from; else the requirement as it is."""
+    try:
+        return source_of(_name(line))
+    except PackageNotFoundError:
+        return line
+
+
+def _run(command: Sequence[str], say: Callable[[str], None]) -> None:
+    say(shlex.join(command))
+    _output(command)
+
+
+def _output(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        last = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-12:])
+        raise RunError(f"{shlex.join(command)}\nfailed with exit code {done.returncode}:\n{last}")
+    return done.stdout

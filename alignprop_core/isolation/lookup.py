@@ -1,0 +1,148 @@
+"""Looking up a reward in an environment of its own, as the registry does in this one. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from alignprop_core.config_errors import InvalidConfig, Problem, dotted
+from alignprop_core.config_rewards import IsolationConfig
+from alignprop_core.errors import AlignpropError, PluginError
+from alignprop_core.isolation.messages import check_protocol, error_from
+from alignprop_core.licenses import LicensePolicy
+from alignprop_core.offers import Offer, belongs
+from alignprop_core.specs import RewardSpec
+
+if TYPE_CHECKING:
+    from alignprop_core.reward import Reward
+
+SECONDS = 120
+"""How long `describe` may take: importing a plugin's hook module, from a cold disk too."""
+
+
+class IsolatedRewards:
+    """The rewards of another Python environment; the counterpart of `Registry` for one term.
+
+    Args:
+        isolation: the term's settings.
+        licenses: which licences a reward may have; asked here too, whatever the other environment says.
+    """
+
+    def __init__(self, isolation: IsolationConfig, licenses: LicensePolicy) -> None:
+        self.isolation = isolation
+        self.licenses = licenses
+
+    def reward(self, name: str) -> Offer[RewardSpec]:
+        """Find a reward there; `PluginError` if it is not offered, or the environment cannot answer."""
+        answer = self._describe(name)
+        try:
+            spec = RewardSpec.model_validate_json(json.dumps(answer["spec"]))
+        except ValidationError as error:
+            raise PluginError(f"{self.isolation.python}: its description of {name} cannot be read: {error}") from error
+        offer = Offer(spec, str(answer["distribution"]), str(answer["version"]))
+        if spec.license and (problem := self.licenses.problem(spec.license)):
+            raise PluginError(f"{belongs(offer)} may not be used here: {problem}.")
+        return offer
+
+    def option_names(self, name: str) -> frozenset[str]:
+        """Return the names of a reward's options."""
+        return frozenset(self._describe(name)["schema"].get("properties", {}))
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """Where a reward comes from, for a run's environment.json."""
+        answer = self._describe(name)
+        spec = self.reward(name).spec
+        known = {key: answer[key] for key in ("distribution", "version", "core")}
+        weights = {file.file: file.license for file in spec.weights}
+        made = {"python": self.isolation.python, "license": spec.license, "weights": weights}
+        return {**known, **made, **({"from": answer["origin"]} if answer["origin"] else {})}
+
+    def reward_options(
+        self, name: str, options: Mapping[str, Any] | None = None, *, where: str = "options"
+    ) -> dict[str, Any]:
+        """Check options in the other environment, with the reward's own options class; returns them with defaults.
+
+        Raises:
+            ConfigError: with one line for every wrong key.
+            PluginError: the reward cannot be had there.
+        """
+        try:
+            found: dict[str, Any] = self._describe(name, options or {})["options"]
+        except InvalidConfig as error:
+            lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in error.problems]
+            raise InvalidConfig(error.problems, "\n".join(lines)) from None
+        return found
+
+    def load_reward(self, name: str, options: Mapping[str, Any] | None = None) -> Reward:
+        """Start a worker there that loads the reward, and return the reward that asks it. Imports torch."""
+        from alignprop_core.isolation.reward import IsolatedReward
+
+        return IsolatedReward(name, dict(options or {}), self.isolation)
+
+    def _describe(self, name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        # Once a process, as plugins are discovered once a process; after an error it is asked again.
+        text = json.dumps(None if options is None else dict(options), sort_keys=True, default=str)
+        return _described(self.isolation.python, name, text)
+
+
+@lru_cache(maxsize=256)
+def _described(python: str, name: str, options: str) -> dict[str, Any]:
+    if not Path(python).is_file():
+        raise PluginError(
+            f"{python}: no such file; isolation.python is the Python of the reward's own environment. One is made by: "
+            f"alignprop rewards isolate {name}"
+        )
+    command = [python, "-I", "-m", "alignprop_core.isolation.describe"]
+    request = json.dumps({"name": name, "options": json.loads(options)})
+    try:
+        done = subprocess.run(
+            command, input=request, capture_output=True, text=True, encoding="utf-8", timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise PluginError(f"{python}: did not describe {name} within {SECONDS} s.") from None
+    except OSError as error:
+        raise PluginError(f"{python}: cannot be started: {error.strerror or error}.") from None
+    answer = _answer(done, python)
+    check_protocol(answer, python)
+    if "error" in answer:
+        raise _as_error(answer["error"], python)
+    return answer
+
+
+def _answer(done: subprocess.CompletedProcess[str], python: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError:
+        answer = None
+    if done.returncode == 0 and isinstance(answer, dict):
+        return answer
+    lines = done.stderr.strip().splitlines()
+    if any("No module named 'alignprop_core" in line for line in lines):
+        why = "alignprop-core is not installed there"
+    else:
+        why = lines[-1] if lines else f"it ended with exit code {done.returncode}"
+    error = PluginError(
+        f"{python}: cannot say what its rewards are: {why}. An environment with the core in it is made by: alignprop "
+        "rewards isolate."
+    )
+    error.add_note(done.stderr)
+    raise error
+
+
+def _as_error(data: dict[str, Any], python: str) -> AlignpropError:
+    if data.get("problems") is not None:
+        problems = [Problem(tuple(found["path"]), found["message"]) for found in data["problems"]]
+        return InvalidConfig(problems, data["message"])
+    error = error_from(data, python)
+    # The names it lists are those of the other environment.
+    named = type(error)(f"{error} (In the environment of {os.path.dirname(os.path.dirname(python)) or python}.)")
+    for note in getattr(error, "__notes__", ()):
+        named.add_note(note)
+    return named

@@ -1,0 +1,77 @@
+"""The memory-mapped file in which images, their gradients and scores travel between two processes."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class SharedPictures:
+    """A file that both processes map: B images, then their gradients, then B scores.
+
+    Args:
+        path: the file. Whoever `create`s it makes it larger where a batch needs that; the other maps it anew then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._map: mmap.mmap | None = None
+
+    def reserve(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Make the file large enough for a batch, and map it."""
+        size = _size(shape, dtype)
+        if self._map is None or len(self._map) < size:
+            self.close()
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+        self._open(size)
+
+    def _open(self, size: int) -> None:
+        if self._map is not None and len(self._map) >= size:
+            return
+        self.close()
+        with self.path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), 0)
+
+    def images(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the (B, 3, H, W) images in the file, a view: let go of it before the next batch."""
+        return self._part(shape, dtype, 0)
+
+    def gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the (B, 3, H, W) gradients in the file, a view."""
+        return self._part(shape, dtype, _aligned(prod(shape) * dtype.itemsize))
+
+    def scores(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return the (B,) scores in the file, a view in float64, which holds float32 exactly."""
+        return self._part(shape[:1], torch.float64, 2 * _aligned(prod(shape) * dtype.itemsize))
+
+    def _part(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+        self._open(offset + prod(shape) * dtype.itemsize)
+        assert self._map is not None
+        return torch.frombuffer(self._map, dtype=dtype, count=prod(shape), offset=offset).view(shape)
+
+    def close(self) -> None:
+        """Unmap the file."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+def shared_folder() -> str | None:
+    """Where the file lies: in memory where the system has such a folder (Linux), else in the temporary folder."""
+    memory = "/dev/shm"
+    return memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
+
+
+def _aligned(size: int) -> int:
+    """Round up to 64 bytes, so that every part begins where any dtype may."""
+    return (size + 63) // 64 * 64
+
+
+def _size(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return 2 * _aligned(prod(shape) * dtype.itemsize) + shape[0] * torch.float64.itemsize

@@ -1,0 +1,148 @@
+"""An isolated reward as the run sees it: a `Reward` like any other."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ConfigDict
+from torch import Tensor
+
+from alignprop_core.config_rewards import IsolationConfig
+from alignprop_core.errors import RewardError
+from alignprop_core.isolation.pictures import SharedPictures, shared_folder
+from alignprop_core.isolation.process import Worker, WorkerEnded
+from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.specs import RewardConfig
+
+_log = logging.getLogger(__name__)
+
+
+class IsolatedOptions(RewardConfig):
+    """Options that the other environment has checked; their class is there."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class IsolatedReward(Reward):
+    """A reward that a worker process in another environment computes.
+
+    Its worker is started, and the reward loaded there, when this object is built. Each batch makes one exchange: images
+    there, scores and each image's gradient back; a backward pass multiplies that gradient and asks nothing. It has
+    first derivatives only. A worker that ends by itself is started again once a batch.
+
+    Args:
+        name: the reward, in that environment.
+        options: its options, checked there.
+        isolation: which environment, and how long and how large its worker may be.
+
+    Raises:
+        RewardError: it could not be loaded there (or its own error, such as `WeightsError`).
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], isolation: IsolationConfig) -> None:
+        super().__init__(IsolatedOptions(**options))
+        self.name = name
+        self.options = options
+        self.isolation = isolation
+        handle, path = tempfile.mkstemp(prefix="alignprop-", suffix=".images", dir=shared_folder())
+        os.close(handle)
+        self._file = Path(path)
+        weakref.finalize(self, _remove, self._file)
+        self._shared = SharedPictures(self._file)
+        self._worker: Worker | None = None
+        self._start()
+
+    @property
+    def worker(self) -> int | None:
+        """The worker's process number; None while there is none."""
+        return self._worker.pid if self._worker is not None and self._worker.alive else None
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        """Return (B,) scores as the reward computes them there, on the images' device."""
+        if torch.is_grad_enabled() and batch.images.requires_grad:
+            scores: Tensor = _Exchange.apply(batch.images, batch, self)
+            return scores
+        return self.exchange(batch, gradient=False)[0]
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Raise as the reward does there if it cannot read what it needs out of a prompt."""
+        self._ask({"prompt": prompt, "metadata": dict(metadata)}, "check a prompt")
+
+    def exchange(self, batch: ImageBatch, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        """Ask the worker for (B,) scores and, if wanted, (B, 3, H, W) gradients of each by its own image."""
+        images = batch.images.detach()
+        shape, dtype = tuple(images.shape), images.dtype
+        request = {
+            "shape": shape,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(images.device),
+            "prompts": list(batch.prompts),
+            "metadata": [dict(each) for each in batch.metadata],
+            "gradient": gradient,
+        }
+        self._shared.reserve(shape, dtype)
+        self._shared.images(shape, dtype).copy_(images)
+        answer = self._ask(request, "score a batch")
+        scores = self._shared.scores(shape, dtype).to(images.device, getattr(torch, answer["dtype"]), copy=True)
+        found = self._shared.gradients(shape, dtype).to(images.device, copy=True) if gradient else None
+        return scores, found
+
+    def close(self) -> None:
+        """End the worker; the next batch starts another."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _start(self) -> Worker:
+        worker = Worker(self.isolation.python, self.isolation.memory_limit)
+        request = {
+            "name": self.name,
+            "options": self.options,
+            "device": self.isolation.device,
+            "file": str(self._file),
+        }
+        worker.ask(request, timeout=self.isolation.start_timeout, doing=f"load {self.name}")
+        self._worker = worker
+        return worker
+
+    def _ask(self, request: dict[str, Any], doing: str) -> dict[str, Any]:
+        """Ask, and once more of a new worker if this one ends by itself: it may have been killed for memory, say."""
+        worker = self._worker if self._worker is not None and self._worker.alive else None
+        for again in (True, False):
+            try:
+                return (worker or self._start()).ask(request, timeout=self.isolation.timeout, doing=doing)
+            except WorkerEnded as error:
+                self._worker = worker = None
+                if not again:
+                    raise RewardError(f"{error}\nThat was the second time in a row.") from error
+                _log.warning("%s: %s\nIt is started again.", self.name, error)
+        raise AssertionError("unreachable")
+
+
+class _Exchange(torch.autograd.Function):
+    """Scores with the gradient that came along with them."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, batch: ImageBatch, reward: IsolatedReward) -> Tensor:
+        scores, gradient = reward.exchange(batch, gradient=True)
+        ctx.save_for_backward(gradient)
+        return scores
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer.to(gradient)[:, None, None, None], None, None
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()

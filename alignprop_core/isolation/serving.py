@@ -1,0 +1,69 @@
+"""The worker's side of scoring: one batch from the shared file, scores and gradients back into it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_core.isolation.messages import error_data
+from alignprop_core.isolation.pictures import SharedPictures
+from alignprop_core.registry import default_registry
+from alignprop_core.reward import ImageBatch, check_scores
+
+
+class Server:
+    """A loaded reward, scoring batches.
+
+    Args:
+        name: the reward, in this environment.
+        options: its options.
+        device: where it computes; "auto" follows the images to the run's device, if this environment has that.
+        file: the shared file.
+    """
+
+    def __init__(self, name: str, options: dict[str, Any], device: str, file: Path) -> None:
+        registry = default_registry()
+        self.name = name
+        self.differentiable = registry.reward(name).spec.differentiable
+        self.reward = registry.load_reward(name, options)
+        self.device = device
+        self.file = file
+        self.shared = SharedPictures(file)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Score a batch, or check a prompt; an error is returned as data."""
+        try:
+            if "prompt" in request:
+                self.reward.check_prompt(request["prompt"], request["metadata"])
+                return {}
+            return self._score(request)
+        except Exception as error:
+            return {"error": error_data(error)}
+
+    def _score(self, request: dict[str, Any]) -> dict[str, Any]:
+        shape = tuple(request["shape"])
+        dtype: torch.dtype = getattr(torch, request["dtype"])
+        device = self._device(request["device"])
+        self.reward.to(device)
+        # A copy: a reward that wrote into its input would write into the run's file.
+        images = self.shared.images(shape, dtype).clone().to(device)
+        gradient = bool(request["gradient"])
+        batch = ImageBatch(
+            images=images.requires_grad_(gradient), prompts=request["prompts"], metadata=request["metadata"]
+        )
+        with torch.set_grad_enabled(gradient):
+            scores = check_scores(self.name, self.reward(batch), len(batch), differentiable=gradient)
+            if gradient:
+                # A sample's score hangs on its own image alone, so the sum's gradient holds each score's.
+                (found,) = torch.autograd.grad(scores.sum(), images)
+                self.shared.gradients(shape, dtype).copy_(found)
+        self.shared.scores(shape, dtype).copy_(scores.detach())
+        return {"dtype": str(scores.dtype).removeprefix("torch.")}
+
+    def _device(self, run: str) -> torch.device:
+        wanted = run if self.device == "auto" else self.device
+        if self.device == "auto" and wanted.startswith("cuda") and not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(wanted)

@@ -1,0 +1,206 @@
+"""What a user installs: wheels, outside the repository, without the packages that only the workspace happens to have.
+
+Each environment sees those third-party distributions that the metadata of the wheels in it ask for, and no others: what
+is imported and not declared fails here, however often it is installed in the workspace.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.fresh import PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
+
+CORE = "alignprop-core"
+OURS = [CORE, *PLUGINS]
+
+REWARD = '''\
+"""A reward of mine."""
+
+from torch import Tensor
+
+from alignprop_core import ImageBatch, Reward
+
+
+class Greenness(Reward):
+    """Green pictures."""
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        return batch.images[:, 1].mean((1, 2))
+'''
+MODEL = """\
+from alignprop_core.testing import tiny_pipeline
+tiny_pipeline().save_pretrained("model")
+"""
+LOAD = """\
+from importlib import import_module
+from alignprop_core.registry import default_registry
+registry = default_registry()
+for offer in registry.rewards():
+    registry.reward_config_class(offer.full_name)
+    module, _, name = offer.spec.factory.partition(":")
+    getattr(import_module(module), name)
+"""
+"""Every reward's module and options class."""
+
+
+def environment_of(
+    names: list[str], folder: Path, wheel: Callable[[str], Path], *extra: str
+) -> tuple[FreshEnvironment, set[str]]:
+    """Make an environment with some of ours and what they require, ours included; return it and the names of ours."""
+    known = {name: metadata_of(wheel(name)) for name in OURS}
+    needed = needed_by(names, known)
+    ours = {name for name in needed if name in known}
+    environment = FreshEnvironment(folder, needed - ours)
+    environment.install(*(wheel(name) for name in sorted(ours)))
+    return environment, ours
+
+
+def assert_consistent(environment: FreshEnvironment, cwd: Path) -> None:
+    """`pip check` has nothing to say of ours; what third-party packages want of each other is theirs."""
+    done = environment.run("pip check || true", cwd)
+    assert [line for line in done.stdout.splitlines() if line.startswith("alignprop")] == []
+    assert "No broken requirements" in done.stdout or " has requirement " in done.stdout, done.stderr
+
+
+def installed(environment: FreshEnvironment, cwd: Path) -> dict[str, str]:
+    """Return distribution -> status of the plugins; none has anything to remark."""
+    plugins = json.loads(environment.run("alignprop plugins --json", cwd).stdout)["plugins"]
+    assert [remark for plugin in plugins for remark in (plugin["error"], *plugin["warnings"]) if remark] == []
+    return {plugin["distribution"]: plugin["status"] for plugin in plugins}
+
+
+def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    environment, ours = environment_of([CORE], tmp_path / "environment", wheel)
+    assert ours == {CORE}
+    work = tmp_path / "work"
+    work.mkdir()
+    assert_consistent(environment, work)
+    assert installed(environment, work) == {}
+    assert "No plugins are installed" in environment.run("alignprop plugins", work).stdout
+    assert json.loads(environment.run("alignprop rewards list --json", work).stdout) == []
+    assert "No plugin that offers rewards" in environment.run("alignprop rewards list", work).stdout
+    assert json.loads(environment.run("alignprop schema", work).stdout)["title"]
+    findings = json.loads(environment.run("alignprop doctor --json", work).stdout)
+    assert [finding for finding in findings if finding["status"] == "error"] == []
+
+    (work / "greenness.py").write_text(REWARD)
+    (work / "prompts.txt").write_text("a cat\ntwo dogs\n")
+    run = {
+        "model": {"base": "./model"},
+        "prompts": {"train": "./prompts.txt"},
+        "sampling": {"steps": 2},
+        "rewards": [{"name": "./greenness.py:Greenness"}],
+        "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
+        "output": "run",
+    }
+    (work / "run.yaml").write_text(yaml.safe_dump(run))
+    environment.run(["python", "-W", "error", "-c", MODEL], work)
+    environment.run("alignprop train run.yaml", work)
+    steps = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [step["step"] for step in steps] == [1, 2]
+    assert all(step["grad_norm"] > 0 for step in steps)
+    assert (work / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    # All of this was the wheel's.
+    where = environment.run(["python", "-c", "import alignprop_core; print(alignprop_core.__file__)"], work).stdout
+    assert Path(where.strip()).is_relative_to(environment.site)
+
+
+@pytest.mark.timeout(600)  # a plugin's whole test suite is one test here
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_a_plugin_alone_passes_its_tests(plugin: str, tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    """With the core and those of ours that it requires; its quick tests, as in `make test`."""
+    environment, ours = environment_of([plugin], tmp_path / "environment", wheel)
+    work = outside_the_repository(plugin, tmp_path / "outside")
+    assert_consistent(environment, work)
+    assert installed(environment, work) == dict.fromkeys(ours - {CORE}, "loaded")
+    # Before its tests' packages are there: rewards need nothing but what a user gets.
+    environment.run(["python", "-W", "error", "-c", LOAD], work)
+
+    known = {name: metadata_of(wheel(name)) for name in ours}
+    tests = [f"{plugin}[dev]", "pytest", "pytest-timeout"]
+    environment.show(needed_by(tests, known) - ours)
+    words = ["pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "--durations=5", "plugins"]
+    done = environment.run(words, work, timeout=580)
+    print(done.stdout)
+    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1]), done.stdout
+    where = f"import importlib; print(importlib.import_module({plugin.replace('-', '_')!r}).__file__)"
+    assert Path(environment.run(["python", "-c", where], work).stdout.strip()).is_relative_to(environment.site)
+
+
+def outside_the_repository(plugin: str, folder: Path) -> Path:
+    """Copy a plugin's folder without its source, and pytest's settings above it, as they stand in the repository."""
+    ignored = shutil.ignore_patterns("src", "__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "plugins" / plugin, folder / "plugins" / plugin, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    # The original hpsv2, third-party too, lies beside the environment: see the Makefile.
+    (folder / "build").mkdir()
+    (folder / "build" / "reference").symlink_to(ROOT / "build" / "reference")
+    return folder
+
+
+def test_all_plugins_live_together(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    environment, ours = environment_of(OURS, tmp_path / "environment", wheel)
+    assert ours == set(OURS)
+    work = tmp_path / "work"
+    work.mkdir()
+    assert_consistent(environment, work)
+    assert installed(environment, work) == dict.fromkeys(PLUGINS, "loaded")
+    rewards = json.loads(environment.run("alignprop rewards list --json", work).stdout)
+    assert [reward["name"] for reward in rewards if reward["conflict"]] == []
+    environment.run(["python", "-W", "error", "-c", LOAD], work)
+    assert listing_seconds(environment, work) < 0.7
+
+    config = {
+        "model": {"base": "starter"},
+        "prompts": {"train": "starter/simple_animals_number"},
+        "sampling": {"steps": 2},
+        "rewards": [
+            {"name": "jpeg_compressibility", "weight": 0.5},
+            {"name": "aesthetic", "options": {"weights": "starter"}},
+            {"name": "hpsv2", "options": {"weights": "starter"}},
+            {"name": "object_count", "options": {"weights": "starter", "detector": "rtdetr"}},
+        ],
+        "mix": {"combine": "balanced"},
+        "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
+        "output": "run",
+    }
+    (work / "run.yaml").write_text(yaml.safe_dump(config))
+    environment.run("alignprop train run.yaml --dry-run", work)
+    assert not (work / "run").exists()
+
+
+def listing_seconds(environment: FreshEnvironment, cwd: Path) -> float:
+    """Return the processor time of `alignprop rewards list`, the best of four: wall time on a machine not busy."""
+    seconds = []
+    for _ in range(4):
+        before = os.times()
+        environment.run(["alignprop", "rewards", "list"], cwd)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    return min(seconds)
+
+
+def test_the_plugins_versions_and_ranges_go_together() -> None:
+    """Every plugin takes this core and these siblings: else one pip command cannot install them."""
+    facts = {
+        name: tomllib.loads((path / "pyproject.toml").read_text())["project"]
+        for name, path in [(CORE, ROOT), *((name, ROOT / "plugins" / name) for name in PLUGINS)]
+    }
+    from packaging.requirements import Requirement
+
+    for name, project in facts.items():
+        extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
+        for line in [*project["dependencies"], *extras]:
+            wanted = Requirement(line)
+            if wanted.name in facts:
+                assert wanted.specifier.contains(facts[wanted.name]["version"]), f"{name} requires {line}"
+                assert not wanted.specifier.contains("1.0"), f"{name}: {line} takes cores that it was not tested with"

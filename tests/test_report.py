@@ -1,0 +1,668 @@
+"""The report: one page that opens offline, tells what a run did, and holds nothing but text of what it was given."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignprop_core import cli
+from alignprop_core.config import parse_config
+from alignprop_core.config_yaml import dump_yaml
+from alignprop_core.errors import OutputError, RewardError
+from alignprop_core.evaluation.report import read_run, run_page, several_page, write_page
+from alignprop_core.evaluation.report.chart import BUCKETS, Chart, Line, draw
+from alignprop_core.evaluation.report.markup import element
+from alignprop_core.evaluation.report.pictures import open_sheet
+from alignprop_core.evaluation.report.several import names_of
+from alignprop_core.evaluation.sheet import grid, save_picture
+from alignprop_core.reward import ImageBatch
+from alignprop_core.training import Trainer
+from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.run import run
+from tests.toy_rewards import Crashes, Redness, registry
+
+EVIL = "<script>alert(1)</script> \"two\" 'owls' & </title></style>-->"
+VOID = {"meta", "img", "br"}
+LOADS = {"src", "href", "srcset", "data", "poster", "action", "formaction", "background", "xlink:href"}
+
+
+class Page(HTMLParser):
+    """A page as a browser's parser sees it; one that is not well-formed is an error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []  # the innermost element and its text
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append((self._open[-1] if self._open else "", data))
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+    def inside(self, tag: str) -> list[str]:
+        return [text for name, text in self.texts if name == tag]
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(text for name, text in self.texts if name != "style").split())
+
+    @property
+    def alts(self) -> list[str]:
+        return [image["alt"] for image in self.all("img")]
+
+    @property
+    def charts(self) -> dict[str, str]:
+        """Title of each chart -> what it says of its lines."""
+        told = [svg["aria-label"] for svg in self.all("svg") if "aria-label" in svg]
+        return {label.partition(". ")[0]: label for label in told}
+
+
+class Shade(Redness):
+    """Dark pictures."""
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        shade: Tensor = -(batch.images**2).flatten(1).mean(1)
+        return shade
+
+
+def trainer(model: Path, folder: Path, **overrides: object) -> Trainer:
+    """A trainer on redness and shade that shows and evaluates at every step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    prompts = folder / "prompts.txt"
+    prompts.write_text(f"{EVIL}\ntwo owls\n")
+    data = {
+        "model": {"base": str(model)},
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "sampling": {"steps": 2, "guidance_scale": 2.0},
+        "rewards": [{"name": "redness", "ceiling": 5.0}, {"name": "shade", "weight": 0.5}],
+        "mix": {"combine": "balanced"},
+        "lora": {"rank": 2},
+        "optimizer": {"learning_rate": 1e-2},
+        "training": {"steps": 3, "batch_size": 2, "device": "cpu", "seed": 7},
+        "samples": {"every": 1, "count": 2},
+        "save": {"every": 2},
+        "evaluation": {"every": 1, "images_per_prompt": 2},
+        "output": str(folder / "run"),
+    }
+    changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
+    known = registry().with_rewards({"shade": Shade()})
+    return Trainer(parse_config(data, registry=known, overrides=changes), registry=known)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has everything; tests must not change it."""
+    return run(trainer(tiny_model, tmp_path_factory.mktemp("whole <&'\"> name")))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Callable[..., Path]:
+    """Write a run folder from its metrics, without a run; keywords are further files' contents."""
+
+    def make(rows: list[dict[str, Any]], name: str = "made", config: Any = None, **files: Any) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        settings = {"model": {"base": "some/model"}, "rewards": [{"name": "redness"}], "training": {"steps": 4}}
+        (folder / "config.yaml").write_text(dump_yaml(config or settings))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for file, content in files.items():
+            (folder / f"{file}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        return folder
+
+    return make
+
+
+def step(number: int, value: float | None, **further: Any) -> dict[str, Any]:
+    """A line of metrics.jsonl as the first version wrote it, and what came later."""
+    row = {"step": number, "reward": value, "terms": {"redness": {"raw": value, "weighted": value}}}
+    return {**row, "grad_norm": 0.5, "seconds": 1.0, **further}
+
+
+def page_of(folder: Path) -> Page:
+    return Page(run_page(read_run(folder)))
+
+
+def cell(tag: str, page: Page, text: str) -> bool:
+    return any(text in found for found in page.inside(tag))
+
+
+# -- the page of a run ------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_its_page(trained: Path) -> None:
+    page = Page((trained / "report.html").read_text(encoding="utf-8"))
+    assert page.inside("h1") == ["run"]
+    sections = [section["id"] for section in page.all("section")]
+    assert sections == ["result", "pictures", "curves", "guards", "use", "trained", "environment", "config"]
+    assert "On 4 pictures of 2 held-out prompts" in page.text
+    for told in ("0.5 × shade", "1 × redness (ceiling 5)", "mix balanced", "LoRA rank 2", "seed 7", "It is finished"):
+        assert told in page.text
+    comparison = json.loads((trained / "evaluation.json").read_text())
+    assert set(comparison["base"]) == {"redness", "shade", "red_share"}
+    assert {"redness", "shade", "red_share", "diversity", "drift"} <= set(page.inside("th"))
+    assert "true measure" in page.inside("td")
+    assert f"{comparison['tuned']['red_share']['mean']:.4g}" in page.inside("td")
+
+
+def test_the_page_shows_what_the_mix_did(trained: Path) -> None:
+    charts = page_of(trained).charts
+    for title in ("share of the direction", "weighted", "gradient norm at the image"):
+        assert "redness: from" in charts[title]
+        assert "shade: from" in charts[title]
+    assert "redness | shade: from" in charts["cosine of two gradients"]
+    assert "training: from" in charts["redness"]
+    assert "held out: from" in charts["redness"]
+    assert {"reward", "red_share", "drift from the base model", "diversity"} <= charts.keys()
+    assert "gradient norm of the adapters" in charts
+
+
+def test_pictures_stand_before_along_and_after_with_their_prompts(trained: Path) -> None:
+    page = page_of(trained)
+    for prompt in (EVIL, "two owls"):
+        assert [alt for alt in page.alts if prompt in alt] == [
+            f"base: {prompt}", f"tuned: {prompt}", *(f"step {number}: {prompt}" for number in range(4)),
+        ]  # fmt: skip
+        assert page.inside("span").count(prompt) == 2
+    assert all(image["src"].startswith("data:image/webp;base64,") for image in page.all("img"))
+
+
+def test_the_page_loads_and_runs_nothing(trained: Path) -> None:
+    page = page_of(trained)
+    (policy,) = [meta["content"] for meta in page.all("meta") if meta.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none';")
+    assert "script-src" not in policy
+    assert "unsafe" not in policy
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "form", "base", "a"}
+        assert not any(name.startswith("on") or name == "style" for name in attributes)
+        for name in LOADS & attributes.keys():
+            assert attributes[name].startswith("data:image/")
+    (style,) = page.inside("style")
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_the_page_can_be_read_without_eyes_and_on_a_phone(trained: Path) -> None:
+    page = page_of(trained)
+    assert page.all("html")[0]["lang"] == "en"
+    assert "width=device-width" in [meta.get("content", "") for meta in page.all("meta")][2]
+    levels = [int(tag[1]) for tag, _ in page.elements if tag in {"h1", "h2", "h3"}]
+    assert levels.count(1) == 1
+    assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
+    assert all(attributes["scope"] in {"row", "col"} for attributes in page.all("th"))
+    assert len(page.all("caption")) == len(page.all("table"))
+    assert all(image["alt"] for image in page.all("img"))
+    assert all(svg.get("aria-hidden") == "true" or svg["aria-label"] for svg in page.all("svg"))
+    assert "prefers-color-scheme:dark" in page.inside("style")[0]
+
+
+def test_a_page_is_quick(trained: Path) -> None:
+    started = time.process_time()
+    run_page(read_run(trained))
+    assert time.process_time() - started < 2
+
+
+# -- text stays text --------------------------------------------------------------------------------------------
+
+
+def _evil_run(made: Callable[..., Path]) -> Path:
+    """A run folder in which everything that is text is an attempt at markup."""
+    term = {"name": EVIL, "label": EVIL, "weight": 1.0, "options": {EVIL: EVIL, "list": [EVIL]}}
+    config = {
+        "model": {"base": EVIL, "vae": EVIL, "loras": [{"path": EVIL}]},
+        "rewards": [term, {**term, "label": f"{EVIL}2", "weight": {EVIL: 1.0}}],
+        "prompts": {"train": EVIL},
+        "mix": {"combine": EVIL},
+        "backprop": {"strategy": EVIL},
+        "lora": {"targets": [EVIL]},
+        "training": {"steps": 9, "seed": EVIL},
+        "guards": {EVIL: EVIL},
+        "output": EVIL,
+        EVIL: EVIL,
+    }
+    terms = {name: {"raw": 0.5, "weighted": 0.5, "share": 0.5, "held": 1.0} for name in (EVIL, f"{EVIL}2")}
+    row = {"reward": 0.5, "terms": terms, "cosines": {EVIL: 0.1}, "grad_norm": 1.0}
+    rows = [
+        {"step": 1, **row},
+        {"step": 2, **row, "dropped": EVIL},
+        {"step": 3, **row, "idle": EVIL},
+        {"step": 3, "evaluation": {"reward": 1.0, "scores": {EVIL: {"mean": 1.0}, f"{EVIL}3": {"mean": 1.0}}}},
+    ]
+    scores = {"n": 2, "mean": 1.0}
+    point = {"strength": 1.0, "drift": 0.1, "scores": {EVIL: scores}}
+    folder = made(
+        rows,
+        name="evil \"quoted\" & 'apart' <b>",
+        config=config,
+        environment={
+            "system": EVIL,
+            "versions": {EVIL: EVIL},
+            "device": {"kind": EVIL, "names": [EVIL]},
+            "licenses": {EVIL: {"reward": EVIL, "weights": {EVIL: f"CC-BY-NC-4.0 {EVIL}"}}},
+            "local_rewards": {EVIL: {"file": EVIL}},
+            "isolated_rewards": {EVIL: {"license": EVIL}},
+        },
+        evaluation={"base": {EVIL: scores}, "tuned": {EVIL: scores}, "stopped": EVIL},
+        strengths={"points": [point, {**point, "drift": 0.2}]},
+        soup={"points": [{"share": 0.5, "scores": {EVIL: scores, f"{EVIL}2": scores}}], "soup": EVIL},
+    )
+    (folder / "images").mkdir()
+    picture = grid([torch.rand(3, 32, 32)], [EVIL])
+    save_picture(picture, folder / "images" / "step-000000.png")
+    save_picture(picture, folder / "images" / "before_after.png")
+    (folder / "lora").mkdir()
+    (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
+    (folder / "lora" / "<b>&.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_no_text_becomes_an_element(made: Callable[..., Path], several: bool) -> None:
+    folder = _evil_run(made)
+    page = Page(several_page([read_run(folder), read_run(made([], name="other"))])) if several else page_of(folder)
+    known = (
+        "html head meta title style body header main section aside h1 h2 h3 p b strong span div br ul ol li dl dt dd"
+    )
+    known += " table caption thead tbody tr th td pre code details summary figure figcaption img svg path circle text"
+    assert {tag for tag, _ in page.elements} <= set(known.split())
+    known = (
+        "class id scope role aria-label aria-hidden tabindex dir alt src width height lang charset http-equiv content"
+    )
+    known += " name viewbox d x y cx cy r"
+    assert {name for _, attributes in page.elements for name in attributes} <= set(known.split())
+    assert EVIL in "".join(text for _, text in page.texts)
+    assert any(EVIL in alt for alt in page.alts)
+    assert any(EVIL in attributes.get("aria-label", "") for attributes in page.all("svg"))
+
+
+def test_what_html_cannot_hold_is_replaced() -> None:
+    assert element("p", "a\x00b\ud800c\x1b", title='"<&') == '<p title="&quot;&lt;&amp;">a\ufffdb\ufffdc\ufffd</p>'
+    element("p", "\ud800").encode("utf-8")
+
+
+# -- folders that are not as expected ---------------------------------------------------------------------------
+
+
+def test_broken_lines_of_the_metrics_are_left_out_and_said(made: Callable[..., Path]) -> None:
+    folder = made([step(1, 0.1), step(2, 0.2)])
+    with open(folder / "metrics.jsonl", "ab") as file:
+        file.write(b'[]\n{"step": true}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 3, "reward": 0.')
+    page = page_of(folder)
+    assert "5 broken lines of metrics.jsonl left out (lines 3, 4, 5, 6, 7)." in page.text
+    assert "Step 2 of 4" in page.text.replace("step 2", "Step 2")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "null", '{"base": [], "tuned": {"a": 1}, "drift": 3}', '{"base": {"a": {}}}']
+)
+def test_any_evaluation_json_gives_a_page(made: Callable[..., Path], content: str) -> None:
+    folder = made([step(1, 0.1)], evaluation=content, environment=content, strengths=content, soup=content)
+    assert page_of(folder).inside("h1") == ["made"]
+
+
+def test_a_run_without_anything_but_a_config_gives_a_page(made: Callable[..., Path]) -> None:
+    folder = made([])
+    (folder / "metrics.jsonl").unlink()
+    page = page_of(folder)
+    assert "No step is done yet." in page.text
+    assert "There are no figures yet." in page.text
+
+
+def test_an_older_unfinished_run_gives_a_page(made: Callable[..., Path]) -> None:
+    folder = made([step(n, n / 10) for n in range(1, 4)])
+    (folder / "images").mkdir()
+    Image.new("RGB", (200, 120), "red").save(folder / "images" / "step-000000.png")
+    Image.new("RGB", (200, 120), "red").save(folder / "images" / "before_after.png")
+    (folder / "images" / "step-000002.png").write_bytes(b"no picture")
+    page = page_of(folder)
+    assert "It is not finished: step 3 of 4." in page.text
+    assert "There was no evaluation on held-out prompts; the reward in training rose by 200% (0.1 to 0.3)" in page.text
+    assert "images/step-000002.png cannot be read" in page.text
+    assert page.alts == [
+        "Before and after: for each prompt the base model's picture and the tuned model's",
+        "Pictures at step 0, each above its prompt",
+    ]
+    assert "there is none yet" in page.text
+
+
+def test_a_step_done_twice_counts_once(made: Callable[..., Path]) -> None:
+    folder = made([step(1, 0.1), step(2, 0.9), step(2, 0.2), step(3, 0.3)])
+    assert [row["reward"] for row in read_run(folder).steps] == [0.1, 0.2, 0.3]
+
+
+def test_what_guards_did_is_visible(made: Callable[..., Path]) -> None:
+    rows = [
+        step(1, 0.1),
+        step(2, None, dropped="the gradient is not finite"),
+        step(3, 0.3, idle="all at their ceiling"),
+    ]
+    rows += [step(4, 0.3, idle="all at their ceiling")]
+    rows += [{"step": n, "evaluation": {"reward": n, "scores": {}, "drift": n, "best": n == 1}} for n in range(3)]
+    config = {
+        "model": {"base": "m"},
+        "rewards": [{"name": "redness"}],
+        "training": {"steps": 40},
+        "guards": {"drift_limit": 1.5, "patience": None},
+    }
+    stopped = {"base": {}, "tuned": {}, "step": 1, "stopped": "drift 2 is above guards.drift_limit 1.5"}
+    folder = made(rows, config=config, evaluation=stopped)
+    (folder / "lora").mkdir()
+    (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
+    page = page_of(folder)
+    told = "A guard stopped it at step 4 of 40: drift 2 is above guards.drift_limit 1.5. The LoRA is that of step 1."
+    assert told in page.text
+    assert page.inside("td").count("the gradient is not finite") == 1
+    assert "2 (steps 3 to 4): all at their ceiling" in page.inside("dd")
+    assert "step 1" in page.inside("dd")
+    classes = {path.get("class") for path in page.all("path")}
+    assert {"dropped", "idle", "saved", "limit"} <= classes
+    assert {"dropped step", "step that did nothing", "the LoRA that was kept", "best evaluation"} <= set(
+        page.inside("span")
+    )
+
+
+def test_non_commercial_and_missing_licences_are_warned_of(made: Callable[..., Path]) -> None:
+    licenses = {
+        "free": {"reward": "MIT", "weights": {"a.safetensors": "Apache-2.0"}},
+        "bound": {"reward": "MIT", "weights": {"b.safetensors": "CC-BY-NC-4.0"}},
+        "silent": {"reward": "", "weights": {}},
+    }
+    page = page_of(made([], environment={"licenses": licenses}))
+    warned = [text for text in page.inside("li") if "licence" in text or "commercial" in text]
+    assert len(warned) == 2
+    assert warned[0].startswith("bound: the weights b.safetensors: CC-BY-NC-4.0: not for commercial use.")
+    assert warned[1].startswith("silent:")
+
+
+def test_curves_of_strength_are_drawn_with_their_points(made: Callable[..., Path]) -> None:
+    def point(strength: float, **score: Any) -> dict[str, Any]:
+        return {"strength": strength, "drift": strength / 2, "scores": {"redness": {"mean": 1 + strength, **score}}}
+
+    points = [point(0.0), point(0.5, interval=[0.4, 0.6]), point(1.0, interval=[0.8, 1.2])]
+    page = page_of(made([], strengths={"points": points, "paired_with": 0.0}))
+    assert "redness: from 1 at drift 0 to 2 at drift 0.5, lowest 1, highest 2.2" in page.charts["redness"]
+    assert len([path for path in page.all("path") if path.get("class") == "bar"]) == 2
+    assert {"0", "0.5", "1"} <= set(page.inside("text"))
+
+
+def test_an_evaluation_older_than_the_run_is_said_to_be(made: Callable[..., Path]) -> None:
+    scores = {"redness": {"n": 4, "mean": 1.0}}
+    page = page_of(made([step(n, 0.1) for n in range(1, 4)], evaluation={"base": scores, "tuned": scores, "step": 2}))
+    assert "It is not finished: step 3 of 4. evaluation.json is of step 2." in page.text
+
+
+# -- sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_ten_thousand_steps_make_a_small_page_quickly(made: Callable[..., Path]) -> None:
+    labels = ("redness", "shade", "third")
+    random = np.random.default_rng(0)
+    rows = []
+    for number in range(1, 10_001):
+        terms = {
+            label: {"raw": value, "weighted": value, "share": 1 / 3, "grad_norm": value + 4, "held": 0.0, "factor": 1.0}
+            for label, value in zip(labels, random.random(3).tolist(), strict=True)
+        }
+        cosines = {f"{a} | {b}": -0.1 for a in labels for b in labels if a < b}
+        rows.append(step(number, 0.5, terms=terms, cosines=cosines, idle="resting" if number % 2 else None))
+    folder = made(rows)
+    started = time.process_time()
+    text = run_page(read_run(folder))
+    assert time.process_time() - started < 2
+    assert len(text) < 600_000
+    assert "redness: from" in Page(text).charts["share of the direction"]
+
+
+def test_a_line_has_few_points_and_keeps_its_extremes() -> None:
+    values = [0.0] * 10_000
+    values[1234] = 7.0
+    drawn = Page(str(draw(Chart("spike", [Line("one", list(range(10_000)), values)]))))
+    paths = [path["d"] for path in drawn.all("path") if "c0" in path["class"]]
+    assert max(map(len, paths)) < 2 * BUCKETS * 14
+    assert "highest 7" in drawn.charts["spike"]
+
+
+def test_missing_values_are_gaps() -> None:
+    drawn = Page(str(draw(Chart("gap", [Line("one", [1, 2, 3, 4, 5], [1.0, 2.0, None, 3.0, 4.0])]))))
+    (line,) = [path["d"] for path in drawn.all("path") if "line" in path["class"]]
+    assert line.count("M") == 2
+    assert draw(Chart("nothing", [Line("one", [1, 2], [None, None])])) is None
+    assert draw(Chart("no logarithm", [Line("one", [1, 2], [0.0, -1.0])], log=True)) is None
+
+
+def test_pictures_that_are_hard_to_compress_stay_within_three_megabytes(made: Callable[..., Path]) -> None:
+    folder = made([step(1, 0.1)])
+    (folder / "images").mkdir()
+    random = torch.Generator().manual_seed(0)
+    noise = list(torch.rand(8, 3, 320, 320, generator=random))
+    save_picture(grid(noise, [f"prompt {n}" for n in range(8)]), folder / "images" / "step-000000.png")
+    for number in range(1, 8):
+        shutil.copy(folder / "images" / "step-000000.png", folder / "images" / f"step-{number:06d}.png")
+    started = time.process_time()
+    text = run_page(read_run(folder))
+    assert time.process_time() - started < 5
+    assert len(text) < 3_000_000
+    assert len(Page(text).all("img")) == 7 * 8
+
+
+def test_a_sheet_gives_back_its_pictures_and_whole_prompts(tmp_path: Path) -> None:
+    pictures = [torch.rand(3, 200, 256) for _ in range(5)]
+    prompts = [f"{EVIL} {'and a long way to go ' * 9}{n} 猫" for n in range(5)]
+    save_picture(grid(pictures, prompts), tmp_path / "sheet.png")
+    problems: list[str] = []
+    sheet = open_sheet(tmp_path / "sheet.png", problems)
+    assert sheet is not None
+    assert not problems
+    assert [found.prompt for found in sheet.cells] == prompts
+    for picture, found in zip(pictures, sheet.cells, strict=True):
+        pixels = np.asarray(found.pictures[""])
+        assert np.abs(pixels / 255 - picture.permute(1, 2, 0).numpy()).max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "told",
+    ["{", "[]", '{"cells": [{"boxes": [[0, 0, 9999, 9]], "lines": ["a"]}]}', '{"cells": [{"boxes": 3, "lines": 4}]}'],
+)
+def test_a_sheet_that_says_nonsense_is_shown_whole(tmp_path: Path, told: str) -> None:
+    picture = Image.new("RGB", (40, 40))
+    picture.info["alignprop"] = told
+    save_picture(picture, tmp_path / "sheet.png")
+    sheet = open_sheet(tmp_path / "sheet.png", [])
+    assert sheet is not None
+    assert sheet.cells == ()
+
+
+# -- what can be copied from it ---------------------------------------------------------------------------------
+
+
+def test_its_code_draws_a_picture(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (snippet,) = [text for text in page_of(trained).inside("code") if "load_lora_weights" in text]
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+    with Image.open(tmp_path / "picture.png") as picture:
+        assert picture.size == (32, 32)
+
+
+def test_its_commands_take_the_folder_they_name(trained: Path) -> None:
+    commands = [shlex.split(text) for text in page_of(trained).inside("code") if text.startswith("alignprop ")]
+    train = next(words for words in commands if words[1] == "train")
+    assert train[2:] == [str(trained / "config.yaml"), "--resume", "latest", "training.steps=6"]
+    sample = next(words for words in commands if words[1] == "sample")
+    assert sample[5] == str(trained / "lora")
+    assert "lora/run.safetensors" in page_of(trained).inside("code")
+
+
+# -- several runs -----------------------------------------------------------------------------------------------
+
+
+def test_several_runs_stand_side_by_side(trained: Path, made: Callable[..., Path]) -> None:
+    other = made([step(1, 0.1), step(2, 0.2)], environment={"licenses": {"x": {"reward": "CC-BY-NC-4.0"}}})
+    page = Page(several_page([read_run(trained), read_run(other)]))
+    assert page.inside("h1") == ["2 runs compared"]
+    assert "run: from" in page.charts["redness"]
+    assert "made: from" in page.charts["redness"]
+    assert {"redness", "shade", "red_share", "drift"} <= set(page.inside("th"))
+    assert {"model.base", "mix.combine"} <= set(page.inside("th"))
+    assert {"some/model", "balanced"} <= set(page.inside("td"))
+    assert [alt for alt in page.alts if "owls" in alt and EVIL not in alt] == ["base: two owls", "run: two owls"]
+    assert "differ in model or sampling" in page.text
+    assert "made: x: the reward: CC-BY-NC-4.0" in page.text
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path, made: Callable[..., Path]) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    runs = [read_run(made([], name=f"{folder}/same")) for folder in "ab"]
+    assert names_of(runs) == ["a/same", "b/same"]
+
+
+# -- the command ------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_into_the_run_and_for_several_here(
+    made: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = str(made([step(1, 0.1)], name="one")), str(made([step(1, 0.1)], name="two"))
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    assert cli.run(["report", one]) == 0
+    assert Page((Path(one) / "report.html").read_text()).inside("h1") == ["one"]
+    assert not list(here.iterdir())
+    assert cli.run(["report", one, two]) == 0
+    assert cli.run(["report", one, two]) == 0  # over its own page
+    assert cli.run(["report", one, "--output", "new/one.html"]) == 0
+    assert sorted(path.name for path in here.iterdir()) == ["new", "report.html"]
+    assert "report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Missing argument"),
+        (["nowhere"], "there is no such folder"),
+        (["some/notes.txt"], "notes.txt is a file. Give the folder of a run"),
+        (
+            ["some"],
+            "some is no run folder: there is no config.yaml in it. There are run folders in it: broken, other, run.",
+        ),
+        (["some/empty"], "is no run folder: there is no config.yaml in it. Check the path."),
+        (["some/other"], "is no run folder: its config.yaml is no run config"),
+        (["some/broken"], "not valid YAML"),
+        (["some/run", "some/../some/run"], "is given twice"),
+        (["some/run", "--output", "some"], "some is a folder"),
+        (["some/run", "--output", "some/notes.txt"], "notes.txt exists and is no report; it is not overwritten."),
+        (["some/run", "--output", "some/notes.txt/x.html"], "Cannot write"),
+    ],
+)
+def test_bad_input_is_one_message_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    made: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "some" / "empty").mkdir(parents=True)
+    (tmp_path / "some" / "notes.txt").write_text("mine")
+    made([step(1, 0.1)], name="some/run")
+    made([], name="some/other", config={"a": 1})
+    (tmp_path / "some" / "broken").mkdir()
+    (tmp_path / "some" / "broken" / "config.yaml").write_text("a: [")
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["report", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("error: ") == 1
+    assert message in err
+    assert "Traceback" not in err
+    assert (tmp_path / "some" / "notes.txt").read_text() == "mine"
+
+
+def test_the_command_imports_no_torch(trained: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from alignprop_core.cli import run;"
+        f"assert run(['report', {str(trained)!r}, '--output', 'r.html']) == 0;"
+        "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'accelerate', 'numpy', 'pluggy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=tmp_path, env=dict(os.environ), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# -- at the end of a run ----------------------------------------------------------------------------------------
+
+
+class InTheWay(Callback):
+    """Puts a folder where the page would go."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        (trainer.folder.report / "something").mkdir(parents=True, exist_ok=True)
+
+
+def test_a_page_that_cannot_be_written_costs_no_run(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    going = trainer(tiny_model, tmp_path, training__steps=1, samples__every=None, evaluation__every=None)
+    going.callbacks.append(InTheWay())
+    folder = run(going)
+    told = capsys.readouterr().err
+    assert "report.html is not written: " in told
+    assert f"`alignprop report {folder}` tries again" in told
+    assert (folder / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert json.loads((folder / "evaluation.json").read_text())["step"] == 1
+
+
+def test_a_run_that_fails_leaves_a_page_of_what_it_did(tiny_model: Path, tmp_path: Path) -> None:
+    Crashes.calls = 0
+    rewards = [{"name": "crashes"}, {"name": "shade"}]
+    going = trainer(
+        tiny_model, tmp_path, rewards=rewards, training__steps=5, samples__every=None, evaluation__every=None, mix={}
+    )
+    with pytest.raises(RewardError, match="the third call"):
+        run(going)
+    page = Page((tmp_path / "run" / "report.html").read_text())
+    assert "It is not finished: step 2 of 5." in page.text
+
+
+def test_only_a_page_is_replaced_by_a_page(tmp_path: Path, trained: Path) -> None:
+    page = run_page(read_run(trained))
+    target = tmp_path / "page.html"
+    write_page(target, page)
+    write_page(target, page)
+    target.write_text("<p>mine</p>")
+    with pytest.raises(OutputError, match="it is not overwritten"):
+        write_page(target, page)
