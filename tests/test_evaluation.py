@@ -131,6 +131,14 @@ output: {tmp_path / "run"}
     for name in ("base", "tuned"):
         for label in ("jpeg_compressibility", "jpeg_bytes"):
             assert again[name][label]["mean"] == pytest.approx(first[name][label]["mean"], rel=1e-4)
+    # In its own folder: what only the training knew stays, and the page is drawn again.
+    page = tmp_path / "run" / "report.html"
+    before = page.read_text()
+    assert run(["evaluate", str(tmp_path / "run"), "--images-per-prompt", "3", "--device", "cpu"]) == 0
+    fresh = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert (fresh["step"], fresh["stopped"]) == (first["step"], first["stopped"]) == (2, None)
+    assert fresh["images"] == 6
+    assert page.read_text() != before
     true_kilobytes = first["base"]["jpeg_bytes"]["mean"] / 1000
     assert true_kilobytes == pytest.approx(-first["base"]["jpeg_compressibility"]["mean"], rel=0.25)
     pictures = tmp_path / "pictures"

@@ -12,6 +12,7 @@ from alignprop_core import lora
 from alignprop_core._files import write_json
 from alignprop_core.cli import common
 from alignprop_core.cli.models import TRAINED
+from alignprop_core.cli.report import draw_again
 from alignprop_core.config import EvaluationConfig
 from alignprop_core.diffusion import Sampler
 from alignprop_core.errors import UserError
@@ -80,6 +81,7 @@ def evaluate_curve(
         files = [folder / f"{name}.json", folder / "images" / f"{name}.png"]
         write_json(files[0], data)
         save_picture(result.picture(against="drift" if soup is None else terms[0].label), files[1])
+        draw_again(folder)
     if json:
         common.print_json(data)
         return

@@ -102,6 +102,7 @@ def evaluate(
                 check_prompts(terms, chosen)
             from alignprop_core._files import write_json
             from alignprop_core.cli.models import TRAINED, open_sampler
+            from alignprop_core.cli.report import draw_again, known_of
             from alignprop_core.evaluation.compare import Switch, compare
             from alignprop_core.evaluation.diversity import encoder_of
             from alignprop_core.evaluation.drift import Drift
@@ -153,8 +154,9 @@ def evaluate(
         )
     folder = output or run
     if folder is not None:
-        write_json(folder / "evaluation.json", result.as_json())
+        write_json(folder / "evaluation.json", result.as_json() | known_of(folder))
         save_picture(before_after(result), folder / "images" / "before_after.png")
+        draw_again(folder)
     if json:
         common.print_json(result.as_json())
         return

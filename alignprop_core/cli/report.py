@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -28,3 +29,22 @@ def report(
         output = Path("report.html") if len(read) > 1 else read[0].path / "report.html"
     write_page(output, several_page(read) if len(read) > 1 else run_page(read[0]))
     common.print_facts([("report", str(output))])
+
+
+def draw_again(folder: Path) -> None:
+    """Bring a run's page up to date, where it has one."""
+    from alignprop_core.evaluation.report import read_run, run_page, write_page
+
+    page = folder / "report.html"
+    if page.is_file() and (folder / "config.yaml").is_file():
+        write_page(page, run_page(read_run(folder)))
+
+
+def known_of(folder: Path) -> dict[str, Any]:
+    """Which step's LoRA a run has, and why it stopped, as its evaluation says: a new one is of the same LoRA."""
+    from alignprop_core.evaluation.report import read_run
+
+    if not (folder / "config.yaml").is_file():
+        return {}  # no run, but a folder that --output named
+    known = read_run(folder).comparison or {}
+    return {key: known[key] for key in ("step", "stopped") if key in known}

@@ -91,6 +91,7 @@ def finish(trainer: Trainer, folder: Path) -> None:
             ),
             ("pictures", str(folder / "images")),
             ("figures", str(folder / "metrics.jsonl")),
+            ("report", str(folder / "report.html")),
         ]
     )
 
