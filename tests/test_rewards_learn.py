@@ -55,10 +55,11 @@ def test_every_reward_with_a_gradient_is_here() -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_the_batch_scores_higher_after_a_few_steps(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     config = RunConfig.model_validate(
         {
             "model": {"base": "starter"},
-            "prompts": {"train": "starter/simple_animals"},
+            "prompts": {"train": str(tmp_path / "prompts.txt")},
             "sampling": {"steps": 4, "guidance_scale": 3.0},
             "backprop": {"strategy": "last_k", "k": 1},
             "rewards": [{"name": name, "options": options}],
