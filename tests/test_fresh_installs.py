@@ -69,28 +69,35 @@ def run(command: list[str], cwd: Path, *, timeout: int, **variables: str) -> str
     return done.stdout
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards: pytest keeps those of three runs, and these have gigabytes in them."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_the_lowest_allowed_versions_pass_the_tests(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+def test_the_lowest_allowed_versions_pass_the_tests(folder: Path, wheel: Callable[[str], Path]) -> None:
     """All requirements of the core and of the plugins at their lowest versions, what those require as pip finds it.
 
     Where this fails, raise the bound. `uv pip compile --resolution lowest-direct --no-build pyproject.toml
     plugins/*/pyproject.toml --extra dev` says which of the bounds can be had together.
     """
-    pins = tmp_path / "lowest.txt"
+    pins = folder / "lowest.txt"
     pins.write_text("".join(f"{name}=={version}\n" for name, version in lowest().items()))
-    venv.create(tmp_path / "environment", with_pip=True)
-    python = str(tmp_path / "environment" / "bin" / "python")
+    venv.create(folder / "environment", with_pip=True)
+    python = str(folder / "environment" / "bin" / "python")
     # Older pips look for an unpublished requirement only among what came before: what requires least comes first.
     ordered = sorted(PROJECTS, key=lambda name: len(needed_by([name], {n: metadata_of(wheel(n)) for n in PROJECTS})))
     ours = [f"{name}[dev] @ {wheel(name).as_uri()}" for name in ordered]
-    run([python, "-m", "pip", "install", "--quiet", "--constraint", str(pins), *ours], tmp_path, timeout=1800)
-    run([python, "-m", "pip", "check"], tmp_path, timeout=100)
-    frozen = json.loads(run([python, "-m", "pip", "list", "--format", "json"], tmp_path, timeout=100))
+    run([python, "-m", "pip", "install", "--quiet", "--constraint", str(pins), *ours], folder, timeout=1800)
+    run([python, "-m", "pip", "check"], folder, timeout=100)
+    frozen = json.loads(run([python, "-m", "pip", "list", "--format", "json"], folder, timeout=100))
     versions = {canonicalize_name(line["name"]): Version(line["version"]) for line in frozen}
     assert {name: versions[name] for name in lowest()} == lowest()
 
-    work = tmp_path / "outside"
+    work = folder / "outside"
     work.mkdir()
     ignored = shutil.ignore_patterns("src", "__pycache__", "*.egg-info")
     for name in ("tests", "plugins", "examples"):
@@ -111,13 +118,13 @@ def test_the_lowest_allowed_versions_pass_the_tests(tmp_path: Path, wheel: Calla
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_bare_checkout_sets_itself_up_and_trains(tmp_path: Path) -> None:
+def test_a_bare_checkout_sets_itself_up_and_trains(folder: Path) -> None:
     """What every `make` target does first, from the registry, in a copy without environment; then a run."""
-    checkout = tmp_path / "checkout"
+    checkout = folder / "checkout"
     made = {"build", "site", "dist", "runs", "demo"}  # by `make` and by hand; and whatever starts with a dot
 
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        above = {n for n in names if n in made or n.startswith(".")} if Path(folder) == ROOT else set()
+    def ignored(at: str, names: list[str]) -> set[str]:
+        above = {n for n in names if n in made or n.startswith(".")} if Path(at) == ROOT else set()
         return above | {n for n in names if n == "__pycache__" or n.endswith(".egg-info")}
 
     shutil.copytree(ROOT, checkout, ignore=ignored)
@@ -127,6 +134,6 @@ def test_a_bare_checkout_sets_itself_up_and_trains(tmp_path: Path) -> None:
     plugins = json.loads(run([tool, "plugins", "--json"], checkout, timeout=100))["plugins"]
     assert {plugin["distribution"]: plugin["status"] for plugin in plugins} == dict.fromkeys(PLUGINS, "loaded")
     short = ["training.steps=2", "training.batch_size=2", "sampling.steps=4", "training.device=cpu"]
-    short += ["evaluation.images_per_prompt=1", f"output={tmp_path / 'run'}"]
+    short += ["evaluation.images_per_prompt=1", f"output={folder / 'run'}"]
     run([tool, "train", "examples/mix.yaml", *short], checkout, timeout=300, HF_HUB_OFFLINE="1")
-    assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    assert (folder / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
