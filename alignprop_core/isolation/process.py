@@ -83,7 +83,7 @@ class Worker:
         """
         try:
             send(self._in, message)
-        except (BrokenPipeError, OSError):
+        except OSError:
             raise self._ended(doing) from None
         try:
             answer = self._wait(timeout, doing)
@@ -156,10 +156,12 @@ class Worker:
 
 def _read(stream: BinaryIO, answers: queue.SimpleQueue[dict[str, Any] | None]) -> None:
     """Put every message into the queue, and None when the stream ends."""
-    with stream:
-        while (message := receive(stream)) is not None:
-            answers.put(message)
-    answers.put(None)
+    try:
+        with stream:
+            while (message := receive(stream)) is not None:
+                answers.put(message)
+    finally:  # whatever came instead of a message, nobody waits for another
+        answers.put(None)
 
 
 def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:

@@ -64,6 +64,8 @@ class Server:
 
     def _device(self, run: str) -> torch.device:
         wanted = run if self.device == "auto" else self.device
-        if self.device == "auto" and wanted.startswith("cuda") and not torch.cuda.is_available():
+        lacks_cuda = wanted.startswith("cuda") and not torch.cuda.is_available()
+        lacks_mps = wanted == "mps" and not torch.backends.mps.is_available()
+        if self.device == "auto" and (lacks_cuda or lacks_mps):
             return torch.device("cpu")
         return torch.device(wanted)
