@@ -11,6 +11,9 @@ from typing import IO, Any
 from alignprop_core._files import cannot_write, plain, write_atomic
 from alignprop_core.errors import OutputError
 
+STOPPED = "stopped"
+"""Key of the line that says why a run stopped before its last step: {"step": ..., "stopped": ...}, the last line."""
+
 
 class Metrics:
     """The file metrics.jsonl of a run.
@@ -64,10 +67,13 @@ class Metrics:
         return rows
 
     def truncate(self, step: int) -> None:
-        """Keep the lines up to and including `step`: what a run does before it goes on from a checkpoint at `step`."""
+        """Keep the lines up to and including `step`: what a run does before it goes on from a checkpoint at `step`.
+
+        A line that says why it stopped goes too: whether it stops again is up to its guards.
+        """
         if not self.path.exists():
             return
-        kept = [row for row in self.read() if row.get("step", 0) <= step]
+        kept = [row for row in self.read() if row.get("step", 0) <= step and STOPPED not in row]
         self.close()
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignprop_core.config import RewardTerm, RunConfig
-from alignprop_core.errors import under
+from alignprop_core.errors import ConfigError, under
+from alignprop_core.measured import check_watch
 from alignprop_core.model_files import find_base, find_lora, find_vae
 from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry import Registry
 from alignprop_core.resume import find_checkpoint
 from alignprop_core.runs import RunFolder
-from alignprop_core.weights.find import check_named_file
+from alignprop_core.weights.find import cached, check_named_file, find_weights
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def check_inputs(
     overwrite: bool = False,
     loads_model: bool = True,
 ) -> Inputs:
-    """Check that a run's output is free and its files are there, and read its prompts; changes nothing.
+    """Check that a run's output is free, its files are there and its names known, and read its prompts.
+
+    Changes nothing.
 
     Args:
         config: the run config.
@@ -65,6 +68,7 @@ def check_inputs(
         with under("lora.init_from"):
             find_lora(config.lora.init_from)
     check_rewards(config, registry)
+    check_watch(config, registry)
     return Inputs(prompts, heldout, checkpoint)
 
 
@@ -89,10 +93,29 @@ def check_rewards(config: RunConfig, registry: Registry) -> None:
 
 
 def check_weights(entry: RewardTerm, registry: Registry) -> None:
-    """Raise `WeightsError` if a reward's option `weights` names a file that is missing.
+    """Raise `WeightsError` if a reward's option `weights` means a file that is missing.
 
-    A class from Python or a file may mean anything by its option of that name, and is left alone.
+    What can be said before the reward is built; the rest is left to it. A class from Python or a file may mean anything
+    by its option of that name, and is left alone.
     """
     weights = entry.options.get("weights")
-    if isinstance(weights, str) and (entry.isolation is not None or registry.local(entry.name) is None):
+    if not isinstance(weights, str) or (entry.isolation is None and registry.local(entry.name) is not None):
+        return
+    if weights != "default":
         check_named_file(weights, reward=entry.name)
+        return
+    files = registry.of(entry.isolation).reward(entry.name).spec.weights
+    # Which of a spec's files an option chooses, or another one, only the reward knows. But where nothing chooses, and
+    # all are to be fetched, and none is here, there is none to load.
+    if files and all(file.repository and cached(file) is None for file in files) and _chooses_nothing(entry, registry):
+        find_weights("default", reward=entry.name, default=files[0])
+
+
+def _chooses_nothing(entry: RewardTerm, registry: Registry) -> bool:
+    """Whether all options but numbers, true and false are at their defaults: text may name a model or a version."""
+    plain = {key: value for key, value in entry.options.items() if value is None or isinstance(value, int | float)}
+    try:
+        usual = registry.of(entry.isolation).reward_options(entry.name, plain)
+    except ConfigError:
+        return False  # one that must be given is left out
+    return entry.options == (usual if isinstance(usual, dict) else usual.model_dump(mode="json"))

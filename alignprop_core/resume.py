@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ _MAY_DIFFER = {
     "backprop.decode_batch_size",
 }
 """What a resumed run may change: sections and keys that do not touch what is trained."""
+
+_ISOLATION = re.compile(r"rewards\.\d+\.isolation\.\w+")
+"""And where an isolated reward's environment lies, and what its worker may take: an environment may be moved."""
 
 _SHOWN = 40
 
@@ -57,7 +61,7 @@ def _same_run(config: RunConfig, stored: Path) -> None:
     differing = [
         f"{key} (was {_shown(old)}, is {_shown(new)})"
         for key, old, new in _differences(before, config.model_dump(mode="json"))
-        if not _MAY_DIFFER & {key, key.partition(".")[0]}
+        if not (_MAY_DIFFER & {key, key.partition(".")[0]} or _ISOLATION.fullmatch(key))
     ]
     if differing:
         several = len(differing) > 1

@@ -10,6 +10,7 @@ import torch
 
 from alignprop_core.config import RewardTerm, RunConfig
 from alignprop_core.errors import PromptError, RewardError, UserError, under
+from alignprop_core.measured import measure_entries as measure_entries
 from alignprop_core.mix import Term
 from alignprop_core.prompts import PromptSet, listed
 from alignprop_core.registry import Registry
@@ -106,24 +107,3 @@ def try_local(
             batch = ImageBatch(images=images.clone().requires_grad_(), **first)
             with torch.enable_grad():
                 term.score(batch)
-
-
-def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[RewardTerm]:
-    """Return entries for the true measures that the given rewards name in `evaluate_with`.
-
-    A measure takes over the options it shares with its reward by name (a JPEG quality, say). A measure that is listed
-    already, under any label, is not added again with the same options.
-    """
-    added: list[RewardTerm] = []
-    for entry in entries:
-        source = registry.of(entry.isolation)  # a measure lives where its reward does
-        for name in source.reward(entry.name).spec.evaluate_with:
-            known = source.option_names(name)
-            options = {key: value for key, value in entry.options.items() if key in known}
-            same = (name, options, entry.isolation)
-            if any((other.name, other.options, other.isolation) == same for other in (*entries, *added)):
-                continue
-            taken = {other.label for other in (*entries, *added)}
-            label = name if name not in taken else f"{name}.{entry.label}"
-            added.append(RewardTerm(name=name, label=label, options=options, isolation=entry.isolation))
-    return added

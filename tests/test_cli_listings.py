@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import typer
+from pydantic import Field
 
 from alignprop_core import cli
 from alignprop_core.cli import checks
+from alignprop_core.cli.options import options_of
 from alignprop_core.config import parse_config
 from alignprop_core.config_yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.registry import Registry, default_registry
+from alignprop_core.specs import RewardConfig
 from tests.fake_plugins import install, reward_spec, rewards_hook
 
 
@@ -159,6 +162,29 @@ def test_an_unknown_reward_is_one_message_and_exit_code_2(site: Path, capsys: py
     assert out == ""
     assert err.startswith('error: No installed plugin offers the reward "rednes". Did you mean "redness"?')
     assert "Traceback" not in err
+
+
+def test_the_limits_of_an_option_are_said_once_and_in_words() -> None:
+    class Config(RewardConfig):
+        mean: tuple[float, float, float] | None = None
+        pair: tuple[int, int] = (1, 2)
+        one: list[int] = Field(default=[1], min_length=1)
+        few: list[int] = Field(default=[1], min_length=2, max_length=4)
+        most: list[int] = Field(default=[], max_length=5)
+        code: str = Field(default="ab", min_length=2, max_length=2)
+        share: float = Field(default=0.5, ge=0, le=1)
+        count: int = Field(default=1, ge=1)
+
+    assert {option.name: option.limits for option in options_of(Config)} == {
+        "mean": "exactly 3 items",
+        "pair": "exactly 2 items",
+        "one": "at least 1 item",
+        "few": "2 to 4 items",
+        "most": "at most 5 items",
+        "code": "exactly 2 characters",
+        "share": "0 to 1",
+        "count": "at least 1",
+    }
 
 
 def test_schema_includes_the_installed_rewards(site: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,12 @@ import yaml
 from PIL import Image
 
 from alignprop_core.cli import run
-from alignprop_core.config import parse_config
+from alignprop_core.config import RunConfig, load_config, parse_config, resolved_yaml
 from alignprop_core.devices import choose_device
-from alignprop_core.errors import DeviceError, PromptError, UserError, under
+from alignprop_core.errors import ConfigError, DeviceError, PromptError, UserError, under
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry import Registry
+from alignprop_core.resume import find_checkpoint
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import WeightsSpec
 from alignprop_core.terms import check_prompts, load_terms
@@ -188,6 +189,20 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["train", "CONFIG", "rewards=[{name: seen, options: {weights: 'hub:nobody/nothing/w.safetensors'}}]"],
         "rewards.0.options.weights (from the command line): The weights of",
     ),
+    "default weights not fetched": (
+        ["train", "CONFIG", "rewards=[{name: published, options: {gain: 2}}]"],
+        'rewards.0.options.weights (from the command line): The weights of reward "published" are not on this machine: '
+        "file w.safetensors of repository nobody/nothing. Fetch them with `alignprop rewards fetch published`",
+    ),
+    "default weights of a measure not fetched": (
+        ["train", "CONFIG", "prompts.heldout=PROMPTS", "evaluation.rewards=[{name: published}]"],
+        "evaluation.rewards.0.options.weights (from the command line): The weights of",
+    ),
+    "watched score nobody measures": (
+        ["train", "CONFIG", "prompts.heldout=PROMPTS", "evaluation.every=1", "guards.watch=jpeg_byte"],
+        'guards.watch (from the command line): "jpeg_byte" is measured by no evaluation; these are: reward, '
+        'jpeg_compressibility, jpeg_bytes. Did you mean "jpeg_bytes"?',
+    ),
     "nothing to resume": (["train", "CONFIG", "--resume", "latest"], "nothing to resume"),
     "sample: missing model": (["sample", "fox", "--model", "./gone"], "--model: gone does not exist."),
     "sample: missing LoRA": (["sample", "fox", "--model", "MODEL", "--lora", "gone"], "--lora: gone"),
@@ -208,6 +223,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["evaluate", "--model", "MODEL", "--prompts", "PROMPTS", "--reward", "seen", "-o", "weights=gone.pt"],
         "--option seen.weights: ",
     ),
+    "evaluate: default weights not fetched": (
+        ["evaluate", "--model", "MODEL", "--prompts", "PROMPTS", "--reward", "published"],
+        "--option published.weights: The weights of reward",
+    ),
+    "score: default weights not fetched": (
+        ["score", "PROMPTS", "--reward", "published"],
+        "--option published.weights: The weights of reward",
+    ),
     "score: missing picture": (["score", "gone.png", "--reward", "seen"], "gone.png: no such picture"),
     "score: wrong option": (["score", "gone.png", "--reward", "seen", "-o", "qality=3"], "--option seen.qality"),
 }
@@ -218,7 +241,9 @@ from alignprop_core.specs import RewardSpec
 
 @hookimpl
 def alignprop_register_rewards():
-    return [RewardSpec(name="seen", summary="Fake.", factory="fake_seen.reward:Seen", config="fake_seen.config:Config")]
+    facts = {"summary": "Fake.", "factory": "fake_seen.reward:Seen", "config": "fake_seen.config:Config"}
+    weights = [{"repository": "nobody/nothing", "file": "w.safetensors"}]
+    return [RewardSpec(name="seen", **facts), RewardSpec(name="published", weights=weights, **facts)]
 """
 PLUGIN_CONFIG = """
 from pydantic import Field
@@ -226,6 +251,7 @@ from alignprop_core.specs import RewardConfig
 
 class Config(RewardConfig):
     weights: str = Field(default="default", description="A file.")
+    gain: float = Field(default=1.0, description="A factor.")
 """
 
 
@@ -366,8 +392,6 @@ def test_resume_names_what_differs_with_both_values(
     changes: list[str],
     words: str,
 ) -> None:
-    from alignprop_core.config import load_config, resolved_yaml
-
     path, checkpoint = config(), tmp_path / "run" / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text("{}")
@@ -376,6 +400,38 @@ def test_resume_names_what_differs_with_both_values(
     assert message.startswith("--resume: " + words.replace("RUN", str(tmp_path / "run")))
     free = ["training.steps=9", "save.every=1", "backprop.decode_batch_size=1"]
     assert "checkpoint" in refused(capsys, "train", path, "--resume", "latest", *free), "these may differ"
+
+
+def test_an_isolated_rewards_environment_may_be_moved_before_a_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    def settings(isolation: dict[str, Any] | None) -> RunConfig:
+        return RunConfig.model_validate(data | {"rewards": [{"name": "redness", "isolation": isolation}]})
+
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text("{}")
+    (tmp_path / "run" / "config.yaml").write_text(resolved_yaml(settings({"python": "/old/bin/python"})))
+    moved = {"python": "/new/bin/python", "timeout": 9.0, "device": "cpu", "memory_limit": 2.0}
+    assert find_checkpoint(tmp_path / "run", settings(moved)) == checkpoint
+    with pytest.raises(ConfigError, match=r"rewards\.0\.isolation \(was .*, is null\) differs from"):
+        find_checkpoint(tmp_path / "run", settings(None))
+
+
+# -- the closing lines ------------------------------------------------------------------------------------------------
+
+
+def test_train_says_at_its_end_why_it_stopped(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = {"train": "prompts.txt", "heldout": "prompts.txt"}
+    training = {"steps": 3, "batch_size": 2, "device": "cpu"}
+    evaluation = {"every": 1, "at_end": False, "images_per_prompt": 1}
+    path = config(prompts=prompts, training=training, evaluation=evaluation, guards={"drift_limit": 1e-9})
+    assert run(["train", str(path)]) == 0
+    closing = " ".join(capsys.readouterr().out.split())
+    assert closing.startswith("stopped at step 1: drift ")
+    assert "is above guards.drift_limit 1e-09 LoRA" in closing
+    assert run(["train", str(path), "guards.drift_limit=null", f"output={tmp_path / 'free'}"]) == 0
+    assert "stopped" not in capsys.readouterr().out
 
 
 # -- sampling options -------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +28,7 @@ from alignprop_core.specs import RewardSpec
 from alignprop_core.training import Callback, StepRecord, Trainer
 from alignprop_core.training.ema import Average
 from alignprop_core.training.guards import HeldOutGuard, StepGuard
+from alignprop_core.training.measures import Measures
 from alignprop_core.training.run import run
 from tests import toy_rewards
 from tests.toy_rewards import Redness
@@ -271,10 +274,18 @@ def test_a_stopped_run_stays_stopped_until_its_guards_allow_more(make: Callable[
     options: dict[str, Any] = {"evaluation__every": 2, "training__steps": 8}
     folder = train(make(**options, guards={"drift_limit": 1e-9}))
     assert metrics(folder, "reward")[-1]["step"] == 2
+    lines = metrics(folder)
+    assert lines[-1] == {"step": 2, "stopped": lines[-1]["stopped"]}
+    assert lines[-1]["stopped"].endswith("is above guards.drift_limit 1e-09")
+    told = f"A guard stopped it at step 2 of 8: {lines[-1]['stopped']}."
+    assert told in (folder / "report.html").read_text(), "there is no evaluation.json to say it"
     train(make(**options, guards={"drift_limit": 1e-9}), resume=folder)
     assert metrics(folder, "reward")[-1]["step"] == 2
+    assert metrics(folder, "stopped") == lines[-1:], "said once"
     train(make(**options), resume=folder)
     assert metrics(folder, "reward")[-1]["step"] == 8
+    assert metrics(folder, "stopped") == [], "it went on to its end"
+    assert "It is finished: 8 steps." in (folder / "report.html").read_text()
     assert [row["step"] for row in metrics(folder, "evaluation")] == [0, 2, 4, 6, 8]
 
 
@@ -369,6 +380,99 @@ def test_a_watched_score_nobody_measures_is_refused_before_anything_loads(make: 
 def test_an_encoder_without_image_features_is_refused(make: Callable[..., RunConfig]) -> None:
     with pytest.raises(ConfigError, match=r'reward of "redness" has no image features'):
         train(make(evaluation__every=2, evaluation__diversity_encoder="redness"))
+
+
+# -- the evaluation at the end ----------------------------------------------------------------------------------------
+
+
+class Scale(Callback):
+    """Multiplies the adapters' B after a step, and after what the run itself did at that step."""
+
+    def __init__(self, step: int, factor: float) -> None:
+        self.step, self.factor = step, factor
+
+    @torch.no_grad()
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        if record.step == self.step:
+            for parameter in trainer.parameters[1::2]:
+                parameter.mul_(self.factor)
+
+
+def drawn(trainer: Trainer) -> list[int]:
+    """Train, and return the step at each batch of pictures that an evaluation drew."""
+    steps: list[int] = []
+    sample = trainer.sampler.sample
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            steps.append(trainer.step_number)
+        return sample(*arguments, **options)
+
+    trainer.sampler.sample = counting  # type: ignore[method-assign]
+    run(trainer)
+    trainer.sampler.sample = sample  # type: ignore[method-assign]
+    return steps
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, [0, 2, 4]),
+        ({"optimizer__ema_decay": 0.9}, [0, 2, 4]),
+        ({"evaluation__batch_size": 3}, [0, 0, 2, 2, 4, 4]),
+        ({"guards": {"keep_best": True, "lower_is_better": True}}, [0, 2, 4]),
+        ({"guards": {"keep_best": True}}, [0, 2, 4]),
+        ({"evaluation__every": None}, [4, 4]),
+    ],
+    ids=["last", "average", "batches", "the start is the best", "the last is the best", "no other evaluation"],
+)
+def test_the_evaluation_at_the_end_draws_nothing_that_was_drawn(
+    make: Callable[..., RunConfig], options: dict[str, Any], expected: list[int]
+) -> None:
+    settings: dict[str, Any] = {"training__steps": 4, "evaluation__every": 2, "evaluation__at_end": True}
+    trainer = Trainer(make(**settings | options), registry=registry())
+    assert drawn(trainer) == expected
+    told = json.loads((trainer.output / "evaluation.json").read_text())
+    measures = Measures(trainer)
+    afresh = measures.compare({"base": measures.base, "tuned": nullcontext})
+    assert told == json.loads(json.dumps(afresh.as_json() | {"step": told["step"], "stopped": None}))
+    assert (told["tuned"]["redness"]["mean"] == told["base"]["redness"]["mean"]) is (told["step"] == 0)
+    assert (trainer.output / "images" / "before_after.png").is_file()
+
+
+def test_the_evaluation_at_the_end_draws_no_best_adapters_again(make: Callable[..., RunConfig]) -> None:
+    settings: dict[str, Any] = {"training__steps": 6, "evaluation__every": 2, "evaluation__at_end": True}
+    config = make(**settings, guards={"keep_best": True})
+    trainer = Trainer(config, registry=registry(), callbacks=[Scale(3, -1.0)])
+    assert drawn(trainer) == [0, 2, 4, 6]
+    assert json.loads((trainer.output / "evaluation.json").read_text())["step"] == 2
+
+
+def test_the_evaluation_at_the_end_draws_what_has_changed(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"training__steps": 4, "evaluation__every": 2, "evaluation__at_end": True}
+    trainer = Trainer(make(**settings), registry=registry(), callbacks=[Scale(4, 1.001)])
+    assert drawn(trainer) == [0, 2, 4, 4], "other adapters than the last evaluation's"
+    further = make(**settings, lora__init_from=str(trainer.output), output=str(tmp_path / "further"))
+    assert drawn(Trainer(further, registry=registry())) == [0, 2, 4, 4], "the start was not the base model"
+    trainer = Trainer(make(**settings, output=str(tmp_path / "other")), registry=registry())
+    measures = Measures(trainer)
+
+    def scores() -> list[float]:
+        return measures.compare({"tuned": nullcontext}).variants["tuned"].scores["redness"]
+
+    first = scores()
+    assert scores() is first
+    assert trainer.heldout is not None
+    trainer.heldout = replace(trainer.heldout, prompts=trainer.heldout.prompts[::-1])
+    other = scores()
+    assert other != first
+    evaluation = trainer.config.evaluation.model_copy(update={"seed": 5})
+    trainer.config = trainer.config.model_copy(update={"evaluation": evaluation})
+    assert scores() not in (first, other)
+    before = scores()
+    measures.terms = [replace(measures.terms[0], reward=Redness()), *measures.terms[1:]]
+    assert scores() == before
+    assert scores() is not before
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -264,6 +265,8 @@ def _evil_run(made: Callable[..., Path]) -> Path:
         name="evil \"quoted\" & 'apart' <b>",
         config=config,
         environment={
+            "started": EVIL,
+            "resumed": [EVIL],
             "system": EVIL,
             "versions": {EVIL: EVIL},
             "device": {"kind": EVIL, "names": [EVIL]},
@@ -388,6 +391,27 @@ def test_what_guards_did_is_visible(made: Callable[..., Path]) -> None:
     assert {"dropped step", "step that did nothing", "the LoRA that was kept", "best evaluation"} <= set(
         page.inside("span")
     )
+
+
+def test_a_reason_to_stop_holds_until_the_run_goes_on(made: Callable[..., Path]) -> None:
+    stopped = [step(1, 0.1), step(2, 0.2), {"step": 2, "stopped": "far enough"}]
+    assert "A guard stopped it at step 2 of 4: far enough." in page_of(made(stopped)).text
+    assert "far enough" in page_of(made(stopped, name="twice")).inside("dd")
+    assert "far enough" not in page_of(made([*stopped, step(3, 0.3)], name="on")).text
+    folder = made([step(1, 0.1), {"step": 1, "stopped": EVIL}], name="evil")
+    assert EVIL in page_of(folder).text
+
+
+def test_a_page_says_when_a_run_began_and_went_on(trained: Path, made: Callable[..., Path]) -> None:
+    began = datetime.fromisoformat(json.loads((trained / "environment.json").read_text())["started"])
+    assert f"started {began.astimezone(UTC):%Y-%m-%d %H:%M} UTC; " in page_of(trained).text
+    days = [f"2026-02-{day:02}T00:30:00+01:00" for day in range(2, 7)]
+    page = page_of(made([step(1, 0.1)], environment={"started": "2026-02-01T23:59:59-03:00", "resumed": days[:1]}))
+    assert "started 2026-02-02 02:59 UTC; resumed 2026-02-01 23:30 UTC; 1 s in its steps" in page.text
+    page = page_of(made([step(1, 0.1)], name="often", environment={"started": None, "resumed": [*days, 3, "soon"]}))
+    assert "started" not in page.text.partition("Versions")[0].partition("time")[2].partition("machine")[0]
+    resumed = "2026-02-03 23:30 UTC, 2026-02-04 23:30 UTC, 2026-02-05 23:30 UTC and 2 times before"
+    assert f"resumed {resumed}; 1 s in its steps" in page.text
 
 
 def test_non_commercial_and_missing_licences_are_warned_of(made: Callable[..., Path]) -> None:

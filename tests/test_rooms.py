@@ -29,7 +29,7 @@ ROOMS = [
         "other_trainers",
     },
     {"plugin_guard", "offers", "discovery", "local_rewards", "registry", "isolation"},
-    {"config", "config_input", "config_schema", "prompts", "model_files", "devices"},
+    {"config", "config_input", "config_schema", "measured", "prompts", "model_files", "devices"},
     {"mix", "terms"},
     {"lora"},
     {"diffusion"},

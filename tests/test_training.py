@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,35 @@ def test_resumed_run_is_the_run(make: Callable[..., RunConfig], tmp_path: Path) 
     assert figures(resumed) == figures(straight)
 
 
+def test_a_resumed_run_keeps_its_start_and_says_when_it_went_on(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    def times(folder: Path) -> tuple[Any, Any]:
+        told = json.loads((folder / "environment.json").read_text())
+        return told["started"], told["resumed"]
+
+    def begun(day: object) -> None:
+        told = json.loads((folder / "environment.json").read_text())
+        (folder / "environment.json").write_text(json.dumps(told | {"started": day}))
+
+    before = datetime.now(UTC).replace(microsecond=0)
+    folder = train(make(training__steps=1))
+    started, resumed = times(folder)
+    assert before <= datetime.fromisoformat(started) <= datetime.now(UTC)
+    assert resumed == []
+    begun("2026-02-01T10:00:00+02:00")
+    train(make(training__steps=2), resume=folder)
+    started, once = times(folder)
+    assert started == "2026-02-01T10:00:00+02:00"
+    assert [before <= datetime.fromisoformat(time) <= datetime.now(UTC) for time in once] == [True]
+    checkpoint = folder / "checkpoints" / "step-000002"
+    other = train(make(training__steps=3, output=str(tmp_path / "other")), resume=checkpoint)
+    assert times(other)[0] == started
+    assert times(other)[1][:1] == once
+    assert len(times(other)[1]) == 2
+    (folder / "environment.json").unlink()
+    train(make(training__steps=3), resume=folder)
+    assert times(folder)[0] is None, "nobody knows any more"
+
+
 def test_resume_refuses_another_run(make: Callable[..., RunConfig]) -> None:
     folder = train(make(training__steps=1))
     with pytest.raises(ConfigError, match=r"lora\.rank"):
@@ -298,6 +328,23 @@ def test_figures_reach_tensorboard(make: Callable[..., RunConfig]) -> None:
 def test_training_on_a_gpu_raises_the_reward(make: Callable[..., RunConfig], precision: str) -> None:
     config = make(
         training__device="cuda", training__mixed_precision=precision, training__steps=20, evaluation__at_end=True
+    )
+    result = json.loads((train(config) / "evaluation.json").read_text())
+    assert result["tuned"]["redness"]["interval"][0] > 0, result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["no", "fp16"])
+@pytest.mark.parametrize("place", ["image", "latent"])
+def test_a_balanced_mix_with_offload_on_a_gpu_raises_the_reward(
+    make: Callable[..., RunConfig], precision: str, place: str
+) -> None:
+    config = make(
+        mix={"combine": "balanced", "balance_at": place, "offload": True},
+        training__device="cuda",
+        training__mixed_precision=precision,
+        training__steps=20,
+        evaluation__at_end=True,
     )
     result = json.loads((train(config) / "evaluation.json").read_text())
     assert result["tuned"]["redness"]["interval"][0] > 0, result

@@ -26,10 +26,12 @@ import safetensors.torch
 import torch
 
 from alignprop_core import cli, weights
+from alignprop_core.config import RewardTerm
 from alignprop_core.errors import WeightsError
 from alignprop_core.hookspecs import hookimpl
+from alignprop_core.preflight import check_weights
 from alignprop_core.registry import Registry, default_registry
-from alignprop_core.specs import WeightsFile, WeightsSpec
+from alignprop_core.specs import RewardConfig, RewardSpec, WeightsFile, WeightsSpec
 from alignprop_core.weights import find_weights, load_state_dict, parse_hub_file, read_header
 from tests.fake_plugins import install, reward_spec, rewards_hook
 
@@ -142,6 +144,56 @@ class SetPlugin:
     @hookimpl
     def alignprop_register_weights(self) -> list[WeightsSpec]:
         return list(self.specs)
+
+
+# -- before anything loads ----------------------------------------------------------------------------------------
+
+
+class PublishedConfig(RewardConfig):
+    weights: str = "default"
+    model: str = "small"
+    size: int = 3
+    half: bool = False
+
+
+class Published:
+    def __init__(self, *weights: WeightsFile) -> None:
+        self.weights = weights
+
+    @hookimpl
+    def alignprop_register_rewards(self) -> list[RewardSpec]:
+        here = "tests.test_weights:PublishedConfig"
+        return [RewardSpec(name="red", summary="Fake.", factory=here, config=here, weights=self.weights)]
+
+
+def checked(*weights: WeightsFile, **options: object) -> None:
+    """Check the weights of a reward that may load these, as a run does before it imports torch."""
+    registry = Registry.from_plugins({"fake": Published(*weights)})
+    filled = registry.reward_options("red", options).model_dump(mode="json")
+    check_weights(RewardTerm(name="red", options=filled), registry)
+
+
+OTHER_FILE = WeightsFile(repository="some/model", file="other.bin")
+
+
+@pytest.mark.parametrize("options", [{}, {"size": 4, "half": True}])
+def test_default_weights_that_are_not_here_are_missed_before_the_reward_is_built(
+    cache: Path, options: dict[str, object]
+) -> None:
+    with pytest.raises(WeightsError, match=r'"red" are not on this machine: .*`alignprop rewards fetch red`'):
+        checked(HUB_FILE, **options)
+    with pytest.raises(WeightsError, match=HUB_FILE.file):
+        checked(HUB_FILE, OTHER_FILE, **options)
+    put_in_cache(cache, CONTENT)
+    checked(HUB_FILE, **options)
+
+
+def test_what_only_the_reward_knows_of_its_weights_is_left_to_it(cache: Path) -> None:
+    checked(HUB_FILE, model="large")  # whose file may be another
+    checked(HUB_FILE, WeightsFile(file="package:inside.safetensors"))
+    checked()
+    put_in_cache(cache, b"anything", OTHER_FILE)
+    checked(HUB_FILE, OTHER_FILE)  # it may be the other that is loaded
 
 
 @pytest.fixture

@@ -95,7 +95,8 @@ def evaluate(
             where = choose_device(device)
         with common.status("loading rewards and model"):
             from alignprop_core import lora as adapters
-            from alignprop_core.terms import check_prompts, load_terms, measure_entries
+            from alignprop_core.measured import measure_entries
+            from alignprop_core.terms import check_prompts, load_terms
 
             terms = load_terms([*entries, *measure_entries(entries, registry)], registry)
             with under("--prompts" if prompts else "prompts.heldout"):

@@ -22,6 +22,13 @@ _LIMITS = {
     "maxItems": "at most {} items",
 }
 
+_PAIRS = {
+    ("minimum", "maximum"): "{} to {}",
+    ("minLength", "maxLength"): "{} to {} characters",
+    ("minItems", "maxItems"): "{} to {} items",
+}
+"""Limits that are said together where both are set."""
+
 
 @dataclass(frozen=True)
 class Option:
@@ -95,14 +102,19 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
 def _limits(field: dict[str, Any]) -> str:
     found: list[str] = []
     for part in (field, *field.get("anyOf", ())):
-        both = "minimum" in part and "maximum" in part
-        if both:
-            found.append(f"{part['minimum']:g} to {part['maximum']:g}")
-        for key, words in _LIMITS.items():
-            if key in part and not (both and key in ("minimum", "maximum")):
-                limit = part[key]
-                found.append(words.format(f"{limit:g}" if isinstance(limit, (int, float)) else limit))
-    return ", ".join(found)
+        said: set[str] = set()
+        for (low, high), words in _PAIRS.items():
+            if low in part and high in part:
+                same = part[low] == part[high]
+                words = words.replace("{} to {}", "exactly {}") if same else words
+                found.append(words.format(_shown(part[low]), _shown(part[high])))
+                said |= {low, high}
+        found += [words.format(_shown(part[key])) for key, words in _LIMITS.items() if key in part and key not in said]
+    return ", ".join(text.replace(" 1 items", " 1 item").replace(" 1 characters", " 1 character") for text in found)
+
+
+def _shown(limit: object) -> str:
+    return f"{limit:g}" if isinstance(limit, (int, float)) else str(limit)
 
 
 def _inline(value: object) -> str:

@@ -39,7 +39,7 @@ def train(
         device_and_dtype(settings.training)
         with common.status("loading rewards and model"):
             from alignprop_core.training import Trainer
-            from alignprop_core.training.heldout import Measures
+            from alignprop_core.training.measures import Measures
             from alignprop_core.training.run import run
 
             trainer = Trainer(settings, registry=registry, resume=where)
@@ -77,14 +77,18 @@ def _weight(term: Term) -> str:
 
 
 def finish(trainer: Trainer, folder: Path) -> None:
-    """Print what a run made: the evaluation, if there was one, and where its files are."""
+    """Print what a run made: the evaluation, if there was one, why it stopped early, and where its files are."""
     from alignprop_core.training.callbacks import Evaluation
 
     for callback in trainer.callbacks:
         if isinstance(callback, Evaluation) and callback.result is not None:
             print_comparison(callback.result)
+    stopped = (
+        [] if trainer.stop_reason is None else [("stopped", f"at step {trainer.step_number}: {trainer.stop_reason}")]
+    )
     common.print_facts(
         [
+            *stopped,
             (
                 "LoRA",
                 f"{folder / 'lora'}  (diffusers: pipe.load_lora_weights; ComfyUI and A1111: {folder.name}.safetensors)",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alignprop_core.diffusion.parts import load_part, load_parts, refuse_unfilled
 from alignprop_core.errors import ModelError
 from alignprop_core.model_files import find_base, find_vae
 from alignprop_core.registry import Registry
@@ -25,7 +26,7 @@ def load_pipeline(
 ) -> Any:
     """Load a pipeline for sampling and fine-tuning: frozen, in eval mode, channels last, without a safety checker.
 
-    Only safetensors weights are read; nothing is ever unpickled.
+    Only safetensors weights are read; nothing is ever unpickled. Each network has all of its weights from its file.
 
     Args:
         base: a registered model, a diffusers folder, one .safetensors file, or a hub id "owner/name".
@@ -35,21 +36,16 @@ def load_pipeline(
         vae: folder or hub id of another VAE, or None for the model's own.
 
     Raises:
-        ModelError: nothing is found under this name, or it cannot be loaded; says what was tried.
+        ModelError: nothing is found under this name, it cannot be loaded, or a network's file lacks weights or has them
+            in another shape; says what was tried.
     """
-    import diffusers
-
     source = find_base(base, registry)
     autoencoder = None if vae is None else find_vae(vae)
     try:
         with _no_progress_bar():
-            pipeline = _open(source)
-            if autoencoder is not None:
-                subfolder = "vae" if (Path(autoencoder) / "vae").is_dir() else None
-                pipeline.vae = diffusers.AutoencoderKL.from_pretrained(
-                    autoencoder, subfolder=subfolder, use_safetensors=True
-                )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+            pipeline = _open(source, {} if autoencoder is None else {"vae": _open_vae(autoencoder)})
+    # Besides files that cannot be read: how a library fails at what another version of it wrote.
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
         raise ModelError(f'"{base}" could not be loaded from {source}: {error}') from error
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
@@ -57,16 +53,41 @@ def load_pipeline(
     return prepare(pipeline, device)
 
 
-def _open(source: Path | str) -> Any:
+def _open(source: Path | str, given: dict[str, Any]) -> Any:
     import diffusers
 
-    if isinstance(source, Path) and source.is_file():
-        return diffusers.StableDiffusionPipeline.from_single_file(source)
+    if Path(source).is_file():
+        try:
+            pipeline = diffusers.StableDiffusionPipeline.from_single_file(source, **given)
+        except NotImplementedError as error:
+            if "meta tensor" not in str(error):
+                raise
+            # Weights not in the file got no storage; diffusers moves them all the same, which torch refuses.
+            raise ModelError(
+                f"{source} lacks weights of its unet or vae, which would stay random, so the model is not used. "
+                "The file is damaged, or holds only a part of a model: download a complete one."
+            ) from error
+        for part, network in pipeline.components.items():
+            if isinstance(network, nn.Module) and part not in given:
+                refuse_unfilled(network, part, source)
+        return pipeline
     index = diffusers.DiffusionPipeline.load_config(source)
-    extra: dict[str, Any] = {}
     if index.get("safety_checker", (None, None))[0] is not None:
-        extra = {"safety_checker": None, "requires_safety_checker": False}
-    return diffusers.DiffusionPipeline.from_pretrained(source, use_safetensors=True, **extra)
+        given = {**given, "safety_checker": None, "requires_safety_checker": False}
+    folder = source
+    if not Path(source).is_dir():
+        folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
+    given = {**given, **load_parts(Path(folder), index, given)}
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **given)
+    pipeline.register_to_config(_name_or_path=str(source))  # a hub id stays one; where it is cached is this machine's
+    return pipeline
+
+
+def _open_vae(source: Path | str) -> nn.Module:
+    import diffusers
+
+    own = Path(source) / "vae"
+    return load_part(diffusers.AutoencoderKL, own if own.is_dir() else source, "vae")
 
 
 @contextmanager

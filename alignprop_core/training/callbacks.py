@@ -16,8 +16,8 @@ from alignprop_core.evaluation.report import read_run, run_page
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint
-from alignprop_core.training.heldout import Measures
 from alignprop_core.training.lora_names import lora_metadata, lora_name
+from alignprop_core.training.measures import Measures
 from alignprop_core.training.progress import progress_bar, terms_line
 from alignprop_core.training.trainer import Trainer
 

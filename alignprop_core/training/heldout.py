@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,102 +10,15 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig
-from alignprop_core.errors import ConfigError, did_you_mean, under
-from alignprop_core.evaluation.compare import Comparison, Switch, Variant, compare
-from alignprop_core.evaluation.diversity import encoder_of
-from alignprop_core.evaluation.drift import Drift
+from alignprop_core.evaluation.compare import Variant
 from alignprop_core.evaluation.statistics import summary
-from alignprop_core.mix import Term
-from alignprop_core.registry import Registry
-from alignprop_core.terms import check_prompts, load_terms, measure_entries
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.guards import spread
 from alignprop_core.training.lora_names import lora_metadata, lora_name
-from alignprop_core.training.progress import progress_bar
+from alignprop_core.training.measures import Measures
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer
-
-TOTAL = "reward"
-"""What `guards.watch` calls the mix's total."""
-
-
-def check_watch(config: RunConfig, registry: Registry) -> None:
-    """Raise `ConfigError` if `guards.watch` names nothing that evaluations measure; loads nothing."""
-    entries = [*config.rewards, *config.evaluation.rewards]
-    labels = [TOTAL, *(entry.label for entry in (*entries, *measure_entries(entries, registry)))]
-    if config.guards.watch not in labels:
-        raise ConfigError(
-            f'guards.watch: "{config.guards.watch}" is measured by no evaluation; these are: {", ".join(labels)}.'
-            f"{did_you_mean(config.guards.watch, labels)}"
-        )
-
-
-class Measures:
-    """What a run is evaluated with, loaded once: its rewards, their true measures, further rewards, diversity, drift.
-
-    Args:
-        trainer: the trainer; it has held-out prompts.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.terms: list[Term] = []
-        self._drift: Drift | None = None
-
-    def load(self) -> None:
-        """Load the rewards and the encoder, so that one that cannot load does not cost the run."""
-        if self.terms:
-            return
-        config, registry = self.trainer.config, self.trainer.registry
-        entries = [*config.rewards, *config.evaluation.rewards]
-        loaded = load_terms(config.evaluation.rewards, registry, where="evaluation.rewards")
-        loaded += load_terms(measure_entries(entries, registry), registry)
-        if self.trainer.heldout is not None:
-            with under("prompts.heldout"):
-                check_prompts(loaded, self.trainer.heldout)
-        for term in loaded:
-            term.reward.to(self.trainer.device)
-        self.terms = [*self.trainer.mix.terms, *loaded]
-        self.encoder = encoder_of(config.evaluation.diversity_encoder, self.terms)
-
-    def base(self) -> AbstractContextManager[object]:
-        """Switch the trained adapters off: the model this run started from, other LoRAs included."""
-        return lora.disabled(self.trainer.denoiser)
-
-    def compare(self, variants: Mapping[str, Switch], bar: Progress | None = None) -> Comparison:
-        """Evaluate variants of the model on the held-out prompts.
-
-        Args:
-            variants: name -> context in which the model is that variant.
-            bar: where to show progress: one that is shown already, or None for one of its own.
-        """
-        self.load()
-        trainer, config = self.trainer, self.trainer.config.evaluation
-        prompts = trainer.heldout
-        if prompts is None:
-            raise ConfigError("prompts.heldout is not set: there is nothing to evaluate on.")
-        if self._drift is None:
-            self._drift = Drift(
-                trainer.sampler, prompts.prompts, self.base, seed=config.seed, batch_size=config.batch_size
-            )
-        shown = nullcontext(bar) if bar is not None else progress_bar()
-        with shown as progress:
-            total = len(variants) * len(prompts) * config.images_per_prompt
-            task = progress.add_task("evaluating", total=total, figures="")
-            result = compare(
-                trainer.sampler,
-                self.terms,
-                prompts,
-                config,
-                variants,
-                encoder=self.encoder,
-                drift=self._drift,
-                advance=lambda images: progress.advance(task, images),
-            )
-            progress.remove_task(task)
-        return result
 
 
 class HeldOut(Callback):
@@ -166,6 +78,8 @@ class HeldOut(Callback):
             best = trainer.guarding.heldout.judge(trainer.step_number, watched, figures["drift"], figures["diversity"])
             if best:
                 trainer.guarding.best = lora.state(trainer.denoiser)
+                if trainer.config.guards.keep_best:
+                    self.measures.best = self.measures.last
                 self._save_best(trainer)
         trainer.folder.append_metrics({"step": trainer.step_number, "evaluation": figures | {"best": best}})
         for callback in trainer.callbacks:

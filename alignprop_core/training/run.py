@@ -20,7 +20,8 @@ from alignprop_core.training.callbacks import (
     Report,
     Trackers,
 )
-from alignprop_core.training.heldout import HeldOut, Measures
+from alignprop_core.training.heldout import HeldOut
+from alignprop_core.training.measures import Measures
 from alignprop_core.training.trainer import Trainer
 
 

@@ -67,7 +67,7 @@ def find_weights(
 def check_named_file(value: str, *, reward: str) -> None:
     """Raise `WeightsError` if a `weights` option names a file, here or on the hub, that is not on this machine.
 
-    What can be said before the reward is built. "default", named sets and folders are left to the reward.
+    What can be said before the reward is built. "default", named sets and folders are not looked at.
     """
     if value.startswith(HUB):
         find_weights(value, reward=reward)

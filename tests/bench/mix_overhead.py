@@ -18,6 +18,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -61,20 +63,27 @@ class RandomClip(Reward):
         return F.normalize(features.float(), dim=-1)[:, 0]
 
 
-def stable_diffusion() -> StableDiffusionPipeline:
+def stable_diffusion(device: str) -> StableDiffusionPipeline:
     """Return a pipeline of Stable Diffusion 1.5's size with random weights."""
     pipeline = tiny_sd(cross_attention_dim=768)
-    pipeline.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
-    pipeline.vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    ).eval()
-    text = CLIPTextConfig(vocab_size=len(pipeline.tokenizer), hidden_size=768, intermediate_size=3072)
-    pipeline.text_encoder = CLIPTextModel(text).eval()
+    text = CLIPTextConfig(
+        vocab_size=len(pipeline.tokenizer),
+        hidden_size=768,
+        intermediate_size=3072,
+        bos_token_id=pipeline.tokenizer.bos_token_id,
+        eos_token_id=pipeline.tokenizer.eos_token_id,
+    )
+    with torch.device(device):  # a billion random weights: drawn where they are used
+        pipeline.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+        pipeline.vae = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=2,
+            latent_channels=4,
+            sample_size=512,
+        ).eval()
+        pipeline.text_encoder = CLIPTextModel(text).eval()
     return pipeline
 
 
@@ -87,10 +96,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     sizes = ["clip_tiny", "clip_tiny"] if options.tiny else ["clip_l", "clip_h"]
-    rewards: dict[str, Any] = {f"{size}_{i}": RandomClip(size) for i, size in enumerate(sizes)}
+    with torch.device(options.device):
+        rewards: dict[str, Any] = {f"{size}_{i}": RandomClip(size) for i, size in enumerate(sizes)}
     registry = default_registry().with_rewards(rewards)
     dtype = torch.float32 if options.tiny else torch.bfloat16
-    pipeline = (tiny_sd() if options.tiny else stable_diffusion()).to(options.device, dtype)
+    pipeline = (tiny_sd() if options.tiny else stable_diffusion(options.device)).to(options.device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("a fox\nan owl\na boat\na hill\n")
         config = parse_config(
@@ -111,24 +121,27 @@ def main() -> None:
         )
         trainer = Trainer(config, registry=registry, pipeline=pipeline)
         times: dict[str, list[float]] = {name: [] for name in MODES}
-        for turn in range(options.rounds + 1):
+        peaks = dict.fromkeys(MODES, 0.0)
+        for turn in track(range(options.rounds + 1), "rounds", console=Console(stderr=True)):
             names = list(MODES) if turn % 2 else list(reversed(MODES))
             for name in names:
                 trainer.mix.config = MODES[name]
                 if options.device != "cpu":
                     torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
                 trainer.step()
                 if options.device != "cpu":
                     torch.cuda.synchronize()
+                    peaks[name] = torch.cuda.max_memory_allocated() / 2**30
                 if turn:  # the first round warms up, and learns the terms' sizes
                     times[name].append(time.perf_counter() - start)
     device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
     print(f"{device}, torch {torch.__version__}, {options.rounds} rounds\n")
-    print("| mix | s a step (median) | over `sum`, round by round (median) |\n| --- | --- | --- |")
+    print("| mix | s a step (median) | over `sum`, round by round (median) | peak GiB |\n| --- | --- | --- | --- |")
     for name, seconds in times.items():
         over = statistics.median(own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True))
-        print(f"| {name} | {statistics.median(seconds):.3f} | {over:+.1%} |")
+        print(f"| {name} | {statistics.median(seconds):.3f} | {over:+.1%} | {peaks[name]:.1f} |")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from alignprop_core.evaluation.report.words import minutes
 
 _NONCOMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only|OpenRAIL-?NC", re.IGNORECASE)
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
+_RESUMED_SHOWN = 3
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -207,7 +208,15 @@ def _seconds(run: Run) -> list[float]:
 
 def _time(run: Run) -> str:
     seconds = _seconds(run)
-    parts = [f"{minutes(fsum(seconds))} in its steps, {median(seconds):.2g} s each"] if seconds else []
+    parts = [f"started {started}"] if (started := _moment(run.environment.get("started"))) else []
+    again = run.environment.get("resumed")
+    resumed = [moment for time in (again if isinstance(again, list) else []) if (moment := _moment(time))]
+    if resumed:
+        parts.append(f"resumed {', '.join(resumed[-_RESUMED_SHOWN:])}")
+        if (more := len(resumed) - _RESUMED_SHOWN) > 0:
+            parts[-1] += f" and {more} {'time' if more == 1 else 'times'} before"
+    if seconds:
+        parts.append(f"{minutes(fsum(seconds))} in its steps, {median(seconds):.2g} s each")
     try:
         written = datetime.fromtimestamp((run.path / "metrics.jsonl").stat().st_mtime, UTC)
     except OSError:
@@ -215,6 +224,15 @@ def _time(run: Run) -> str:
     else:
         parts.append(f"last step written {written:%Y-%m-%d %H:%M} UTC")
     return "; ".join(parts)
+
+
+def _moment(text: object) -> str:
+    """Return a time of environment.json for people, in UTC; empty for what is none or has no offset."""
+    try:
+        moment = datetime.fromisoformat(text) if isinstance(text, str) else None
+        return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment is not None and moment.tzinfo else ""
+    except (ValueError, OverflowError):
+        return ""
 
 
 def _machine(environment: Mapping[str, Any], *, short: bool = False) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from alignprop_core.config_yaml import read_yaml
 from alignprop_core.errors import OutputError
+from alignprop_core.metrics import STOPPED
 
 _SHOWN = 5
 
@@ -26,6 +27,7 @@ class Run:
         environment: environment.json; empty where there is none.
         steps: the lines of steps in metrics.jsonl, by step; of a step done twice the later one.
         evaluations: the lines of evaluations while training, by step, `step` among their figures.
+        stopped: why it stopped before its last step, as the last line of metrics.jsonl says; None if none does.
         comparison: evaluation.json; None where there is none.
         curves: name -> strengths.json and soup.json, those that are there.
         problems: what could not be read, a sentence each.
@@ -37,6 +39,7 @@ class Run:
     environment: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]] = ()
     evaluations: Sequence[Mapping[str, Any]] = ()
+    stopped: str | None = None
     comparison: Mapping[str, Any] | None = None
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     problems: Sequence[str] = ()
@@ -75,8 +78,8 @@ class Run:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why a guard stopped it, where evaluation.json says so."""
-        reason = pick(self.comparison, "stopped")
+        """Why a guard stopped it, where metrics.jsonl or (of older runs too) evaluation.json says so."""
+        reason = self.stopped or pick(self.comparison, STOPPED)
         return reason if isinstance(reason, str) else None
 
     @property
@@ -116,7 +119,7 @@ def read_run(path: str | Path) -> Run:
     if not isinstance(config, Mapping) or not {"model", "rewards"} <= config.keys():
         raise OutputError(f"{path} is no run folder: its config.yaml is no run config (it has no model or no rewards).")
     problems: list[str] = []
-    steps, evaluations = _read_metrics(path / "metrics.jsonl", problems)
+    steps, evaluations, stopped = _read_metrics(path / "metrics.jsonl", problems)
     curves = {name: _read_json(path / f"{name}.json", problems) for name in ("strengths", "soup")}
     return Run(
         path=path,
@@ -125,6 +128,7 @@ def read_run(path: str | Path) -> Run:
         environment=_read_json(path / "environment.json", problems) or {},
         steps=steps,
         evaluations=evaluations,
+        stopped=stopped,
         comparison=_read_json(path / "evaluation.json", problems),
         curves={name: data for name, data in curves.items() if data is not None},
         problems=problems,
@@ -177,11 +181,15 @@ def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
     return data
 
 
-def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]]]:
+def _read_metrics(
+    path: Path, problems: list[str]
+) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], str | None]:
+    """Return the lines of steps, those of evaluations, and why the run stopped."""
     if not path.is_file():
-        return [], []
+        return [], [], None
     steps: dict[int, Mapping[str, Any]] = {}
     evaluations: dict[int, Mapping[str, Any]] = {}
+    stopped: str | None = None
     broken: list[int] = []
     try:
         for place, row in _lines(path.read_bytes()):
@@ -190,15 +198,18 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[list[Mapping[str, An
                 broken.append(place)
             elif isinstance(figures := pick(row, "evaluation"), Mapping):
                 evaluations[int(step)] = {**figures, "step": int(step)}
+            elif isinstance(reason := pick(row, STOPPED), str):
+                stopped = reason
             else:
                 steps[int(step)] = {**mapping(row), "step": int(step)}
+                stopped = None  # it went on
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error}.")
     if broken:
         places = ", ".join(map(str, broken[:_SHOWN])) + (" and more" if len(broken) > _SHOWN else "")
         lines = "line" if len(broken) == 1 else "lines"
         problems.append(f"{len(broken)} broken {lines} of {path.name} left out ({lines} {places}).")
-    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)]
+    return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], stopped
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, Any]]:

@@ -219,11 +219,15 @@ def test_full_size_networks_give_finite_gradients_at_the_pixels(full: str) -> No
     detector = detector.cuda().eval().requires_grad_(False)
     images = torch.rand(2, 3, 512, 512, device="cuda", requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    (gradient,) = torch.autograd.grad(detector(images).log_odds.amax(1).sum(), images)
-    end.record()
-    torch.cuda.synchronize()
-    print(f"{full}: {start.elapsed_time(end):.0f} ms, {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB, 2 images")
+    times = []
+    for _ in range(6):  # the first chooses kernels
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        (gradient,) = torch.autograd.grad(detector(images).log_odds.amax(1).sum(), images)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    seconds = sorted(times[1:])[2] / 1000
+    print(f"| {full} | {seconds:.4f} | {torch.cuda.max_memory_allocated() / 2**30:.2f} |")
     assert gradient.isfinite().all()
     assert (gradient != 0).float().mean() > 0.9

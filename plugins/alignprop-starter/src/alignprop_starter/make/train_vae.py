@@ -34,7 +34,8 @@ CONFIG = {
 }
 
 
-def _edges(x: Tensor) -> tuple[Tensor, Tensor]:
+def edges(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Differences of neighbouring pixels, across and down; images (B, C, H, W)."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
@@ -51,7 +52,7 @@ class _Step(torch.nn.Module):
         z = mean + torch.exp(0.5 * logvar) * noise
         y = self.vae.decoder(self.vae.post_quant_conv(z)).float()
         rebuilt = F.l1_loss(y, x) + self.mse * F.mse_loss(y, x)
-        for a, b in zip(_edges(y), _edges(x), strict=True):
+        for a, b in zip(edges(y), edges(x), strict=True):
             rebuilt = rebuilt + 0.5 * F.l1_loss(a, b)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         total: Tensor = rebuilt + self.kl * kl
@@ -99,9 +100,6 @@ def main() -> None:
     p = parser(__doc__, seconds=330, batch=128, rate=1.2e-3, scenes=160_000)
     p.add_argument("--mse", type=float, default=2.0, help="weight of the squared error")
     p.add_argument("--kl", type=float, default=1e-7)
-    p.add_argument(
-        "--decoder-only", action="store_true", help="go on from the saved autoencoder with its latents left as they are"
-    )
     args = p.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -112,11 +110,7 @@ def main() -> None:
     print(f"vae: {args.scenes} scenes in {time.monotonic() - began:.1f} s", flush=True)
 
     folder = args.out / "pipeline" / "vae"
-    vae = AutoencoderKL.from_pretrained(folder) if args.decoder_only else AutoencoderKL(**CONFIG)
-    vae = vae.to(args.device, memory_format=torch.channels_last).train()
-    if args.decoder_only:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    vae = AutoencoderKL(**CONFIG).to(args.device, memory_format=torch.channels_last).train()
     parameters = [q for q in vae.parameters() if q.requires_grad]
     step = _Step(vae, args.mse, args.kl)
     forward = step if args.no_compile else torch.compile(step)
@@ -138,8 +132,7 @@ def main() -> None:
             print(f"vae: step {clock.steps} progress {clock.progress:.2f} loss {loss.item():.4f}", flush=True)
 
     vae.eval()
-    if not args.decoder_only:
-        whiten(vae, images[:8192])
+    whiten(vae, images[:8192])
     fresh, _ = render_set(min(2048, args.scenes), 1_000_000 + args.seed, args.device, split="all")
     save_half(vae, folder)
     saved = AutoencoderKL.from_pretrained(folder).to(args.device)
@@ -151,9 +144,7 @@ def main() -> None:
         "psnr_seen": psnr(saved, images[:2048]),
         "unseen_scenes": len(fresh),
     }
-    (args.out / ("decoder-card.json" if args.decoder_only else "vae-card.json")).write_text(
-        json.dumps(card, indent=2) + "\n"
-    )
+    (args.out / "vae-card.json").write_text(json.dumps(card, indent=2) + "\n")
     print("vae:", json.dumps(card), flush=True)
 
 

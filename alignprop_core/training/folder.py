@@ -1,0 +1,75 @@
+"""Opening a run's folder, and what stands in it of where, with what and when the run ran."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignprop_core.config import RunConfig, resolved_yaml
+from alignprop_core.environment import environment
+from alignprop_core.registry import Registry
+from alignprop_core.runs import RunFolder
+
+
+def open_folder(
+    config: RunConfig,
+    registry: Registry,
+    *,
+    device: torch.device,
+    checkpoint: Path | None = None,
+    step: int = 0,
+    overwrite: bool = False,
+) -> RunFolder:
+    """Make a run's folder, or open the one it goes on in, and write config.yaml and environment.json.
+
+    Args:
+        config: the run config; its `output` is the folder.
+        registry: where its names were looked up.
+        device: what it trains on.
+        checkpoint: the checkpoint it goes on from, if any.
+        step: steps done; of a run that is gone on with, later lines of the metrics are cut off.
+        overwrite: whether an earlier run in the folder may be replaced.
+    """
+    times = _times(checkpoint)
+    if checkpoint is not None and (Path(config.output) / "config.yaml").is_file():
+        folder = RunFolder.open(config.output)
+        folder.truncate_metrics(step)
+    else:
+        folder = RunFolder.create(config.output, overwrite=overwrite)
+    folder.write_text("config.yaml", resolved_yaml(config))
+    folder.write_json("environment.json", {**times, **_environment(config, registry, device)})
+    return folder
+
+
+def _times(checkpoint: Path | None) -> dict[str, Any]:
+    """Return `started` and `resumed`, in ISO 8601 with the offset to UTC; a run that is gone on with keeps its start.
+
+    The start is null where it is not known: the checkpoint lies in no run folder, or an older version began the run.
+    """
+    now = datetime.now().astimezone().isoformat(timespec="seconds")
+    if checkpoint is None:
+        return {"started": now, "resumed": []}
+    try:
+        earlier = json.loads((checkpoint.parent.parent / "environment.json").read_bytes())
+    except (OSError, ValueError):
+        earlier = {}
+    known: Mapping[str, Any] = earlier if isinstance(earlier, dict) else {}
+    resumed = known.get("resumed")
+    return {"started": known.get("started"), "resumed": [*(resumed if isinstance(resumed, list) else []), now]}
+
+
+def _environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
+    terms = (*config.rewards, *config.evaluation.rewards)
+    isolated = {term.label: registry.elsewhere(term.isolation).origin(term.name) for term in terms if term.isolation}
+    names = [term.name for term in terms if not term.isolation]
+    local = {name: found.origin for name in names if (found := registry.local(name)) is not None}
+    offers = [registry.reward(name) for name in names if name not in local]
+    model = registry.find_model(config.model.base)
+    used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
+    known = environment(used, [offer.spec for offer in offers])
+    return known | {"local_rewards": local, "isolated_rewards": isolated, "training_device": str(device)}
