@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_core.config import MixConfig
 from alignprop_core.errors import RewardError
@@ -424,6 +425,31 @@ def test_offloaded_rewards_give_the_same_and_leave_the_gpu() -> None:
         found = mix.direction(on_gpu, shares)
         torch.testing.assert_close(found.gradient, expected.gradient)
         torch.testing.assert_close(mix.terms[0].score(on_gpu), expected.scores.raw["x"])
+
+
+def test_balancing_at_the_image_runs_the_operations_of_sum() -> None:
+    """What it costs over `sum` is nothing: the same operations with other factors."""
+    found = {}
+    for mode in ("sum", "normalized", "balanced"):
+        mix = learned(Mix(terms(), MixConfig(combine=mode)))
+        with Operations() as operations:
+            mix.direction(batch(), equal())
+        found[mode] = operations.names
+    assert found["balanced"] == found["sum"]
+    assert found["normalized"] == found["sum"]
+    assert len(found["sum"]) > 50
+
+
+class Operations(TorchDispatchMode):
+    """Writes down the tensor operations that reach a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def test_offload_on_a_cpu_changes_nothing() -> None:

@@ -52,6 +52,8 @@ def train(
         folder = run(trainer, common.console(stderr=True))
     if trainer.state.is_main_process:
         finish(trainer, folder)
+    if trainer.state.num_processes > 1:
+        trainer.state.destroy_process_group()
 
 
 def _facts(trainer: Trainer) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionMod
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from alignprop_core.config import MixConfig, parse_config
@@ -87,11 +90,34 @@ def stable_diffusion(device: str) -> StableDiffusionPipeline:
     return pipeline
 
 
+class Counter(TorchDispatchMode):
+    """Counts the tensor operations that reach a kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count and go on."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def counted(work: Callable[[], object]) -> tuple[int, int]:
+    """Return how many tensor operations `work` starts, and the floating-point operations of its matrix products and
+    convolutions."""
+    with FlopCounterMode(display=False) as flops, Counter() as operations:
+        work()
+    return operations.count, flops.get_total_flops()
+
+
 def main() -> None:
     """Print a table: seconds a step of each mode, and what it takes over `sum`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="which mixes; sum is one")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -107,7 +133,7 @@ def main() -> None:
             {
                 "model": {"base": "owner/name"},  # not loaded: the pipeline is given
                 "prompts": {"train": f"{folder}/prompts.txt"},
-                "sampling": {"steps": 4 if options.tiny else 50, "guidance_scale": 7.5},
+                "sampling": {"steps": 4 if options.tiny else options.steps, "guidance_scale": 7.5},
                 "backprop": {"strategy": "last_k", "k": 2 if options.tiny else 8},
                 "rewards": [{"name": "jpeg_compressibility"}, *({"name": name} for name in rewards)],
                 "training": {
@@ -120,10 +146,10 @@ def main() -> None:
             registry=registry,
         )
         trainer = Trainer(config, registry=registry, pipeline=pipeline)
-        times: dict[str, list[float]] = {name: [] for name in MODES}
-        peaks = dict.fromkeys(MODES, 0.0)
+        times: dict[str, list[float]] = {name: [] for name in options.modes}
+        peaks = dict.fromkeys(options.modes, 0.0)
         for turn in track(range(options.rounds + 1), "rounds", console=Console(stderr=True)):
-            names = list(MODES) if turn % 2 else list(reversed(MODES))
+            names = options.modes if turn % 2 else options.modes[::-1]
             for name in names:
                 trainer.mix.config = MODES[name]
                 if options.device != "cpu":
@@ -136,12 +162,33 @@ def main() -> None:
                     peaks[name] = torch.cuda.max_memory_allocated() / 2**30
                 if turn:  # the first round warms up, and learns the terms' sizes
                     times[name].append(time.perf_counter() - start)
+        work = {}
+        for name in options.modes:
+            trainer.mix.config = MODES[name]
+            work[name] = counted(trainer.step)
     device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
-    print(f"{device}, torch {torch.__version__}, {options.rounds} rounds\n")
-    print("| mix | s a step (median) | over `sum`, round by round (median) | peak GiB |\n| --- | --- | --- | --- |")
+    print(f"{device}, torch {torch.__version__}, {options.rounds} rounds, {options.steps} denoising steps\n")
+    print("| mix | s a step (median) | over `sum`, round by round: median | middle half | peak GiB |")
+    print("| --- | --- | --- | --- | --- |")
     for name, seconds in times.items():
-        over = statistics.median(own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True))
-        print(f"| {name} | {statistics.median(seconds):.3f} | {over:+.1%} | {peaks[name]:.1f} |")
+        over = [own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True)]
+        low, middle, high = statistics.quantiles(over, n=4, method="inclusive")
+        print(
+            f"| {name} | {statistics.median(seconds):.3f} | {middle:+.1%} | {low:+.1%} to {high:+.1%} | "
+            f"{peaks[name]:.1f} |"
+        )
+    print(
+        "\n| mix | tensor operations | over `sum` | arithmetic, TFLOP | over `sum` |\n| --- | --- | --- | --- | --- |"
+    )
+    plain = work["sum"]
+    for name, (operations, flops) in work.items():
+        print(
+            f"| {name} | {operations} | {operations / plain[0] - 1:+.1%} | {flops / 1e12:.4g} | "
+            f"{flops / plain[1] - 1:+.1%} |"
+        )
+    for name, seconds in times.items():
+        print(f"\n{name}: {' '.join(f'{value:.3f}' for value in seconds)}", end="")
+    print()
 
 
 if __name__ == "__main__":
