@@ -21,12 +21,12 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     """The one clear message for a write that failed; name the file, the reason and what to do."""
     if error.errno in _FULL:
         return OutputError(
-            f"No room to write {path}: {error.strerror}. Files saved before are whole. "
-            "Free some space (or lower save.keep), then go on with --resume latest; or choose another output=."
+            f"No room to write {path}: {error.strerror}. Files saved before are whole. Free some space (or lower "
+            "save.keep), or choose another output; a training run goes on with --resume latest."
         )
     return OutputError(
         f"Cannot write {path}: {error.strerror or error}. Check who owns the folder and whether it can be written to, "
-        "or choose another output=."
+        "or choose another output."
     )
 
 
@@ -44,7 +44,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OutputError(
             f"No room in {folder}: {_size(needed)} are needed and {_size(free)} are free. Files saved "
-            "before are whole. Free some space, then go on with --resume latest; or choose another output=."
+            "before are whole. Free some space, or choose another output; a training run goes on with --resume latest."
         )
 
 

@@ -42,6 +42,8 @@ from alignprop_core.config_sections import (
 )
 from alignprop_core.config_yaml import Lines, dump_yaml, read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
+from alignprop_core.local_rewards import given_to_run, was_given
+from alignprop_core.offers import matching
 from alignprop_core.registry import Registry, default_registry
 
 __all__ = [
@@ -160,12 +162,15 @@ def _parse(
     problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
     wrong = {problem.path for problem in problems}
     _add_given(data, registry)
-    problems += [problem for problem in _check_rewards(data, registry) if problem.path not in wrong]
+    gone = {} if folder is None else {name: was_given(name, k, folder) for name, k in given_to_run(folder).items()}
+    problems += [problem for problem in _check_rewards(data, registry, gone) if problem.path not in wrong]
     config = None
     try:
         config = RunConfig.model_validate(data)
     except ValidationError as error:
         problems = explain(error) + problems
+    if "rewards" not in data and not any(problem.path == ("rewards",) for problem in problems):
+        problems.append(Problem(("rewards",), "is missing; write it."))  # only an object from Python may stand for it
     if problems or config is None:
         raise InvalidConfig(problems, _report(problems, lines, source, overridden))
     return config
@@ -181,8 +186,11 @@ def _add_given(data: dict[str, Any], registry: Registry) -> None:
         data["rewards"] = [*(data.get("rewards") or []), *added]
 
 
-def _check_rewards(data: dict[str, Any], registry: Registry) -> list[Problem]:
-    """Check every term's name and options, and fill in the options' defaults, in place."""
+def _check_rewards(data: dict[str, Any], registry: Registry, gone: Mapping[str, str]) -> list[Problem]:
+    """Check every term's name and options, and fill in the options' defaults, in place.
+
+    `gone` says what became of names that meant objects passed from Python when the config was written.
+    """
     evaluation = data.get("evaluation")
     places: list[tuple[Key, object]] = [(("rewards",), data.get("rewards"))]
     if isinstance(evaluation, dict):
@@ -192,12 +200,16 @@ def _check_rewards(data: dict[str, Any], registry: Registry) -> list[Problem]:
         for place, terms in places
         for i, term in enumerate(terms if isinstance(terms, list) else ())
         if isinstance(term, dict) and isinstance(term.get("name"), str) and term["name"]
-        for problem in _check_term(term, (*place, i), registry, trains=place == ("rewards",))
+        for problem in _check_term(term, (*place, i), registry, gone, trains=place == ("rewards",))
     ]
 
 
-def _check_term(term: dict[str, Any], place: Key, registry: Registry, *, trains: bool) -> list[Problem]:
+def _check_term(
+    term: dict[str, Any], place: Key, registry: Registry, gone: Mapping[str, str], *, trains: bool
+) -> list[Problem]:
     name = term["name"]
+    if name in gone and name not in registry.given and not matching(name, registry.rewards()):
+        return [Problem((*place, "name"), gone[name])]
     try:
         isolation = term.get("isolation")
         source = registry if isolation is None else registry.elsewhere(IsolationConfig.model_validate(isolation))

@@ -104,6 +104,15 @@ class RewardTerm(Section):
                     f"them there from both sides, target: {self.floor:g}.",
                 )
             )
+        if self.ceiling is not None and any(schedule.values()) and max(schedule.values()) <= 0:
+            problems.append(
+                (
+                    "ceiling",
+                    "goes with a positive weight: with a negative one it would leave alone just the samples that score "
+                    f"high. To lower scores to {self.ceiling:g} and no further write floor: {self.ceiling:g}; to bring "
+                    f"them there from both sides, target: {self.ceiling:g} with a positive weight.",
+                )
+            )
         if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
             problems.append(("floor", f"is {self.floor:g}; it lies below the ceiling, {self.ceiling:g}."))
         if self.target is not None:

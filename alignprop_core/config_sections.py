@@ -7,9 +7,9 @@ Values are strict (`"8"` is not 8, `true` is not 1), frozen, and unknown keys ar
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
 from alignprop_core.config_base import Positive, Problems, Section, Seed, Text
 from alignprop_core.config_model import BackpropConfig, LoraConfig, ModelConfig, PromptsConfig, SamplingConfig
@@ -149,8 +149,15 @@ class GuardsConfig(Section):
     )
 
 
+def _rewards_are_required(schema: dict[str, Any]) -> None:
+    schema["required"] = sorted({*schema["required"], "rewards"}, key=list(schema["properties"]).index)
+    del schema["properties"]["rewards"]["default"]
+
+
 class RunConfig(Section):
     """A training run of alignprop."""
+
+    model_config = ConfigDict(json_schema_extra=_rewards_are_required)
 
     version: Literal[1] = Field(default=1, description="Version of this file's format.")
     model: ModelConfig
@@ -160,7 +167,11 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     regularization: RegularizationConfig = RegularizationConfig()
-    rewards: list[RewardTerm] = Field(min_length=1, description="Rewards to train on.")
+    # A list that is written holds at least one. None is written where objects from Python are all that is trained on;
+    # in a file it is required.
+    rewards: list[RewardTerm] = Field(
+        default=[], validate_default=False, min_length=1, description="Rewards to train on."
+    )
     mix: MixConfig = MixConfig()
     training: TrainingConfig = TrainingConfig()
     save: SaveConfig = SaveConfig()

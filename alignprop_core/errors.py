@@ -73,6 +73,12 @@ class RewardError(RunError):
     """A reward broke its contract (shape, finiteness, gradient) or raised."""
 
 
+class TrialError(UserError, RewardError):
+    """A reward failed the trial before training: no run has begun, and the config names what to mend. Exit code 2."""
+
+    exit_code = 2
+
+
 @contextmanager
 def under(key: str) -> Iterator[None]:
     """Name the key a value stands under in the `UserError`s raised inside; one that names its key keeps it."""

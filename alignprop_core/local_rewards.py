@@ -7,6 +7,7 @@ written out as one is taken: it starts with `./`, `../`, `~` or `/` and ends in 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -62,6 +63,39 @@ class LocalReward:
     def config_class(self) -> type[RewardConfig]:
         """Options class: the reward's own `Config`."""
         return self.kind.Config
+
+
+def given_to_run(folder: Path) -> dict[str, str]:
+    """Return which rewards of a run were objects passed from Python: name -> `Class of module`, by environment.json.
+
+    Empty where the folder holds no run, or its environment.json cannot be read or is of a version that does not say.
+    """
+    try:
+        told = json.loads((folder / "environment.json").read_bytes())["local_rewards"]
+        return {
+            str(name): f"{origin['class']} of module {origin['module']}"
+            for name, origin in told.items()
+            if "module" in origin
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # a config beside no run, or a file that is not ours: there is nothing to add to the plain message
+
+
+def was_given(name: str, kind: str, folder: Path) -> str:
+    """Say why a run's reward from Python cannot be found by its name, and what to do.
+
+    Args:
+        name: the reward.
+        kind: its class, as `given_to_run` tells.
+        folder: the run folder.
+    """
+    named = kind.partition(" ")[0].rpartition(".")[2]
+    return (
+        f'"{name}" was an object passed from Python (class {kind}); a command cannot make it again. To go on or to '
+        f'train anew, do it from Python: alignprop_core.train("{folder / "config.yaml"}", rewards={{"{name}": ...}}), '
+        f'with resume=Path("{folder}") to go on. To evaluate, put the class into a file and name it in place of '
+        f'"{name}" in this config: ./my_rewards.py:{named} (the path starts at the config\'s folder).'
+    )
 
 
 def split_file_name(name: str) -> tuple[str, str] | None:

@@ -36,6 +36,7 @@ def check_inputs(
     registry: Registry,
     *,
     resume: Path | None = None,
+    edited: bool = False,
     overwrite: bool = False,
     loads_model: bool = True,
 ) -> Inputs:
@@ -47,13 +48,14 @@ def check_inputs(
         config: the run config.
         registry: where names are looked up.
         resume: a run folder or checkpoint to go on from.
+        edited: whether the code of a reward may have changed since the run that is gone on with began.
         overwrite: whether an earlier run in the output folder may be replaced.
         loads_model: whether the model is loaded from the config, and not passed from Python.
 
     Raises:
         UserError: with the run config's key.
     """
-    checkpoint = None if resume is None else find_checkpoint(resume, config)
+    checkpoint = None if resume is None else find_checkpoint(resume, config, edited=edited)
     if checkpoint is None:
         RunFolder.check_free(config.output, overwrite=overwrite)
     with under("prompts.train"):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from alignprop_core.config import RunConfig
 from alignprop_core.config_yaml import read_yaml
-from alignprop_core.errors import ConfigError, UserError
+from alignprop_core.errors import ConfigError, PluginError, UserError
+from alignprop_core.local_rewards import LocalReward, split_file_name
 
 STATE = "state.json"
 """The file of a checkpoint that makes a folder one."""
@@ -35,14 +38,24 @@ _ISOLATION = re.compile(r"rewards\.\d+\.isolation\.\w+")
 """And where an isolated reward's environment lies, and what its worker may take: an environment may be moved."""
 
 _SHOWN = 40
+_MEND = (
+    "Put it back as it was, or start a new run (lora.init_from goes on from its LoRA). If you mended it and its scores "
+    "mean the same, go on with --edited (from Python: edited=True)."
+)
 
 
-def find_checkpoint(where: Path, config: RunConfig) -> Path:
+def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> Path:
     """Return the newest checkpoint of a run folder, or the folder itself if it is a checkpoint.
+
+    Args:
+        where: the run folder or checkpoint.
+        config: of the run that goes on.
+        edited: allow a changed file of a reward.
 
     Raises:
         UserError: there is none.
         ConfigError: its run had another config, with the keys and both values.
+        PluginError: a Python file that it trains on was changed since.
     """
     found = [where] if (where / STATE).is_file() else sorted((where / "checkpoints").glob("step-*"))
     if not found:
@@ -53,7 +66,70 @@ def find_checkpoint(where: Path, config: RunConfig) -> Path:
     stored = found[-1].parent.parent / "config.yaml"
     if stored.is_file():
         _same_run(config, stored)
+    if not edited:
+        _same_files(config, found[-1])
     return found[-1]
+
+
+def file_checksum(name: str) -> str | None:
+    """Return the SHA-256 of the Python file that a reward's name means; None for other names and missing files."""
+    parts = split_file_name(name)
+    path = None if parts is None else Path(parts[0]).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
+
+
+def class_checksum(given: LocalReward) -> str | None:
+    """Return the SHA-256 of the source of a reward object's class; None where Python does not know it.
+
+    Not of the file: a script that is gone on with is edited to say so.
+    """
+    try:
+        return hashlib.sha256(inspect.getsource(given.kind).encode()).hexdigest()
+    except (OSError, TypeError):  # typed into an interpreter
+        return None
+
+
+def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: RunConfig) -> None:
+    """Raise `PluginError` if a class of a reward object that is trained on was changed since the run began.
+
+    Where a checksum is missing, on either side, nothing can be compared.
+    """
+    before = _environment(checkpoint, "class_sources")
+    for i, term in enumerate(config.rewards):
+        known = before.get(term.name)
+        if known is None or (found := given.get(term.name)) is None or (now := class_checksum(found)) is None:
+            continue
+        if known != now:
+            raise PluginError(
+                f'--resume: rewards.{i}: the class {found.kind.__qualname__} of the object "{term.name}" was changed '
+                f"since the run in {checkpoint.parent.parent} began, so this would be another run. {_MEND}"
+            )
+
+
+def _same_files(config: RunConfig, checkpoint: Path) -> None:
+    here, elsewhere = (_environment(checkpoint, key) for key in ("local_rewards", "isolated_rewards"))
+    for i, term in enumerate(config.rewards):
+        origin = _mapping(elsewhere.get(term.label)).get("from") if term.isolation else here.get(term.name)
+        known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
+        # A file that is gone is said when it is to be run.
+        if known is not None and now is not None and known != now:
+            path = term.name.rpartition(":")[0]
+            raise PluginError(
+                f"--resume: rewards.{i}.name: {path} was changed since the run in {checkpoint.parent.parent} began, so "
+                f"this would be another run. {_MEND}"
+            )
+
+
+def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
+    """Return a table of the environment.json of a checkpoint's run; empty where it lies in none that has it."""
+    try:
+        return _mapping(_mapping(json.loads((checkpoint.parent.parent / "environment.json").read_bytes())).get(key))
+    except (OSError, ValueError):
+        return {}
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _same_run(config: RunConfig, stored: Path) -> None:

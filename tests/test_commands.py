@@ -434,6 +434,60 @@ def test_train_says_at_its_end_why_it_stopped(
     assert "stopped" not in capsys.readouterr().out
 
 
+CRASHES = """
+from alignprop_core import Reward
+
+
+class Crash(Reward):
+    calls = 0
+
+    def score(self, batch):
+        type(self).calls += 1
+        return batch.images.mean((1, 2, 3)) if self.calls != 4 else fails(self.calls)
+
+
+def fails(calls):
+    return 1 / (calls - 4)
+"""
+
+
+def test_a_run_that_fails_says_where_how_far_it_came_and_how_to_go_on(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crash.py").write_text(CRASHES)
+    training = {"steps": 4, "batch_size": 2, "device": "cpu"}
+    path = config(rewards=[{"name": "./crash.py:Crash"}], training=training)
+    assert run(["train", str(path)]) == 1
+    # The trial is a call, and each step.
+    message = capsys.readouterr().err
+    made, line = tmp_path / "run", CRASHES.splitlines().index("    return 1 / (calls - 4)") + 1
+    assert f"ZeroDivisionError: division by zero ({tmp_path / 'crash.py'}:{line}, in fails)" in message
+    assert f"The run failed after 2 of 4 steps. That state is saved in {made}/checkpoints/step-000002." in message
+    again = message.strip().splitlines()[-1]
+    assert again == f"alignprop train {made}/config.yaml --resume latest"
+    assert run(again.split()[1:]) == 0, "this reward fails once"
+    assert len((made / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_run_that_fails_at_once_promises_no_state(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "crash.py").write_text(CRASHES.replace("4", "2"))
+    assert run(["train", str(config(rewards=[{"name": "./crash.py:Crash"}]))]) == 1
+    assert "The run failed after 0 of 1 steps. No checkpoint was saved." in capsys.readouterr().err
+
+
+def test_train_names_at_its_end_only_files_that_are_there(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["train", str(config())]) == 0
+    closing = capsys.readouterr().out
+    assert "pictures" not in closing
+    assert str(tmp_path / "run" / "report.html") in "".join(closing.split())
+    assert run(["train", str(config()), "samples.every=1", f"output={tmp_path / 'more'}"]) == 0
+    assert str(tmp_path / "more" / "images") in "".join(capsys.readouterr().out.split())
+
+
 # -- sampling options -------------------------------------------------------------------------------------------------
 
 

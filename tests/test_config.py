@@ -309,6 +309,8 @@ def test_impossible_combinations_are_refused(tmp_path: Path, registry: Registry,
     [
         ("[]", "rewards", "must be a list of at least 1, not an empty list."),
         ("[{name: jpeg, weight: 0}]", "rewards.0.weight", "a weight of 0 trains nothing"),
+        ("[{name: jpeg, weight: -1, ceiling: -1}]", "rewards.0.ceiling", "no further write floor: -1;"),
+        ("[{name: jpeg, weight: {0: 0, 9: -1}, ceiling: 2}]", "rewards.0.ceiling", "goes with a positive weight"),
         ("[{name: jpeg, weight: .nan}]", "rewards.0.weight", "must be a finite number"),
         ("[{name: jpeg}, {name: jpeg}]", "rewards.1.label", '"jpeg" is used by rewards.0 already'),
         ("[{name: jpeg_bytes}]", "rewards.0.name", "use it under evaluation.rewards"),

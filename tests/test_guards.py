@@ -31,7 +31,7 @@ from alignprop_core.training.guards import HeldOutGuard, StepGuard
 from alignprop_core.training.measures import Measures
 from alignprop_core.training.run import run
 from tests import toy_rewards
-from tests.toy_rewards import Redness
+from tests.toy_rewards import NotANumber, Redness
 from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
@@ -95,10 +95,13 @@ def test_a_bad_step_is_dropped_and_the_run_goes_on(
 
     Watch.states.clear()
     Moody.calls, Moody.factors = 0, {10: factor}
-    folder = train(make(rewards=[{"name": "moody"}], training__steps=12), callbacks=[Watch()])
+    terms = [{"name": "redness"}, {"name": "moody"}]
+    folder = train(make(rewards=terms, training__steps=12), callbacks=[Watch()])
     rows = metrics(folder, "reward")
     assert [row["step"] for row in rows if row["dropped"]] == [10]
     assert why in rows[9]["dropped"]
+    assert '"moody"' in rows[9]["dropped"]
+    assert '"redness"' not in rows[9]["dropped"]
     assert "step 10 dropped: " in capsys.readouterr().err
     before, at, after = Watch.states[8:11]
     assert all(torch.equal(at[name], before[name]) for name in before)
@@ -108,7 +111,7 @@ def test_a_bad_step_is_dropped_and_the_run_goes_on(
 def test_repeated_bad_steps_stop_the_run_with_the_last_good_state(make: Callable[..., RunConfig]) -> None:
     Moody.calls, Moody.factors = 0, {n: float("nan") for n in range(4, 99)}
     config = make(rewards=[{"name": "moody"}], guards__max_dropped_steps=2)
-    with pytest.raises(RunError, match=r"Step 5: the gradient is not finite.* and the 1 before it were dropped"):
+    with pytest.raises(RunError, match=r'Step 5: the gradient is not finite.*"moody".* the 1 before it were dropped'):
         train(config)
     folder = Path(config.output)
     assert [bool(row["dropped"]) for row in metrics(folder, "reward")] == [False] * 3 + [True] * 2
@@ -127,6 +130,23 @@ def test_a_score_that_is_not_finite_names_its_reward_when_it_stays_so(make: Call
         train(make(rewards=[{"name": "not_a_number"}], guards__max_dropped_steps=1))
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_the_advice_for_a_bad_score_is_a_command_that_works(tiny_model: Path, tmp_path: Path, given: bool) -> None:
+    """Of the reward's name and not of its label; and none for an object, which no command can find."""
+    rewards = [{"name": "mine"} if given else {"name": "not_a_number", "label": "odd"}]
+    known = toy_rewards.registry().with_rewards({"mine": NotANumber()} if given else {})
+    config = changed(toy_data(tiny_model, tmp_path, rewards=rewards), {"guards__max_dropped_steps": 1}, known)
+    with pytest.raises(RewardError) as caught:
+        Trainer(config, registry=known).train()
+    assert ("--reward not_a_number" in str(caught.value)) is not given
+    assert ("alignprop score" in str(caught.value)) is not given
+
+
+def test_a_run_without_one_good_step_fails(make: Callable[..., RunConfig]) -> None:
+    with pytest.raises(RewardError, match=r"Step 2: .*This step and the 1 before it were dropped"):
+        train(make(rewards=[{"name": "not_a_number"}], training__steps=2))
+
+
 def test_explosion_is_judged_against_the_usual_norm_and_not_before_there_is_one() -> None:
     guard = StepGuard(GuardsConfig(explosion=10.0))
 
@@ -143,6 +163,30 @@ def test_explosion_is_judged_against_the_usual_norm_and_not_before_there_is_one(
     again = StepGuard(GuardsConfig(explosion=10.0))
     again.load(json.loads(json.dumps(guard.as_json())))
     assert again.as_json() == guard.as_json()
+
+
+def test_a_bad_gradient_is_laid_to_the_terms_that_have_it() -> None:
+    guard = StepGuard(GuardsConfig(explosion=10.0, max_dropped_steps=1))
+
+    def message(norm: float, **terms: float) -> str:
+        assert guard.judge(20, {"a": 0.0}, norm, overflow_expected=False, terms=terms) is not None
+        with pytest.raises(RunError) as caught:
+            guard.check()
+        return str(caught.value)
+
+    for step in range(10):
+        guard.judge(step, {"a": 0.0}, 1.0, overflow_expected=False, terms={"a": 2.0, "b": 3.0})
+    nan = float("nan")
+    assert 'that of "b", at the images already' in message(nan, a=2.0, b=nan)
+    assert 'that of "a" and "b", at' in message(nan, a=float("inf"), b=nan)
+    told = message(nan, a=2.0, b=3.0)
+    assert "so are the gradients of all rewards at the images" in told
+    assert "infinite slope" not in told
+    assert 'where 1 is usual (at the images: "b" 50 times).' in message(100.0, a=2.0, b=150.0)
+    assert "where 1 is usual. " in message(100.0, a=2.0, b=3.0), "it grew behind the images"
+    again = StepGuard(guard.config)
+    again.load(json.loads(json.dumps(guard.as_json())))
+    assert again.terms == {"a": [2.0] * 10, "b": [3.0] * 10}
 
 
 # -- held-out scores --------------------------------------------------------------------------------------------------

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import sys
 from collections.abc import Callable
+from html import unescape
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 import pytest
+import torch
 from pydantic import Field
 
 from alignprop_core import train
-from alignprop_core.config import RunConfig, load_config, parse_config
+from alignprop_core.config import RewardTerm, RunConfig, load_config, parse_config
 from alignprop_core.config_errors import InvalidConfig
-from alignprop_core.errors import PluginError, RewardError
+from alignprop_core.errors import ConfigError, PluginError, TrialError
 from alignprop_core.local_rewards import from_file, public_name
+from alignprop_core.prompts import PromptSet
 from alignprop_core.reward import Reward
 from alignprop_core.specs import RewardConfig
+from alignprop_core.terms import drawn_size, load_terms, score_advice, try_local
 from alignprop_core.training import Trainer
 from tests.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
@@ -220,10 +226,133 @@ def test_a_file_without_a_gradient_is_refused_before_a_model_loads(
 
     monkeypatch.setattr("alignprop_core.training.trainer.load_pipeline", load)
     config = parse(folder, data({"name": "./my_rewards.py:Detached"}))
-    with pytest.raises(RewardError, match=r'"detached" returned scores without.*use it under evaluation\.rewards'):
+    words = r'^rewards\.0\.name: .*"detached" returned scores without.*use it under evaluation\.rewards'
+    with pytest.raises(TrialError, match=words):
         Trainer(config, registry=registry())
-    with pytest.raises(RewardError, match=r'"mine" returned scores without a gradient'):
+    with pytest.raises(TrialError, match=r'^rewards\.1\.name: .*"mine" returned scores without a gradient'):
         Trainer(parse(folder, data({"name": "redness"})), registry=registry(), rewards={"mine": NoGradient()})
+
+
+@pytest.mark.parametrize("kind", ["Detached", "Measure"])
+def test_a_class_without_gradient_has_key_and_line_whether_it_says_so_or_not(
+    folder: Path, data: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    import yaml
+
+    from alignprop_core.cli import run
+
+    path = folder / "run.yaml"
+    # A plugin whose name no installed one has would be refused first.
+    path.write_text(yaml.safe_dump(data({"name": f"./my_rewards.py:{kind}"}), sort_keys=False))
+    (line,) = (i for i, text in enumerate(path.read_text().splitlines(), 1) if kind in text)
+    assert run(["train", str(path)]) == 2
+    assert f"error: {path}:{line}: rewards.0.name: " in capsys.readouterr().err
+
+
+PICKY = """
+import torch.nn.functional as F
+from alignprop_core import Reward
+
+
+class Large(Reward):
+    def score(self, batch):
+        self.seen = (tuple(batch.images.shape), str(batch.images.dtype))
+        return F.unfold(batch.images, 100).mean((1, 2))
+
+
+class Broken(Reward):
+    def score(self, batch):
+        return helps(batch.images)
+
+
+def helps(images):
+    return images.mean((1, 2, 3)).reshape(7, 7)
+"""
+
+
+def trial(folder: Path, data: dict[str, Any], **options: Any) -> Any:
+    config = parse(folder, data)
+    known = registry()
+    terms = load_terms(config.rewards, known)
+    prompts = PromptSet("mine", ("a fox",), ({},))
+    size = drawn_size(config, known)
+    try_local(terms, config.rewards, known, prompts=prompts, device=torch.device("cpu"), **{"size": size, **options})
+    return terms[0].reward
+
+
+def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
+    (folder / "picky.py").write_text(PICKY)
+    large = {"name": "./picky.py:Large"}
+    sized = {"sampling": {"steps": 2, "width": 136, "height": 104}}
+    assert trial(folder, data(large, **sized)).seen == ((1, 3, 104, 136), "torch.float32")
+    with pytest.raises(TrialError, match=r"trial before training, with 1 random image of 96x104 pixels \(the size the"):
+        trial(folder, data(large, sampling={"steps": 2, "width": 96, "height": 104}))
+    with pytest.raises(TrialError, match=r"512x512 pixels \(as the model's own size is not known before it loads\)"):
+        trial(folder, data({"name": "./picky.py:Broken"}), size=None)
+
+
+def test_the_trainer_tries_at_the_size_it_draws(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
+    (folder / "picky.py").write_text(PICKY)
+    sections = data({"name": "./picky.py:Large"}, sampling={"steps": 1, "width": 136, "height": 104})
+    trainer = Trainer(parse(folder, sections), registry=registry())
+    assert trainer.mix.terms[0].reward.seen == ((1, 3, 104, 136), "torch.float32")
+    with pytest.raises(TrialError, match="of 96x104 pixels"):
+        Trainer(parse(folder, {**sections, "sampling": {"width": 96, "height": 104}}), registry=registry())
+
+
+def test_the_size_a_run_draws_is_read_without_loading_its_model(
+    folder: Path, data: Callable[..., dict[str, Any]], tiny_model: Path
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    def size(**sections: Any) -> tuple[int, int] | None:
+        return drawn_size(parse(folder, data({"name": "redness"}, **sections)), registry())
+
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
+    config = parse(folder, data({"name": "redness"}))
+    own = (pipeline.unet.config.sample_size * pipeline.vae_scale_factor,) * 2
+    assert size() == drawn_size(config, registry(), pipeline) == own
+    assert size(sampling={"width": 200}) == (own[0], 200)
+    assert size(model={"base": str(tiny_model), "vae": str(tiny_model)}) == own
+    assert size(model={"base": "nobody/nothing"}) is None
+    assert size(model={"base": "nobody/nothing"}, sampling={"width": 64, "height": 32}) == (32, 64)
+
+
+def test_a_reward_that_raises_says_where_in_its_own_code(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
+    (folder / "picky.py").write_text(PICKY)
+    line = PICKY.splitlines().index("    return images.mean((1, 2, 3)).reshape(7, 7)") + 1
+    with pytest.raises(TrialError) as caught:
+        trial(folder, data({"name": "./picky.py:Broken"}))
+    assert f" ({folder / 'picky.py'}:{line}, in helps). This was a trial" in str(caught.value)
+    (folder / "inside.py").write_text(PICKY.replace("100).mean((1, 2))", "100, nonsense=1)"))
+    with pytest.raises(TrialError, match=r"inside\.py:9, in score\)"):  # raised in torch's own code or at its door
+        trial(folder, data({"name": "./inside.py:Large"}))
+
+
+def test_advice_to_score_names_the_reward_and_not_its_label(
+    folder: Path,
+    data: Callable[..., dict[str, Any]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from PIL import Image
+
+    from alignprop_core.cli import run
+
+    known = registry().with_rewards({"mine": Redness()})
+    plugin = RewardTerm(name="redness", label="r", options={"gain": 1.0})
+    assert score_advice(plugin, known) == "with `alignprop score IMAGE --reward redness`"
+    isolated = RewardTerm.model_validate({"name": "far", "isolation": {"python": "/envs/far/bin/python"}})
+    assert score_advice(RewardTerm(name="mine"), known) == score_advice(isolated, known) == ""
+    terms = {"name": "./my_rewards.py:MyRedness", "label": "m", "options": {"gain": 3.0, "channels": [1, 2]}}
+    (entry,) = parse(folder, data(terms)).rewards
+    advice = score_advice(entry, known)
+    assert f"IMAGE --reward {folder / 'my_rewards.py'}:MyRedness -o gain=3.0 -o 'channels=[1, 2]'`" in advice
+    Image.new("RGB", (64, 64), (0, 255, 0)).save(folder / "green.png")
+    command = advice.removeprefix("with `alignprop ").removesuffix("`").replace("IMAGE", str(folder / "green.png"))
+    monkeypatch.chdir("/")
+    assert run(shlex.split(command)) == 0
+    assert "1.5" in capsys.readouterr().out, "3 times the mean of green and blue"
 
 
 def test_paths_on_the_command_line_start_in_the_working_directory(
@@ -293,6 +422,23 @@ def test_a_config_without_rewards_takes_the_objects(folder: Path, data: Callable
     assert trainer.mix.labels == ["redness", "mine"]
 
 
+def test_a_config_made_in_python_needs_no_rewards_beside_objects(
+    folder: Path, data: Callable[..., dict[str, Any]]
+) -> None:
+    sections = {key: value for key, value in parse(folder, data({"name": "redness"})) if key != "rewards"}
+    config = RunConfig(**sections)
+    assert train(config, registry=registry(), rewards={"mine": Redness()}).is_dir()
+    with pytest.raises(ConfigError, match=r"^rewards: there is nothing to train on.*pass an object"):
+        Trainer(config, registry=registry())
+    assert refused(folder, {**data(), "rewards": []}).keys() == {"rewards"}
+    missing = data()
+    del missing["rewards"]
+    assert refused(folder, missing) == {"rewards": "is missing; write it."}
+    schema = RunConfig.model_json_schema()
+    assert "rewards" in schema["required"]
+    assert "default" not in schema["properties"]["rewards"]
+
+
 def test_an_object_can_be_watched_instead(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
     known = registry().with_rewards({"mine": NoGradient()})
     sections = data({"name": "redness"}, evaluation={"rewards": [{"name": "mine"}]})
@@ -333,3 +479,41 @@ def test_objects_are_checked_like_plugins(folder: Path, data: Callable[..., dict
     assert "there it is 3" in found["rewards.1.options.size"]
     assert 'Did you mean "bare"' in found["rewards.2.name"]
     assert not known.load_reward("bare").training
+
+
+def test_a_run_on_objects_says_at_the_command_line_what_to_do(
+    folder: Path, data: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    from alignprop_core.cli import run as command
+    from alignprop_core.evaluation.report import run_page
+    from alignprop_core.evaluation.report.read import read_run
+
+    (folder / "run.yaml").write_text(yaml.safe_dump({**data(), "rewards": [{"name": "mine"}]}))
+    made = train(folder / "run.yaml", registry=registry(), rewards={"mine": Redness()})
+    words = [
+        'rewards.0.name: "mine" was an object passed from Python (class Redness of module tests.toy_rewards)',
+        f'alignprop_core.train("{made / "config.yaml"}", rewards={{"mine": ...}})',
+        f'resume=Path("{made}")',
+        "./my_rewards.py:Redness",
+    ]
+    for arguments in (["evaluate", str(made)], ["train", str(made / "config.yaml"), "--resume", "latest"]):
+        assert command(arguments) == 2
+        message = capsys.readouterr().err
+        for word in words:
+            assert word in message
+        assert "No installed plugin" not in message
+
+    page = unescape(run_page(read_run(made)))
+    assert "--resume" not in page
+    (code,) = re.findall(r"import alignprop_core\n.*?resume=run\)", page, re.DOTALL)
+    assert 'train(run / "config.yaml", ["training.steps=4"], rewards={"mine": ...}, resume=run)' in code
+    # What the page says works, with the object in place of the dots.
+    exec(code.replace("...", "Redness()"), {"Path": Path, "Redness": Redness})
+    assert len((made / "metrics.jsonl").read_text().splitlines()) == 4
+    # And so does what the message says of evaluating.
+    text = (made / "config.yaml").read_text()
+    (made / "config.yaml").write_text(text.replace("name: mine", "name: ../my_rewards.py:MyRedness", 1))
+    assert command(["evaluate", str(made), "--images-per-prompt", "1"]) == 0
+    assert "mine" in capsys.readouterr().out, "the label stays"

@@ -324,6 +324,23 @@ def test_running_figures_forget_slowly_and_count_the_first_step_in_full() -> Non
     assert Running.from_json(json.loads(json.dumps(before))) == running
 
 
+def test_one_wild_gradient_does_not_mute_a_term() -> None:
+    mix = Mix(terms()[:1], MixConfig(combine="balanced"))
+    running = mix.running["redness"]
+    for size in (1.0, 1.0, 300.0, *[1.0] * 30):
+        running.add(0.0, 1.0, size**2, 0.9)
+    assert mix.factors() == pytest.approx([0.7], rel=0.35)  # 1/300 of it before outliers were held
+
+
+def test_a_gradient_that_stays_large_is_learned() -> None:
+    mix = Mix(terms()[:1], MixConfig(combine="balanced"))
+    running = mix.running["redness"]
+    for size in (1.0, 1.0, 300.0, 300.0):
+        running.add(0.0, 1.0, size**2, 0.9)
+    assert mix.factors()[0] < 0.7 / 100
+    assert Running.from_json(json.loads(json.dumps(running.as_json()))) == running
+
+
 def test_a_fading_gradient_is_enlarged_only_so_far() -> None:
     mix = Mix(terms()[:1], MixConfig(combine="balanced", decay=0.0, scale_floor=0.25))
     running = mix.running["redness"]

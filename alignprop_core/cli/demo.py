@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from alignprop_core.cli import common
 from alignprop_core.cli.train import finish
 
+if TYPE_CHECKING:
+    from alignprop_core.config import RunConfig
+
 
 def demo(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=5."),
     model: str = typer.Option("starter", help="A registered model that brings a demo."),
-    output: Path = typer.Option(Path("demo"), help="Run folder; an earlier demo in it is replaced."),
+    output: Path = typer.Option(Path("demo"), help="Run folder; an earlier run of this demo in it is replaced."),
 ) -> None:
     """Fine-tune a registered model on its demo config and write a before/after sheet."""
     common.quiet_libraries()
@@ -33,9 +37,24 @@ def demo(
     with common.status("loading rewards and model"):
         from alignprop_core.training import Trainer
 
-        trainer = Trainer(settings, registry=registry, overwrite=True)
+        trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings))
     from alignprop_core.training.run import run
 
     folder = run(trainer, common.console(stderr=True))
     finish(trainer, folder)
     common.print_facts([("before and after", str(folder / "images" / "before_after.png"))])
+
+
+def _is_demo(folder: Path, settings: RunConfig) -> bool:
+    """Whether a run folder holds an earlier run of this demo, and no work of the user's."""
+    from yaml import YAMLError, safe_load
+
+    try:
+        earlier = safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        return bool(
+            earlier["model"]["base"] == settings.model.base
+            and earlier["prompts"]["train"] == settings.prompts.train
+            and [term["name"] for term in earlier["rewards"]] == [term.name for term in settings.rewards]
+        )
+    except (OSError, YAMLError, KeyError, TypeError):
+        return False

@@ -37,7 +37,9 @@ class _Subject:
 def evaluate(
     run: Path | None = typer.Argument(None, metavar="[RUN]", help="A run folder; its config says what to evaluate."),
     model: str = typer.Option("", help="Instead of a run: a model ..."),
-    lora: Path | None = typer.Option(None, help="... and a LoRA folder or file."),
+    lora: Path | None = typer.Option(
+        None, help="... and a LoRA folder or file. With a run: one of its files, or any other, instead of its result."
+    ),
     prompts: str = typer.Option("", help="Held-out prompts: a registered set or a file; a run's own if left out."),
     reward: list[str] = typer.Option([], help="Rewards to report beside the run's own (repeat the option)."),
     option: list[str] = typer.Option(
@@ -68,12 +70,14 @@ def evaluate(
 
     if (run is None) == (not model):
         raise UserError("Give a run folder, or --model M with --lora DIR.")
+    if run is not None and lora is not None and output is None:
+        raise UserError("--lora beside a run takes --output FOLDER: the run folder keeps the run's own evaluation.")
     if (strengths or soup) and run is None and lora is None:
         raise UserError("--strengths and --soup need a LoRA: give a run folder, or --lora DIR beside --model.")
     points = _points(strengths, soup is not None)
     registry = default_registry()
     with nullcontext() if run is None else located(run / "config.yaml"):
-        subject = _Subject(model=model, lora=lora) if run is None else _of_run(run, registry)
+        subject = _Subject(model=model, lora=lora) if run is None else _of_run(run, lora, registry)
         chosen = _prompts(prompts, subject.heldout, registry)
         entries = _with_further(subject.rewards, reward_entries(reward, option, registry))
         if not entries:
@@ -169,18 +173,19 @@ def evaluate(
         common.print_facts([("figures", str(folder / "evaluation.json")), ("sheet", str(sheet))])
 
 
-def _of_run(run: Path, registry: Registry) -> _Subject:
+def _of_run(run: Path, lora: Path | None, registry: Registry) -> _Subject:
     from alignprop_core.config import load_config
     from alignprop_core.model_files import find_lora
     from alignprop_core.preflight import check_model, check_rewards
 
     config = load_config(run / "config.yaml", registry=registry)
-    find_lora(run / "lora")
+    lora = run / "lora" if lora is None else lora
+    find_lora(lora)
     check_model(config, registry)
     check_rewards(config, registry)
     return _Subject(
         model=config.model.base,
-        lora=run / "lora",
+        lora=lora,
         vae=config.model.vae,
         frozen=config.model.loras,
         precision=config.training.mixed_precision,

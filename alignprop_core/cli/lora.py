@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
+from typer.core import TyperCommand
 
 from alignprop_core.cli import common
 
@@ -18,11 +20,28 @@ _LORA = typer.Argument(help="A LoRA file of either format, a LoRA folder or a ru
 _OUTPUT = typer.Option(..., help="Folder for the result: diffusers' file, and NAME.safetensors in kohya's layout.")
 _NAME = typer.Option("", help="Name of the kohya file; the output folder's if left out.")
 
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
 
-@app.command()
+
+class _TakesNegativeNumbers(TyperCommand):
+    """A command whose last argument may be a number below zero, which would look like an option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        numbers = [
+            i
+            for i, word in enumerate(args)
+            if _NEGATIVE.fullmatch(word) and not (i and args[i - 1].startswith("--"))  # an option's value
+        ]
+        if numbers and "--" not in args:
+            others = [word for i, word in enumerate(args) if i not in numbers]
+            args = [*others, "--", *(args[i] for i in numbers)]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_TakesNegativeNumbers)
 def scale(
     lora: Path = _LORA,
-    strength: float = typer.Argument(help="Factor on the weight change, such as 0.7."),
+    strength: float = typer.Argument(help="Factor on the weight change, such as 0.7 or -1."),
     output: Path = _OUTPUT,
     name: str = _NAME,
 ) -> None:

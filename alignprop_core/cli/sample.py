@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -56,16 +57,27 @@ def sample(
     from alignprop_core.evaluation.sheet import save_picture, to_picture
     from alignprop_core.training.progress import progress_bar
 
-    files = []
+    files: list[Path] = []
+    names = unlike([safe_name(prompt, longest=60) for prompt in prompts])
     with progress_bar(common.console(stderr=True)) as bar, torch.no_grad():
         task = bar.add_task("drawing", total=len(prompts) * count, figures="")
-        for prompt in prompts:
+        for name, prompt in zip(names, prompts, strict=True):
             for number in range(seed, seed + count):
                 image = sampler([prompt], generator=torch.Generator().manual_seed(number))[0]
-                file = output / f"{safe_name(prompt, longest=60)}-{number}.png"
+                file = output / f"{name}-{number}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 save_picture(to_picture(image), file)
                 files.append(file)
                 bar.advance(task)
     for file in files:
         common.console().print(str(file), soft_wrap=True)
+
+
+def unlike(names: Sequence[str]) -> list[str]:
+    """Return file names, each different: prompts that differ in signs, or far behind, have the same one."""
+    seen: dict[str, int] = {}
+    found = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
+    return found

@@ -22,7 +22,7 @@ def score(
     option: list[str] = typer.Option(
         [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="One of a reward's options; of several, NAME's."
     ),
-    prompt: str = typer.Option("", help="The prompt the pictures were made from, for rewards that read it."),
+    prompt: str | None = typer.Option(None, help="The prompt the pictures were made from, for rewards that read it."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
     json: bool = common.JSON_OPTION,
 ) -> None:
@@ -36,7 +36,7 @@ def score(
     entries = reward_entries(reward, option, registry)
     specs = [registry.reward(entry.name).spec for entry in entries]
     for entry, spec in zip(entries, specs, strict=True):
-        if spec.needs_prompts and not prompt:
+        if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
     pictures = [read_picture(path) for path in images]
 
@@ -57,7 +57,7 @@ def score(
         for picture in pictures:
             # One by one: pictures may differ in size.
             image = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(where) / 255
-            batch = ImageBatch(images=image, prompts=[prompt], metadata=[{}])
+            batch = ImageBatch(images=image, prompts=[prompt or ""], metadata=[{}])
             rows.append([float(term.score(batch)[0]) for term in terms])
     labels = [term.label for term in terms]
     if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,15 @@ def train(
     config: Path = typer.Argument(help="A run config (YAML)."),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=20."),
     resume: str = typer.Option("", help="Go on: `latest` (of the output folder), a run folder or a checkpoint."),
+    edited: bool = typer.Option(
+        False, "--edited", help="With --resume: although the code of a reward was changed since, as after mending it."
+    ),
     dry_run: bool = typer.Option(False, "--dry-run", help="Check and load everything, train nothing, write nothing."),
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
     from alignprop_core.config import load_config, located
+    from alignprop_core.errors import RunError
     from alignprop_core.preflight import check_inputs
     from alignprop_core.registry import default_registry
 
@@ -33,7 +38,7 @@ def train(
     where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
     with located(config, overrides or []):
         # The trainer checks the same; but its libraries take many seconds to import, and torch alone a few.
-        check_inputs(settings, registry, resume=where)
+        check_inputs(settings, registry, resume=where, edited=edited)
         from alignprop_core.devices import device_and_dtype
 
         device_and_dtype(settings.training)
@@ -42,14 +47,19 @@ def train(
             from alignprop_core.training.measures import Measures
             from alignprop_core.training.run import run
 
-            trainer = Trainer(settings, registry=registry, resume=where)
+            trainer = Trainer(settings, registry=registry, resume=where, edited=edited)
         if dry_run:
             if trainer.heldout is not None:
                 Measures(trainer).load()
             common.print_facts(_facts(trainer))
             common.console().print("Everything loads. Nothing was trained or written.")
             return
-        folder = run(trainer, common.console(stderr=True))
+        try:
+            folder = run(trainer, common.console(stderr=True))
+        except RunError as error:
+            if trainer.state.is_main_process:
+                error.add_note(_what_is_left(trainer))
+            raise
     if trainer.state.is_main_process:
         finish(trainer, folder)
     if trainer.state.num_processes > 1:
@@ -78,6 +88,23 @@ def _weight(term: Term) -> str:
     return f"{term.weight:g}"
 
 
+def _what_is_left(trainer: Trainer) -> str:
+    """Return how far a run came that failed, which of its states is saved, and how to go on from there."""
+    from alignprop_core.local_rewards import split_file_name
+
+    done = trainer.step_number
+    came = f"The run failed after {done} of {trainer.config.training.steps} steps."
+    saved = sorted((trainer.output / "checkpoints").glob("step-*"))
+    if not saved:
+        return f"{came} No checkpoint was saved."
+    step = int(saved[-1].name.removeprefix("step-"))
+    state = "That state" if step == done else f"The state after step {step}"
+    again = shlex.join(["alignprop", "train", str(trainer.output / "config.yaml"), "--resume", "latest"])
+    files = any(split_file_name(term.name) for term in trainer.config.rewards)
+    changed = " (and --edited, if you mend its file)" if files else ""
+    return f"{came} {state} is saved in {saved[-1]}. Go on from it with{changed}:\n{again}"
+
+
 def finish(trainer: Trainer, folder: Path) -> None:
     """Print what a run made: the evaluation, if there was one, why it stopped early, and where its files are."""
     from alignprop_core.training.callbacks import Evaluation
@@ -88,6 +115,8 @@ def finish(trainer: Trainer, folder: Path) -> None:
     stopped = (
         [] if trainer.stop_reason is None else [("stopped", f"at step {trainer.step_number}: {trainer.stop_reason}")]
     )
+    # Without previews and an evaluation there are no pictures, and a page that cannot be written costs no run.
+    made = [("pictures", folder / "images"), ("figures", folder / "metrics.jsonl"), ("report", folder / "report.html")]
     common.print_facts(
         [
             *stopped,
@@ -95,9 +124,7 @@ def finish(trainer: Trainer, folder: Path) -> None:
                 "LoRA",
                 f"{folder / 'lora'}  (diffusers: pipe.load_lora_weights; ComfyUI and A1111: {folder.name}.safetensors)",
             ),
-            ("pictures", str(folder / "images")),
-            ("figures", str(folder / "metrics.jsonl")),
-            ("report", str(folder / "report.html")),
+            *((what, str(path)) for what, path in made if path.exists()),
         ]
     )
 

@@ -18,6 +18,9 @@ from alignprop_core.errors import LoraError
 from alignprop_core.lora.formats import Factors
 from alignprop_core.lora.whole import WholeLora
 
+_OURS, _TITLE = "alignprop.", "modelspec.title"
+_STRENGTH, _BASE = f"{_OURS}strength", f"{_OURS}base_model"
+
 
 @dataclass(frozen=True)
 class Mixed:
@@ -37,15 +40,25 @@ class Mixed:
 
 
 def scale(lora: WholeLora, strength: float) -> WholeLora:
-    """Return the LoRA with its weight change multiplied by `strength`."""
+    """Return the LoRA with its weight change multiplied by `strength`.
+
+    The header's `alignprop.strength` is the product over all scalings since training (or mixing).
+    """
     if not math.isfinite(strength):
         raise LoraError(f"A LoRA strength of {strength} means nothing; give a finite number.")
     parts = {
         component: {name: layer._replace(scale=layer.scale * strength) for name, layer in part.items()}
         for component, part in lora.parts.items()
     }
-    header = {**lora.header, "alignprop.strength": f"{strength:g}"}
+    header = {**lora.header, _STRENGTH: _product(lora.header.get(_STRENGTH), strength)}
     return replace(lora, parts=parts, header=header)
+
+
+def _product(before: str | None, strength: float) -> str:
+    try:
+        return f"{float(before or 1) * strength:g}"
+    except ValueError:  # another program's word for it; what came after is known
+        return f"{before} * {strength:g}"
 
 
 def mix(
@@ -60,7 +73,8 @@ def mix(
         loras: LoRAs for one kind of model; they may change other layers and have other ranks.
         weights: one for each; negative ones take away, those of 0 are left out.
         rank: the highest rank of the result; None keeps all.
-        names: what the LoRAs are called in the header.
+        names: what the LoRAs are called in the header. It says the weights under `alignprop.mix`, and under
+            `alignprop.inputs`, in the same order, what the header of each LoRA says of it: title, rewards, steps.
 
     Raises:
         LoraError: weights that do not fit, or LoRAs for other models.
@@ -82,10 +96,29 @@ def mix(
                 layers.setdefault(name, []).append(layer._replace(scale=layer.scale * weight))
         parts[component] = {name: _join(name, together) for name, together in layers.items()}
     told = [{"lora": name, "weight": weight} for name, weight in zip(names, weights, strict=False)]
-    header = {key: value for key, value in used[0][0].header.items() if not key.startswith("alignprop.")}
+    header = {key: value for key, value in used[0][0].header.items() if not key.startswith(_OURS)}
+    bases = {lora.header.get(_BASE) for lora, _ in used}
+    if len(bases) == 1 and (base := bases.pop()) is not None:
+        header[_BASE] = base
+    inputs = [_known(lora) for lora in loras]
     header |= {"alignprop.mix": json.dumps(told)} if told else {}
+    header |= {"alignprop.inputs": json.dumps(inputs)} if any(inputs) else {}
     mixed = WholeLora(parts, used[0][0].component, header)
     return Mixed(mixed) if rank is None else _cut(mixed, rank)
+
+
+def _known(lora: WholeLora) -> dict[str, object]:
+    """Return what a LoRA's header says of it, without the prefix; values that are JSON (rewards, mixes) as data."""
+    title = {key: lora.header[_TITLE] for key in ("title",) if _TITLE in lora.header}
+    ours = {key.removeprefix(_OURS): value for key, value in lora.header.items() if key.startswith(_OURS)}
+    return title | {key: _data(value) for key, value in ours.items()}
+
+
+def _data(value: str) -> object:
+    try:
+        return json.loads(value) if value.startswith(("[", "{")) else value
+    except ValueError:
+        return value
 
 
 def _join(name: str, together: Sequence[Factors]) -> Factors:

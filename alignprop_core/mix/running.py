@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+OUTLIER = 10.0
+"""How many times its usual size a step's gradient may count as, unless the step before was as large."""
+
 
 @dataclass
 class Running:
@@ -20,6 +23,7 @@ class Running:
         gradient_square: of the squared batch gradient norm.
         highest_spread: the largest standard deviation there has been.
         highest_gradient: the largest root mean square of the gradient norm there has been.
+        outliers: how many steps up to now, in a row, had a gradient over `OUTLIER` times the usual.
     """
 
     mass: float = 0.0
@@ -28,6 +32,7 @@ class Running:
     gradient_square: float = 0.0
     highest_spread: float = 0.0
     highest_gradient: float = 0.0
+    outliers: float = 0.0
 
     @property
     def spread(self) -> float:
@@ -48,6 +53,11 @@ class Running:
         """Take in one step's figures; those of a step with anything that is not finite are left out."""
         if not all(math.isfinite(value) for value in (score, score_square, gradient_square)):
             return
+        # One wild step must not mute a term for the rest of the run, which `highest_gradient` would; two are a change.
+        limit = (OUTLIER * self.gradient) ** 2
+        self.outliers = self.outliers + 1 if 0 < limit < gradient_square else 0.0
+        if self.outliers == 1:
+            gradient_square = limit
         self.mass = decay * self.mass + (1 - decay)
         self.score = decay * self.score + (1 - decay) * score
         self.score_square = decay * self.score_square + (1 - decay) * score_square

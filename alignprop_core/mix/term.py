@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sysconfig
+import traceback
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,6 +16,24 @@ from torch import Tensor
 from alignprop_core.errors import RewardError, UserError
 from alignprop_core.mix.offload import Offload
 from alignprop_core.reward import ImageBatch, Reward, check_scores
+
+_LIBRARIES = Path(torch.__file__).parents[1]
+_NOT_THE_REWARDS = (Path(__file__).parents[1], _LIBRARIES / "torch", _LIBRARIES / "torchvision")
+_STANDARD, _INSTALLED = Path(sysconfig.get_path("stdlib")), ("site-packages", "dist-packages")
+"""Code in which the author of a reward has nothing to mend."""
+
+
+def raised_at(error: BaseException) -> str:
+    """Return ` (my_rewards.py:12, in score)`, the last place in a reward's own code that an error passed; or nothing.
+
+    Frames of this package, torch, torchvision and the standard library are left out.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        standard = file.is_relative_to(_STANDARD) and not set(_INSTALLED) & set(file.parts)
+        if not (standard or frame.filename.startswith("<frozen") or any(map(file.is_relative_to, _NOT_THE_REWARDS))):
+            return f" ({file}:{frame.lineno}, in {frame.name})"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -79,14 +100,18 @@ class Term:
         try:
             yield
         except (UserError, RewardError) as error:  # the reward's own words: a prompt without a number, say
-            raise type(error)(f'Reward "{self.label}": {error}') from error
+            told = type(error)(f'Reward "{self.label}": {error}')
+            for note in getattr(error, "__notes__", ()):
+                told.add_note(note)
+            raise told from error
         except torch.OutOfMemoryError as error:
             raise RewardError(
                 f'Reward "{self.label}" ran out of memory. Score fewer images at a time (mix.reward_batch_size), or '
                 "keep the rewards' weights on the CPU between uses (mix.offload: true)."
             ) from error
         except Exception as error:
-            raise RewardError(f'Reward "{self.label}" {what} {type(error).__name__}: {error}') from error
+            words = f"{type(error).__name__}: {error}{raised_at(error)}"
+            raise RewardError(f'Reward "{self.label}" {what} {words}') from error
 
     def counted(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Return what raw scores count for, and the slope of that.

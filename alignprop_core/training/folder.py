@@ -13,6 +13,7 @@ import torch
 from alignprop_core.config import RunConfig, resolved_yaml
 from alignprop_core.environment import environment
 from alignprop_core.registry import Registry
+from alignprop_core.resume import class_checksum
 from alignprop_core.runs import RunFolder
 
 
@@ -72,4 +73,10 @@ def _environment(config: RunConfig, registry: Registry, device: torch.device) ->
     model = registry.find_model(config.model.base)
     used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
     known = environment(used, [offer.spec for offer in offers])
-    return known | {"local_rewards": local, "isolated_rewards": isolated, "training_device": str(device)}
+    sources = {name: class_checksum(registry.given[name]) for name in local if name in registry.given}
+    return known | {
+        "local_rewards": local,
+        "class_sources": sources,
+        "isolated_rewards": isolated,
+        "training_device": str(device),
+    }

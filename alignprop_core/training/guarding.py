@@ -23,8 +23,10 @@ class Guarding:
         best: the best evaluated adapters so far, as `lora.state` gives them, or None.
     """
 
-    def __init__(self, config: RunConfig, parameters: Sequence[nn.Parameter]) -> None:
-        self.steps, self.heldout = StepGuard(config.guards), HeldOutGuard(config.guards)
+    def __init__(
+        self, config: RunConfig, parameters: Sequence[nn.Parameter], advice: Mapping[str, str] | None = None
+    ) -> None:
+        self.steps, self.heldout = StepGuard(config.guards, advice), HeldOutGuard(config.guards)
         decay = config.optimizer.ema_decay
         self.average = None if decay is None else Average(parameters, decay)
         self.best: dict[str, Tensor] | None = None

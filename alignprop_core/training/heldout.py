@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alignprop_core import lora
+from alignprop_core.config import RewardTerm
 from alignprop_core.evaluation.compare import Variant
 from alignprop_core.evaluation.statistics import summary
+from alignprop_core.measured import measure_entries
+from alignprop_core.registry import Registry
+from alignprop_core.resume import class_checksum, file_checksum
 from alignprop_core.training.callback import Callback, StepRecord
-from alignprop_core.training.guards import spread
+from alignprop_core.training.guards import Subject, spread
 from alignprop_core.training.lora_names import lora_metadata, lora_name
 from alignprop_core.training.measures import Measures
 
@@ -39,10 +46,14 @@ class HeldOut(Callback):
         self.bar = bar
 
     def on_start(self, trainer: Trainer) -> None:
-        """Evaluate the start; a resumed run makes up for what was interrupted, and stops if it had gone far enough."""
+        """Evaluate the start; a resumed run makes up for what was interrupted, and stops if it had gone far enough.
+
+        One that measures something else than before takes this evaluation for its first.
+        """
         if trainer.config.evaluation.every is None:
             return
         self.measures.load()
+        self._go_on(trainer)
         last = trainer.guarding.heldout.standing.step
         if last is None or (last != trainer.step_number and self._due(trainer)):
             self.evaluate(trainer)
@@ -87,6 +98,25 @@ class HeldOut(Callback):
         if reason := trainer.guarding.heldout.stop_reason():
             trainer.stop(reason)
 
+    def _go_on(self, trainer: Trainer) -> None:
+        """Bring what a checkpoint knows to this run: the best so far and its files, if they still count."""
+        guarding = trainer.guarding
+        if why := guarding.heldout.measures(subject_of(trainer)):
+            guarding.best = None
+            self._say(
+                f"evaluations are not compared with those before the resume: {why}; the one at step "
+                f"{trainer.step_number} is the first that counts"
+            )
+        if guarding.best is None:
+            # Files of a best that does not count, or that came after the checkpoint.
+            if (stale := trainer.folder.lora / "best").is_dir():
+                shutil.rmtree(stale)
+            return
+        own = lora.state(trainer.denoiser)
+        lora.load_state(trainer.denoiser, guarding.best)
+        self._save_best(trainer)
+        lora.load_state(trainer.denoiser, own)
+
     @staticmethod
     def _due(trainer: Trainer) -> bool:
         every, step = trainer.config.evaluation.every, trainer.step_number
@@ -123,9 +153,46 @@ class HeldOut(Callback):
             trainer.denoiser,
             trainer.folder.lora / "best",
             name=lora_name(trainer.folder.path),
-            metadata=lora_metadata(trainer),
+            metadata=lora_metadata(trainer) | {"alignprop.step": str(trainer.guarding.heldout.standing.best_step)},
             component=trainer.denoiser_name,
         )
 
     def _say(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def subject_of(trainer: Trainer) -> Subject:
+    """Return what a run's evaluations measure, as far as a resumed run may change it."""
+    config, prompts = trainer.config, trainer.heldout
+    settings, guards = config.evaluation, config.guards
+    texts = None if prompts is None else [[*pair] for pair in zip(prompts.prompts, prompts.metadata, strict=True)]
+    entries = [*config.rewards, *settings.rewards]
+    entries += measure_entries(entries, trainer.registry)
+    found = {entry.label: _reward(entry, trainer.registry) for entry in entries}
+    watched: dict[str, Any] = {"guards.watch": guards.watch, "guards.lower_is_better": guards.lower_is_better}
+    if guards.watch in found:
+        watched[f'the reward "{guards.watch}"'] = found[guards.watch]
+    else:
+        ends = {term.label: term.weight_at(config.training.steps) for term in trainer.mix.terms}
+        watched["the mix's weights at the last step (training.steps)"] = ends
+    diversity: dict[str, Any] = {"evaluation.diversity_encoder": settings.diversity_encoder}
+    if settings.diversity_encoder is not None:
+        diversity[f'the reward "{settings.diversity_encoder}"'] = found[settings.diversity_encoder]
+    return Subject(
+        pictures={
+            "the content of prompts.heldout": {"sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()},
+            "evaluation.images_per_prompt": settings.images_per_prompt,
+            "evaluation.seed": settings.seed,
+        },
+        diversity=diversity,
+        watched=watched,
+    )
+
+
+def _reward(entry: RewardTerm, registry: Registry) -> dict[str, Any]:
+    given = None if entry.isolation else registry.given.get(entry.name)
+    checksum = file_checksum(entry.name) if given is None else class_checksum(given)
+    known = {"name": entry.name, "options": entry.options, "sha256": checksum}
+    # By way of JSON, as a checkpoint keeps it: a tuple comes back as a list.
+    found: dict[str, Any] = json.loads(json.dumps(known, default=str))
+    return found

@@ -50,6 +50,7 @@ def train(
     registry: Registry | None = None,
     rewards: Mapping[str, Reward] | None = None,
     resume: Path | None = None,
+    edited: bool = False,
 ) -> Path:
     """Fine-tune on a run config, as `alignprop train` does; returns the run folder.
 
@@ -61,10 +62,11 @@ def train(
         rewards: reward objects by name, such as `{"redness": Redness(...)}`. The config's `rewards` may name them to
             give weight, ceiling and label; one it does not mention is trained on with weight 1.
         resume: a run folder or checkpoint to go on from.
+        edited: go on although the code of a reward was changed since, as after mending it.
     """
     registry = (registry or default_registry()).with_rewards(rewards or {})
     if isinstance(config, RunConfig):
-        return run(Trainer(config, registry=registry, callbacks=callbacks, resume=resume))
+        return run(Trainer(config, registry=registry, callbacks=callbacks, resume=resume, edited=edited))
     settings = load_config(config, overrides, registry=registry)
     with located(config, overrides):
-        return run(Trainer(settings, registry=registry, callbacks=callbacks, resume=resume))
+        return run(Trainer(settings, registry=registry, callbacks=callbacks, resume=resume, edited=edited))

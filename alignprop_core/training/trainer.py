@@ -21,9 +21,10 @@ from alignprop_core.metrics import STOPPED
 from alignprop_core.mix import Mix, StepFigures
 from alignprop_core.preflight import check_inputs
 from alignprop_core.registry import Registry, default_registry
+from alignprop_core.resume import check_objects
 from alignprop_core.reward import Reward
 from alignprop_core.runs import RunFolder
-from alignprop_core.terms import check_prompts, load_terms, try_local, with_given
+from alignprop_core.terms import check_prompts, drawn_size, load_terms, score_advice, try_local, with_given
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint
 from alignprop_core.training.folder import open_folder
@@ -52,6 +53,7 @@ class Trainer:
         rewards: reward objects by name, beside those of plugins; what the config does not mention gets weight 1.
         callbacks: watchers beside the built-in ones.
         resume: a run folder or checkpoint to go on from.
+        edited: go on although the code of a reward was changed since, as after mending it.
         overwrite: replace an earlier run in the output folder.
         pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
     """
@@ -64,6 +66,7 @@ class Trainer:
         rewards: Mapping[str, Reward] | None = None,
         callbacks: Sequence[Callback] = (),
         resume: Path | None = None,
+        edited: bool = False,
         overwrite: bool = False,
         pipeline: Any = None,
     ) -> None:
@@ -76,7 +79,11 @@ class Trainer:
             keep_freed_memory()
         self.output = Path(config.output)
         self._overwrite = overwrite
-        inputs = check_inputs(config, self.registry, resume=resume, overwrite=overwrite, loads_model=pipeline is None)
+        inputs = check_inputs(
+            config, self.registry, resume=resume, edited=edited, overwrite=overwrite, loads_model=pipeline is None
+        )
+        if inputs.checkpoint is not None and not edited:
+            check_objects(inputs.checkpoint, self.registry.given, config)
         checkpoint = None if inputs.checkpoint is None else load_checkpoint(inputs.checkpoint)
         self.prompts, self.heldout = inputs.prompts, inputs.heldout
         self.mix = Mix(load_terms(config.rewards, self.registry, where="rewards"), config.mix).to(self.device)
@@ -85,7 +92,8 @@ class Trainer:
         if self.heldout is not None:
             with under("prompts.heldout"):
                 check_prompts(self.mix.terms, self.heldout)
-        try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device)
+        size = drawn_size(config, self.registry, pipeline)
+        try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device, size=size)
         self.pipeline = pipeline or load_pipeline(
             config.model.base,
             registry=self.registry,
@@ -112,7 +120,8 @@ class Trainer:
         )
         self.updates = Updates(config, self.parameters, self.device, self.dtype)
         self.gradient = StepGradient(config, self.sampler, self.mix, self.prompts, self.updates, self.state)
-        self.guarding = Guarding(config, self.parameters)
+        advice = {entry.label: score_advice(entry, self.registry) for entry in config.rewards}
+        self.guarding = Guarding(config, self.parameters, advice)
         self.stop_reason: str | None = None
         self._adopted_step: int | None = None
         self.progress = _Progress()
@@ -162,6 +171,7 @@ class Trainer:
                 for callback in callbacks:
                     callback.on_step(self, record)
                 self.guarding.steps.check()
+            self.guarding.steps.check(ended=True)
             if main and self.stop_reason is not None:
                 self.folder.append_metrics({"step": self.progress.step, STOPPED: self.stop_reason})
             self._settle()
@@ -198,7 +208,8 @@ class Trainer:
         figures, grad_norm = taken.figures, taken.grad_norm
         idle = None if figures.moving else self.mix.why_idle(step)
         rate, overflow = self.updates.rate, self.updates.overflow_expected
-        dropped = self.guarding.steps.judge(step + 1, figures.score, grad_norm, overflow_expected=overflow)
+        norms = {label: norm for label, term in figures.terms.items() if (norm := term["grad_norm"]) is not None}
+        dropped = self.guarding.steps.judge(step + 1, figures.score, grad_norm, overflow_expected=overflow, terms=norms)
         self._update(figures, learn=not first and dropped is None, dropped=dropped is not None)
         return StepRecord(
             step=step + 1,

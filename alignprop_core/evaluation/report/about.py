@@ -92,7 +92,7 @@ def ran_on(environment: Mapping[str, Any]) -> Markup:
     own = mapping(environment.get("local_rewards"))
     if own:
         origins = [[str(name), _settings(origin, tuple(mapping(origin)))] for name, origin in own.items()]
-        parts.append(table(["reward", "from"], origins, caption="Rewards from Python files"))
+        parts.append(table(["reward", "from"], origins, caption="Rewards from Python"))
     return joined(parts) if parts else element("p", "environment.json says nothing of it.")
 
 
@@ -102,16 +102,7 @@ def use(run: Run) -> Markup:
     sampling = mapping(run.config.get("sampling"))
     steps, guidance = number(sampling.get("steps")) or 50, number(sampling.get("guidance_scale"))
     guidance = 7.5 if guidance is None else guidance
-    words = ["alignprop", "train", f"{folder}/config.yaml", "--resume", "latest"]
-    if pick(run.config, "output") != folder:  # the folder was moved
-        words.append(f"output={folder}")
-    if run.finished and run.planned:
-        words.append(f"training.steps={2 * run.planned}")
-    resume = joined(
-        element("h3", "Go on with the run"),
-        element("p", "It goes on from its last checkpoint."),
-        code(shlex.join(words)),
-    )
+    resume = _resume(run)
     if not run.has_lora:
         return joined(element("p", "The final LoRA is written when the run ends; there is none yet."), resume)
     sample = f"alignprop sample --model {shlex.quote(base)} --lora {shlex.quote(folder + '/lora')} "
@@ -137,6 +128,29 @@ def use(run: Run) -> Markup:
         parts.append(element("p", "Copy ", files, " into their folder of LoRAs (models/loras, models/Lora)."))
     along = "A strength below 1 lies between the base model and this one."
     return joined(parts, element("p", along), resume)
+
+
+def _resume(run: Run) -> Markup:
+    """Return how to go on with the run: a command, or Python where a reward was an object that no command has."""
+    folder = str(run.path)
+    changes = [f"output={folder}"] if pick(run.config, "output") != folder else []  # the folder was moved
+    if run.finished and run.planned:
+        changes.append(f"training.steps={2 * run.planned}")
+    said = "It goes on from its last checkpoint."
+    words = code(shlex.join(["alignprop", "train", f"{folder}/config.yaml", "--resume", "latest", *changes]))
+    own = mapping(run.environment.get("local_rewards"))
+    given = {str(name): str(pick(origin, "class")) for name, origin in own.items() if pick(origin, "module")}
+    if given:
+        named = ", ".join(f"{name} ({kind})" for name, kind in given.items())
+        said += f" From Python, where its rewards were passed: put your objects in place of the dots for {named}."
+        objects = ", ".join(f"{_quoted(name)}: ..." for name in given)
+        overrides = f" [{', '.join(map(_quoted, changes))}]," if changes else ""
+        words = code(
+            "from pathlib import Path\n\nimport alignprop_core\n\n"
+            f"run = Path({_quoted(folder)})\n"
+            f'alignprop_core.train(run / "config.yaml",{overrides} rewards={{{objects}}}, resume=run)'
+        )
+    return joined(element("h3", "Go on with the run"), element("p", said), words)
 
 
 def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:

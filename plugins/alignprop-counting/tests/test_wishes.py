@@ -51,6 +51,13 @@ def read(prompt: str) -> dict[str, int | None]:
         ("two trees, a fox", {"fox": 1}),
         ("a 3d fox", {"fox": 1}),
         ("12 cats", {"cat": 12}),
+        ("1,000 cats", {"cat": 1000}),
+        ("twenty one birds", {"bird": 21}),
+        ("half a dozen birds", {"bird": 6}),
+        ("a fox without a cat or a dog", {"fox": 1, "cat": 0, "dog": 0}),
+        ("no cats nor dogs", {"cat": 0, "dog": 0}),
+        ("a dog not far from a cat", {"dog": 1, "cat": 1}),
+        ("a zoo - 3 dogs", {"dog": 3}),
         ("", {}),
         ("a car in the rain", {}),
         ("word " * 500, {}),
@@ -118,6 +125,78 @@ def test_an_object_of_another_name_takes_the_prompts_only_number() -> None:
         reader(objects="bird").counted("three robins and two hawks", {})
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words", "reason"),
+    [
+        ("2.5 dogs", "2.5", "whole number"),
+        (".5 dogs", ".5", "whole number"),
+        ("1/2 dogs", "1/2", "whole number"),
+        ("two and a half dogs", "and a half", "whole number"),
+        ("-3 dogs", "-3", "negative"),
+        ("\u22123 dogs", "\u22123", "negative"),
+        ("minus three dogs", "minus three", "negative"),
+        ("ten thousand birds", "ten thousand", "read in digits"),
+        ("two hundred and five birds", "two hundred and five", "read in digits"),
+        ("1,001 cats", "1,001", "1000 is the most"),
+        ("5000 cats", "5000", "1000 is the most"),
+        ("10,000,000 cats", "10,000,000", "1000 is the most"),
+        ("ninety dozen cats", "ninety dozen", "1000 is the most"),
+        ("600 cats and 600 white cats", "600 and 600", "1000 is the most"),
+        ("one or two cats", "one or two", "not clear"),
+        ("two to four cats", "two to four", "not clear"),
+        ("2-4 cats", "2-4", "not clear"),
+        ("2 \u2013 4 cats", "2 \u2013 4", "not clear"),
+        ("between two and four cats", "two and four", "not clear"),
+        ("more than three cats", "more than three", "not clear"),
+        ("no more than three cats", "more than three", "not clear"),
+        ("at least three cats", "at least three", "not clear"),
+        ("several dozen birds", "several dozen", "not clear"),
+        ("one cat or two cats", "or two cats", "not clear"),
+        ("a cat or a dog", "or a dog", "not clear"),
+        ("a cat not a dog", "not a dog", "read as none"),
+        ("a cat and not two dogs", "not two dogs", "read as none"),
+        ("cats, not the dogs", "not the dogs", "read as none"),
+        ("neither a dog", "neither a dog", "read as none"),
+        ("a cat that isn't a dog", "isn't a dog", "read as none"),
+        ("no two dogs", "no two dogs", "read as none"),
+    ],
+)
+def test_what_a_guess_could_get_wrong_is_one_clear_error(prompt: str, words: str, reason: str) -> None:
+    with pytest.raises(PromptError) as caught:
+        reader().counted(prompt, {})
+    message = str(caught.value)
+    assert f'says "{words}" ("' in message
+    assert reason in message
+    assert "set the options objects and number" in message
+    # Either option, or metadata, settles it.
+    assert pairs(reader(objects="dog", number=2).counted(prompt, {})) == [("dog", 2)]
+    metadata = {"object": "dog", "number": 2}
+    assert pairs(reader(source="metadata").counted(prompt, metadata)) == [("dog", 2)]
+
+
+def test_a_doubt_about_the_number_alone_does_not_matter_where_no_number_is_needed() -> None:
+    assert pairs(reader(PresenceConfig).read("one or two cats", {})) == [("cat", None)]
+    assert pairs(reader(number=2).counted("2.5 cats", {})) == [("cat", 2)]
+    assert pairs(reader(objects="cat").counted("a cat and 2.5 dogs", {})) == [("cat", 1)]
+    for prompt in ("a cat not a dog", "zero or one dogs"):
+        with pytest.raises(PromptError, match=r'says "(not a dog|zero or one)"'):
+            reader(PresenceConfig).read(prompt, {})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "outcome"),
+    [("1,000 robins", 1000), ("two dozen robins", 24), ("twenty one robins", 21), ("three small robins", 3)],
+)
+def test_an_object_of_another_name_takes_whole_numbers(prompt: str, outcome: int) -> None:
+    assert pairs(reader(objects="bird").counted(prompt, {})) == [("bird", outcome)]
+
+
+@pytest.mark.parametrize("prompt", ["2.5 robins", "-3 robins", "ten thousand robins", "one or two robins"])
+def test_an_object_of_another_name_takes_no_doubtful_number(prompt: str) -> None:
+    with pytest.raises(PromptError, match=f'says "{prompt.removesuffix(" robins")}" \\("bird"\\)'):
+        reader(objects="bird").counted(prompt, {})
+
+
 def test_metadata_says_which_and_how_many() -> None:
     read = reader(source="metadata", object_key="animal").counted
     assert pairs(read("", {"animal": "fox", "number": 3})) == [("fox", 3)]
@@ -152,6 +231,30 @@ def test_an_unknown_class_is_answered_with_the_nearest() -> None:
         reader().counted("three foxxes", {})
     with pytest.raises(PromptError, match=r'The prompt "" names no class .* It knows 12: cat, dog'):
         reader().counted("", {})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "nearest"),
+    [
+        ("three foxs", None),  # COCO has no fox, and "three" is no misspelt sheep
+        ("three red foxs in the fog", None),
+        ("two dozen shep", "sheep"),
+        ("a photo for three girafes", "giraffe"),
+        ("a bananna and two unicorns", "banana"),
+        ("a bananna beside three elefants", "elephant"),
+    ],
+)
+def test_the_noun_of_a_prompt_is_what_a_suggestion_is_near_to(prompt: str, nearest: str | None) -> None:
+    with pytest.raises(PromptError) as caught:
+        WishReader(ObjectCountConfig(), Vocabulary(COCO_NAMES)).counted(prompt, {})
+    assert (f'Did you mean "{nearest}"?' if nearest else "It knows 80: person") in str(caught.value)
+
+
+def test_number_words_and_the_like_are_no_misspelt_class() -> None:
+    vocabulary = Vocabulary(("flour", "pine", "withers", "fork"))
+    for prompt in ("four unicorns", "nine unicorns", "a tree for unicorns", "unicorns with hats"):
+        assert "It knows 4" in vocabulary.hint_for(prompt), prompt
+    assert 'Did you mean "fork"' in vocabulary.hint_for("four forx")
 
 
 def test_a_prompt_without_the_number_that_is_needed() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from alignprop_core.config import load_config
-from alignprop_core.errors import ConfigError
+from alignprop_core.errors import ConfigError, PromptError
 from alignprop_core.prompts import load_prompts
 from alignprop_core.registry import default_registry
 from alignprop_core.reward import ImageBatch
@@ -63,6 +63,38 @@ def test_scene_accuracy_is_one_for_the_right_caption_and_zero_for_a_wrong_one() 
     assert reward(ImageBatch(images=scenes.images, prompts=wrong)).mean() <= 0.1
     open_wish = reward(ImageBatch(images=scenes.images, prompts=["in the snow"] * 32))
     assert torch.equal(open_wish, torch.ones(32)), "what was not asked for cannot be wrong"
+
+
+@pytest.mark.parametrize("attribute", ["species", "all"])
+@pytest.mark.parametrize(
+    ("prompt", "metadata", "message"),
+    [
+        ("a unicorn", {}, r'The prompt "a unicorn" names no animal .* It knows 51: cat, dog'),
+        ("two red foxxes in the snow", {}, r'names no animal .* Did you mean "fox"\? Name one'),
+        ("a hipopotamus", {}, r'Did you mean "hippopotamus"'),
+        ("a fox", {"animal": "lyon"}, r"""metadata key "animal" of "a fox" is 'lyon'.* Did you mean "lion"\?"""),
+    ],
+)
+def test_an_animal_the_judge_does_not_know_is_refused(
+    attribute: str, prompt: str, metadata: dict[str, object], message: str
+) -> None:
+    reward = default_registry().load_reward("scene_accuracy", {"attribute": attribute})
+    with pytest.raises(PromptError, match=message):
+        reward.check_prompt(prompt, metadata)  # a run asks before its model loads
+    with pytest.raises(PromptError, match=message):
+        reward(ImageBatch(images=torch.rand(1, 3, 128, 128), prompts=(prompt,), metadata=(metadata,)))
+
+
+def test_what_a_prompt_leaves_open_is_not_refused() -> None:
+    for attribute in ("species", "all"):
+        reward = default_registry().load_reward("scene_accuracy", {"attribute": attribute})
+        for prompt in ("", "in the snow", "a 3d animal at night", "two flat", "a purple fox"):
+            reward.check_prompt(prompt, {})
+        reward.check_prompt("a unicorn", {"animal": "goat"})
+    default_registry().load_reward("scene_accuracy", {"attribute": "number"}).check_prompt("a unicorn", {})
+    style = default_registry().load_reward("scene_accuracy", {"attribute": "style"})
+    with pytest.raises(PromptError, match=r"'oil', which the judge .* It knows 3: 3d, flat, noto\."):
+        style.check_prompt("a fox", {"style": "oil"})
 
 
 def test_metadata_come_before_the_words() -> None:

@@ -123,6 +123,54 @@ def test_the_converter_refuses_what_is_no_detector(tmp_path: Path, capsys: pytes
             main(arguments)
 
 
+class Vanishing:
+    """A class that the process which opens the pickle does not have."""
+
+
+@pytest.mark.parametrize("content", ["class", "module", "text", "empty"])
+def test_a_foreign_pickle_is_one_message_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    source, target = tmp_path / "in.pt", tmp_path / "out.safetensors"
+    if content in ("class", "module"):
+        if content == "module":
+            monkeypatch.setattr(Vanishing, "__module__", "vanishing")
+            monkeypatch.setitem(sys.modules, "vanishing", SimpleNamespace(Vanishing=Vanishing))
+        torch.save({"model": Vanishing()}, source)
+        monkeypatch.undo()
+        if content == "class":
+            monkeypatch.delattr(sys.modules[__name__], "Vanishing")
+    else:
+        source.write_text("no pickle" if content == "text" else "")
+    capsys.readouterr()
+    assert main([str(source), str(target)]) == 2
+    printed = capsys.readouterr()
+    warning, *message = printed.err.strip().split("\n")
+    assert "this runs whatever code" in warning
+    assert len(message) == 1
+    assert f"{source}: cannot be unpickled here (" in message[0]
+    assert {"class": "Can't get attribute 'Vanishing'", "module": "No module named 'vanishing'"}.get(
+        content, "Error: "
+    ) in message[0]
+    assert printed.out == ""
+    assert [file.name for file in tmp_path.iterdir()] == ["in.pt"]
+
+
+def test_a_checkpoint_of_bare_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"ema": torch.zeros(3)}, tmp_path / "in.pt")
+    assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2
+    assert "holds Tensor, not a YOLO detection network" in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_be_written_is_one_message(
+    tmp_path: Path, tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"model": tiny.build()}, tmp_path / "in.pt")
+    target = tmp_path / "missing" / "out.safetensors"
+    assert main([str(tmp_path / "in.pt"), str(target)]) == 2
+    assert f"{target}: cannot be written" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("architecture", ["yolo11n", "yolo26n"])
 def test_the_rewards_work_with_it(tmp_path: Path, tiny: SimpleNamespace, architecture: str) -> None:
     file = tiny.write(tiny.build(architecture), tmp_path / "w.safetensors")

@@ -7,6 +7,7 @@ from typing import Any
 
 from alignprop_core.errors import ConfigError, PromptError
 from alignprop_counting.config import DetectorConfig, NumberConfig
+from alignprop_counting.numerals import Amount
 from alignprop_counting.wishes import Vocabulary, Wish
 
 
@@ -33,7 +34,8 @@ class WishReader:
         """Read a sample's wishes; at least one, numbers possibly open.
 
         Raises:
-            PromptError: the prompt or metadata names no class the detector knows.
+            PromptError: the prompt or metadata names no class the detector knows, or it cannot be told whether the
+                prompt wants it.
         """
         mentioned: tuple[Wish, ...] = ()
         if self.config.source == "prompt" and (self.kinds is None or self.numbers is None):
@@ -44,20 +46,23 @@ class WishReader:
                 self._kinds_of(metadata) if self.config.source == "metadata" else tuple(wish.kind for wish in mentioned)
             )
         if not kinds:
-            words = prompt.split()
             raise PromptError(
-                f'The prompt "{_short(prompt)}" names no class the detector knows.{self.vocabulary.hint(words)} '
+                f'The prompt "{_short(prompt)}" names no class the detector knows.{self.vocabulary.hint_for(prompt)} '
                 "Or fix the class with the option objects."
             )
-        return tuple(
-            Wish(kind, number)
-            for kind, number in zip(kinds, self._read_numbers(kinds, mentioned, prompt, metadata), strict=True)
-        )
+        if self.kinds is None:
+            for wish in mentioned:
+                if wish.doubt is not None and wish.doubt.wanted:
+                    raise PromptError(self._doubtful(wish, prompt))
+        numbers = self._read_numbers(kinds, mentioned, prompt, metadata)
+        return tuple(Wish(kind, number.number, number.doubt) for kind, number in zip(kinds, numbers, strict=True))
 
     def counted(self, prompt: str, metadata: Mapping[str, Any]) -> tuple[Wish, ...]:
-        """Read a sample's wishes, each with a number; `PromptError` if one is open."""
+        """Read a sample's wishes, each with a number; `PromptError` if one is open or in doubt."""
         wishes = self.read(prompt, metadata)
         for wish in wishes:
+            if wish.doubt is not None:
+                raise PromptError(self._doubtful(wish, prompt))
             if wish.number is None:
                 name = self.vocabulary.names[wish.kind]
                 if self.config.source == "metadata":
@@ -68,20 +73,28 @@ class WishReader:
                 )
         return wishes
 
+    def _doubtful(self, wish: Wish, prompt: str) -> str:
+        name, doubt = self.vocabulary.names[wish.kind], wish.doubt
+        assert doubt is not None
+        return (
+            f'The prompt "{_short(prompt)}" says "{doubt.words}" ("{name}"): {doubt.reason}. Write one whole number '
+            '("three foxes", "250 birds", "no dogs"), or set the options objects and number, or give both in the '
+            "metadata (source: metadata)."
+        )
+
     def _read_numbers(
         self, kinds: Sequence[int], mentioned: Sequence[Wish], prompt: str, metadata: Mapping[str, Any]
-    ) -> Sequence[int | None]:
-        numbers: Sequence[int | None]
+    ) -> Sequence[Amount]:
+        numbers: Sequence[Amount]
+        found = {wish.kind: Amount(wish.number, wish.doubt) for wish in mentioned}
         if self.numbers is not None:
-            numbers = self.numbers
-        elif not isinstance(self.config, NumberConfig) or self.config.source == "config":
-            numbers = [next((w.number for w in mentioned if w.kind == kind), None) for kind in kinds]
-        elif self.config.source == "metadata":
-            numbers = self._numbers_of(metadata, self.config.number_key)
+            numbers = [Amount(number) for number in self.numbers]
+        elif self.config.source == "metadata" and isinstance(self.config, NumberConfig):
+            numbers = [Amount(number) for number in self._numbers_of(metadata, self.config.number_key)]
         else:
-            found = {wish.kind: wish.number for wish in mentioned}
-            numbers = [found.get(kind) for kind in kinds]
-            if len(kinds) == 1 and kinds[0] not in found:
+            numbers = [found.get(kind, Amount(None)) for kind in kinds]
+            asked = self.config.source == "prompt" and isinstance(self.config, NumberConfig)
+            if asked and len(kinds) == 1 and kinds[0] not in found:
                 # The prompt calls the object by another word ("three robins" for bird).
                 numbers = [self.vocabulary.only_number(prompt)]
         if len(numbers) == 1:

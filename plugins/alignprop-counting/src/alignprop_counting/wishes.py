@@ -5,26 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from alignprop_core.errors import ConfigError, did_you_mean
-from alignprop_counting.words import ARTICLES, GROUPS, NEGATIONS, number_of, plurals
+from alignprop_counting.numerals import MOST, Amount, Doubt, amount_before, amounts, tokens_of
+from alignprop_counting.words import ARTICLES, DENIALS, GROUPS, NEGATIONS, STOPS, plurals
 
-_TOKEN = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*|[^\sa-z0-9]")
-_NO_ADJECTIVES = (
-    "of and with in on at near by beside behind under over above below between from to into or but nor while as the "
-    "is are this that these those his her its their my your"
-)
-_STOPS = frozenset(_NO_ADJECTIVES.split())
-_REACH = 8
-"""Most words between a number and its noun."""
+_NO_NOUNS = STOPS | ARTICLES | DENIALS | NEGATIONS | frozenset(GROUPS) | {"for", "any", "some", "all", "its"}
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One thing asked for: a class by its index, and how many; None leaves the number open."""
+    """One thing asked for: a class by its index, and how many; None leaves the number open.
+
+    `doubt` says why a prompt that does speak of a number was not read; the number is None then.
+    """
 
     kind: int
     number: int | None
+    doubt: Doubt | None = None
 
 
 class Vocabulary:
@@ -40,7 +39,7 @@ class Vocabulary:
         self._plural: dict[tuple[str, ...], int] = {}
         self._singular: dict[tuple[str, ...], int] = {}
         for kind, name in enumerate(self.names):
-            words = " ".join(_TOKEN.findall(name.lower()))
+            words = " ".join(tokens_of(name))
             if name == "N/A" or not re.search("[a-z]", words):
                 continue
             self._kinds.setdefault(words, kind)
@@ -55,18 +54,34 @@ class Vocabulary:
         Raises:
             ConfigError: the detector does not know it; `where` says who asked.
         """
-        words = tuple(_TOKEN.findall(name.lower()))
+        words = tuple(tokens_of(name))
         found = self._singular.get(words, self._plural.get(words))
         if found is None:
-            raise ConfigError(f'{where}: the detector knows no class "{name}".{self.hint([name])}')
+            raise ConfigError(f'{where}: the detector knows no class "{name}".{self.hint(name)}')
         return found
 
-    def hint(self, words: Sequence[str]) -> str:
-        """Suggest the nearest class name for one of the words, or list some names."""
-        for word in sorted(words, key=len, reverse=True):
-            nearest = did_you_mean(word.lower(), self._kinds)
+    def hint(self, name: str) -> str:
+        """Suggest the nearest class for a name, or list some."""
+        return did_you_mean(name.lower(), self._kinds) or self._some()
+
+    def hint_for(self, prompt: str) -> str:
+        """Suggest the class that a prompt's words come nearest to, or list some.
+
+        The words after a number come first: there the noun is. Number words and the like are left out ("three" is near
+        to "sheep"), and the likeness asked for is higher than for a name, because most words are no misspelt class.
+        """
+        tokens = tokens_of(prompt)
+        last = max(amounts(tokens), default=-1)
+        forms = {" ".join(words): kind for found in (self._plural, self._singular) for words, kind in found.items()}
+        for word in (*tokens[last + 1 :], *tokens[: last + 1]):
+            if len(word) < 3 or word in _NO_NOUNS or amounts([word]):
+                continue
+            nearest = get_close_matches(word, forms, n=1, cutoff=0.75)
             if nearest:
-                return nearest
+                return f' Did you mean "{self.names[forms[nearest[0]]]}"?'
+        return self._some()
+
+    def _some(self) -> str:
         known = list(self._kinds)
         return f" It knows {len(known)}: {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}."
 
@@ -74,10 +89,12 @@ class Vocabulary:
         """Read the wishes of a prompt in the order of their first mention; several mentions of a class add up.
 
         `three foxes`, `3 dogs`, `a cat and two birds`, `no dogs`, `a dog without a cat`. A mention without a number
-        leaves it open (None), unless another mention of the class has one.
+        leaves it open (None), unless another mention of the class has one. What a guess could get wrong ("2.5 dogs",
+        "one or two cats", "not a dog") is a doubt.
         """
-        tokens = _TOKEN.findall(prompt.lower())
-        numbers: dict[int, int | None] = {}
+        tokens = tokens_of(prompt)
+        known = amounts(tokens)
+        wishes: dict[int, Wish] = {}
         at = start = 0
         negated = False
         while at < len(tokens):
@@ -85,20 +102,23 @@ class Vocabulary:
             if not length:
                 at += 1
                 continue
-            number, denied = _number_before(tokens, start, at, plural)
-            if number is None and negated and tokens[at - 1] in ("and", "or", "nor"):
-                number, denied = 0, True  # "without cats or dogs"
-            negated = denied
-            before = numbers.get(kind)
-            numbers[kind] = number if before is None else before + (number or 0)
+            found = amount_before(tokens, known, start, at, plural)
+            found = _joined(tokens, start, at, found, negated)
+            negated = found.number == 0
+            wishes[kind] = _added(wishes.get(kind), Wish(kind, found.number, found.doubt))
             at += length
             start = at
-        return tuple(Wish(kind, number) for kind, number in numbers.items())
+        return tuple(wishes.values())
 
-    def only_number(self, prompt: str) -> int | None:
-        """Return the one number the prompt holds (articles are none), or None if it holds none or several."""
-        found = [number for token in _TOKEN.findall(prompt.lower()) if (number := number_of(token)) is not None]
-        return found[0] if len(found) == 1 else None
+    def only_number(self, prompt: str) -> Amount:
+        """Return the one number the prompt holds (articles are none); an open one if it holds none or several."""
+        tokens = tokens_of(prompt)
+        known = amounts(tokens)
+        if len(known) != 1:
+            return Amount(None)
+        (last,) = known
+        group = last + 1 < len(tokens) and tokens[last + 1] in GROUPS
+        return amount_before(tokens, known, 0, last + 2 if group else last + 1, True)
 
     def _match(self, tokens: list[str], at: int) -> tuple[int, bool, int]:
         """Return the class named at a place, whether in the plural alone, and by how many words (0: none)."""
@@ -111,31 +131,36 @@ class Vocabulary:
         return -1, False, 0
 
 
-def _number_before(tokens: list[str], start: int, at: int, plural: bool) -> tuple[int | None, bool]:
-    """Find the number that belongs to the noun at `at`, looking back no further than `start`.
+def _joined(tokens: Sequence[str], start: int, at: int, found: Amount, negated: bool) -> Amount:
+    """Look at what joins a noun to the one before: "without cats or dogs", "one cat or two cats"."""
+    if found.doubt is not None:
+        # "neither ... nor" denies; after "no cats" a "nor" goes on with it.
+        if not (negated and found.doubt.words.startswith("nor ")):
+            return found
+        return Amount(0)
+    open_ = found.number is None
+    join = tokens[at - 1] if open_ and at > start else tokens[found.first - 1] if found.first > start else ""
+    if negated and (join in ("or", "nor") or (join == "and" and open_)):
+        none = open_ or found.number == 0 or tokens[found.first] in ARTICLES
+        return Amount(0) if none else _either(tokens, found, at)
+    return _either(tokens, found, at) if join == "or" and start and not open_ else found
 
-    Returns:
-        the number, None if there is none; and whether the noun is negated ("no", "without").
-    """
-    for i in range(at - 1, max(start, at - _REACH) - 1, -1):
-        word = tokens[i]
-        before = tokens[i - 1] if i > start else ""
-        if word in NEGATIONS:
-            return 0, True
-        if word in ARTICLES:
-            if before in NEGATIONS:
-                return 0, True
-            # "a forest, foxes": a plural has no article of its own.
-            return (None if plural else 1), False
-        if word in GROUPS and (i == at - 1 or tokens[i + 1] == "of" or word == "dozen"):
-            times = number_of(before)
-            return GROUPS[word] * (1 if times is None else times), False
-        number = number_of(word)
-        if number is not None:
-            return number, number == 0
-        if word == "of" and before in GROUPS:
-            continue
-        # An enumeration's comma ends a noun phrase; "three small, red foxes" shows by its plural that it goes on.
-        if word in _STOPS or (not word[0].isalnum() and word not in "'\"" and not (word == "," and plural)):
-            return None, False
-    return None, False
+
+def _either(tokens: Sequence[str], found: Amount, at: int) -> Amount:
+    words = " ".join(tokens[found.first - 1 : at + 1])
+    return Amount(None, Doubt(words, "which of the two is meant is not clear"), found.first)
+
+
+def _added(before: Wish | None, wish: Wish) -> Wish:
+    """Add a mention of a class to those before it."""
+    if before is None or before.doubt is not None:
+        return wish if before is None else before
+    if wish.doubt is not None:
+        return wish
+    if before.number is None or wish.number is None:
+        return Wish(wish.kind, before.number if wish.number is None else wish.number)
+    total = before.number + wish.number
+    if total > MOST:
+        doubt = Doubt(f"{before.number} and {wish.number}", f"{MOST} is the most that can be asked for")
+        return Wish(wish.kind, None, doubt)
+    return Wish(wish.kind, total)

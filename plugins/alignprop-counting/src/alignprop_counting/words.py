@@ -31,8 +31,18 @@ _TENS = {word: 10 * i for i, word in enumerate(_BY_TENS.split(), 2)}
 
 ARTICLES = frozenset({"a", "an"})
 NEGATIONS = frozenset({"no", "without"})
+DENIALS = frozenset({"not", "neither", "nor", "never"})
+"""Words that turn a noun down in ways a prompt's reader does not follow; so do "isn't" and the like."""
+SCALES = frozenset({"hundred", "thousand", "million", "billion"})
 GROUPS = {"pair": 2, "couple": 2, "trio": 3, "dozen": 12}
 """Words that are a number themselves, `of` or not: "a pair of cats", "two dozen bees"."""
+
+_NO_ADJECTIVES = (
+    "of and with in on at near by beside behind under over above below between from to into or but nor while as the "
+    "is are this that these those his her its their my your"
+)
+STOPS = frozenset(_NO_ADJECTIVES.split())
+"""Words that cannot stand between a number and its noun."""
 
 
 def plurals(noun: str) -> frozenset[str]:

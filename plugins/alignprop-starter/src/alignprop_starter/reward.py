@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from alignprop_core.errors import PromptError
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_starter.config import SceneAccuracyConfig
 from alignprop_starter.judge import ATTRIBUTES, load_judge
-from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, Wish, read_caption
+from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, WORDS, Wish, plural, read_caption
 
 _NAMES: Mapping[str, tuple[str, ...]] = {"species": SPECIES, "style": STYLES, "background": BACKGROUNDS}
+_KEYS = {"species": "animal", "style": "style", "background": "background"}
+_NOUNS = {plural(name): name for name in SPECIES} | {name: name for name in SPECIES}
+_OPEN_WORDS = frozenset(WORDS) | frozenset(STYLES) | {
+    "animal", "animals", "and", "of", "with", "is", "scene", "picture", "photo", "image", "drawing", "painting"
+}  # fmt: skip
+"""Words that a prompt may hold without asking for any animal."""
 
 
 class SceneAccuracy(Reward):
@@ -21,7 +30,8 @@ class SceneAccuracy(Reward):
 
     A wish is read from the prompt's words; the metadata keys `animal`, `number`, `style` and `background` come before
     them. A prompt that leaves the attribute open ("a fox" names no place) scores 1: nothing was asked, nothing is
-    wrong. The judge was trained on rendered scenes; what it says of other pictures means little.
+    wrong. A prompt whose words are none of ours ("a unicorn") does ask, and is refused where the animal counts: the
+    judge cannot see it. The judge was trained on rendered scenes; what it says of other pictures means little.
     """
 
     Config = SceneAccuracyConfig
@@ -31,16 +41,31 @@ class SceneAccuracy(Reward):
         super().__init__(config)
         self.judge = load_judge()
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The attributes that are compared."""
+        return tuple(ATTRIBUTES) if self.config.attribute == "all" else (self.config.attribute,)
+
+    def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
+        """Raise `PromptError` if the sample asks for what the judge cannot know: "a unicorn"."""
+        for attribute in self.asked:
+            if attribute in _KEYS:
+                _check(attribute, prompt, metadata)
+
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) ones and zeros; float32, or float64 if the images are."""
+        """Return (B,) ones and zeros; float32, or float64 if the images are.
+
+        Raises:
+            PromptError: a sample asks for an animal, style or place that the judge does not know.
+        """
         dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
         seen = {name: values.tolist() for name, values in self.judge.read(batch.images.float()).items()}
-        asked = ATTRIBUTES if self.config.attribute == "all" else (self.config.attribute,)
         scores = []
         for row, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
+            self.check_prompt(prompt, metadata)
             wish = wish_of(prompt, metadata)
-            scores.append(float(all(_fulfilled(wish, name, seen[name][row]) for name in asked)))
+            scores.append(float(all(_fulfilled(wish, name, seen[name][row]) for name in self.asked)))
         return torch.tensor(scores, dtype=dtype, device=batch.images.device)
 
 
@@ -60,3 +85,41 @@ def _fulfilled(wish: Wish, attribute: str, seen: int) -> bool:
     if wanted is None:
         return True
     return bool(seen == wanted if attribute == "number" else _NAMES[attribute][seen] == wanted)
+
+
+def _check(attribute: str, prompt: str, metadata: Mapping[str, Any]) -> None:
+    """Refuse what the judge does not know. Of a prompt's words only the animal can be missed: others stay open."""
+    key, known = _KEYS[attribute], _NAMES[attribute]
+    value = metadata.get(key)
+    if value is not None:
+        if value not in known:
+            near = _nearest([str(value)]) if attribute == "species" else ""
+            raise PromptError(
+                f'The metadata key "{key}" of "{_short(prompt)}" is {value!r}, which the judge of scene_accuracy does '
+                f"not know.{near or _some(known)}"
+            )
+        return
+    if attribute != "species" or key in metadata or read_caption(prompt).species is not None:
+        return
+    unknown = [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in _OPEN_WORDS]
+    if unknown:
+        raise PromptError(
+            f'The prompt "{_short(prompt)}" names no animal that the judge of scene_accuracy knows.'
+            f'{_nearest(unknown) or _some(known)} Name one, give it in the metadata ("animal"), or leave '
+            "scene_accuracy out for such prompts."
+        )
+
+
+def _some(known: Sequence[str]) -> str:
+    return f" It knows {len(known)}: {', '.join(known[:10])}{', ...' if len(known) > 10 else '.'}"
+
+
+def _nearest(words: list[str]) -> str:
+    for word in words:
+        if nearest := get_close_matches(word.lower(), _NOUNS, n=1, cutoff=0.75):
+            return f' Did you mean "{_NOUNS[nearest[0]]}"?'
+    return ""
+
+
+def _short(prompt: str) -> str:
+    return prompt if len(prompt) <= 80 else prompt[:77] + "..."

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from alignprop_ultralytics.detector import head_problem
@@ -34,10 +35,13 @@ def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]
         the header written.
 
     Raises:
-        ValueError: the checkpoint holds no detection network.
+        ValueError: the file cannot be unpickled here, or holds no detection network.
+        OSError: the target cannot be written.
     """
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
-    model = checkpoint.get("ema") or checkpoint.get("model") if isinstance(checkpoint, dict) else checkpoint
+    checkpoint = _unpickled(source)
+    model = checkpoint
+    if isinstance(checkpoint, dict):
+        model = next((own for key in ("ema", "model") if (own := checkpoint.get(key)) is not None), None)
     if not isinstance(model, DetectionModel):
         raise ValueError(f"{source}: holds {type(model).__name__}, not a YOLO detection network.")
     problem = head_problem(model)
@@ -52,9 +56,23 @@ def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]
     kind = torch.float16 if half else torch.float32
     state = {k: (v.to(kind) if v.is_floating_point() else v).contiguous() for k, v in model.state_dict().items()}
     part = target.with_name(target.name + ".part")
-    save_file(state, part, {"config": json.dumps(header)})
+    try:
+        save_file(state, part, {"config": json.dumps(header)})
+    except SafetensorError as error:
+        raise OSError(f"{target}: cannot be written ({error}).") from error
     part.replace(target)
     return header
+
+
+def _unpickled(source: Path) -> Any:
+    try:
+        return torch.load(source, map_location="cpu", weights_only=False)
+    except Exception as error:  # a pickle runs the code of others, which may raise anything
+        what = str(error).partition("\n")[0] or "no message"
+        raise ValueError(
+            f"{source}: cannot be unpickled here ({type(error).__name__}: {what}). It is no checkpoint of ultralytics, "
+            f"or of another version than {ultralytics.__version__}; nothing was written."
+        ) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -75,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     try:
         header = convert(args.source, args.target, half=args.half)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(

@@ -1,0 +1,77 @@
+"""What the header of a scaled or mixed LoRA says, and numbers below zero on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignprop_core import lora
+from alignprop_core.cli import run
+from alignprop_core.lora.formats import Factors
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+
+
+def make(folder: Path, **header: str) -> Path:
+    """Write a LoRA of one layer."""
+    generator = torch.Generator().manual_seed(0)
+    factors = Factors(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator))
+    told = {f"alignprop.{key}": value for key, value in header.items()}
+    lora.write_whole(lora.WholeLora({"denoiser": {LAYER: factors}}, header=told), folder, folder.name)
+    return folder
+
+
+def header(folder: Path) -> dict[str, str]:
+    return dict(lora.read_whole(folder).header)
+
+
+def test_strength_is_the_product_of_all_scalings(tmp_path: Path) -> None:
+    made = make(tmp_path / "whole")
+    for name, strength, product in (("half", "0.5", "0.5"), ("quarter", "0.5", "0.25"), ("back", "-4", "-1")):
+        assert run(["lora", "scale", str(made), strength, "--output", str(tmp_path / name)]) == 0
+        made = tmp_path / name
+        assert header(made)["alignprop.strength"] == product
+    foreign = make(tmp_path / "foreign", strength="much")
+    assert run(["lora", "scale", str(foreign), "0.5", "--output", str(tmp_path / "less")]) == 0
+    assert header(tmp_path / "less")["alignprop.strength"] == "much * 0.5"
+
+
+def test_a_mix_keeps_what_is_known_of_each_input(tmp_path: Path) -> None:
+    rewards = [json.dumps([{"name": name, "weight": 1.0}]) for name in ("aesthetic", "jpeg")]
+    one = make(tmp_path / "one" / "lora", base_model="sd", rewards=rewards[0], step="10")
+    two = make(tmp_path / "two" / "lora", base_model="sd", rewards=rewards[1], strength="0.5")
+    assert run(["lora", "mix", str(one), str(two), "--output", str(tmp_path / "soup")]) == 0
+    told = header(tmp_path / "soup")
+    assert told["alignprop.base_model"] == "sd"
+    assert [entry["weight"] for entry in json.loads(told["alignprop.mix"])] == [0.5, 0.5]
+    inputs = json.loads(told["alignprop.inputs"])
+    assert inputs[0] == {"title": "lora", "base_model": "sd", "rewards": json.loads(rewards[0]), "step": "10"}
+    assert inputs[1]["rewards"] == json.loads(rewards[1])
+    assert inputs[1]["strength"] == "0.5"
+    other = make(tmp_path / "other", base_model="sdxl")
+    assert run(["lora", "mix", str(tmp_path / "soup"), str(other), "--output", str(tmp_path / "again")]) == 0
+    told = header(tmp_path / "again")
+    assert "alignprop.base_model" not in told
+    assert json.loads(told["alignprop.inputs"])[0]["inputs"] == inputs, "a mix of mixes knows its first inputs"
+
+
+@pytest.mark.parametrize("number", ["-1", "-.5", "-2e-1"])
+@pytest.mark.parametrize("place", [1, 3])
+def test_a_strength_below_zero_needs_no_dashes(tmp_path: Path, number: str, place: int) -> None:
+    made = make(tmp_path / "whole")
+    words = [str(made), "--output", str(tmp_path / "less")]
+    words.insert(place, number)
+    assert run(["lora", "scale", *words]) == 0
+    change = lora.load_delta(made)[LAYER].change() * float(number)
+    torch.testing.assert_close(lora.load_delta(tmp_path / "less")[LAYER].change(), change, atol=1e-6, rtol=0)
+    assert run(["lora", "scale", str(made), "--output", str(tmp_path / "same"), "--", number]) == 0
+
+
+def test_a_mistyped_option_is_still_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["lora", "scale", str(make(tmp_path / "whole")), "-1", "--outptu", str(tmp_path / "x")]) == 2
+    assert "No such option: --outptu" in capsys.readouterr().err
+    assert run(["lora", "scale", str(tmp_path / "whole"), "-inf", "--output", str(tmp_path / "x")]) == 2
+    assert "strength of -inf" in capsys.readouterr().err
