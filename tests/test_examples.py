@@ -46,7 +46,9 @@ def test_example_config_trains(path: Path, tmp_path: Path) -> None:
     assert run(["train", str(path), *SHORT, f"output={tmp_path / 'run'}"]) == 0
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == [1, 2]
-    assert all(step["grad_norm"] > 0 for step in steps)
+    moved = [step for step in steps if not step["idle"]]  # a batch may be at an example's ceiling
+    assert moved
+    assert all(step["grad_norm"] > 0 for step in moved)
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
