@@ -477,7 +477,8 @@ def test_a_run_that_is_ended_takes_its_worker_along(
         os.killpg(run.pid, number)
     else:
         run.kill()
-    _, printed = run.communicate(timeout=30)
+    # The state is saved and flushed first, which takes long where the disk is busy with something else.
+    _, printed = run.communicate(timeout=150)
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15)
     wait_for(lambda: not shared_files() - before, 15)
     if number == signal.SIGINT:
