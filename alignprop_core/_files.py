@@ -30,6 +30,15 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     )
 
 
+def read_table(path: Path) -> dict[str, Any]:
+    """Return what a JSON file of ours holds; empty where there is none, or it holds something else."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def says_full(error: BaseException, folder: Path) -> bool:
     """Whether a library's own error comes of a full disk: torch and safetensors do not raise OSError for it."""
     told = any(os.strerror(number) in str(error) for number in _FULL)

@@ -7,7 +7,6 @@ written out as one is taken: it starts with `./`, `../`, `~` or `/` and ends in 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from alignprop_core._files import read_table
 from alignprop_core.config_rewards import default_label
 from alignprop_core.errors import PluginError
 from alignprop_core.offers import Offer
@@ -70,15 +70,12 @@ def given_to_run(folder: Path) -> dict[str, str]:
 
     Empty where the folder holds no run, or its environment.json cannot be read or is of a version that does not say.
     """
-    try:
-        told = json.loads((folder / "environment.json").read_bytes())["local_rewards"]
-        return {
-            str(name): f"{origin['class']} of module {origin['module']}"
-            for name, origin in told.items()
-            if "module" in origin
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # a config beside no run, or a file that is not ours: there is nothing to add to the plain message
+    told = read_table(folder / "environment.json").get("local_rewards")
+    return {
+        name: f"{origin['class']} of module {origin['module']}"
+        for name, origin in (told.items() if isinstance(told, dict) else ())
+        if isinstance(origin, dict) and {"class", "module"} <= set(origin)
+    }
 
 
 def was_given(name: str, kind: str, folder: Path) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignprop_core._files import read_table
 from alignprop_core.config import RunConfig
 from alignprop_core.config_yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
@@ -122,10 +123,7 @@ def _same_files(config: RunConfig, checkpoint: Path) -> None:
 
 def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
     """Return a table of the environment.json of a checkpoint's run; empty where it lies in none that has it."""
-    try:
-        return _mapping(_mapping(json.loads((checkpoint.parent.parent / "environment.json").read_bytes())).get(key))
-    except (OSError, ValueError):
-        return {}
+    return _mapping(read_table(checkpoint.parent.parent / "environment.json").get(key))
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignprop_core._files import read_table
 from alignprop_core.config import RunConfig, resolved_yaml
 from alignprop_core.environment import environment
 from alignprop_core.registry import Registry
@@ -55,11 +54,7 @@ def _times(checkpoint: Path | None) -> dict[str, Any]:
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     if checkpoint is None:
         return {"started": now, "resumed": []}
-    try:
-        earlier = json.loads((checkpoint.parent.parent / "environment.json").read_bytes())
-    except (OSError, ValueError):
-        earlier = {}
-    known: Mapping[str, Any] = earlier if isinstance(earlier, dict) else {}
+    known = read_table(checkpoint.parent.parent / "environment.json")
     resumed = known.get("resumed")
     return {"started": known.get("started"), "resumed": [*(resumed if isinstance(resumed, list) else []), now]}
 
