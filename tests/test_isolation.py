@@ -468,8 +468,10 @@ def test_a_run_that_is_ended_takes_its_worker_along(
         "options": {"mark": str(mark)},
     }
     path = config_file(tmp_path, tiny_model, term)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and so the run.
+    listening = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{RUN}"
     run = subprocess.Popen(
-        [sys.executable, "-c", RUN, "train", str(path)], start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", listening, "train", str(path)], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
     wait_for(mark.exists, 120)
     (worker,) = psutil.Process(run.pid).children()
@@ -477,8 +479,7 @@ def test_a_run_that_is_ended_takes_its_worker_along(
         os.killpg(run.pid, number)
     else:
         run.kill()
-    # The state is saved and flushed first, which takes long where the disk is busy with something else.
-    _, printed = run.communicate(timeout=150)
+    _, printed = run.communicate(timeout=30)
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15)
     wait_for(lambda: not shared_files() - before, 15)
     if number == signal.SIGINT:
