@@ -14,7 +14,6 @@ from huggingface_hub import try_to_load_from_cache
 
 from alignprop_core.config import RewardTerm, RunConfig
 from alignprop_core.errors import ConfigError, PromptError, RewardError, TrialError, UserError, under
-from alignprop_core.measured import measure_entries as measure_entries
 from alignprop_core.mix import Term
 from alignprop_core.model_files import find_base, find_vae
 from alignprop_core.prompts import PromptSet, listed

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from alignprop_core.config import RewardTerm
 from alignprop_core.errors import ConfigError, PromptError
+from alignprop_core.measured import measure_entries
 from alignprop_core.registry import default_registry
 from alignprop_core.reward import ImageBatch
-from alignprop_core.terms import measure_entries
 from alignprop_counting.soft_count import soft_count
 from alignprop_counting.testing import pictures
 
