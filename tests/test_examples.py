@@ -51,6 +51,19 @@ def test_example_config_trains(path: Path, tmp_path: Path) -> None:
     assert all(step["grad_norm"] > 0 for step in moved)
 
 
+def test_every_example_of_the_starter_has_a_real_size_variant() -> None:
+    large = {path.stem for path in CONFIGS if path.stem.endswith("_sd15")}
+    assert large == {f"{path.stem}_sd15" for path in CONFIGS} - {f"{name}_sd15" for name in large}
+
+
+@pytest.mark.parametrize("name", ["two_things.txt", "two_things_heldout.txt"])
+def test_prompts_of_two_things_name_two_classes_of_coco(name: str) -> None:
+    coco = pytest.importorskip("alignprop_counting.coco").COCO_NAMES
+    vocabulary = pytest.importorskip("alignprop_counting.wishes").Vocabulary(coco)
+    prompts = (EXAMPLES / name).read_text().splitlines()
+    assert [prompt for prompt in prompts if len(vocabulary.read(prompt)) != 2] == []
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_example_script_runs(path: Path, tmp_path: Path) -> None:
     config = str(EXAMPLES / "jpeg_compressibility.yaml")

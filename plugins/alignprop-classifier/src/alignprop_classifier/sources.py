@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from alignprop_classifier import OUTSIDE_JUDGES
 from alignprop_classifier.config import ClassifierConfig
-from alignprop_classifier.judge import JUDGE, outside_judge
+from alignprop_classifier.judge import outside_judge
 from alignprop_classifier.libraries import from_timm, from_torchvision, from_transformers
 from alignprop_classifier.network import REWARD, Classifier, logits_of
 from alignprop_core.errors import ConfigError, did_you_mean
@@ -37,18 +38,18 @@ def load_classifier(config: ClassifierConfig) -> Classifier:
     model = str(header.get("model", config.model))
     classes = _classes(config.classes if config.classes is not None else header.get("classes"))
     source, _, name = model.partition("/")
-    if model == JUDGE:
-        found = outside_judge(path)
+    if model in OUTSIDE_JUDGES:
+        found = outside_judge(model, path)
     elif source in _SOURCES and name:
         with warnings.catch_warnings():
             # What the libraries say of their own defaults (initial weights, renamed options) is not for our users.
             warnings.simplefilter("ignore")
             found = _SOURCES[source](name, path, classes)
     else:
-        hint = did_you_mean(model, (JUDGE, *(f"{s}/" for s in _SOURCES)))
+        hint = did_you_mean(model, (*OUTSIDE_JUDGES, *(f"{s}/" for s in _SOURCES)))
         raise ConfigError(
-            f'options.model: "{model}" is no classifier.{hint} Write {JUDGE}, timm/NAME, torchvision/NAME, or '
-            "transformers/ with a hub id or a folder."
+            f'options.model: "{model}" is no classifier.{hint} Write '
+            f"{', '.join(OUTSIDE_JUDGES)}, timm/NAME, torchvision/NAME, or transformers/ with a hub id or a folder."
         )
     own = {key: tuple(v) if isinstance(v, list) else v for key, v in header.items() if key in _HEADER_KEYS}
     chosen = {key: getattr(config, key) for key in _HEADER_KEYS if getattr(config, key) is not None}
