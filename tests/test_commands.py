@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,6 +294,19 @@ def run_light(arguments: list[str], places: dict[str, str], cwd: Path, heavy: st
 def test_a_mistake_that_needs_no_torch_is_said_without_it(mistake: str, places: dict[str, str], tmp_path: Path) -> None:
     arguments, words = MISTAKES[mistake]
     assert words in run_light(arguments, places, tmp_path, "torch diffusers transformers peft accelerate")
+
+
+def test_a_warning_is_one_line_without_the_place_in_our_code(places: dict[str, str], tmp_path: Path) -> None:
+    prompts = ["fox " * 100, "owl " * 100]
+    done = subprocess.run(
+        [sys.executable, "-c", "from alignprop_core.cli import main; main()", "sample", *prompts,
+         "--model", places["MODEL"], "--steps", "1", "--output", str(tmp_path / "out")],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "tokens" in line]
+    assert len(said) == 1
+    assert re.match(r"warning: A prompt has \d+ tokens and the base model reads 77: ", said[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -347,6 +347,16 @@ def test_a_prompts_encoding_does_not_depend_on_its_batch(pipe: Any) -> None:
         assert torch.equal(b.conditioning([prompt]).positive["encoder_hidden_states"][0], together[i])
 
 
+def test_a_prompt_longer_than_the_text_encoder_reads_is_cut_as_diffusers_does_and_said_once(pipe: Any) -> None:
+    sampler = Sampler(pipe, SamplingConfig(steps=2, guidance_scale=1.0))
+    long = "a fox in the snow " * 100
+    with pytest.warns(UserWarning, match=r"\d+ tokens and the base model reads 77.*said once") as said:
+        ours = sampler.conditioning([long, long + "at night"]).positive["encoder_hidden_states"]
+    assert len(said) == 1
+    assert torch.equal(ours[0], pipe.encode_prompt([long], "cpu", 1, False)[0][0])
+    assert torch.equal(ours[0], ours[1])
+
+
 def test_lv_rows_say_which_prompt_they_belong_to(pipe: Any) -> None:
     trainable(pipe)
     sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="last_k", lv_samples=2))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -116,8 +117,15 @@ def _report(error: Exception, debug: bool) -> int:
     return 1
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print a warning as a line for people: where in whose code it arose helps nobody here."""
+    name = "" if category is UserWarning else f" ({category.__name__})"
+    print(f"warning{name}: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Run the command `alignprop` and exit."""
+    warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         super().__init__(pipeline, sampling)
+        self._said_cut = False
         if sampling.true_cfg_scale is not None:
             raise ConfigError(
                 "sampling.true_cfg_scale is for guidance-distilled models; this is a Stable Diffusion model, "
@@ -63,7 +65,8 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode with the pipeline's own `encode_prompt`."""
+        """Encode with the pipeline's own `encode_prompt`; what it cuts off is said once."""
+        self._say_cut([*prompts, self.sampling.negative_prompt])
         guided = self.sampling.guidance_scale > 1
         positive, negative = self.pipeline.encode_prompt(
             list(prompts),
@@ -74,6 +77,20 @@ class StableDiffusion(Family):
         )
         key = "encoder_hidden_states"
         return Conditioning({key: positive}, {key: negative} if guided else None)
+
+    def _say_cut(self, prompts: Sequence[str]) -> None:
+        """Warn of the first prompt that is longer than the text encoder reads: its end has no effect."""
+        tokenizer = self.pipeline.tokenizer
+        for prompt in () if self._said_cut else prompts:
+            length = len(tokenizer(prompt, verbose=False).input_ids)
+            if length > tokenizer.model_max_length:
+                self._said_cut = True
+                warnings.warn(
+                    f"A prompt has {length} tokens and the base model reads {tokenizer.model_max_length}: the end of "
+                    f'long prompts is not drawn (said once). It begins "{prompt[:60]}".',
+                    stacklevel=2,
+                )
+                return
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return uncond + scale * (cond - uncond) (Ho & Salimans 2022), or the plain prediction without guidance."""
