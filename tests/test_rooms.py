@@ -13,7 +13,7 @@ CORE = Path(__file__).parents[1] / "alignprop_core"
 
 # Ground floor first. Modules in one row belong together.
 ROOMS = [
-    {"errors", "licenses", "_files", "_forwards", "_lock"},
+    {"errors", "licenses", "pictures", "_files", "_forwards", "_lock"},
     {"specs"},
     {"hookspecs"},
     {"weights"},

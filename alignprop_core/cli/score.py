@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from alignprop_core.cli import common
-
-if TYPE_CHECKING:
-    from numpy import uint8
-    from numpy.typing import NDArray
 
 
 def score(
@@ -30,6 +25,7 @@ def score(
     common.quiet_libraries()
     from alignprop_core.cli.inputs import reward_entries
     from alignprop_core.errors import UserError, under
+    from alignprop_core.pictures import read_picture
     from alignprop_core.registry import default_registry
 
     registry = default_registry()
@@ -73,21 +69,3 @@ def score(
         ["image", *titles],
         [[path, *(f"{value:.6g}" for value in row)] for path, row in zip(images, rows, strict=True)],
     )
-
-
-def read_picture(path: Path) -> NDArray[uint8]:
-    """Return a picture file as (H, W, 3), RGB bytes; transparency is laid on white."""
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-
-    from alignprop_core.errors import UserError
-
-    try:
-        with Image.open(path) as file:
-            picture = file.convert("RGBA")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such picture.") from None
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}.") from error
-    paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(paper, picture).convert("RGB"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,15 +43,29 @@ def load_pipeline(
     source = find_base(base, registry)
     autoencoder = None if vae is None else find_vae(vae)
     try:
-        with _no_progress_bar():
+        with _quietly():
             pipeline = _open(source, {} if autoencoder is None else {"vae": _open_vae(autoencoder)})
     # Besides files that cannot be read: how a library fails at what another version of it wrote.
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
-        raise ModelError(f'"{base}" could not be loaded from {source}: {error}') from error
+        raise ModelError(_not_here(source) or f'"{base}" could not be loaded from {source}: {error}') from error
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns of modules this family does not have
     return prepare(pipeline, device)
+
+
+def _not_here(source: Path | str) -> str:
+    """Say that a hub id was never fetched, and could not be now; empty if something of it is on this machine."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if Path(source).exists() or isinstance(try_to_load_from_cache(str(source), "model_index.json"), str):
+        return ""
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached, or has no such model"
+    return (
+        f"model.base: {source} is not on this machine and could not be fetched: {why}. With a connection the run "
+        f"fetches what it needs into {constants.HF_HUB_CACHE}; or name a diffusers folder or a .safetensors file that "
+        "is here."
+    )
 
 
 def _open(source: Path | str, given: dict[str, Any]) -> Any:
@@ -91,8 +106,8 @@ def _open_vae(source: Path | str) -> nn.Module:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Keep the libraries' bars for a fraction of a second's work out of the terminal."""
+def _quietly() -> Iterator[None]:
+    """Keep the libraries' bars for a fraction of a second's work, and what they say to each other, from people."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -100,7 +115,10 @@ def _no_progress_bar() -> Iterator[None]:
     for module in shown:
         module.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # diffusers still passes it, huggingface_hub warns of it.
+            warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
+            yield
     finally:
         for module in shown:
             module.enable_progress_bar()
