@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from alignprop_core.cli import run
 
@@ -173,6 +174,19 @@ def test_score_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes"], "gone.png")
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_byte"], "jpeg_bytes")
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes", "-o", "quality=x"], "quality")
+
+
+def test_a_score_that_is_no_number_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "        return batch.images.mean((1, 2, 3)) / 0 * 0"
+    (tmp_path / "odd.py").write_text(
+        f"from alignprop_core.reward import Reward\n\n\nclass Odd(Reward):\n    def score(self, batch):\n{code}\n"
+    )
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    monkeypatch.chdir(tmp_path)
+    assert run(["score", "red.png", "--reward", "./odd.py:Odd"]) == 1
+    assert 'error: Reward "odd" scores red.png as nan.' in capsys.readouterr().err
 
 
 def test_evaluate_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

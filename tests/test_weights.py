@@ -97,10 +97,21 @@ def test_a_hub_file_is_found_or_its_own_command_named(cache: Path) -> None:
     assert find_weights("hub:some/model/deep/er/w.bin", reward="red") == path
 
 
-@pytest.mark.parametrize("value", ["hub:", "hub:owner", "hub:owner/name", "hub:owner/name/", "hub:a/b/../../c"])
+@pytest.mark.parametrize(
+    "value", ["hub:", "hub:owner", "hub:owner/name", "hub:owner/name/", "hub:a/b/../../c", "hub:a/b//etc/x"]
+)
 def test_a_misspelt_hub_file_shows_how_it_is_written(value: str) -> None:
     with pytest.raises(WeightsError, match="Write hub:owner/name/file, such as"):
         parse_hub_file(value)
+
+
+@pytest.mark.parametrize("value", ["hub:openai/clip vit/x", "hub:a--b/c/x", f"hub:a/{'b' * 100}/x", "hub:a/-b/w.bin"])
+def test_a_name_the_hub_cannot_have_is_one_message(cache: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(WeightsError, match=r"names no file of the hub: ") as caught:
+        find_weights(value, reward="red")
+    assert value in str(caught.value)
+    assert cli.run(["rewards", "fetch", value]) == 2
+    assert "names no file of the hub" in capsys.readouterr().err
 
 
 def test_a_damaged_or_cut_file_is_refused(cache: Path) -> None:
@@ -299,6 +310,31 @@ def test_torch_files_are_read_whatever_their_name(tmp_path: Path, zipped: bool) 
     assert same(found["state_dict"])
     assert found["epoch"] == 3
     assert read_header(file) == {}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", ["safetensors", "nested"])
+def test_weights_of_a_training_that_diverged_are_refused(tmp_path: Path, kind: str, number: float) -> None:
+    file = tmp_path / "w"
+    broken = tensors() | {"layer.bias": torch.full((3,), number, dtype=torch.bfloat16)}
+    if kind == "safetensors":
+        safetensors.torch.save_file(broken, file)
+    else:
+        torch.save({"epoch": 3, "state_dict": broken}, file)
+    where = "layer.bias" if kind == "safetensors" else "state_dict.layer.bias"
+    with pytest.raises(WeightsError, match=rf"w cannot be used: its tensor {where} holds NaN or infinity"):
+        load_state_dict(file)
+
+
+def test_masks_and_large_numbers_are_no_divergence(tmp_path: Path) -> None:
+    good = {
+        "mask": torch.full((4, 4), float("-inf")).triu(1),
+        "large": torch.full((9,), 60000.0, dtype=torch.float16),
+        "small": torch.ones(4, dtype=torch.float8_e4m3fn),
+        "none": torch.zeros(0),
+    }
+    safetensors.torch.save_file(good, tmp_path / "w")
+    assert load_state_dict(tmp_path / "w").keys() == good.keys()
 
 
 class Trap:
@@ -548,7 +584,7 @@ def test_fetch_says_in_words_what_it_did(fetcher: Fetcher) -> None:
     assert "w.safetensors (sha256 verified)" in out
     assert "MIT" in out
     out, _ = fetcher.run("red", "--to", str(fetcher.folder / "there"))
-    assert f"weights: {fetcher.folder / 'there' / 'w.safetensors'}" in out
+    assert f"weights: {fetcher.folder / 'there' / 'some--model' / 'w.safetensors'}" in out
     assert "ships in an installed package" in fetcher.run("packaged")[0]
     assert "nothing to fetch" in fetcher.run("light")[0]
     assert fetcher.run_json("light") == []
@@ -561,7 +597,7 @@ def test_a_file_without_a_checksum_is_held_to_the_hubs_own(fetcher: Fetcher) -> 
     _, err = fetcher.run("unchecked", "--to", str(fetcher.folder / "there"), code=2)
     assert f"its sha256 is {DIGEST} and should be {'0' * 64}" in err
     assert "It was removed; fetch it again" in err
-    assert list((fetcher.folder / "there").iterdir()) == []
+    assert list((fetcher.folder / "there" / "some--model").iterdir()) == []
 
 
 @pytest.mark.parametrize("where", ["cache", "folder"])
@@ -606,19 +642,47 @@ def test_a_damaged_file_in_the_cache_is_replaced(fetcher: Fetcher) -> None:
     assert Path(again["path"]).read_bytes() == CONTENT
 
 
-def test_a_partial_file_that_is_wrong_is_removed_and_said(fetcher: Fetcher) -> None:
+@pytest.mark.parametrize("where", ["cache", "folder"])
+def test_a_damaged_file_without_a_declared_checksum_is_replaced(fetcher: Fetcher, where: str) -> None:
+    """The hub's cache names a large file by its checksum; for another folder the hub is asked."""
+    arguments = ["unchecked"] if where == "cache" else ["unchecked", "--to", str(fetcher.folder / "there")]
+    (got,) = fetcher.run_json(*arguments)
+    (again,) = fetcher.run_json(*arguments)
+    assert (again["status"], again["verified"]) == ("present", "sha256")
+    Path(got["path"]).resolve().write_bytes(CONTENT[:-5] + b"wrong")
+    (again,) = fetcher.run_json(*arguments)
+    assert (again["status"], again["verified"]) == ("fetched", "sha256")
+    assert Path(again["path"]).read_bytes() == CONTENT
+    for environment in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
+        (alone,) = json.loads(fetcher.run(*arguments, "--json", **environment)[0])
+        assert (alone["status"], alone["verified"]) == ("present", "sha256" if where == "cache" else "")
+
+
+def test_files_of_one_name_are_not_taken_for_each_other(fetcher: Fetcher) -> None:
     there = fetcher.folder / "there"
+    for other in (there / "w.safetensors", there / "other--model" / "w.safetensors"):
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_bytes(b"of another reward")
+    (got,) = fetcher.run_json("unchecked", "--to", str(there))
+    assert got["status"] == "fetched"
+    assert Path(got["path"]) == there / "some--model" / "w.safetensors"
+    assert Path(got["path"]).read_bytes() == CONTENT
+    assert other.read_bytes() == (there / "w.safetensors").read_bytes() == b"of another reward"
+
+
+def test_a_partial_file_that_is_wrong_is_removed_and_said(fetcher: Fetcher) -> None:
+    there = fetcher.folder / "some--model"
     there.mkdir()
     partial = there / f".w.safetensors.{DIGEST[:16]}.part"
     partial.write_bytes(b"?" * 1000)
-    _, err = fetcher.run("red", "--to", str(there), code=2)
+    _, err = fetcher.run("red", "--to", str(there.parent), code=2)
     assert "is damaged" in err
     assert "It was removed; fetch it again" in err
     assert list(there.iterdir()) == []
-    fetcher.run("red", "--to", str(there))
+    fetcher.run("red", "--to", str(there.parent))
     partial.write_bytes(CONTENT + b"more")
     (there / "w.safetensors").unlink()
-    fetcher.run("red", "--to", str(there))
+    fetcher.run("red", "--to", str(there.parent))
     assert (there / "w.safetensors").read_bytes() == CONTENT
 
 
@@ -659,19 +723,19 @@ def test_offline_and_unreachable_are_told_apart(fetcher: Fetcher) -> None:
 
 def test_a_full_disk_keeps_what_came(fetcher: Fetcher) -> None:
     """A limit on the size of files stands for the disk: the same refusal in the middle of a write."""
-    there = fetcher.folder / "there"
+    there = fetcher.folder / "there" / "some--model"
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
         "from alignprop_core.cli import run; sys.exit(run(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "rewards", "fetch", "red", "--to", str(there)]
+    command = [sys.executable, "-c", code, "rewards", "fetch", "red", "--to", str(there.parent)]
     done = subprocess.run(command, env=fetcher.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "No room to write w.safetensors of some/model" in done.stderr
     assert "What has come is kept" in done.stderr
     (partial,) = there.iterdir()
     assert partial.suffix == ".part"
-    (got,) = fetcher.run_json("red", "--to", str(there))
+    (got,) = fetcher.run_json("red", "--to", str(there.parent))
     assert Path(got["path"]).read_bytes() == CONTENT
 
 
@@ -680,7 +744,7 @@ def test_one_file_of_several_and_a_hub_file_by_itself(fetcher: Fetcher) -> None:
     _, err = fetcher.run("red", "--file", "w.safetensor", code=2)
     assert 'no weights file "w.safetensor". Did you mean "w.safetensors"?' in err
     (got,) = fetcher.run_json("hub:some/model/w.safetensors", "--to", str(fetcher.folder / "there"))
-    assert Path(got["path"]) == fetcher.folder / "there" / "w.safetensors"
+    assert Path(got["path"]) == fetcher.folder / "there" / "some--model" / "w.safetensors"
     assert "has no file no.bin" in fetcher.run("missing", code=2)[1]
     assert "Write hub:owner/name/file" in fetcher.run("hub:some/model", code=2)[1]
 

@@ -94,7 +94,9 @@ def show(name: str = typer.Argument(help="A reward's name."), json: bool = commo
 def fetch(
     name: str = typer.Argument(help="A reward's name, or one file of the hub: hub:owner/name/file."),
     file: str = typer.Option("", help="Only this one of the reward's files."),
-    to: Path | None = typer.Option(None, help="Folder to put them in, instead of the hub's cache."),
+    to: Path | None = typer.Option(
+        None, help="Folder to put them in, as OWNER--NAME/FILE, instead of the hub's cache."
+    ),
     json: bool = common.JSON_OPTION,
 ) -> None:
     """Download and verify a reward's weights.
@@ -111,13 +113,17 @@ def fetch(
         typer.echo(f"{name} has no weights of its own: nothing to fetch.")
         return
     words = {"fetched": "fetched", "present": "here already", "packaged": "ships in an installed package"}
-    checks = {"sha256": "sha256 verified", "size": "size verified", "": "not verified: nothing is known of it"}
+    checks = {
+        "sha256": "sha256 verified",
+        "size": "size verified",
+        "": "not verified: the hub did not say what it should be",
+    }
     for one in got:
         # Plain lines: a path that is folded into a table cannot be copied.
         typer.echo(_weights(one.file))
         typer.echo(f"  {words[one.status]}: {one.path} ({checks[one.verified]})")
         if to is not None and one.status != "packaged":
-            typer.echo(f"  use it with: weights: {one.path}")
+            typer.echo(f"  name it in the option: {one.path}")
 
 
 def _files_of(name: str, only: str) -> list[WeightsFile]:

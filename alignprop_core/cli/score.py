@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import typer
@@ -24,7 +25,7 @@ def score(
     """Score pictures with one or several rewards."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import reward_entries
-    from alignprop_core.errors import UserError, under
+    from alignprop_core.errors import RewardError, UserError, under
     from alignprop_core.pictures import read_picture
     from alignprop_core.registry import default_registry
 
@@ -50,11 +51,15 @@ def score(
             term.reward.to(where)
     rows = []
     with torch.no_grad():
-        for picture in pictures:
+        for path, picture in zip(images, pictures, strict=True):
             # One by one: pictures may differ in size.
             image = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(where) / 255
             batch = ImageBatch(images=image, prompts=[prompt or ""], metadata=[{}])
-            rows.append([float(term.score(batch)[0]) for term in terms])
+            row = [float(term.score(batch)[0]) for term in terms]
+            for term, value in zip(terms, row, strict=True):
+                if not math.isfinite(value):
+                    raise RewardError(f'Reward "{term.label}" scores {path} as {value}. Are its weights damaged?')
+            rows.append(row)
     labels = [term.label for term in terms]
     if json:
         scored = [

@@ -49,11 +49,13 @@ class Fetched:
 def fetch_weights(file: WeightsFile, *, folder: Path | None = None, progress: Progress | None = None) -> Fetched:
     """Bring a weights file to this machine, or find it here, and verify it.
 
-    A file that is here already but has the wrong size or checksum is removed and fetched anew.
+    A file that is here already but has the wrong size or checksum is removed and fetched anew. Where neither is
+    declared, the hub cache's own name of the content is its checksum; for a folder the hub is asked, if it answers.
 
     Args:
         file: what to fetch; one that ships in a package is only looked for.
-        folder: put it there (as `folder/NAME`) instead of into the hub's cache.
+        folder: put it there (as `folder/OWNER--NAME/FILE`, since many repositories have a model.safetensors) instead of
+            into the hub's cache.
         progress: told of every piece that arrives.
 
     Raises:
@@ -64,13 +66,46 @@ def fetch_weights(file: WeightsFile, *, folder: Path | None = None, progress: Pr
         verify(path, file, f"Reinstall {file.file.partition(':')[0]}.")
         return Fetched(file, path, "packaged", _checked(file))
     with _explained(file):
-        target = None if folder is None else folder.expanduser().absolute() / Path(file.file).name
+        target = None if folder is None else _place(folder, file)
         with _lock(file, target):
             here = cached(file) if target is None else target
-            if here is not None and here.is_file() and _is_right(here, file):
-                return Fetched(file, here, "present", _checked(file))
+            if here is not None and here.is_file():
+                known = _known(file, here, asks=target is not None)
+                if _is_right(here, known):
+                    return Fetched(file, here, "present", _checked(known))
             path, sha256 = _bring(file, target, progress)
             return Fetched(file, path, "fetched", "sha256" if sha256 else "size")
+
+
+def _place(folder: Path, file: WeightsFile) -> Path:
+    return folder.expanduser().absolute() / file.repository.replace("/", "--") / file.file
+
+
+def _known(file: WeightsFile, here: Path, *, asks: bool) -> WeightsFile:
+    """Return what is known of a file that is here: what is declared, else what its name in the hub's cache says.
+
+    Args:
+        file: what is declared.
+        here: the file; in the hub's cache a link to the content, which is named by its tag.
+        asks: whether the hub is asked where there is no such name.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    if file.sha256 is not None:
+        return file
+    tag, size = here.resolve().name, file.bytes
+    if asks:
+        try:
+            found = get_hf_file_metadata(hf_hub_url(file.repository, file.file))
+            tag, size = found.etag or "", size or found.size
+        except (OfflineModeIsEnabled, *HfHubHTTPError.__bases__, OSError):
+            return file  # the file is here, and what is said of it is that it is not verified
+    return file.model_copy(update={"sha256": _sha256(tag), "bytes": size})
+
+
+def _sha256(tag: str) -> str | None:
+    return tag if _SHA256.fullmatch(tag) else None
 
 
 def _bring(file: WeightsFile, target: Path | None, progress: Progress | None) -> tuple[Path, str | None]:
@@ -80,7 +115,7 @@ def _bring(file: WeightsFile, target: Path | None, progress: Progress | None) ->
     url = hf_hub_url(file.repository, file.file)
     found = get_hf_file_metadata(url)
     tag = found.etag or ""
-    sha256 = (file.sha256 or "").lower() or (tag if _SHA256.fullmatch(tag) else None)
+    sha256 = (file.sha256 or "").lower() or _sha256(tag)
     expected = WeightsFile(repository=file.repository, file=file.file, sha256=sha256, bytes=file.bytes or found.size)
     _check_offer(file, found.size, tag)
 
@@ -152,7 +187,7 @@ def _check_offer(file: WeightsFile, size: int | None, tag: str) -> None:
     wrong = ""
     if file.bytes is not None and size is not None and size != file.bytes:
         wrong = f"{size:,} bytes where {file.bytes:,} are expected"
-    elif file.sha256 is not None and _SHA256.fullmatch(tag) and tag != file.sha256.lower():
+    elif file.sha256 is not None and _sha256(tag) not in (None, file.sha256.lower()):
         wrong = f"sha256 {tag} where {file.sha256} is expected"
     if wrong:
         raise WeightsError(

@@ -25,13 +25,19 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
-FORMS = 'the option weights takes "default", the name of a set, the path of a file, or hub:owner/name/file.safetensors'
+FORMS = 'takes "default", the name of a set, the path of a file, or hub:owner/name/file.safetensors'
 
 _checked: dict[tuple[str, int, int], str] = {}  # path, size, time of change -> sha256; lives as long as the process
 
 
 def find_weights(
-    value: str, *, reward: str, default: WeightsFile | None = None, registry: Registry | None = None
+    value: str,
+    *,
+    reward: str,
+    default: WeightsFile | None = None,
+    registry: Registry | None = None,
+    option: str = "weights",
+    sets_of: str | None = None,
 ) -> Path:
     """Return the local file that a `weights` option means.
 
@@ -41,6 +47,8 @@ def find_weights(
         default: the file "default" stands for. An empty repository means a file inside a package, written
             "package:relative/file".
         registry: where named sets are looked up; this environment's if None.
+        option: what the option is called, for messages.
+        sets_of: the reward whose named sets it takes, if they are another's.
 
     Raises:
         WeightsError: the file is not here (the message names repository, file and the command that fetches it), is
@@ -48,20 +56,20 @@ def find_weights(
     """
     if value == "default":
         if default is None:
-            raise WeightsError(f'Reward "{reward}" has no default weights; {FORMS}.')
+            raise WeightsError(f'Reward "{reward}" has no default weights; the option {option} {FORMS}.')
         _need_license(default.license, f'The default weights of reward "{reward}" ({_title(default)})')
-        return _find_file(default, reward, f"alignprop rewards fetch {reward}")
+        return _find_file(default, reward, f"alignprop rewards fetch {reward}", option)
     if value.startswith(HUB):
-        return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}")
+        return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}", option)
     path = Path(value).expanduser()
     if _is_path(value):
         return _local(path, reward)
     try:
-        return _named(value, reward, registry)
+        return _named(value, sets_of or reward, registry)
     except PluginError as error:
         if path.is_file():
             return path
-        raise WeightsError(f"{error} {FORMS[0].upper()}{FORMS[1:]}.") from error
+        raise WeightsError(f"{error} The option {option} {FORMS}.") from error
 
 
 def check_named_file(value: str, *, reward: str) -> None:
@@ -82,20 +90,29 @@ def _is_path(value: str) -> bool:
 
 def parse_hub_file(value: str) -> WeightsFile:
     """Take `hub:owner/name/file` apart; the file may lie in folders. `WeightsError` if it is not of that form."""
-    parts = value.removeprefix(HUB).split("/", 2)
-    if not value.startswith(HUB) or len(parts) < 3 or not all(parts) or ".." in value.split("/"):
+    parts = value.removeprefix(HUB).split("/")
+    if not value.startswith(HUB) or len(parts) < 3 or not all(parts) or ".." in parts:
         raise WeightsError(
             f'"{value}" names no file of the hub. Write {HUB}owner/name/file, such as '
             f"{HUB}yuvalkirstain/PickScore_v1/model.safetensors."
         )
-    return WeightsFile(repository="/".join(parts[:2]), file=parts[2])
+    return WeightsFile(repository="/".join(parts[:2]), file="/".join(parts[2:]))
 
 
 def cached(file: WeightsFile) -> Path | None:
-    """Return a file of the hub from the local cache, unverified; None if it is not there."""
+    """Return a file of the hub from the local cache, unverified; None if it is not there.
+
+    Raises:
+        WeightsError: no repository or file of the hub can have that name.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(file.repository, file.file)
+    try:
+        found = try_to_load_from_cache(file.repository, file.file)
+    except ValueError as error:
+        raise WeightsError(
+            f"{HUB}{file.repository}/{file.file} names no file of the hub: {' '.join(str(error).split())}"
+        ) from error
     return Path(found) if isinstance(found, str) else None
 
 
@@ -167,7 +184,7 @@ def _title(file: WeightsFile) -> str:
     return f"{file.file} of {file.repository}" if file.repository else file.file
 
 
-def _find_file(file: WeightsFile, reward: str, command: str) -> Path:
+def _find_file(file: WeightsFile, reward: str, command: str, option: str) -> Path:
     """Return a hub file from the local cache or a packaged file, verified."""
     if not file.repository:
         path = packaged(file.file, f'Reward "{reward}"')
@@ -175,12 +192,12 @@ def _find_file(file: WeightsFile, reward: str, command: str) -> Path:
         return path
     found = cached(file)
     if found is None:
-        raise _missing(file, reward, command)
+        raise _missing(file, reward, command, option)
     verify(found, file, f"`{command}` replaces it.")
     return found
 
 
-def _missing(file: WeightsFile, reward: str, command: str) -> WeightsError:
+def _missing(file: WeightsFile, reward: str, command: str, option: str) -> WeightsError:
     from huggingface_hub import constants
 
     size = "" if file.bytes is None else f" ({file.bytes / 1e6:,.0f} MB)"
@@ -189,7 +206,7 @@ def _missing(file: WeightsFile, reward: str, command: str) -> WeightsError:
         f'The weights of reward "{reward}" are not on this machine: file {file.file} of repository '
         f"{file.repository}{size}. Fetch them with `{command}` (into {constants.HF_HUB_CACHE}); or download "
         f"{constants.ENDPOINT}/{file.repository}/resolve/main/{file.file} yourself, put it anywhere and name it with "
-        f"the option weights: PATH.{licence}"
+        f"the option {option}: PATH.{licence}"
     )
 
 

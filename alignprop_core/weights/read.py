@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from alignprop_core.errors import WeightsError
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"  # protocol 2 and later, as torch wrote before its zip format
+_LOOKED_AT = 4096  # numbers at the start of each tensor: a page or two, where all would cost a tenth of loading
 
 
 def load_state_dict(path: Path) -> dict[str, Any]:
@@ -24,7 +26,8 @@ def load_state_dict(path: Path) -> dict[str, Any]:
         it; that is left to the caller.
 
     Raises:
-        WeightsError: the file would need unpickling, is cut off or damaged, is of another format, or cannot be read.
+        WeightsError: the file would need unpickling, is cut off or damaged, is of another format, cannot be read, or is
+            of a training that diverged: a tensor begins with NaN or infinity. (Only beginnings are looked at.)
     """
     path = Path(path)
     try:
@@ -35,11 +38,14 @@ def load_state_dict(path: Path) -> dict[str, Any]:
     if not start:
         raise WeightsError(f"{path} is empty. Fetch or copy it again.")
     if start[8:] == b"{":  # before the others: the eight bytes of the header's length may be any
-        return _load_safetensors(path)
-    if start.startswith((_ZIP, _PICKLE)):
-        return _load_torch(path, zipped=start.startswith(_ZIP))
-    hint = " It is a Git LFS pointer: fetch the file itself (`git lfs pull`)." if start == b"version h" else ""
-    raise WeightsError(f"{path} is no weights file: neither safetensors nor a file torch.save wrote.{hint}")
+        found = _load_safetensors(path)
+    elif start.startswith((_ZIP, _PICKLE)):
+        found = _load_torch(path, zipped=start.startswith(_ZIP))
+    else:
+        hint = " It is a Git LFS pointer: fetch the file itself (`git lfs pull`)." if start == b"version h" else ""
+        raise WeightsError(f"{path} is no weights file: neither safetensors nor a file torch.save wrote.{hint}")
+    _check_finite(path, found)
+    return found
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -103,6 +109,22 @@ def _load_torch(path: Path, *, zipped: bool) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise WeightsError(f"{path} holds a {type(found).__name__}; a weights file holds tensors by name.")
     return found
+
+
+def _check_finite(path: Path, found: Mapping[Any, Any], inside: str = "") -> None:
+    """Refuse weights that make every score NaN. Minus infinity alone is let through: attention masks are made of it."""
+    import torch
+
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            _check_finite(path, value, f"{inside}{key}.")
+        elif isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_sparse:
+            start = value.flatten()[:_LOOKED_AT].float()
+            if start.isnan().any() or start.isposinf().any():
+                raise WeightsError(
+                    f"{path} cannot be used: its tensor {inside}{key} holds NaN or infinity. The training that wrote "
+                    "it diverged, or the file is damaged. Take an earlier checkpoint, or fetch or copy it again."
+                )
 
 
 def _pickled(path: Path) -> WeightsError:

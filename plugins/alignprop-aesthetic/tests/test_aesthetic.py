@@ -133,6 +133,8 @@ def test_the_head_with_relu() -> None:
     assert (published_formula(embedding, state) - wanted).abs().max() > 0.1
     with pytest.raises(WeightsError, match=r"x is a head with ReLU .*: set the option activation: relu"):
         read_head(state, "x", "none")
+    with pytest.raises(WeightsError, match=r"x is a head without ReLU .*: set the option activation: none"):
+        read_head(head_state(), "x", "relu")
 
 
 def test_the_linear_head_is_affine_so_it_never_levels_off() -> None:
@@ -182,9 +184,13 @@ def test_the_default_tower_is_openais_with_its_activation(monkeypatch: pytest.Mo
     assert options["images_only"] is True
 
 
-def test_the_gradient_reaches_every_pixel_and_is_the_derivative(build: Callable[..., Aesthetic]) -> None:
-    for activation in ("none", "relu"):
-        reward = build(activation=activation).double()
+def test_the_gradient_reaches_every_pixel_and_is_the_derivative(
+    build: Callable[..., Aesthetic], tmp_path: Path
+) -> None:
+    relu = tmp_path / "relu.safetensors"
+    save_file(head_state(SMALL, RELU), relu, metadata={"config": '{"clip": "starter"}'})
+    for options in ({}, {"activation": "relu", "weights": str(relu)}):
+        reward = build(**options).double()
         images = (batch(2, 37, 33, torch.float64).images * 0.5 + 0.2).requires_grad_()
         score = reward.score(ImageBatch(images=images))
         assert score.dtype == torch.float64
@@ -271,6 +277,12 @@ def test_a_pickled_head_is_refused_and_a_missing_one_named(tmp_path: Path, monke
     torch.save(head_state(), tmp_path / "head.pth")
     with pytest.raises(WeightsError, match=r"openai/clip-vit-large-patch14.* `alignprop rewards fetch aesthetic`"):
         Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth")))
+    for clip, command in (("default", "aesthetic"), ("hub:some/clip/model.pt", "hub:some/clip/model.pt")):
+        wanted = rf'of reward "aesthetic" are not .*rewards fetch {command}`.* the option clip_weights: PATH'
+        with pytest.raises(WeightsError, match=wanted):
+            Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth"), clip_weights=clip))
+    with pytest.raises(WeightsError, match=r'"nothing".*The option clip_weights takes "default"'):
+        Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth"), clip_weights="nothing"))
     assert HEAD_WEIGHTS.sha256 is not None
     assert HEAD_WEIGHTS.sha256.startswith("21dd590f")
 

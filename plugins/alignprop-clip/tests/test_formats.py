@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.checkpoint import compact_embedding, to_open_clip
+from alignprop_clip.config import ClipScoreConfig
 from alignprop_clip.encoder import ClipEncoder, load_clip
 from alignprop_clip.preprocess import Preprocess
+from alignprop_clip.reward import ClipScore
 from alignprop_clip.testing import CLIP, IMAGE_SIZE, PREPROCESS, tiny_network, write_tiny_clip
 from alignprop_core.errors import ConfigError, WeightsError
 
@@ -245,12 +247,15 @@ def test_names_are_as_in_open_clip_and_wrong_ones_are_answered() -> None:
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r'no model "ViT-L14"\. Did you mean "ViT-L-14"'):
         Architecture.named("ViT-L14")
+    for name, meant in (("vit-l-14", "ViT-L-14"), ("resnet50", "RN50"), ("VIT-B-16-SIGLIP", "ViT-B-16-SigLIP")):
+        with pytest.raises(ConfigError, match=rf'no model "{name}"\. Did you mean "{meant}"'):
+            Architecture.named(name)
     with pytest.raises(ConfigError, match="open_clip has no model"):
         Architecture.named("hf-hub:owner/name")
     with pytest.raises(ConfigError, match="captioning model"):
-        Architecture.named("coca_ViT-B-32").empty()
+        Architecture.named("coca_ViT-B-32")
     with pytest.raises(ConfigError, match="text tower from transformers"):
-        Architecture.named("roberta-ViT-B-32").empty()
+        Architecture.named("roberta-ViT-B-32")
 
 
 def refused(path: Path, architecture: Architecture | None = None) -> str:
@@ -291,15 +296,78 @@ def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     assert "lacks vision_model.encoder.layers.0.self_attn.k_proj.weight" in refused(empty)
 
 
+def write_header(path: Path, header: dict[str, Any]) -> Path:
+    save_file({"a": torch.zeros(1)}, path, metadata={"config": json.dumps(header)})
+    return path
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"ultralytics": {}}, "describes no CLIP model"),
-        ({"open_clip": CLIP, "image_size": 32, "mean": [0.5] * 3}, "KeyError: 'std'"),
-        ({"open_clip": {"embed_dim": 3}, **PREPROCESS}, "lacks text_cfg, vision_cfg"),
+        ({"ultralytics": {}}, "describes no CLIP model that can be built: open_clip: Field required"),
+        ({"open_clip": CLIP, "image_size": 32, "mean": [0.5] * 3}, "std: Field required"),
+        ({"open_clip": {"embed_dim": 3}, **PREPROCESS}, "open_clip.vision_cfg: Field required; open_clip.text_cfg"),
     ],
 )
 def test_a_header_of_something_else_is_refused(tmp_path: Path, header: dict[str, Any], message: str) -> None:
+    assert message in refused(write_header(tmp_path / "x.safetensors", header))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("open_clip", "x"),
+        ("open_clip.embed_dim", "16"),
+        *((f"open_clip.{part}", value) for part in ("vision_cfg", "text_cfg") for value in ("x", None, [])),
+        *((f"open_clip.text_cfg.{count}", value) for count in ("vocab_size", "heads", "layers") for value in ("x", 0)),
+        *((f"open_clip.vision_cfg.{count}", value) for count in ("width", "head_width") for value in (-1, None)),
+        ("open_clip.vision_cfg.timm_model_name", "hf-hub:some/model"),
+        ("open_clip.text_cfg.tokenizer_kwargs.trust_remote_code", True),
+        ("open_clip.text_cfg.tokenizer_kwargs.bpe_path", "x"),
+        *(("image_size", value) for value in (0, -32, "32", 32.5, 64)),
+        *(("mean", value) for value in ([1], 0.5, [0.5, 0.5, "x"], [0.5, 0.5, float("nan")])),
+        *(("std", value) for value in ([0.5, 0.5, 0], [0.5, -1, 0.5])),
+        ("resize", "foo"),
+        ("interpolation", "nearest"),
+    ],
+)
+def test_a_value_in_the_header_that_cannot_be_is_named_with_its_key(tmp_path: Path, key: str, value: object) -> None:
+    header = json.loads(json.dumps({"open_clip": CLIP, **PREPROCESS}))
+    *parents, last = key.split(".")
+    part = header
+    for parent in parents:
+        part = part.setdefault(parent, {})
+    part[last] = value
+    message = refused(write_header(tmp_path / "x.safetensors", header))
+    assert "describes no CLIP model that can be built: " in message
+    assert key in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), [("act_kwargs", 3), ("pool_type", "x"), ("no_such_key", 1)])
+def test_what_only_open_clip_can_tell_of_a_header_names_the_file(tmp_path: Path, key: str, value: object) -> None:
+    header = {"open_clip": {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], key: value}}, **PREPROCESS}
+    path = write_header(tmp_path / "x.safetensors", header)
+    with pytest.raises(ConfigError, match=rf"{path}: open_clip builds no model from its config: \w+Error: "):
+        load_clip(path, tiny())
+
+
+def test_a_file_that_does_not_hold_what_its_header_says_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"a": torch.zeros(1)}, path, metadata={"config": json.dumps(header)})
-    assert message in refused(path)
+    header = {"config": json.dumps({"open_clip": CLIP, **PREPROCESS})}
+    state = {k: v.contiguous() for k, v in tiny_network(bias=None).state_dict().items()}
+    save_file(state | {"visual.proj": torch.zeros(32, 16, dtype=torch.int8)}, path, metadata=header)
+    message = refused(path)
+    assert "holds another model than the one in its header: visual.proj holds int8 where the model has fl" in message
+    assert message.count(str(path)) == 1
+
+
+def test_the_activation_of_a_file_that_says_it_is_not_overruled(tmp_path: Path) -> None:
+    for has in (False, True):
+        path = write_tiny_clip(tmp_path / f"{has}.safetensors", {**CLIP, "quick_gelu": has})
+        load_clip(path, tiny(), quick_gelu=has)
+        with pytest.raises(WeightsError, match=rf"has quick_gelu: {str(has).lower()}; leave the option quick_gelu out"):
+            load_clip(path, tiny(), quick_gelu=not has)
+    plain = write_tiny_clip(tmp_path / "plain.safetensors")
+    with pytest.raises(WeightsError, match="quick_gelu: false"):
+        ClipScore(ClipScoreConfig(weights=str(plain), quick_gelu=True))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.functional import to_tensor
 
+from alignprop_clip.config import PickScoreConfig
 from alignprop_clip.preprocess import Preprocess
+from alignprop_clip.reward import PickScore
+from alignprop_clip.testing import CLIP, PREPROCESS
+from alignprop_core.reward import ImageBatch
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(32, 32), (48, 48), (224, 224), (33, 97), (200, 57), (640, 480), (32, 400)]
@@ -81,3 +88,43 @@ def test_types_and_inputs() -> None:
         kept = images.clone()
         assert prepare(images).dtype == wanted
         assert torch.equal(images, kept)
+
+
+@pytest.mark.parametrize("size", [(35, 32), (32, 35), (32, 39), (64, 65), (73, 75), (33, 32), (32, 32)])
+def test_pickscore_is_what_its_authors_compute_with_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
+    """Their model class, their processor and their formula; sizes with 1, 3 and 7 pixels too many once scaled."""
+    import open_clip
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
+
+    sides = {"hidden_act": "gelu", "num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 32}
+    torch.manual_seed(0)
+    model = CLIPModel(
+        CLIPConfig(
+            vision_config={**sides, "image_size": 32, "patch_size": 8, "intermediate_size": 128},
+            text_config={**sides, "intermediate_size": 128, "eos_token_id": 49407, "bos_token_id": 49406},
+            projection_dim=16,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            torch.nn.init.normal_(parameter, std=1.5 * parameter[0].numel() ** -0.5)
+    header = {"open_clip": {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], "layers": 1},
+                            "text_cfg": {**CLIP["text_cfg"], "layers": 1}}, **PREPROCESS}  # fmt: skip
+    state = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
+    save_file(state, tmp_path / "pick.safetensors", metadata={"config": json.dumps(header)})
+
+    # Floating-point pixels, which the processor rounds nowhere, in a range where bicubic does not overshoot [0, 1].
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False)
+    prompts = ["a fox", "three dogs"]
+    with torch.no_grad():
+        # As on the model's card: unit embeddings, exp(logit_scale) times their product.
+        pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
+        image = model.get_image_features(pixel_values=pixels).pooler_output
+        text = model.get_text_features(input_ids=open_clip.tokenize(prompts)).pooler_output
+        image, text = image / image.norm(dim=-1, keepdim=True), text / text.norm(dim=-1, keepdim=True)
+        theirs = model.logit_scale.exp() * (text * image).sum(-1)
+    ours = PickScore(PickScoreConfig(weights=str(tmp_path / "pick.safetensors"))).score(
+        ImageBatch(images=images, prompts=prompts)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

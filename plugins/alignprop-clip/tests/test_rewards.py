@@ -19,10 +19,10 @@ from torch.nn import functional as F
 
 import alignprop_clip
 from alignprop_clip.config import ClipScoreConfig, PickScoreConfig, ReferenceSimilarityConfig, SiglipScoreConfig
-from alignprop_clip.reference import ReferenceSimilarity, read_picture
+from alignprop_clip.reference import ReferenceSimilarity, _as_batch
 from alignprop_clip.reward import ClipScore, EncoderReward, PickScore, SiglipScore
 from alignprop_clip.testing import random_state, tiny_network, write_tiny_clip
-from alignprop_core.errors import ConfigError, WeightsError
+from alignprop_core.errors import ConfigError, UserError, WeightsError
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward, check_scores
@@ -116,12 +116,12 @@ def test_reference_similarity_is_the_mean_or_largest_cosine(folder: Path, build:
     reward = build("reference_similarity")
     assert isinstance(reward, ReferenceSimilarity)
     files = sorted((folder / "pictures").glob("[abc].*"))
-    references = torch.cat([reward.encoder.images(read_picture(file)) for file in files])
+    references = torch.cat([reward.encoder.images(_as_batch(file)) for file in files])
     cosines = reward.encoder.images(batch().images) @ references.T
     assert cosines.shape == (4, 3)
     torch.testing.assert_close(reward.score(batch()), cosines.mean(1))
     torch.testing.assert_close(build("reference_similarity", compare="max").score(batch()), cosines.amax(1))
-    itself = ImageBatch(images=read_picture(files[0]))
+    itself = ImageBatch(images=_as_batch(files[0]))
     assert build("reference_similarity", compare="max").score(itself).item() == pytest.approx(1, abs=1e-5)
 
 
@@ -283,8 +283,15 @@ def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(
             kind()
     with pytest.raises(WeightsError, match="fetch hub:laion/CLIP-ViT-H-14-laion2B-s32B-b79K/open_clip_pytorch_model"):
         ClipScore(ClipScoreConfig(model="ViT-H-14"))
-    with pytest.raises(ConfigError, match="no default weights are known for the model ViT-B-16-plus-240"):
+    with pytest.raises(ConfigError, match="has no default weights for the model ViT-B-16-plus-240"):
         ClipScore(ClipScoreConfig(model="ViT-B-16-plus-240"))
+    for model, kind in (("coca_ViT-B-32", "captioning model"), ("roberta-ViT-B-32", "text tower from transformers")):
+        with pytest.raises(ConfigError, match=kind):
+            ClipScore(ClipScoreConfig(model=model))
+    with pytest.raises(
+        ConfigError, match=r"has no default weights for the model ViT-L-14; .* defaults for ViT-B-16-Sig"
+    ):
+        SiglipScore(SiglipScoreConfig(model="ViT-L-14"))
     with pytest.raises(ConfigError, match='Did you mean "ViT-B-32"'):
         ClipScore(ClipScoreConfig(model="ViT-B32"))
     with pytest.raises(WeightsError, match="openai/clip-vit-large-patch14"):
@@ -300,6 +307,8 @@ def test_openais_weights_get_their_activation() -> None:
     assert trained_with_quick_gelu("hub:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors")
     assert not trained_with_quick_gelu("hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K/open_clip_pytorch_model.bin")
     assert not trained_with_quick_gelu("openai/clip-vit-base-patch32/model.safetensors")
+    assert trained_with_quick_gelu("/weights/openai--clip-vit-large-patch14/model.safetensors")
+    assert not trained_with_quick_gelu("/weights/laion--CLIP-ViT-H-14-laion2B-s32B-b79K/open_clip_pytorch_model.bin")
 
 
 def test_siglip_score_wants_a_bias(tmp_path: Path) -> None:
@@ -322,7 +331,7 @@ def test_a_folder_without_pictures_is_one_clear_error(
     make: Callable[[Path], Path], message: str, tmp_path: Path, folder: Path
 ) -> None:
     config = ReferenceSimilarityConfig(folder=str(make(tmp_path)), weights=str(folder / "clip.safetensors"))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         ReferenceSimilarity(config)
 
 
@@ -330,15 +339,6 @@ def _file(path: Path, content: bytes) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-def test_reference_pictures_are_turned_upright_and_transparency_is_white(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by a quarter
-    Image.new("RGB", (40, 20), "red").save(tmp_path / "turned.png", exif=exif)
-    assert read_picture(tmp_path / "turned.png").shape == (1, 3, 40, 20)
-    Image.new("RGBA", (5, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert torch.equal(read_picture(tmp_path / "clear.png"), torch.ones(1, 3, 5, 5))
 
 
 @pytest.mark.parametrize(

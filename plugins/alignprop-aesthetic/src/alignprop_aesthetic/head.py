@@ -60,7 +60,7 @@ def read_head(
     """Take the head out of a checkpoint.
 
     Keys are `layers.N.weight` and `.bias`, with anything before them ("mlp.", "module.", "model.layers.") or nothing;
-    N counts the author's nn.Sequential.
+    N counts the author's nn.Sequential, and so tells whether there was a ReLU between the layers.
 
     Args:
         found: what the file holds; a nested "state_dict" is taken.
@@ -88,8 +88,9 @@ def read_head(
             f"{where} is no aesthetic head that is known: its layers are {', '.join(map(str, numbers))}"
             f"{', without ' + ', '.join(lacking) if lacking else ''}; heads have {_LINEAR}, with ReLU {_RELU}."
         )
-    if numbers == _RELU and activation != "relu":
-        raise WeightsError(f"{where} is a head with ReLU (layers {_RELU}): set the option activation: relu.")
+    if activation != (needed := "relu" if numbers == _RELU else "none"):
+        kind = "with" if needed == "relu" else "without"
+        raise WeightsError(f"{where} is a head {kind} ReLU (layers {numbers}): set the option activation: {needed}.")
     pairs = [(layers[n, "weight"], layers[n, "bias"]) for n in numbers]
     _check_sizes(pairs, where, published)
     return Head(pairs, activation)

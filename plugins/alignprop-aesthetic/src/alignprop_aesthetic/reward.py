@@ -39,9 +39,10 @@ class Aesthetic(EncoderReward):
         tower = self.config.clip_weights
         if tower == "default":
             tower = str(header.get("clip", "default"))
-        # Named sets of CLIP weights are registered for clip_score; the published ones come with this reward's own.
-        owner = "aesthetic" if tower == "default" else "clip_score"
-        clip_path = find_weights(tower, reward=owner, default=CLIP_SCORE_WEIGHTS)
+        # Named sets of CLIP weights are registered for clip_score.
+        clip_path = find_weights(
+            tower, reward="aesthetic", default=CLIP_SCORE_WEIGHTS, option="clip_weights", sets_of="clip_score"
+        )
         self.encoder = load_clip(
             clip_path,
             Architecture.named("ViT-L-14", quick_gelu=True),

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
+from alignprop_clip.header import read
 from alignprop_clip.preprocess import Preprocess
-from alignprop_core.errors import ConfigError, WeightsError, did_you_mean
+from alignprop_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,20 @@ class Architecture:
 
         clean = name.replace("/", "-")
         if ":" in clean or clean not in open_clip.list_models():
+            known = {model.lower(): model for model in open_clip.list_models()}
+            near = get_close_matches(clean.lower(), known, n=1)
+            hint = f' Did you mean "{known[near[0]]}"?' if near else ""
             raise ConfigError(
-                f'open_clip has no model "{name}".{did_you_mean(clean, open_clip.list_models())} '
+                f'open_clip has no model "{name}".{hint} '
                 "`python -c 'import open_clip; print(open_clip.list_models())'` lists them."
             )
         config = open_clip.get_model_config(clean)
         if quick_gelu is not None:
             config["quick_gelu"] = quick_gelu
         image_size = config["vision_cfg"].get("image_size", 224)
-        return cls(clean, config, _preprocess(clean, image_size))
+        named = cls(clean, config, _preprocess(clean, image_size))
+        named._check_supported()
+        return named
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], where: str) -> Architecture:
@@ -62,26 +69,17 @@ class Architecture:
             where: the file, for messages.
 
         Raises:
-            WeightsError: a key is missing or has no sensible value.
+            WeightsError: a key is missing or has a value that cannot be.
         """
-        try:
-            config = dict(header["open_clip"])
-            preprocess = Preprocess(
-                size=int(header["image_size"]),
-                mean=tuple(float(v) for v in header["mean"]),
-                std=tuple(float(v) for v in header["std"]),
-                resize=header.get("resize", "shortest"),
-                interpolation=header.get("interpolation", "bicubic"),
-            )
-            missing = {"embed_dim", "vision_cfg", "text_cfg"} - config.keys()
-        except (KeyError, TypeError, ValueError) as error:
-            raise WeightsError(
-                f'{where}: the "config" in its header describes no CLIP model ({type(error).__name__}: {error}); it '
-                'needs "open_clip", "image_size", "mean" and "std". Is the file meant for this reward?'
-            ) from error
-        if missing:
-            raise WeightsError(f'{where}: "open_clip" in its header lacks {", ".join(sorted(missing))}.')
-        return cls(where, config, preprocess)
+        said = read(header, where)
+        preprocess = Preprocess(
+            size=said.image_size,
+            mean=tuple(said.mean),
+            std=tuple(said.std),
+            resize=said.resize,
+            interpolation=said.interpolation,
+        )
+        return cls(where, dict(header["open_clip"]), preprocess)
 
     def empty(self) -> nn.Module:
         """Build the model with its parameters on the meta device: no memory, no random numbers; buffers are real.
@@ -92,22 +90,27 @@ class Architecture:
         from accelerate import init_empty_weights
         from open_clip import CLIP, CustomTextCLIP
 
+        self._check_supported()
         config = deepcopy(dict(self.config))
-        if "multimodal_cfg" in config:
-            raise ConfigError(f"{self.name} is a captioning model (CoCa); take a contrastive one, such as ViT-L-14.")
-        if "hf_model_name" in config["text_cfg"]:
-            raise ConfigError(
-                f"{self.name} has a text tower from transformers, which cannot be built without the hub; take a model "
-                "with open_clip's own, such as ViT-L-14."
-            )
         if "timm_model_name" in config["vision_cfg"]:
             config["vision_cfg"]["timm_model_pretrained"] = False
         kind: type[nn.Module] = CustomTextCLIP if config.pop("custom_text", False) else CLIP
         try:
             with init_empty_weights(include_buffers=False):
                 return kind(**config)
-        except (TypeError, AssertionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"{self.name}: open_clip builds no model from its config: {error}") from error
+        except Exception as error:  # whatever open_clip and timm trip over in a config that is not theirs
+            raise ConfigError(
+                f"{self.name}: open_clip builds no model from its config: {type(error).__name__}: {error}"
+            ) from error
+
+    def _check_supported(self) -> None:
+        if "multimodal_cfg" in self.config:
+            raise ConfigError(f"{self.name} is a captioning model (CoCa); take a contrastive one, such as ViT-L-14.")
+        if "hf_model_name" in self.config["text_cfg"]:
+            raise ConfigError(
+                f"{self.name} has a text tower from transformers, which cannot be built without the hub; take a model "
+                "with open_clip's own, such as ViT-L-14."
+            )
 
 
 def _preprocess(name: str, image_size: Any) -> Preprocess:

@@ -8,6 +8,7 @@ repository stands here beside it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from alignprop_core.specs import WeightsFile
 
@@ -53,10 +54,19 @@ KNOWN: dict[str, Known] = {
 }
 """open_clip model name -> the checkpoint "default" means for it."""
 
+WITH_BIAS = {name: known for name, known in KNOWN.items() if "SigLIP" in name}
+"""Those of them that were trained with the sigmoid loss, and have a logit_bias."""
+
 
 def trained_with_quick_gelu(weights: str) -> bool:
-    """Whether a `weights` option names a hub repository of OpenAI's own models, all trained with QuickGELU."""
-    repository = weights.removeprefix("hub:").rpartition("/")[0] if weights.startswith("hub:") else ""
+    """Whether a `weights` option names a hub repository of OpenAI's own models, all trained with QuickGELU.
+
+    A file in a folder OWNER--NAME, where `alignprop rewards fetch ... --to` puts it, is taken as of that repository.
+    """
+    if weights.startswith("hub:"):
+        repository = weights.removeprefix("hub:").rpartition("/")[0]
+    else:
+        repository = PurePath(weights).parent.name.replace("--", "/")
     return repository.startswith(("openai/clip-", "timm/")) and (
         repository.startswith("openai/")
         or repository.endswith(("_clip.openai", "_clip_224.openai", "_clip_336.openai"))

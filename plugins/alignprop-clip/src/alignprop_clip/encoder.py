@@ -133,6 +133,7 @@ def load_clip(
     *,
     images_only: bool = False,
     precision: Precision = "float32",
+    quick_gelu: bool | None = None,
 ) -> ClipEncoder:
     """Load a CLIP model from a file.
 
@@ -141,14 +142,21 @@ def load_clip(
         architecture: what the file holds, if it does not say so itself (metadata key "config").
         images_only: leave the text tower out; the file need not have one.
         precision: see `ClipEncoder`.
+        quick_gelu: the activation that was asked for; a file that says it has the other is refused.
 
     Raises:
         WeightsError: the file cannot be read, or holds another model.
         ConfigError: the architecture cannot be built.
     """
     header = read_header(path)
+    name = architecture.name
     if header:
-        architecture = Architecture.from_header(header, str(path))
+        architecture, name = Architecture.from_header(header, str(path)), "the one in its header"
+        if quick_gelu not in (None, said := architecture.config.get("quick_gelu", False)):
+            raise WeightsError(
+                f"{path} says in its header that its model has quick_gelu: {str(said).lower()}; leave the option "
+                "quick_gelu out."
+            )
     vocabulary = int(architecture.config["text_cfg"].get("vocab_size", 49408))
     state = to_open_clip(load_state_dict(path), str(path), vocabulary=vocabulary)
     if state.get("logit_bias") is not None and "init_logit_bias" not in architecture.config:
@@ -156,7 +164,7 @@ def load_clip(
             architecture.name, {**architecture.config, "init_logit_bias": 0.0}, architecture.preprocess
         )
     network = architecture.empty()
-    fill(network, state, str(path), architecture.name, prefix="visual." if images_only else "")
+    fill(network, state, str(path), name, prefix="visual." if images_only else "")
     return ClipEncoder(network, architecture, images_only=images_only, precision=precision)
 
 
@@ -191,6 +199,11 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], where: str, name: str,
             f"{key} has shape {tuple(given[key].shape)}, the model's {tuple(wanted[key].shape)}"
             for key in sorted(wanted.keys() & given.keys())
             if given[key].shape != wanted[key].shape
+        ),
+        *(
+            f"{key} holds {str(given[key].dtype).removeprefix('torch.')} where the model has floating-point numbers"
+            for key in sorted(wanted.keys() & given.keys())
+            if wanted[key].is_floating_point() and not given[key].is_floating_point()
         ),
     ]
     if problems:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import floor
 from typing import Literal
 
 import torch
@@ -28,6 +29,8 @@ class Preprocess:
         interpolation: the filter.
         clip: bring what bicubic overshoots back into [0, 1], as 8-bit pictures do. The gradient passes through
             unchanged: in a white area half the pixels overshoot by rounding alone, and would stop learning.
+        crop: where the middle begins when there are an odd number of pixels too many: "nearest", halves to even, as
+            torchvision and open_clip do it, or "floor", as transformers does.
     """
 
     size: int
@@ -36,6 +39,7 @@ class Preprocess:
     resize: Resize = "shortest"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     clip: bool = True
+    crop: Literal["nearest", "floor"] = "nearest"
 
     def __call__(self, images: Tensor) -> Tensor:
         """Prepare pictures.
@@ -51,7 +55,8 @@ class Preprocess:
         if (height, width) != tuple(x.shape[-2:]):
             x = self._scale(x, height, width)
         if self.resize == "shortest":
-            top, left = round((height - self.size) / 2), round((width - self.size) / 2)
+            begin = floor if self.crop == "floor" else round
+            top, left = begin((height - self.size) / 2), begin((width - self.size) / 2)
             x = x[..., top : top + self.size, left : left + self.size]
         elif self.resize == "longest":
             down, right = self.size - height, self.size - width

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from alignprop_clip.config import ReferenceSimilarityConfig
 from alignprop_clip.reward import EncoderReward, load_model
-from alignprop_core.errors import ConfigError
+from alignprop_core.errors import ConfigError, under
+from alignprop_core.pictures import read_picture
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 
@@ -35,7 +35,7 @@ class ReferenceSimilarity(EncoderReward):
         files = picture_files(Path(self.config.folder).expanduser())
         self.encoder = load_model(self.config, "reference_similarity", images_only=True)
         with torch.inference_mode(False), torch.no_grad():
-            embedded = [self.encoder.images(read_picture(file)) for file in files]
+            embedded = [self.encoder.images(_as_batch(file)) for file in files]
         self.register_buffer("references", torch.cat(embedded))
 
     def score(self, batch: ImageBatch) -> Tensor:
@@ -59,14 +59,8 @@ def picture_files(folder: Path) -> list[Path]:
     return files
 
 
-def read_picture(file: Path) -> Tensor:
-    """Read a picture as (1, 3, H, W) in [0, 1]: upright, transparency over white; `ConfigError` if it is none."""
-    try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened).convert("RGBA")
-    # ultralytics, where it is loaded, makes Pillow try another format first, whose package may be missing.
-    except (UnidentifiedImageError, OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"reference_similarity: {file} is no picture that can be read: {error}") from error
-    solid = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    pixels = torch.frombuffer(bytearray(solid.tobytes()), dtype=torch.uint8).view(solid.height, solid.width, 3)
+def _as_batch(file: Path) -> Tensor:
+    """Read a picture as (1, 3, H, W) in [0, 1]."""
+    with under("reference_similarity"):
+        pixels = torch.from_numpy(read_picture(file))
     return pixels.permute(2, 0, 1)[None].float() / 255

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignprop_clip.architecture import Architecture
-from alignprop_clip.catalogue import KNOWN, PICKSCORE_WEIGHTS, trained_with_quick_gelu
+from alignprop_clip.catalogue import KNOWN, PICKSCORE_WEIGHTS, WITH_BIAS, Known, trained_with_quick_gelu
 from alignprop_clip.config import ClipScoreConfig, ModelConfig, PickScoreConfig, SiglipScoreConfig
 from alignprop_clip.encoder import ClipEncoder, load_clip
 from alignprop_core.errors import ConfigError, WeightsError
@@ -18,20 +20,24 @@ from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights
 
 
-def load_model(config: ModelConfig, reward: str, *, images_only: bool = False) -> ClipEncoder:
+def load_model(
+    config: ModelConfig, reward: str, *, images_only: bool = False, defaults: Mapping[str, Known] = KNOWN
+) -> ClipEncoder:
     """Load the model a reward's options name.
 
     Args:
         config: the options.
         reward: the reward's name: named sets of weights are looked up for it.
         images_only: leave the text tower out.
+        defaults: the models that "default" weights are known for, of those the reward can use.
 
     Raises:
-        ConfigError: open_clip has no such model, or no default weights are known for it.
+        ConfigError: open_clip has no such model, it is of a kind that is not supported, or no default weights are
+            known for it.
         WeightsError: the weights are not here, or are those of another model.
     """
     model = config.model.replace("/", "-")
-    known = KNOWN.get(model)
+    known = defaults.get(model)
     quick_gelu = config.quick_gelu
     if quick_gelu is None and config.weights == "default" and known is not None:
         quick_gelu = known.quick_gelu
@@ -42,15 +48,17 @@ def load_model(config: ModelConfig, reward: str, *, images_only: bool = False) -
     weights = config.weights
     if weights == "default" and known is None:
         raise ConfigError(
-            f'Reward "{reward}": no default weights are known for the model {config.model}; name some with weights: '
-            f"PATH or weights: hub:owner/name/file. There are defaults for {', '.join(KNOWN)}."
+            f'Reward "{reward}": it has no default weights for the model {config.model}; name some with weights: '
+            f"PATH or weights: hub:owner/name/file. There are defaults for {', '.join(defaults)}."
         )
     default = known.weights if known is not None else None
     if weights == "default" and default is not None and model != type(config).model_fields["model"].default:
         # Not the file `alignprop rewards fetch NAME` brings, so the message names this one.
         weights = f"hub:{default.repository}/{default.file}"
     path = find_weights(weights, reward=reward, default=default)
-    return load_clip(path, architecture, images_only=images_only, precision=config.precision)
+    return load_clip(
+        path, architecture, images_only=images_only, precision=config.precision, quick_gelu=config.quick_gelu
+    )
 
 
 def cosine(encoder: ClipEncoder, batch: ImageBatch) -> Tensor:
@@ -110,6 +118,8 @@ class PickScore(EncoderReward):
         super().__init__(config)
         path = find_weights(self.config.weights, reward="pickscore", default=PICKSCORE_WEIGHTS)
         self.encoder = load_clip(path, Architecture.named("ViT-H-14"), precision=self.config.precision)
+        # The authors' processor is transformers', which cuts out the middle a pixel off open_clip's for some sizes.
+        self.encoder.preprocess = replace(self.encoder.preprocess, crop="floor")
 
     def score(self, batch: ImageBatch) -> Tensor:
         """Return (B,) scaled cosines; float32, or float64 if the images are."""
@@ -129,7 +139,7 @@ class SiglipScore(EncoderReward):
 
     def __init__(self, config: SiglipScoreConfig | None = None) -> None:
         super().__init__(config)
-        self.encoder = load_model(self.config, "siglip_score")
+        self.encoder = load_model(self.config, "siglip_score", defaults=WITH_BIAS)
         if self.encoder.logit_bias is None:
             raise WeightsError(
                 f"siglip_score: the weights ({self.config.weights}) have no logit_bias, so they are of a CLIP model, "
