@@ -25,7 +25,7 @@ NAMES = ("cat", "dog", "fox", "bird", "traffic light")
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
 
 
-def rtdetr() -> RTDetrForObjectDetection:
+def rtdetr(num_queries: int = 12) -> RTDetrForObjectDetection:
     config = RTDetrConfig(
         backbone_config=RTDetrResNetConfig(
             embedding_size=16,
@@ -43,7 +43,7 @@ def rtdetr() -> RTDetrForObjectDetection:
         decoder_ffn_dim=32,
         decoder_layers=2,
         decoder_attention_heads=2,
-        num_queries=12,
+        num_queries=num_queries,
         num_denoising=0,
         **LABELS,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, RTDetrConfig, RTDetrImageProcessor
 
-from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.errors import ConfigError, PluginError, WeightsError
 from alignprop_core.registry import Registry, default_registry
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
@@ -134,6 +135,86 @@ def test_a_head_of_the_wrong_size_is_one_clear_error(tmp_path: Path, tiny: Simpl
         transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
 
 
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [*((size, "Sizes of tensors must match") for size in (33, 48, 50, 100, 150)), (32, "out of range")],
+)
+def test_a_size_the_network_cannot_take_is_refused_when_it_is_loaded(
+    size: int, reason: str, tmp_path: Path, tiny: SimpleNamespace, weights: dict[str, Path]
+) -> None:
+    file = weights["rtdetr"]
+    if size == 32:  # 21 places
+        file = tiny.write(tiny.rtdetr(num_queries=30), tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        load_detector(DetectorConfig(weights=str(file), image_size=size), default_registry())
+    assert f"options.image_size: the detector rtdetr cannot look at pictures of {size} x {size}" in str(caught.value)
+    assert f"Give a multiple of 32 from {64 if size == 32 else 32}." in str(caught.value)
+    assert reason in str(caught.value)
+    # Even so small a size does not trouble DETR.
+    load_detector(DetectorConfig(detector="detr", weights=str(weights["detr"]), image_size=size), default_registry())
+
+
+def test_the_size_of_a_file_is_tried_too(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    file = tiny.write(tiny.lively(tiny.rtdetr()), tmp_path / "w.safetensors", 100)
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: image_size: .* Give a multiple of 32 from 32"):
+        load_detector(DetectorConfig(weights=str(file)), default_registry())
+
+
+def test_the_fitting_size_said_is_the_smallest_that_fits(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    for queries in (20, 21, 22, 84, 85):
+        file = tiny.write(tiny.rtdetr(num_queries=queries), tmp_path / "w.safetensors")
+        least = int(transformers_detector("rtdetr", file, None).fitting.rpartition(" ")[2])
+        load_detector(DetectorConfig(weights=str(file), image_size=least), default_registry())
+        if least > 32:
+            with pytest.raises(ConfigError, match="out of range"):
+                load_detector(DetectorConfig(weights=str(file), image_size=least - 32), default_registry())
+
+
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [
+        ({"transformers": {}}, "transformers.architecture: field required"),
+        ({"transformers": {"architecture": "RTDetrForObjectDetection"}}, "transformers.config: field required"),
+        ({"transformers": {"architecture": 3, "config": {}}}, "transformers.architecture: input should be .*it is 3"),
+        ({"transformers": "x"}, "transformers: "),
+        ({"image_size": "big"}, "image_size: input should be a valid integer"),
+        ({"image_size": 5}, "image_size: input should be greater than or equal to 32"),
+        (
+            {"transformers": {"architecture": "RTDetrForObjectDetection", "config": {"d_model": "x"}}},
+            "(its configuration is no RTDetrConfig|no RTDetrForObjectDetection can be built)",
+        ),
+        (
+            {"transformers": {"architecture": "RTDetrForObjectDetection", "config": {"d_model": -3}}},
+            "no RTDetrForObjectDetection can be built as its configuration says",
+        ),
+    ],
+)
+def test_a_broken_header_is_one_message(tmp_path: Path, header: dict[str, Any], key: str) -> None:
+    file = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"config": json.dumps(header)})
+    with pytest.raises(WeightsError, match=f"^{re.escape(str(file))}: (its header: )?{key}"):
+        transformers_detector("rtdetr", file, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{bad", "cannot be read as JSON"),
+        ("[]", "holds a list; it must be a mapping"),
+        ("{}", "architectures: field required"),
+        ('{"architectures": "RTDetrForObjectDetection"}', "architectures: input should be a valid list"),
+        ('{"architectures": []}', "architectures: list should have at least 1 item"),
+        ('{"architectures": ["Other"]}', "holds a Other; this plugin knows"),
+        ('{"architectures": ["RTDetrForObjectDetection"], "d_model": "x"}', "its configuration is no RTDetrConfig"),
+    ],
+)
+def test_a_broken_config_beside_the_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(WeightsError, match=f"^{re.escape(str(tmp_path / 'config.json'))}: .*{message}"):
+        transformers_detector("rtdetr", tmp_path / "model.safetensors", None)
+
+
 def test_a_file_without_a_header_must_be_the_full_size(tmp_path: Path, tiny: SimpleNamespace) -> None:
     save_file({k: v.clone() for k, v in tiny.rtdetr().state_dict().items()}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"does not fit .* and \d+ more\. The configuration is"):
@@ -160,6 +241,7 @@ def test_missing_default_weights_name_repository_file_and_command(
     for name, repository in (("rtdetr", "PekingU/rtdetr_r50vd"), ("detr", "facebook/detr-resnet-50")):
         with pytest.raises(WeightsError) as caught:
             load_detector(DetectorConfig(detector=name), default_registry())
+        assert f'The weights of detector "{name}" are not on this machine' in str(caught.value)
         assert f"file model.safetensors of repository {repository}" in str(caught.value)
         assert f"`alignprop rewards fetch hub:{repository}/model.safetensors`" in str(caught.value)
 

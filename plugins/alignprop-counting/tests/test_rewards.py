@@ -167,6 +167,14 @@ def test_the_contract_of_rewards(reward_name: str, name: str, weights: dict[str,
         assert (gradient != 0).any(1).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("reward_name", [*GRADED, *MEASURES])
+def test_an_empty_batch_has_no_scores(reward_name: str, weights: dict[str, Path]) -> None:
+    reward = load(reward_name, "rtdetr", weights)
+    for kind in (torch.float32, torch.float64):
+        assert reward(batch(torch.zeros(0, 3, 32, 32, dtype=kind), ())).dtype == kind
+    assert reward(batch(torch.zeros(0, 3, 32, 32), ())).shape == (0,)
+
+
 def test_a_call_in_inference_mode_does_not_break_a_later_gradient(name: str, weights: dict[str, Path]) -> None:
     reward = load("object_count", name, weights)
     with torch.inference_mode():

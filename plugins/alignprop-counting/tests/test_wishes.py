@@ -44,6 +44,11 @@ def read(prompt: str) -> dict[str, int | None]:
         ("a pair of cats and a dozen birds", {"cat": 2, "bird": 12}),
         ("two dozen birds", {"bird": 24}),
         ("a couple of dogs", {"dog": 2}),
+        ("a dog and another dog", {"dog": 2}),
+        ("a cat without another cat or a dog", {"cat": 1, "dog": 0}),
+        ("another pair of mice", {"mouse": 2}),
+        ("a book about a dog", {"dog": 1}),
+        ("a photo of the three dogs", {"dog": 3}),
         ("twenty-one birds", {"bird": 21}),
         ("two hot dogs and a dog", {"hot dog": 2, "dog": 1}),
         ("four people with a dog", {"person": 4, "dog": 1}),
@@ -153,6 +158,17 @@ def test_an_object_of_another_name_takes_the_prompts_only_number() -> None:
         ("several dozen birds", "several dozen", "not clear"),
         ("one cat or two cats", "or two cats", "not clear"),
         ("a cat or a dog", "or a dog", "not clear"),
+        ("about five dogs", "about five", "rough number"),
+        ("nearly ten dogs", "nearly ten", "rough number"),
+        ("around a dozen dogs", "around a dozen", "rough number"),
+        ("almost two dozen dogs", "almost two", "rough number"),
+        ("some 20 dogs", "some 20", "rough number"),
+        ("two of three dogs", "two of three", "not clear"),
+        ("two out of three dogs", "two out of three", "not clear"),
+        ("two of the three dogs", "two of the three", "not clear"),
+        ("most of five dogs", "most of five", "not clear"),
+        ("half of the four dogs", "half of the four", "not clear"),
+        ("none of the three dogs", "none of the three", "not clear"),
         ("a cat not a dog", "not a dog", "read as none"),
         ("a cat and not two dogs", "not two dogs", "read as none"),
         ("cats, not the dogs", "not the dogs", "read as none"),
@@ -181,6 +197,19 @@ def test_a_doubt_about_the_number_alone_does_not_matter_where_no_number_is_neede
     for prompt in ("a cat not a dog", "zero or one dogs"):
         with pytest.raises(PromptError, match=r'says "(not a dog|zero or one)"'):
             reader(PresenceConfig).read(prompt, {})
+
+
+def test_a_pair_is_one_object_of_what_is_called_a_pair() -> None:
+    names = ("skis", "scissors", "ski", "wine glass")
+    vocabulary = Vocabulary(names)
+    for prompt, wishes in (
+        ("a pair of skis", {"skis": 1}),
+        ("a pair of scissors and two pair of skis", {"scissors": 1, "skis": 2}),
+        ("a couple of scissors", {"scissors": 2}),
+        ("a pair of wine glasses", {"wine glass": 2}),
+    ):
+        assert {names[wish.kind]: wish.number for wish in vocabulary.read(prompt)} == wishes, prompt
+    assert [wish.number for wish in Vocabulary(("ski",)).read("a pair of skis")] == [2]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +243,9 @@ def test_metadata_says_which_and_how_many() -> None:
         ({"animal": "fox", "number": "three"}, "is 'three'; it must be a whole number"),
         ({"animal": "fox", "number": True}, "is True; it must be a whole number"),
         ({"animal": "fox", "number": -1}, "is -1; it must be a whole number"),
+        ({"animal": "fox", "number": 1001}, "is 1001; it must be a whole number from 0 to 1000"),
+        ({"animal": "fox", "number": 10**30}, "is 1000000.*; it must be a whole number from 0 to 1000"),
+        ({"animal": ["fox", "foxes"], "number": 1}, "it names a class twice"),
         ({"animal": ["fox", "cat"], "number": [1, 2, 3]}, "2 objects but 3 numbers"),
     ],
 )
@@ -223,7 +255,7 @@ def test_wrong_metadata_is_one_clear_error(metadata: dict[str, Any], message: st
 
 
 def test_an_unknown_class_is_answered_with_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r'no class "foxe". Did you mean "fox"'):
+    with pytest.raises(ConfigError, match=r'^options\.objects: .* no class "foxe"\. Did you mean "fox"'):
         reader(objects="foxe")
     with pytest.raises(ConfigError, match=r'metadata "object": .* no class "brid". Did you mean "bird"'):
         reader(source="metadata").counted("", {"object": "brid", "number": 1})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,6 +72,31 @@ def test_detections_are_ultralytics_own(head: tuple[str, bool], network: Network
             assert hard.classes[i][kept].tolist() == result[order, 5].long().tolist()
             assert torch.allclose(hard.boxes[i][kept], result[order, :4], atol=1e-3)
     model.end2end = name in ("yolo26n", "yolov10n")
+
+
+@pytest.mark.parametrize("name", ["yolov10n", "yolo26n"])
+def test_predict_uses_the_head_used_here_with_nms_false_and_the_other_by_itself(
+    name: str, network: Network, tmp_path: Path
+) -> None:
+    from ultralytics import YOLO
+
+    picture = (pictures(1, 64, 64)[0] * 255).round().to(torch.uint8)
+    for one_to_one, options in ((True, {"nms": False}), (False, {})):
+        yolo = YOLO(f"{name}.yaml")  # anew: it keeps the head it has once chosen
+        yolo.model = network(name)
+        (result,) = yolo.predict(
+            picture.permute(1, 2, 0).numpy()[..., ::-1].copy(),  # OpenCV's order of colours
+            conf=1e-4, iou=0.7, imgsz=64, device="cpu", project=str(tmp_path), verbose=False, **options,
+        )  # fmt: skip
+        detector = Yolo(network(name), NAMES, 64, one_to_one)
+        with torch.no_grad():
+            hard = detector.detect(detector(picture[None].float() / 255), 1e-4, 0.7)
+        kept = hard.classes[0] >= 0
+        assert kept.sum() > 20
+        # Its layers are fused, ours are not: equal but for rounding.
+        assert torch.allclose(hard.scores[0][kept], result.boxes.conf, rtol=0, atol=1e-5)
+        assert hard.classes[0][kept].tolist() == result.boxes.cls.long().tolist()
+        assert torch.allclose(hard.boxes[0][kept].clamp(0, 64), result.boxes.xyxy, atol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -71,11 +71,15 @@ def _renamed(tensors: Mapping[str, Tensor], repeats: Sequence[int]) -> dict[str,
     found = {}
     for key, tensor in tensors.items():
         head, *parts = key.split(".")
-        if head == "_blocks":
-            number, layer, *parts = parts
-            names = first if number == "0" else rest
-            head = f"{places[int(number)]}.{names[layer]}"
-        else:
-            head = outside[head]
+        try:
+            if head == "_blocks":
+                number, layer, *parts = parts
+                names = first if number == "0" else rest
+                head = f"{places[int(number)]}.{names[layer]}"
+            else:
+                head = outside[head]
+        except (KeyError, IndexError, ValueError):
+            found[key] = tensor  # of another network: `fill` says so
+            continue
         found[".".join([head, *parts])] = tensor
     return found

@@ -7,14 +7,16 @@ looked for where torchvision itself keeps them.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from alignprop_classifier.config import ClassifierConfig
+from alignprop_classifier.headers import checked, complaint, read_json
 from alignprop_classifier.network import IMAGENET, REWARD, Classifier, fill, imagenet_names, other_architecture
 from alignprop_core.errors import ConfigError, WeightsError, did_you_mean
 from alignprop_core.weights import find_weights, load_state_dict
@@ -28,7 +30,18 @@ def from_timm(name: str, path: Path | None, classes: Sequence[str] | None) -> Cl
     if not timm.is_model(name):
         raise ConfigError(f'options.model: timm has no model "{name}".{did_you_mean(name, timm.list_models())}')
     head: dict[str, Any] = {} if classes is None else {"num_classes": len(classes)}
-    network: Any = timm.create_model(name, pretrained=False, **head)
+    try:
+        network: Any = timm.create_model(name, pretrained=False, **head)
+    except RuntimeError as error:
+        architecture, _, tag = name.partition(".")
+        tags = timm.list_pretrained(f"{architecture}.*")
+        if not tag or name in tags:
+            raise
+        hint = did_you_mean(name, tags) or (f" There are: {', '.join(tags[:20])}." if tags else "")
+        raise ConfigError(
+            f'options.model: timm has no pretrained weights "{tag}" of {architecture}.{hint} With a file of your own '
+            f"(options.weights), write timm/{architecture}."
+        ) from error
     cfg: dict[str, Any] = dict(network.pretrained_cfg)
     if path is None:
         repository = cfg.get("hf_hub_id")
@@ -57,9 +70,10 @@ def from_torchvision(name: str, path: Path | None, classes: Sequence[str] | None
     """Build a torchvision classifier by name; its weights are the file given, else torchvision's own, cached."""
     from torchvision import models
 
-    known = [model for model in models.list_models() if "/" not in model]
-    if name not in models.list_models(module=models):
-        raise ConfigError(f'options.model: torchvision has no classifier "{name}".{did_you_mean(name, known)}')
+    known = models.list_models(module=models)  # of classifiers alone
+    if name not in known:
+        hint = did_you_mean(name, known) or f" It has {len(known)}, such as resnet50 and vit_b_16."
+        raise ConfigError(f'options.model: torchvision has no classifier "{name}".{hint}')
     weights: Any = getattr(models.get_model_weights(name), "DEFAULT", None)
     head: dict[str, Any] = {} if classes is None else {"num_classes": len(classes)}
     network = models.get_model(name, weights=None, **head)
@@ -110,43 +124,106 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
     settings = file_of("config.json")
     if not settings.is_file():
         raise ConfigError(f"options.model: {folder} holds no config.json, so it is no model of transformers.")
+    read_json(settings)
     changes: dict[str, Any] = {} if classes is None else {"id2label": dict(enumerate(classes))}
-    config = AutoConfig.from_pretrained(str(settings.parent), local_files_only=True, **changes)
+    try:
+        config = AutoConfig.from_pretrained(
+            str(settings.parent), local_files_only=True, trust_remote_code=False, **changes
+        )
+    except Exception as error:  # whatever a wrong value leads to
+        raise WeightsError(f"{settings}: transformers cannot use it: {complaint(error)}. Fetch it anew.") from error
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ConfigError(f"options.model: {name} is a {config.model_type} model, which has no classifier.")
     kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-    path = path or file_of("model.safetensors")
+    preset, own = _preprocessor(file_of, local)
+    if path is None:
+        path = file_of("model.safetensors")
+        if not path.is_file():
+            raise WeightsError(_no_safetensors(folder))
     tensors = load_state_dict(path)
-    # By way of from_pretrained, which knows how the names of tensors have changed between its versions.
-    network, info = kind.from_pretrained(None, config=config, state_dict=tensors, output_loading_info=True)
-    if info["missing_keys"] or info["mismatched_keys"]:
-        raise other_architecture(path, f"transformers/{name}", sorted(info["missing_keys"]) or ["sizes"])
+    try:
+        # By way of from_pretrained, which knows how the names of tensors have changed between its versions.
+        with _quiet():
+            network, info = kind.from_pretrained(
+                None, config=config, state_dict=tensors, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+    except Exception as error:  # sizes that no network can be built of, a package that is missing
+        raise WeightsError(
+            f"{settings}: no {kind.__name__} can be built from it and {path.name}: {complaint(error)}."
+        ) from error
+    wrong = [f"{key} is {tuple(has)}, not {tuple(wanted)};" for key, has, wanted in sorted(info["mismatched_keys"])]
+    wrong += [f"{key} is missing;" for key in sorted(info["missing_keys"])]
+    if wrong:
+        raise other_architecture(path, f"transformers/{name}", wrong)
     labels = tuple(str(config.id2label[i]) for i in range(len(config.id2label)))
-    preset = _preprocessor(file_of, local)
     size = _size(preset) or getattr(config, "image_size", None) or 224
     return Classifier(
         network.float(),
         labels,
         imagenet=len(labels) == IMAGENET,
         image_size=int(size if isinstance(size, int) else size[0]),
-        mean=tuple(preset.get("image_mean") or (0.5, 0.5, 0.5)),
-        std=tuple(preset.get("image_std") or (0.5, 0.5, 0.5)),
+        mean=own.mean or (0.5, 0.5, 0.5),
+        std=own.std or (0.5, 0.5, 0.5),
         interpolation="bicubic" if preset.get("resample") == 3 else "bilinear",
-        crop=_crop(preset),
+        crop=own.crop or 1.0,
         fit="squash" if _squashes(preset) else "crop",
+        floor=True,
     )
 
 
-def _preprocessor(file_of: Any, local: bool) -> dict[str, Any]:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' load reports and progress bars out; what they say is said by `other_architecture`."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _no_safetensors(folder: Path) -> str:
+    """Return the message for a folder that lacks its weights under the name they are looked for."""
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".safetensors"))
+    if not others:
+        return f"{folder} holds no model.safetensors. Fetch or copy the model's weights into it."
+    if len(others) == 1:
+        return (
+            f"{folder} holds no model.safetensors, but {others[0]}. Name it with the option weights: "
+            f"{folder / others[0]} (it is read without unpickling), or save the model anew with save_pretrained()."
+        )
+    return (
+        f"{folder} holds no model.safetensors, but {', '.join(others[:3])}. One file is read: save the model anew with "
+        'save_pretrained(max_shard_size="100GB").'
+    )
+
+
+def _preprocessor(file_of: Any, local: bool) -> tuple[dict[str, Any], ClassifierConfig]:
+    """Return what stands in preprocessor_config.json, and its mean, std and crop as options; empty without the file."""
     try:
         path = file_of("preprocessor_config.json")
     except WeightsError:
-        return {}
+        return {}, ClassifierConfig()
     if local and not path.is_file():
-        return {}
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+        return {}, ClassifierConfig()
+    preset = read_json(path)
+    for key in ("size", "crop_size"):
+        sides = preset.get(key)
+        for side in sides.values() if isinstance(sides, dict) else sides if isinstance(sides, list) else [sides]:
+            if side is not None and not (isinstance(side, int) and side > 0):
+                raise WeightsError(f"{path}: {key}: sides are whole numbers from 1 (it is {sides!r}). Fetch it again.")
+    try:
+        values = {"mean": preset.get("image_mean"), "std": preset.get("image_std"), "crop": _crop(preset)}
+    except (TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: crop_pct: {complaint(error)}. Fetch it again.") from error
+    names = {"mean": "image_mean", "std": "image_std", "crop": "crop_pct"}
+    return preset, checked(values, str(path), names)
 
 
 def _size(preset: Mapping[str, Any]) -> int | None:

@@ -102,7 +102,7 @@ class ClassNames:
         found: list[int] = []
         for member in members:
             if isinstance(member, int):
-                found += self._number(member)
+                found += self._number(member, f"options.synonyms.{word}: ")
                 continue
             first, _, last = (self._plain.get(split(part)) for part in member.partition(" .. "))
             if " .. " in member and first and last:
@@ -110,28 +110,47 @@ class ClassNames:
             elif " .. " not in member and first:
                 found += first
             else:
-                near = self.near(member)
-                raise ConfigError(f'options.synonyms.{word}: the classifier has no class "{member}".{near}')
+                hint = self._hint(member)
+                raise ConfigError(f'options.synonyms.{word}: the classifier has no class "{member}".{hint}')
         if not found:
             raise ConfigError(f"options.synonyms.{word} names no class; give it at least one.")
         return tuple(dict.fromkeys(found))
 
-    def _number(self, index: int) -> tuple[int]:
+    def _number(self, index: int, where: str) -> tuple[int]:
         if not 0 <= index < len(self.names):
-            raise ConfigError(f"The classifier's classes are numbered 0 to {len(self.names) - 1}; there is no {index}.")
+            raise ConfigError(
+                f"{where}The classifier's classes are numbered 0 to {len(self.names) - 1}; there is no {index}. Choose "
+                "one of those, or name the class."
+            )
         return (index,)
 
-    def find(self, name: str | int) -> Wanted:
-        """Return what a name (or a number) means; `ConfigError` with the nearest name if it means nothing."""
+    def _hint(self, name: str) -> str:
+        """Return what to write instead of a name that is none: the nearest, else where names are found."""
+        some = ", ".join(f'"{own}"' for own in self.names[:3])
+        return self.near(name, 0.6) or (
+            f" It has {len(self.names)}, such as {some}: write one of them, or its number from 0 to "
+            f"{len(self.names) - 1}."
+        )
+
+    def find(self, name: str | int, where: str = "") -> Wanted:
+        """Return what a name (or a number) means.
+
+        Args:
+            name: of a class, or its number.
+            where: what an error's message begins with, such as "options.target: ".
+
+        Raises:
+            ConfigError: it means nothing; the message has the nearest name.
+        """
         if isinstance(name, int):
-            (index,) = self._number(name)
+            (index,) = self._number(name, where)
             return Wanted(self.names[index], (index,))
         key = split(name)
         if key in self._known:
             return Wanted(name, self._known[key])
         if key in self._lacking:
-            raise ConfigError(self._no_class(name, self._lacking[key]))
-        raise ConfigError(f'The classifier has no class "{name}".{self.near(name)}')
+            raise ConfigError(where + self._no_class(name, self._lacking[key]))
+        raise ConfigError(f'{where}The classifier has no class "{name}".{self._hint(name)}')
 
     def read(self, prompt: str) -> Wanted:
         """Return the class a prompt names: of all names in it the one with most words, the first of equals.
@@ -155,10 +174,10 @@ class ClassNames:
             "of them, add the word to options.synonyms, or leave such prompts out with options.unnamed: ignore."
         )
 
-    def near(self, name: str) -> str:
+    def near(self, name: str, cutoff: float = 0.8) -> str:
         """Return ` Did you mean "x"?` for the nearest name, or an empty string."""
         known = (" ".join(key) for key in self._singular)
-        nearest = get_close_matches(" ".join(split(name)), list(known), n=1, cutoff=0.8)
+        nearest = get_close_matches(" ".join(split(name)), list(known), n=1, cutoff=cutoff)
         return f' Did you mean "{nearest[0]}"?' if nearest else ""
 
     def _no_class(self, name: str, reason: str) -> str:

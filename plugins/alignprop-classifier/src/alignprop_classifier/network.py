@@ -28,6 +28,8 @@ class Classifier:
         interpolation: "bilinear" or "bicubic".
         crop: the part of the shorter side that is kept: the picture is resized to S / crop and cut to S.
         fit: "crop" or "squash": whether a picture that is not square keeps its shape when it is resized.
+        floor: whether the middle begins at half the margin rounded down, as in transformers; else to the nearest even
+            pixel, as in torchvision and timm.
     """
 
     network: nn.Module
@@ -39,6 +41,7 @@ class Classifier:
     interpolation: str = "bicubic"
     crop: float = 0.875
     fit: str = "crop"
+    floor: bool = False
 
 
 def logits_of(output: Any) -> Tensor:
@@ -70,7 +73,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Any], path: Path | None, mode
 
 def other_architecture(path: Path | None, model: str, problems: Sequence[str]) -> WeightsError:
     """Return the error for a file made for another architecture; `problems` are the loader's own words."""
-    shown = " ".join(" ".join(problems[:3]).split())[:300]
+    shown = " ".join(" ".join(problems[:3]).split())[:300].rstrip(";. ")
     return WeightsError(
         f"{path or 'The weights'} does not fit {model}: {shown}. Name the architecture the file was made for with "
         "options.model; if only the last layer differs in size, list its classes with options.classes."

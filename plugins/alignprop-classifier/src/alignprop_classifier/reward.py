@@ -31,10 +31,11 @@ class _Classifier(Reward):
         found = load_classifier(self.config)
         self.network = found.network
         self.image_size, self.crop, self.fit = found.image_size, found.crop, found.fit
+        self._floor = found.floor
         self.interpolation = InterpolationMode(found.interpolation)
         self.mean, self.std = list(found.mean), list(found.std)
         self.names = ClassNames(found.names, imagenet_words() if found.imagenet else None, self.config.synonyms)
-        self._target = None if self.config.target is None else self.names.find(self.config.target)
+        self._target = None if self.config.target is None else self.names.find(self.config.target, "options.target: ")
         self._read: dict[str, Wanted | None] = {}
 
     def preprocess(self, images: Tensor) -> Tensor:
@@ -46,10 +47,18 @@ class _Classifier(Reward):
         whole = max(self.image_size, int(self.image_size / self.crop))
         size = [whole, whole] if self.fit == "squash" else [whole]
         resized = transforms.resize(images, size, interpolation=self.interpolation, antialias=True)
-        kept = transforms.center_crop(resized, [self.image_size, self.image_size])
+        kept = self._middle(resized)
         # Bicubic weights may overshoot 0 and 1 at edges. They are left so: cut off, saturated ground could not learn.
         seen: Tensor = transforms.normalize(kept, self.mean, self.std)
         return seen
+
+    def _middle(self, resized: Tensor) -> Tensor:
+        side = self.image_size
+        if self._floor:
+            top, left = ((length - side) // 2 for length in resized.shape[-2:])
+            return resized[..., top : top + side, left : left + side]
+        middle: Tensor = transforms.center_crop(resized, [side, side])
+        return middle
 
     def logits(self, images: Tensor) -> Tensor:
         """Return (B, C) logits in float32, or float64 (network included) if the images are."""
@@ -91,9 +100,9 @@ class _Classifier(Reward):
                 f'Metadata key "{self.config.metadata_key}" holds {name!r}; it must be the name or number of a class.'
             )
         try:
-            return self.names.find(name)
+            return self.names.find(name, f'Metadata key "{self.config.metadata_key}": ')
         except ConfigError as error:
-            raise PromptError(f'Metadata key "{self.config.metadata_key}": {error}') from error
+            raise PromptError(str(error)) from error
 
     def _from_prompt(self, prompt: str) -> Wanted | None:
         if prompt not in self._read:

@@ -14,14 +14,14 @@ import torch
 
 from alignprop_classifier import OUTSIDE_JUDGES
 from alignprop_classifier.config import ClassifierConfig
+from alignprop_classifier.headers import PICTURE_KEYS, checked
 from alignprop_classifier.judge import outside_judge
 from alignprop_classifier.libraries import from_timm, from_torchvision, from_transformers
 from alignprop_classifier.network import REWARD, Classifier, logits_of
-from alignprop_core.errors import ConfigError, did_you_mean
+from alignprop_core.errors import ConfigError, WeightsError, did_you_mean
 from alignprop_core.weights import find_weights, read_header
 
 _SOURCES = {"timm": from_timm, "torchvision": from_torchvision, "transformers": from_transformers}
-_HEADER_KEYS = ("image_size", "mean", "std", "interpolation", "crop", "fit")
 
 
 def load_classifier(config: ClassifierConfig) -> Classifier:
@@ -29,14 +29,17 @@ def load_classifier(config: ClassifierConfig) -> Classifier:
 
     Raises:
         ConfigError: no such model, or classes and network do not fit.
-        WeightsError: the weights are not here, damaged, or of another architecture.
+        WeightsError: the weights are not here, damaged, of another architecture, or say something wrong of themselves.
     """
     path, header = None, {}
     if config.weights != "default":
         path = find_weights(config.weights, reward=REWARD)
         header = read_header(path)
-    model = str(header.get("model", config.model))
-    classes = _classes(config.classes if config.classes is not None else header.get("classes"))
+        if isinstance(header.get("classes"), str):
+            raise WeightsError(f"{path}: its header: classes: must be a list of names. Mend the file.")
+    own = checked({key: header.get(key) for key in ("model", "classes", *PICTURE_KEYS)}, f"{path}: its header")
+    model = own.model if "model" in own.model_fields_set else config.model
+    classes = _classes(config.classes if config.classes is not None else own.classes)
     source, _, name = model.partition("/")
     if model in OUTSIDE_JUDGES:
         found = outside_judge(model, path)
@@ -46,14 +49,13 @@ def load_classifier(config: ClassifierConfig) -> Classifier:
             warnings.simplefilter("ignore")
             found = _SOURCES[source](name, path, classes)
     else:
-        hint = did_you_mean(model, (*OUTSIDE_JUDGES, *(f"{s}/" for s in _SOURCES)))
+        hint = "" if source in _SOURCES else did_you_mean(model, (*OUTSIDE_JUDGES, *(f"{s}/" for s in _SOURCES)))
         raise ConfigError(
             f'options.model: "{model}" is no classifier.{hint} Write '
             f"{', '.join(OUTSIDE_JUDGES)}, timm/NAME, torchvision/NAME, or transformers/ with a hub id or a folder."
         )
-    own = {key: tuple(v) if isinstance(v, list) else v for key, v in header.items() if key in _HEADER_KEYS}
-    chosen = {key: getattr(config, key) for key in _HEADER_KEYS if getattr(config, key) is not None}
-    found = replace(found, **{**own, **chosen})
+    for said in (own, config):
+        found = replace(found, **{key: v for key in PICTURE_KEYS if (v := getattr(said, key)) is not None})
     if classes is not None:
         found = replace(found, names=tuple(classes), imagenet=False)
     return _tried(found, model)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from alignprop_core.specs import RewardConfig
+from alignprop_counting.headers import ImageSize
 
 Number = Annotated[int, Field(ge=0, le=1000)]
 
@@ -20,8 +21,8 @@ class DetectorConfig(RewardConfig):
     weights: str = Field(
         default="default", description="The detector's default file, a local path, hub:owner/name/file, or starter."
     )
-    image_size: int | None = Field(
-        default=None, ge=32, le=4096, description="Side in pixels the detector looks at; null is the detector's own."
+    image_size: ImageSize | None = Field(
+        default=None, description="Side in pixels the detector looks at; null is the detector's own."
     )
     source: Literal["prompt", "metadata", "config"] = Field(
         default="prompt", description="Where the wish is read, as far as objects and number do not fix it."

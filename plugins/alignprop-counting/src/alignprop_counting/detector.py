@@ -61,10 +61,12 @@ class Detector(nn.Module, ABC):
     Attributes:
         names: class names, in the order of the classes.
         image_size: side in pixels that images are resized to.
+        fitting: what `image_size` may be, for messages ("a multiple of 32"); empty for anything.
     """
 
     names: tuple[str, ...]
     image_size: int
+    fitting: str = ""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Predictions:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from alignprop_core.errors import PluginError, WeightsError
+from alignprop_core.errors import ConfigError, PluginError, WeightsError
 from alignprop_core.registry import Registry, load_object
 from alignprop_core.weights import find_weights, load_state_dict, read_header, verify
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.detector import Detector
+from alignprop_counting.headers import TransformersFolder, TransformersHeader, checked, complaint, read_json
 from alignprop_counting.specs import DetectorSpec, find_detector
 from alignprop_counting.transformers_detector import Detr, RtDetr
 
@@ -42,6 +42,7 @@ def load_detector(config: DetectorConfig, registry: Registry) -> Detector:
     Raises:
         PluginError: no plugin, or more than one, offers the detector, or its code is broken.
         WeightsError: the file is missing or does not fit.
+        ConfigError: the detector cannot look at pictures of the size asked for.
     """
     offer = find_detector(config.detector, registry)
     spec = offer.spec
@@ -52,11 +53,36 @@ def load_detector(config: DetectorConfig, registry: Registry) -> Detector:
     detector = factory(spec.name, file, config.image_size)
     if not isinstance(detector, Detector):
         raise PluginError(f"{spec.factory} of {offer.distribution} returned no Detector. Report this to its authors.")
-    return detector.requires_grad_(False).eval()
+    detector.requires_grad_(False).eval()
+    _try(detector, "options.image_size" if config.image_size is not None else f"{file}: image_size", spec.name)
+    return detector
+
+
+def _try(detector: Detector, key: str, name: str) -> None:
+    """Look once at a grey picture: what does not fit shows here and not in the middle of a run."""
+    size = detector.image_size
+    try:
+        with torch.no_grad():
+            detector(torch.full((1, 3, size, size), 0.5))
+    except Exception as error:  # the network's own complaint, whatever its type
+        fitting = f"Give {detector.fitting}. " if detector.fitting else ""
+        raise ConfigError(
+            f"{key}: the detector {name} cannot look at pictures of {size} x {size}. {fitting}({complaint(error)})"
+        ) from error
 
 
 def _find(value: str, spec: DetectorSpec, registry: Registry) -> Path:
     """Return the weights file an option means; `WeightsError` if it is not here."""
+    try:
+        return _file(value, spec, registry)
+    except WeightsError as error:
+        # The core finds weights for rewards and speaks of them.
+        text = str(error).replace(f'reward "{spec.name}"', f'detector "{spec.name}"')
+        text = text.replace(f'Reward "{spec.name}"', f'Detector "{spec.name}"')
+        raise WeightsError(text) from error
+
+
+def _file(value: str, spec: DetectorSpec, registry: Registry) -> Path:
     if value != "default":
         # Sets of weights are kept by the detector's name: all counting rewards share them.
         return find_weights(value, reward=spec.name, registry=registry)
@@ -78,29 +104,40 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
     The architecture stands in the file's own header, in a `config.json` beside it (as in a folder from the hub), or is
     the full-size one of that name.
     """
-    header = read_header(weights)
+    header = checked(TransformersHeader, read_header(weights), f"{weights}: its header")
     beside = weights.with_name(CONFIG_NAME)
-    if "transformers" in header:
-        architecture, values = header["transformers"]["architecture"], dict(header["transformers"]["config"])
+    values: dict[str, Any] | None = None
+    source = weights
+    if header.transformers is not None:
+        architecture, values = header.transformers.architecture, dict(header.transformers.config)
     elif beside.is_file():
-        values = json.loads(beside.read_text())
-        architecture = (values.get("architectures") or ["none"])[0]
+        source, values = beside, read_json(beside)
+        architecture = checked(TransformersFolder, values, str(beside)).architectures[0]
     else:
-        architecture, values = next(key for key, kind in _KINDS.items() if kind[0] == name), None
+        architecture = next(key for key, kind in _KINDS.items() if kind[0] == name)
     if architecture not in _KINDS:
         raise WeightsError(
-            f"{weights}: holds a {architecture}; this plugin knows {' and '.join(_KINDS)}. Choose another file."
+            f"{source}: holds a {architecture}; this plugin knows {' and '.join(_KINDS)}. Choose another file."
         )
     found, model_class, config_class, kind, names = _KINDS[architecture]
     if found != name:
-        raise WeightsError(f'{weights}: holds a {architecture}; write "detector: {found}" for it, not "{name}".')
+        raise WeightsError(f'{source}: holds a {architecture}; write "detector: {found}" for it, not "{name}".')
     with _quiet():
         if values is None:
             config = config_class(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
         else:
-            config = config_class.from_dict(values)
+            config = _configuration(config_class, values, source)
         model = _filled(model_class, config, load_state_dict(weights), weights)
-    return kind(model, image_size or header.get("image_size"))
+    return kind(model, image_size or header.image_size)
+
+
+def _configuration(config_class: Any, values: dict[str, Any], source: Path) -> Any:
+    try:
+        return config_class.from_dict(values)
+    except Exception as error:  # whatever a wrong value leads to
+        raise WeightsError(
+            f"{source}: its configuration is no {config_class.__name__}: {complaint(error)}. Fetch it anew."
+        ) from error
 
 
 def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor], file: Path) -> Any:
@@ -118,6 +155,11 @@ def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor]
         raise WeightsError(
             f"{file}: its architecture needs a package that is missing: {' '.join(str(error).split())} "
             "For DETR with a timm backbone: pip install alignprop-counting[detr]."
+        ) from error
+    except Exception as error:  # sizes that no network can be built of
+        raise WeightsError(
+            f"{file}: no {model_class.__name__} can be built as its configuration says: {complaint(error)}. "
+            "Fetch or make the file anew."
         ) from error
     wrong = [
         *(f"{key} is {tuple(has)}, not {tuple(wanted)}" for key, has, wanted in sorted(report["mismatched_keys"])),

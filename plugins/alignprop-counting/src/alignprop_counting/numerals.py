@@ -6,7 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alignprop_counting.words import ARTICLES, DENIALS, GROUPS, NEGATIONS, SCALES, STOPS, number_of
+from alignprop_counting.words import (
+    ARTICLES,
+    DENIALS,
+    GROUPS,
+    HEDGES,
+    NEGATIONS,
+    PARTS,
+    SCALES,
+    STOPS,
+    number_of,
+)
 
 MOST = 1000
 """The largest number a wish can have, as in the option `number`."""
@@ -17,13 +27,14 @@ TOKEN = re.compile(
     r"|[a-z0-9]+(?:[-'][a-z0-9]+)*|[^\sa-z0-9]"
 )
 _THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+")
-_JOINS = frozenset({"or", "to", "and", "-", "\u2013", "\u2014", "/"})
+_JOINS = frozenset({"or", "to", "and", "of", "out of", "of the", "out of the", "-", "\u2013", "\u2014", "/"})
 _REACH = 8
 """Most words between a number and its noun."""
 
 _WHOLE = "a count is a whole number"
 _NEGATIVE = "a count cannot be negative"
 _SEVERAL = "which number is meant is not clear"
+_ROUGH = "a rough number cannot be checked"
 _IN_DIGITS = f"numbers from a hundred on are read in digits, up to {MOST}"
 _TOO_MANY = f"{MOST} is the most that can be asked for"
 _DENIED = 'only "no" and "without" before a noun are read as none of it'
@@ -78,7 +89,9 @@ def amounts(tokens: Sequence[str]) -> dict[int, Amount]:
     return found
 
 
-def amount_before(tokens: Sequence[str], known: dict[int, Amount], start: int, at: int, plural: bool) -> Amount:
+def amount_before(
+    tokens: Sequence[str], known: dict[int, Amount], start: int, at: int, plural: bool, paired: bool = False
+) -> Amount:
     """Find the number that belongs to the noun at `at`, looking back no further than `start`.
 
     Args:
@@ -87,6 +100,7 @@ def amount_before(tokens: Sequence[str], known: dict[int, Amount], start: int, a
         start: index after the noun before.
         at: index of the noun.
         plural: whether the noun has a plural's form.
+        paired: whether a pair of it is one object (skis).
     """
     for i in range(at - 1, max(start, at - _REACH) - 1, -1):
         word = tokens[i]
@@ -100,7 +114,7 @@ def amount_before(tokens: Sequence[str], known: dict[int, Amount], start: int, a
             # "a forest, foxes": a plural has no article of its own.
             return _denied(tokens, start, i, at) or Amount(None if plural else 1, None, i)
         if word in GROUPS and (i == at - 1 or tokens[i + 1] == "of" or word == "dozen"):
-            return _group(tokens, known, start, i, at)
+            return _group(tokens, known, start, i, at, 1 if paired and word == "pair" else GROUPS[word])
         if word == "half" and i - 2 >= start and tokens[i - 2] == "and" and before in ARTICLES:
             return Amount(None, Doubt(" ".join(tokens[i - 2 : i + 1]), _WHOLE), i - 2)
         if i in known:
@@ -115,9 +129,9 @@ def amount_before(tokens: Sequence[str], known: dict[int, Amount], start: int, a
     return Amount(None)
 
 
-def _group(tokens: Sequence[str], known: dict[int, Amount], start: int, i: int, at: int) -> Amount:
-    """Return the number of "two dozen", "a pair of", "half a dozen"; the group's word is at `i`."""
-    size, first = GROUPS[tokens[i]], i
+def _group(tokens: Sequence[str], known: dict[int, Amount], start: int, i: int, at: int, size: int) -> Amount:
+    """Return the number of "two dozen", "a pair of", "half a dozen"; the group's word, worth `size`, is at `i`."""
+    first = i
     if i > start and i - 1 in known:
         times = known[i - 1]
         first = times.first
@@ -133,6 +147,8 @@ def _group(tokens: Sequence[str], known: dict[int, Amount], start: int, i: int, 
             first, size = first - 1, size // 2 if size % 2 == 0 else size
     if size > MOST:
         return Amount(None, Doubt(" ".join(tokens[first : i + 1]), _TOO_MANY), first)
+    if first > start and tokens[first - 1] in HEDGES:
+        return Amount(None, Doubt(" ".join(tokens[first - 1 : i + 1]), _ROUGH), first - 1)
     return _denied(tokens, start, first, at) or Amount(size, None, first)
 
 
@@ -155,11 +171,9 @@ def _denied(tokens: Sequence[str], start: int, first: int, at: int) -> Amount | 
 
 def _continued(tokens: Sequence[str], at: int) -> int | None:
     """Return where the next numeral of an amount is, if it goes on at `at`."""
-    for i in (at, at + 1):
-        if i < len(tokens) and _numeral(tokens[i]) is not None:
+    for i in range(at, min(at + 4, len(tokens))):
+        if _numeral(tokens[i]) is not None and (i == at or " ".join(tokens[at:i]) in _JOINS):
             return i
-        if i < len(tokens) and tokens[i] not in _JOINS:
-            break
     return None
 
 
@@ -175,6 +189,13 @@ def _amount(tokens: Sequence[str], first: int, last: int) -> Amount:
         return Amount(None, Doubt(f"{before[-1]} {words}", _NEGATIVE), first - 1)
     if before[-1:] == ["than"] or before in (["at", "least"], ["at", "most"], ["up", "to"]):
         return Amount(None, Doubt(f"{' '.join(before)} {words}", _SEVERAL, perhaps), first - len(before))
+    if before[-1:] and before[-1] in HEDGES:
+        return Amount(None, Doubt(f"{before[-1]} {words}", _ROUGH, perhaps), first - 1)
+    share = list(tokens[max(first - 3, 0) : first])
+    share = share[1:] if share[-1:] == ["of"] and len(share) == 3 else share
+    if share[1:] in (["of"], ["of", "the"]) and share[0] in PARTS:
+        none = perhaps or share[0] == "none"
+        return Amount(None, Doubt(f"{' '.join(share)} {words}", _SEVERAL, none), first - len(share))
     if problem is not None:
         return Amount(None, Doubt(words, problem, perhaps), first)
     number = number_of("-".join(parts)) if len(parts) == 2 else None  # "twenty one"

@@ -54,6 +54,9 @@ class DetectorReward(Reward):
         Raises:
             PromptError: a sample does not say what is needed.
         """
+        dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
+        if len(batch) == 0:
+            return batch.images.sum((1, 2, 3)).to(dtype)
         wishes = [self.wishes(p, m) for p, m in zip(batch.prompts, batch.metadata, strict=True)]
         rows = [(i, wish.kind, wish.number or 0, 1 / len(own)) for i, own in enumerate(wishes) for wish in own]
         device, images = batch.images.device, batch.images
@@ -66,7 +69,7 @@ class DetectorReward(Reward):
             torch.autocast(device.type, enabled=False),
         ):
             values = self.values(self.detector(images), samples, kinds, numbers)
-        values = values.to(torch.float64 if images.dtype == torch.float64 else torch.float32)
+        values = values.to(dtype)
         return self.joined(values, samples, shares.to(values), len(batch))
 
     @abstractmethod

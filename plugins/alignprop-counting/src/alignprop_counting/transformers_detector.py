@@ -6,6 +6,7 @@ Hungarian matching, a query fires once an object.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -68,6 +69,14 @@ class RtDetr(TransformersDetector):
     """
 
     default_size = 640
+
+    def __init__(self, model: Any, image_size: int | None = None) -> None:
+        super().__init__(model, image_size)
+        # Feature maps are doubled and joined, so sides must be whole strides; every query begins at a place of them.
+        strides, queries = model.config.feat_strides, model.config.num_queries
+        step = max(strides)
+        places = sum((step // stride) ** 2 for stride in strides)
+        self.fitting = f"a multiple of {step} from {step * math.ceil(math.sqrt(queries / places))}"
 
     def preprocess(self, images: Tensor) -> Tensor:
         """Resize to a square, not keeping the aspect, bilinear with antialias; no normalisation (as the original)."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignprop_core.errors import ConfigError, PromptError
 from alignprop_counting.config import DetectorConfig, NumberConfig
-from alignprop_counting.numerals import Amount
+from alignprop_counting.numerals import MOST, Amount
 from alignprop_counting.wishes import Vocabulary, Wish
 
 
@@ -25,9 +25,9 @@ class WishReader:
     def __init__(self, config: DetectorConfig, vocabulary: Vocabulary) -> None:
         self.config, self.vocabulary = config, vocabulary
         names = config.names
-        self.kinds = None if names is None else tuple(vocabulary.kind(name, "objects") for name in names)
+        self.kinds = None if names is None else tuple(vocabulary.kind(name, "options.objects") for name in names)
         if self.kinds is not None and len(set(self.kinds)) < len(self.kinds):
-            raise ConfigError(f"objects: {', '.join(names or ())} name a class twice.")
+            raise ConfigError(f"options.objects: {', '.join(names or ())} name a class twice.")
         self.numbers = config.numbers if isinstance(config, NumberConfig) else None
 
     def read(self, prompt: str, metadata: Mapping[str, Any]) -> tuple[Wish, ...]:
@@ -109,14 +109,19 @@ class WishReader:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
             raise PromptError(_missing(key, value, metadata, "a class name or a list of them", "object_key"))
-        return tuple(self.vocabulary.kind(name, f'metadata "{key}"') for name in names)
+        kinds = tuple(self.vocabulary.kind(name, f'metadata "{key}"') for name in names)
+        if len(set(kinds)) < len(kinds):
+            raise PromptError(f'The metadata key "{key}" of a prompt is {value!r}; it names a class twice.')
+        return kinds
 
     @staticmethod
     def _numbers_of(metadata: Mapping[str, Any], key: str) -> list[int]:
         value = metadata.get(key)
         numbers: list[Any] = list(value) if isinstance(value, list | tuple) else [value]
-        if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-            raise PromptError(_missing(key, value, metadata, "a whole number from 0 or a list of them", "number_key"))
+        if not numbers or not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MOST for n in numbers):
+            raise PromptError(
+                _missing(key, value, metadata, f"a whole number from 0 to {MOST} or a list of them", "number_key")
+            )
         return numbers
 
 

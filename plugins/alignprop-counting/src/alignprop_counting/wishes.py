@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from alignprop_core.errors import ConfigError, did_you_mean
 from alignprop_counting.numerals import MOST, Amount, Doubt, amount_before, amounts, tokens_of
-from alignprop_counting.words import ARTICLES, DENIALS, GROUPS, NEGATIONS, STOPS, plurals
+from alignprop_counting.words import ARTICLES, DENIALS, GROUPS, NEGATIONS, PAIRED, STOPS, plurals
 
 _NO_NOUNS = STOPS | ARTICLES | DENIALS | NEGATIONS | frozenset(GROUPS) | {"for", "any", "some", "all", "its"}
 
@@ -57,7 +57,9 @@ class Vocabulary:
         words = tuple(tokens_of(name))
         found = self._singular.get(words, self._plural.get(words))
         if found is None:
-            raise ConfigError(f'{where}: the detector knows no class "{name}".{self.hint(name)}')
+            raise ConfigError(
+                f'{where}: the detector knows no class "{name}".{self.hint(name)} Write one of its class names.'
+            )
         return found
 
     def hint(self, name: str) -> str:
@@ -83,7 +85,7 @@ class Vocabulary:
 
     def _some(self) -> str:
         known = list(self._kinds)
-        return f" It knows {len(known)}: {', '.join(known[:10])}{', ...' if len(known) > 10 else ''}."
+        return f" It knows {len(known)}: {', '.join(known[:10])}{' and so on' if len(known) > 10 else ''}."
 
     def read(self, prompt: str) -> tuple[Wish, ...]:
         """Read the wishes of a prompt in the order of their first mention; several mentions of a class add up.
@@ -102,7 +104,8 @@ class Vocabulary:
             if not length:
                 at += 1
                 continue
-            found = amount_before(tokens, known, start, at, plural)
+            paired = self.names[kind].lower().split()[-1] in PAIRED
+            found = amount_before(tokens, known, start, at, plural, paired)
             found = _joined(tokens, start, at, found, negated)
             negated = found.number == 0
             wishes[kind] = _added(wishes.get(kind), Wish(kind, found.number, found.doubt))

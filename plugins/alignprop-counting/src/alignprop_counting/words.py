@@ -29,13 +29,22 @@ _BY_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _UNITS = _BELOW_TWENTY.split()
 _TENS = {word: 10 * i for i, word in enumerate(_BY_TENS.split(), 2)}
 
-ARTICLES = frozenset({"a", "an"})
+ARTICLES = frozenset({"a", "an", "another"})
 NEGATIONS = frozenset({"no", "without"})
 DENIALS = frozenset({"not", "neither", "nor", "never"})
 """Words that turn a noun down in ways a prompt's reader does not follow; so do "isn't" and the like."""
 SCALES = frozenset({"hundred", "thousand", "million", "billion"})
 GROUPS = {"pair": 2, "couple": 2, "trio": 3, "dozen": 12}
 """Words that are a number themselves, `of` or not: "a pair of cats", "two dozen bees"."""
+_OF_TWO_PARTS = (
+    "skis scissors glasses sunglasses goggles binoculars pliers tweezers tongs headphones trousers pants jeans shorts"
+)
+PAIRED = frozenset(_OF_TWO_PARTS.split())
+"""Names of one object that is called a pair: "a pair of scissors"."""
+HEDGES = frozenset({"about", "around", "nearly", "almost", "approximately", "roughly", "circa", "some", "maybe"})
+"""Words that make the number after them a rough one."""
+PARTS = frozenset({"half", "some", "most", "many", "few", "several", "none", "part", "any"})
+"""Words that with `of` leave open how many of the number after them are meant: "most of five dogs"."""
 
 _NO_ADJECTIVES = (
     "of and with in on at near by beside behind under over above below between from to into or but nor while as the "

@@ -55,6 +55,7 @@ class Yolo(Detector):
             raise ValueError("this network has no one-to-one head")
         self.one_to_one = has if one_to_one is None else one_to_one
         self.strides = tuple(int(s) for s in model.stride)
+        self.fitting = f"a multiple of {max(self.strides)}"
 
     def preprocess(self, images: Tensor) -> tuple[Tensor, float, tuple[int, int]]:
         """Letterbox as ultralytics' predictor does: resize, keep the aspect, pad with grey to whole strides.

@@ -4,18 +4,67 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import Tensor, nn
 
 from alignprop_core.errors import WeightsError
 from alignprop_core.weights import load_state_dict, read_header
 from alignprop_counting.coco import COCO_NAMES
+from alignprop_counting.headers import FileHeader, checked, complaint
 from alignprop_ultralytics.detector import Yolo, head_problem
-from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
+from alignprop_ultralytics.offline import DetectionModel, tasks, yaml_model_load
 
 GENERIC = "yolo"
 """The detector whose files say their own architecture."""
+
+
+Layer = Annotated[list[Any], Field(min_length=4, max_length=4)]
+
+
+class ModelYaml(BaseModel):
+    """A model description of ultralytics: layers as [from, repeats, class, arguments].
+
+    Ultralytics looks any class name up among all its globals and evaluates `activation` as code. So nothing but
+    networks is let through, and no activation but a class of `torch.nn` with plain arguments.
+    """
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    backbone: list[Layer]
+    head: list[Layer]
+    activation: str | None = Field(default=None, pattern=r"^(torch\.)?nn\.\w+\([\w.=, -]*\)$")
+
+    @field_validator("backbone", "head")
+    @classmethod
+    def _layers(cls, layers: list[list[Any]]) -> list[list[Any]]:
+        for _, _, name, _ in layers:
+            where, own = (nn, str(name)[3:]) if str(name).startswith("nn.") else (tasks, str(name))
+            found = getattr(where, own, None)
+            if not (isinstance(found, type) and issubclass(found, nn.Module)):
+                raise ValueError(f"{name!r} is no layer of ultralytics")
+        return layers
+
+
+class Description(FileHeader):
+    """The model description and the class names by number."""
+
+    yaml: ModelYaml
+    names: dict[str, str]
+
+    @field_validator("names")
+    @classmethod
+    def _numbered(cls, names: dict[str, str]) -> dict[str, str]:
+        if not names or set(names) != {str(i) for i in range(len(names))}:
+            raise ValueError('the names must be numbered "0", "1", ... without a gap')
+        return names
+
+
+class YoloHeader(FileHeader):
+    """The header the converter writes."""
+
+    ultralytics: Description | None = None
 
 
 def build_detector(name: str, weights: Path, image_size: int | None) -> Yolo:
@@ -35,25 +84,30 @@ def build_detector(name: str, weights: Path, image_size: int | None) -> Yolo:
             f"which can run code when opened. If you trust it: "
             f"python -m alignprop_ultralytics.convert {weights} {weights.with_suffix('.safetensors')}"
         )
-    header = read_header(weights)
-    own = header.get("ultralytics")
+    header = checked(YoloHeader, read_header(weights), f"{weights}: its header")
+    own = header.ultralytics
     if own is None and name == GENERIC:
         raise WeightsError(
             f'{weights}: its header does not say the architecture. Name it ("detector: yolo11n"), or make the file '
             "with python -m alignprop_ultralytics.convert, which writes it down."
         )
     if own is not None:
-        yaml, names = own["yaml"], tuple(own["names"][str(i)] for i in range(len(own["names"])))
+        yaml, names = own.yaml.model_dump(), tuple(own.names[str(i)] for i in range(len(own.names)))
     else:
         yaml, names = yaml_model_load(f"{name}.yaml"), COCO_NAMES
-    return Yolo(
-        filled(yaml, names, load_state_dict(weights), weights), names, image_size or header.get("image_size", 640)
-    )
+    model = filled(yaml, names, load_state_dict(weights), weights)
+    return Yolo(model, names, image_size or header.image_size or 640)
 
 
 def filled(yaml: dict[str, Any], names: tuple[str, ...], state: dict[str, Tensor], file: Path) -> Any:
     """Build the network of a model description with the given weights, in float32."""
-    model = DetectionModel(deepcopy(yaml), nc=len(names), verbose=False)
+    try:
+        model = DetectionModel(deepcopy(yaml), nc=len(names), verbose=False)
+    except Exception as error:  # whatever a wrong model description leads to
+        raise WeightsError(
+            f"{file}: ultralytics cannot build the network its header describes (ultralytics.yaml): "
+            f"{complaint(error)}. Convert the checkpoint again."
+        ) from error
     problem = head_problem(model)
     if problem:
         raise WeightsError(f"{file}: {problem}.")

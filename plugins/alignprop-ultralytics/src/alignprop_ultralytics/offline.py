@@ -24,6 +24,7 @@ from PIL import Image  # noqa: E402
 
 _open = Image.open
 import ultralytics  # noqa: E402
+from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules.head import Detect, v10Detect  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
 
@@ -34,4 +35,4 @@ if _threads is None:
 # It lets Pillow try a format whose package may be missing, and a file that is no picture then raises another error.
 Image.open = _open
 
-__all__ = ["Detect", "DetectionModel", "ultralytics", "v10Detect", "yaml_model_load"]
+__all__ = ["Detect", "DetectionModel", "tasks", "ultralytics", "v10Detect", "yaml_model_load"]
