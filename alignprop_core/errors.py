@@ -94,3 +94,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean "x"?` for the nearest known name, or an empty string."""
     nearest = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f' Did you mean "{nearest[0]}"?' if nearest else ""
+
+
+def complaint(error: Exception) -> str:
+    """Return another library's complaint on one line, its type in front, cut to a readable length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from alignprop_core.weights.fetch import Fetched, fetch_weights
 from alignprop_core.weights.find import find_weights, parse_hub_file, verify
-from alignprop_core.weights.read import load_state_dict, read_header
+from alignprop_core.weights.read import load_state_dict, read_header, read_json
 
 __all__ = [
     "Fetched",
@@ -16,5 +16,6 @@ __all__ = [
     "load_state_dict",
     "parse_hub_file",
     "read_header",
+    "read_json",
     "verify",
 ]

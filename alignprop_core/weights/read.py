@@ -137,3 +137,14 @@ def _pickled(path: Path) -> WeightsError:
 def _damaged(path: Path, error: Exception) -> WeightsError:
     reason = " ".join(str(error).split())[:200]
     return WeightsError(f"{path} is cut off or damaged ({reason}). Fetch or copy it again.")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that holds a mapping; `WeightsError` if it does not."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path}: cannot be read as JSON: {error}. Fetch or copy it again.") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: holds a {type(found).__name__}; it must be a mapping. Fetch or copy it again.")
+    return found

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -34,19 +32,3 @@ def checked(values: Mapping[str, Any], where: str, own: Mapping[str, str] | None
             f"{where}: {(own or {}).get(key, key)}: {says[0].lower()}{says[1:]} (it is {repr(values[key])[:80]}). "
             "Mend the file, or fetch it again."
         ) from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping; `WeightsError` if it does not."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}. Fetch or copy it again.") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}; it must be a mapping. Fetch or copy it again.")
-    return found
-
-
-def complaint(error: Exception) -> str:
-    """Return a library's complaint on one line, its type in front, cut to a readable length."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from alignprop_classifier.config import ClassifierConfig
-from alignprop_classifier.headers import checked, complaint, read_json
+from alignprop_classifier.headers import checked
 from alignprop_classifier.network import IMAGENET, REWARD, Classifier, fill, imagenet_names, other_architecture
-from alignprop_core.errors import ConfigError, WeightsError, did_you_mean
-from alignprop_core.weights import find_weights, load_state_dict
+from alignprop_core.errors import ConfigError, WeightsError, complaint, did_you_mean
+from alignprop_core.weights import find_weights, load_state_dict, read_json
 
 
 def from_timm(name: str, path: Path | None, classes: Sequence[str] | None) -> Classifier:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -60,22 +58,6 @@ def checked(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
         ) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping; `WeightsError` if it does not."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{path}: cannot be read as JSON: {error}. Fetch or copy it again.") from error
-    if not isinstance(found, dict):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}; it must be a mapping. Fetch or copy it again.")
-    return found
-
-
-def complaint(error: Exception) -> str:
-    """Return a library's complaint on one line, its type in front, cut to a readable length."""
-    return f"{type(error).__name__}: {_short(' '.join(str(error).split()), plain=True)}".rstrip(".: ")
-
-
-def _short(value: object, *, plain: bool = False) -> str:
-    text = str(value) if plain else repr(value)
+def _short(value: object) -> str:
+    text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."

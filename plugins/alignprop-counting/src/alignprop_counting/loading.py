@@ -19,13 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from alignprop_core.errors import ConfigError, PluginError, WeightsError
+from alignprop_core.errors import ConfigError, PluginError, WeightsError, complaint
 from alignprop_core.registry import Registry, load_object
-from alignprop_core.weights import find_weights, load_state_dict, read_header, verify
+from alignprop_core.weights import find_weights, load_state_dict, read_header, read_json, verify
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.detector import Detector
-from alignprop_counting.headers import TransformersFolder, TransformersHeader, checked, complaint, read_json
+from alignprop_counting.headers import TransformersFolder, TransformersHeader, checked
 from alignprop_counting.specs import DetectorSpec, find_detector
 from alignprop_counting.transformers_detector import Detr, RtDetr
 

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from alignprop_core.errors import WeightsError
+from alignprop_core.errors import WeightsError, complaint
 from alignprop_core.weights import load_state_dict, read_header
 from alignprop_counting.coco import COCO_NAMES
-from alignprop_counting.headers import FileHeader, checked, complaint
+from alignprop_counting.headers import FileHeader, checked
 from alignprop_ultralytics.detector import Yolo, head_problem
 from alignprop_ultralytics.offline import DetectionModel, tasks, yaml_model_load
 
