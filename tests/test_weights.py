@@ -584,7 +584,7 @@ def test_fetch_says_in_words_what_it_did(fetcher: Fetcher) -> None:
     assert "w.safetensors (sha256 verified)" in out
     assert "MIT" in out
     out, _ = fetcher.run("red", "--to", str(fetcher.folder / "there"))
-    assert f"weights: {fetcher.folder / 'there' / 'some--model' / 'w.safetensors'}" in out
+    assert f"name it in the option: {fetcher.folder / 'there' / 'some--model' / 'w.safetensors'}" in out
     assert "ships in an installed package" in fetcher.run("packaged")[0]
     assert "nothing to fetch" in fetcher.run("light")[0]
     assert fetcher.run_json("light") == []
