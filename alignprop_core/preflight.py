@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from alignprop_core.config import RewardTerm, RunConfig
@@ -71,6 +72,7 @@ def check_inputs(
             find_lora(config.lora.init_from)
     check_rewards(config, registry)
     check_watch(config, registry)
+    check_trackers(config)
     return Inputs(prompts, heldout, checkpoint)
 
 
@@ -92,6 +94,14 @@ def check_rewards(config: RunConfig, registry: Registry) -> None:
         for i, entry in enumerate(entries):
             with under(f"{where}.{i}.options.weights"):
                 check_weights(entry, registry)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise `ConfigError`, with the run config's key, if a tracker's package is not installed."""
+    for i, name in enumerate(config.training.trackers):
+        if find_spec(name) is None:
+            with under(f"training.trackers.{i}"):
+                raise ConfigError(f'{name} is not installed. Install it: pip install "alignprop-core[{name}]".')
 
 
 def check_weights(entry: RewardTerm, registry: Registry) -> None:

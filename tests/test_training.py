@@ -320,6 +320,28 @@ def test_figures_reach_tensorboard(make: Callable[..., RunConfig]) -> None:
         assert name in content
 
 
+def test_figures_reach_weights_and_biases(make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = train(make(training__steps=2, training__trackers=["wandb"]))
+    (written,) = folder.rglob("run-*.wandb")
+    content = written.read_bytes()
+    for name in (b"reward", b"redness/raw", b"grad_norm"):
+        assert name in content
+
+
+def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(
+    make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignprop_core.preflight.find_spec", lambda name: None)
+    config = make(training__trackers=["wandb"])
+    with pytest.raises(
+        ConfigError, match=r'trackers\.0: wandb is not installed.*pip install "alignprop-core\[wandb\]"'
+    ):
+        train(config)
+    assert not Path(config.output).exists()
+
+
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
