@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from alignprop_core.weights.fetch import Fetched, fetch_weights
 from alignprop_core.weights.find import find_weights, parse_hub_file, verify
-from alignprop_core.weights.read import load_state_dict, read_header, read_json
+from alignprop_core.weights.read import load_state_dict, quiet_transformers, read_header, read_json
 
 __all__ = [
     "Fetched",
@@ -15,6 +15,7 @@ __all__ = [
     "find_weights",
     "load_state_dict",
     "parse_hub_file",
+    "quiet_transformers",
     "read_header",
     "read_json",
     "verify",

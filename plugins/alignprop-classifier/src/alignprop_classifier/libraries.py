@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from alignprop_classifier.config import ClassifierConfig
 from alignprop_classifier.headers import checked
 from alignprop_classifier.network import IMAGENET, REWARD, Classifier, fill, imagenet_names, other_architecture
 from alignprop_core.errors import ConfigError, WeightsError, complaint, did_you_mean
-from alignprop_core.weights import find_weights, load_state_dict, read_json
+from alignprop_core.weights import find_weights, load_state_dict, quiet_transformers, read_json
 
 
 def from_timm(name: str, path: Path | None, classes: Sequence[str] | None) -> Classifier:
@@ -144,7 +143,7 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
     tensors = load_state_dict(path)
     try:
         # By way of from_pretrained, which knows how the names of tensors have changed between its versions.
-        with _quiet():
+        with quiet_transformers():
             network, info = kind.from_pretrained(
                 None, config=config, state_dict=tensors, ignore_mismatched_sizes=True, output_loading_info=True
             )
@@ -170,22 +169,6 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
         fit="squash" if _squashes(preset) else "crop",
         floor=True,
     )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars out; what they say is said by `other_architecture`."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _no_safetensors(folder: Path) -> str:

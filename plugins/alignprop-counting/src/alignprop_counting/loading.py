@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,10 @@ from transformers import (
     RTDetrConfig,
     RTDetrForObjectDetection,
 )
-from transformers.utils import logging
 
 from alignprop_core.errors import ConfigError, PluginError, WeightsError, complaint
 from alignprop_core.registry import Registry, load_object
-from alignprop_core.weights import find_weights, load_state_dict, read_header, read_json, verify
+from alignprop_core.weights import find_weights, load_state_dict, quiet_transformers, read_header, read_json, verify
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.detector import Detector
@@ -122,7 +119,7 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
     found, model_class, config_class, kind, names = _KINDS[architecture]
     if found != name:
         raise WeightsError(f'{source}: holds a {architecture}; write "detector: {found}" for it, not "{name}".')
-    with _quiet():
+    with quiet_transformers():
         if values is None:
             config = config_class(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
         else:
@@ -173,17 +170,3 @@ def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor]
             "full-size one."
         )
     return model
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars out; what they say is said by `_filled`."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
