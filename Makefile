@@ -43,7 +43,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/mypy $(SOURCES)
 
 docs: $(STAMP) ## write the generated tables, build the documentation into site/
-	$(BIN)/python docs/generate.py
+	$(BIN)/python tools/docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(BENCH)/.installed ## time a training step against TRL's; writes docs/results/trl_step.md

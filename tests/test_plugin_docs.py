@@ -28,7 +28,7 @@ REFERENCE = (DOCS / "plugin-reference.md").read_text(encoding="utf-8")
 
 @cache
 def gallery() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_gallery", DOCS / "gallery.py")
+    spec = importlib.util.spec_from_file_location("docs_gallery", ROOT / "tools" / "docs" / "gallery.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclasses look themselves up

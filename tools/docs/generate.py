@@ -1,9 +1,9 @@
-"""Write what the docs take from the code: README.md's file tree, and tables of config keys, rewards, plugins, specs.
+"""Write the generated parts of the docs: the package tree, and tables of config keys, commands, rewards and specs.
 
-    python docs/generate.py
+    python tools/docs/generate.py [--check]
 
-What is written stands between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of a page is written by hand. A
-test fails when a page is out of date.
+Generated text is between `<!-- begin NAME -->` and `<!-- end NAME -->`; the rest of a page is written by hand. With
+`--check` nothing is written, and the exit code is 1 if a page is out of date. A test runs that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import cli_reference
 import yaml
 from packaging.requirements import Requirement
 from pydantic import BaseModel
@@ -26,16 +27,17 @@ from alignprop_core.registry import PluginRecord, Registry
 from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
 from alignprop_core.testing import CHECKS
 
-DOCS = Path(__file__).parent
-ROOT = DOCS.parent
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 FOLDERS = {
-    "examples/": "run configs and scripts to copy from",
-    "tests/": "the core's tests, and tests across distributions; tests/bench/ times it against TRL",
-    "docs/": "the site; decisions/ says why, results/ holds measured figures beside their commands",
-    "Makefile": "demo, test, test-all, lint, docs, bench; each does its own set-up",
+    "examples/": "run configs, scripts, notebooks and plugins to copy",
+    "docs/": "the site; decisions/ and results/ (each measurement with its command)",
+    "tests/": "the core's tests and tests across distributions",
+    "tools/": "scripts that generate parts of the docs",
 }
 SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, WeightsFile)
 NAMES_SHOWN = 6
+TREE_WIDTH = 124
 LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
 
 
@@ -49,7 +51,7 @@ def reward_table(folder: Path) -> str:
     """Return a table of the rewards that the distributions in this repository's plugins/ offer."""
     own = {path.parent.name for path in folder.glob("*/pyproject.toml")}
     lines = [
-        "| reward | what it is | unit | gradient | reads prompts | plugin |",
+        "| reward | what it measures | unit | gradient | reads prompts | plugin |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     offers = [offer for offer in Registry.discover({}).rewards() if offer.distribution in own]
@@ -64,7 +66,7 @@ def spec_table(kind: type[BaseModel]) -> str:
     """Return a table of a spec's fields, those it must have first."""
     schema = kind.model_json_schema()
     required = schema.get("required", [])
-    lines = ["| field | value | default | what it says |", "| --- | --- | --- | --- |"]
+    lines = ["| field | type | default | description |", "| --- | --- | --- | --- |"]
     for name, field in sorted(schema["properties"].items(), key=lambda item: item[0] not in required):
         default = "required" if name in required else _value(field)
         value = (
@@ -76,15 +78,18 @@ def spec_table(kind: type[BaseModel]) -> str:
 
 def check_table() -> str:
     """Return a table of the conformance checks."""
-    lines = ["| check | what it holds a reward to |", "| --- | --- |"]
+    lines = ["| check | what it checks |", "| --- | --- |"]
     return "\n".join([*lines, *(f"| `{check.name}` | {_cell(check.promise)} |" for check in CHECKS), ""])
 
 
 def plugin_table(folder: Path, registry: Registry) -> str:
-    """Return a table of the distributions in a folder: what they say of themselves, and what they offer here."""
+    """Return a table of the distributions in a folder: description, what they provide, license, install command."""
     projects = {path.parent.name: _project(path) for path in sorted(folder.glob("*/pyproject.toml"))}
     records = {record.distribution: record for record in registry.plugins}
-    lines = ["| plugin | what it is | offers | licence | install, from a checkout |", "| --- | --- | --- | --- | --- |"]
+    lines = [
+        "| plugin | description | provides | license | install from a checkout |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name, project in projects.items():
         where = folder.relative_to(ROOT) / name
         needed = [Requirement(line).name for line in project["dependencies"]]
@@ -96,18 +101,15 @@ def plugin_table(folder: Path, registry: Registry) -> str:
     return "\n".join([*lines, ""])
 
 
-def file_tree() -> str:
-    """Return the tree of the repository, each file with the first sentence of its docstring."""
+def package_tree() -> str:
+    """Return the packages of the core and the distributions, each with one line on what it is for."""
     lines = ["alignprop_core/"]
-    core = ROOT / "alignprop_core"
-    lines += [_entry(path, 1) for path in sorted(core.glob("*.py")) if path.name != "__init__.py"]
-    for folder in sorted(path.parent for path in core.glob("*/__init__.py")):
+    for folder in sorted(path.parent for path in (ROOT / "alignprop_core").glob("*/__init__.py")):
         lines.append(_line(f"  {folder.name}/", _sentence(folder / "__init__.py")))
-        lines += [_entry(path, 2) for path in sorted(folder.glob("*.py")) if path.name != "__init__.py"]
     lines.append("plugins/")
     for path in sorted((ROOT / "plugins").glob("*/pyproject.toml")):
         lines.append(_line(f"  {path.parent.name}/", _project(path)["description"]))
-    lines += [_line(name, told) for name, told in FOLDERS.items()]
+    lines += [_line(name, text) for name, text in FOLDERS.items()]
     return "\n".join(["```text", *lines, "```", ""])
 
 
@@ -115,7 +117,8 @@ def pages() -> dict[Path, str]:
     """Return what each page with generated parts should hold."""
     registry = Registry.discover({})
     parts = {
-        ROOT / "README.md": {"tree": file_tree()},
+        ROOT / "README.md": {"tree": package_tree()},
+        DOCS / "cli.md": {"overview": cli_reference.overview(), "commands": cli_reference.reference()},
         DOCS / "configuration.md": {"table": config_tables()},
         DOCS / "rewards.md": {"table": reward_table(ROOT / "plugins")},
         DOCS / "plugins.md": {
@@ -142,7 +145,7 @@ def _project(path: Path) -> dict[str, Any]:
 
 
 def _offers(record: PluginRecord) -> Iterator[str]:
-    """Yield what a plugin offers, a kind at a time; long lists are counted."""
+    """Yield what a plugin provides, one kind at a time; long lists are cut off."""
     known = [hook for hook in SPEC_OF_HOOK if record.offers.get(hook)]
     for hook in [*known, *(hook for hook in record.offers if hook not in SPEC_OF_HOOK)]:
         kind, specs = SPEC_OF_HOOK.get(hook), record.offers[hook]
@@ -155,7 +158,7 @@ def _offers(record: PluginRecord) -> Iterator[str]:
             yield f"prompt sets {listed}{more}"
         elif kind is RewardSpec:
             yield listed
-        else:  # the last word of a hook's name is what it asks for, a plugin's own hooks included
+        else:  # the last word of a hook's name is what it registers, a plugin's own hooks included
             yield f"{hook.rpartition('_')[2]} {listed}{more}"
 
 
@@ -167,12 +170,13 @@ def _example_offers(folder: Path) -> str:
     return ", ".join(f"`{k.value.value}`" for k in keywords if isinstance(k.value, ast.Constant))
 
 
-def _entry(path: Path, depth: int) -> str:
-    return _line(f"{'  ' * depth}{path.name}", _sentence(path))
-
-
-def _line(name: str, told: str) -> str:
-    return f"{name:<26}{told}"
+def _line(name: str, text: str) -> str:
+    """Return a line of the tree; a description that is too long ends at a semicolon, a colon or its first comma."""
+    width = TREE_WIDTH - 26
+    for cut in (r"(.+); ", r"(.+): ", r"(.{30,}?), "):
+        if len(text) > width and (found := re.match(cut, text)):
+            text = found[1]
+    return f"{name:<26}{text.rstrip('.')}"
 
 
 def _sentence(path: Path) -> str:
@@ -183,19 +187,19 @@ def _sentence(path: Path) -> str:
 def _section(
     prefix: str, schema: dict[str, Any], definitions: dict[str, Any], described: dict[str, str]
 ) -> Iterator[str]:
-    """Yield the lines of a section's table, then of the sections in it; `described` says where each stands."""
+    """Yield the lines of a section's table, then of the sections in it; `described` maps each section to its key."""
     if prefix:
         yield f"## `{prefix}`\n"
     yield f"{schema['description']}\n"
-    yield "| key | value | default | what it does |"
+    yield "| key | type | default | description |"
     yield "| --- | --- | --- | --- |"
     inner = []
     for name, field in schema["properties"].items():
         path = f"{prefix}.{name}" if prefix else name
         section = _reference(field)
-        told = field.get("description") or (definitions[section]["description"] if section else "")
+        text = field.get("description") or (definitions[section]["description"] if section else "")
         if section and section in described:
-            told += f" Keys as under `{described[section]}`."
+            text += f" Keys as under `{described[section]}`."
         elif section:
             described[section] = path
             inner.append((path, definitions[section]))
@@ -203,7 +207,7 @@ def _section(
         default = (
             "required" if required else "below" if section and isinstance(field["default"], dict) else _value(field)
         )
-        yield f"| `{path}` | {_type(field)} | {default} | {_cell(told)} |"
+        yield f"| `{path}` | {_type(field)} | {default} | {_cell(text)} |"
     yield ""
     for path, section_schema in inner:
         yield from _section(path, section_schema, definitions, described)
@@ -229,7 +233,7 @@ def _type(field: dict[str, Any]) -> str:
         return "list of sections" if _reference(field) else f"list of {_type(field['items'])}"
     if _reference(field):
         return "section"
-    kind = {"string": "text", "integer": "whole number", "boolean": "true or false", "object": "mapping"}.get(
+    kind = {"string": "text", "integer": "integer", "boolean": "true or false", "object": "mapping"}.get(
         field.get("type", ""), field.get("type", "any")
     )
     limits = [
@@ -243,7 +247,7 @@ def _value(field: dict[str, Any]) -> str:
 
 
 def _written(value: object) -> str:
-    """Write a value as it stands in YAML."""
+    """Write a value as in YAML."""
     if isinstance(value, float):
         return f"{value:g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}".replace("e-0", "e-")
     text: str = yaml.safe_dump(value, default_flow_style=True).strip()
@@ -258,7 +262,16 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
+def main() -> int:
+    """Write the pages, or check them; return the exit code."""
+    check = "--check" in sys.argv[1:]
+    stale = {page: text for page, text in pages().items() if page.read_text(encoding="utf-8") != text}
+    for page, text in stale.items():
+        if not check:
+            page.write_text(text, encoding="utf-8")
+        sys.stdout.write(f"{page.relative_to(ROOT)} {'is out of date: run `make docs`' if check else 'written'}\n")
+    return int(check and bool(stale))
+
+
 if __name__ == "__main__":
-    for page, text in pages().items():
-        page.write_text(text, encoding="utf-8")
-        sys.stdout.write(f"{page.name} written\n")
+    sys.exit(main())

@@ -1,9 +1,9 @@
-"""Cut pictures before and after training out of runs' sheets, for docs/results/rewards.md.
+"""Crop images before and after training from runs' before/after sheets, for docs/results/rewards.md.
 
-    python docs/trained.py runs/aesthetic runs/hpsv2 ...
+    python tools/docs/trained.py runs/aesthetic runs/hpsv2 ...
 
-Writes images/trained/RUN.webp for each run folder: six held-out prompts, evenly spread over the run's, the base model's
-pictures above and the tuned one's at the same seeds below. Nothing is chosen by hand. No test runs it.
+Writes docs/images/trained/RUN.webp for each run folder: six held-out prompts, evenly spread over the run's, the base
+model's images above and the tuned model's at the same seeds below. Nothing is selected by hand. No test runs it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from PIL import Image
 
 from alignprop_core.evaluation.report.pictures import open_sheet, spread
 
-PICTURES = Path(__file__).parent / "images" / "trained"
+FOLDER = Path(__file__).parents[2] / "docs" / "images" / "trained"
 SIDE, GAP, COLUMNS = 128, 4, 6
 
 
 def strip(run: Path) -> Image.Image:
-    """Return the picture of one run."""
+    """Return the strip of one run."""
     sheet = open_sheet(run / "images" / "before_after.png", problems := [])
     if sheet is None:
         raise SystemExit(f"{run}: {problems[0]}")
@@ -34,12 +34,12 @@ def strip(run: Path) -> Image.Image:
 
 
 def main() -> None:
-    """Write the pictures."""
+    """Write the strips."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
     for run in parser.parse_args().runs:
-        strip(run).save(PICTURES / f"{run.name}.webp", quality=80, method=6)
+        strip(run).save(FOLDER / f"{run.name}.webp", quality=80, method=6)
 
 
 if __name__ == "__main__":

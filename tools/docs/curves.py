@@ -1,9 +1,9 @@
-"""Draw held-out scores over the steps of one or several runs.
+"""Plot held-out scores over the steps of one or several runs.
 
-    python docs/curves.py runs/sum runs/balanced --measures hpsv2 jpeg_bytes --output docs/images/mix.png
+    python tools/docs/curves.py runs/sum runs/balanced --measures hpsv2 jpeg_bytes --output docs/images/mix.png
 
-Reads the evaluations in each run's metrics.jsonl (`evaluation.every`). Needs matplotlib (the `docs` extra). It drew the
-curves of the guides from the runs in docs/results; no test runs it.
+Reads the evaluations in each run's metrics.jsonl (`evaluation.every`). Needs matplotlib (the `docs` extra). The
+curves in the guides were made with it from the runs in docs/results; no test runs it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def evaluations(run: Path) -> list[tuple[int, dict[str, float]]]:
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("--measures", nargs="+", required=True)

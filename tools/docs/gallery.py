@@ -1,10 +1,10 @@
-"""Write the gallery: pictures of the starter model, and what each shipped reward makes of them.
+"""Write the gallery: images of the starter model, scored by each shipped reward.
 
-    python docs/gallery.py
+    python tools/docs/gallery.py
 
-Draws 60 pictures from the starter model, scores them with every differentiable reward of this repository, and writes
-the lowest and highest of each into gallery.md (between `<!-- begin pictures -->` and `<!-- end pictures -->`) and
-images/gallery/. It takes minutes on a CPU; no test runs it.
+Generates 60 images with the starter model, scores them with every differentiable reward of this repository, and writes
+the lowest and highest of each to docs/gallery.md (between `<!-- begin images -->` and `<!-- end images -->`) and
+docs/images/gallery/. It takes minutes on a CPU; no test runs it.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from alignprop_core.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardSpec
 
-DOCS = Path(__file__).parent
-PAGE, PICTURES = DOCS / "gallery.md", DOCS / "images" / "gallery"
-BEGIN, END = "<!-- begin pictures -->\n", "<!-- end pictures -->"
-ENDS = 3  # pictures shown of each end
+ROOT = Path(__file__).parents[2]
+PAGE, FOLDER = ROOT / "docs" / "gallery.md", ROOT / "docs" / "images" / "gallery"
+BEGIN, END = "<!-- begin images -->\n", "<!-- end images -->"
+ENDS = 3  # images shown for each end
 BATCH = 12
 GOOD = SamplingConfig(steps=12, guidance_scale=3.0)
 POOR = SamplingConfig(steps=3, guidance_scale=1.0)
-DRAWN = (
+SETTINGS = (
     (GOOD, ("_full", "_number", "_style", "_background"), 2),
     (POOR, ("_full", "_number"), 1),
 )
-"""How to sample, which of the held-out prompt sets, and how many pictures of each prompt."""
+"""Sampling settings, the held-out prompt sets they are used for, and the number of images per prompt."""
 
 Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """A reward's options in the gallery, and which pictures it can judge.
+    """A reward's options in the gallery, and the images it can score.
 
     Attributes:
-        options: as in a run config; a folder stands relative to the repository.
-        judges: whether the reward can say something of a picture whose prompt has these facts.
-        why: said on the page where that leaves pictures out.
+        options: as in a run config; a folder is relative to the repository.
+        applies: whether the reward can score an image whose prompt has this metadata.
+        note: printed on the page if some images are left out.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
-    judges: Callable[[Facts], bool] = lambda facts: True
-    why: str = ""
+    applies: Callable[[Facts], bool] = lambda facts: True
+    note: str = ""
 
 
 STARTER = {"weights": "starter"}
@@ -74,24 +74,24 @@ REWARDS: dict[str, Shown] = {
     "object_count": Shown(
         {**STARTER, "source": "metadata", "object_key": "animal"},
         lambda facts: "number" in facts,
-        "Of the pictures whose prompt names a number.",
+        "Only images whose prompt names a number.",
     ),
     "object_presence": Shown({**STARTER, "source": "metadata", "object_key": "animal"}),
     "pickscore": Shown(STARTER),
     "reference_similarity": Shown({**STARTER, "folder": "examples/reference_pictures"}),
     "siglip_score": Shown(STARTER),
 }
-"""The rewards of this repository with a gradient; a test holds the list complete."""
+"""The rewards of this repository with a gradient; a test checks that the list is complete."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """What was drawn.
+class Images:
+    """The generated images.
 
     Attributes:
         images: (N, 3, 128, 128) float32 in [0, 1].
         prompts: N prompts.
-        facts: N mappings: what the prompt file says beside each.
+        facts: N mappings: the metadata of each prompt.
         steps: N numbers of denoising steps.
     """
 
@@ -102,14 +102,14 @@ class Pictures:
 
 
 @torch.no_grad()
-def draw(registry: Registry) -> Pictures:
-    """Sample the starter model over its held-out prompts, the same pictures every time."""
+def generate(registry: Registry) -> Images:
+    """Sample the starter model on its held-out prompts; the images are the same every time."""
     pipeline = load_pipeline("starter", registry=registry)
     images: list[Tensor] = []
     prompts: list[str] = []
     facts: list[Facts] = []
     steps: list[int] = []
-    for settings, endings, repeats in DRAWN:
+    for settings, endings, repeats in SETTINGS:
         sampler = Sampler(pipeline, settings)
         sets = [load_prompts(f"starter/eval_simple_animals{ending}", registry) for ending in endings]
         texts = [text for one in sets for text in one.prompts] * repeats
@@ -121,31 +121,31 @@ def draw(registry: Registry) -> Pictures:
         prompts += texts
         facts += [about for one in sets for about in one.metadata] * repeats
         steps += [settings.steps] * len(texts)
-    return Pictures(torch.cat(images), prompts, facts, steps)
+    return Images(torch.cat(images), prompts, facts, steps)
 
 
 @torch.no_grad()
-def scores(name: str, shown: Shown, pictures: Pictures, registry: Registry) -> dict[int, float]:
-    """Return the score of each picture the reward can judge, by the picture's number."""
+def scores(name: str, shown: Shown, made: Images, registry: Registry) -> dict[int, float]:
+    """Return the score of each image the reward can score, by the image's index."""
     options = dict(shown.options)
     if "folder" in options:
-        options["folder"] = str(DOCS.parent / options["folder"])
+        options["folder"] = str(ROOT / options["folder"])
     reward = registry.load_reward(name, options)
-    judged = [number for number, facts in enumerate(pictures.facts) if shown.judges(facts)]
+    scored = [number for number, facts in enumerate(made.facts) if shown.applies(facts)]
     found: dict[int, float] = {}
-    for start in range(0, len(judged), BATCH):
-        part = judged[start : start + BATCH]
+    for start in range(0, len(scored), BATCH):
+        part = scored[start : start + BATCH]
         batch = ImageBatch(
-            images=pictures.images[part],
-            prompts=[pictures.prompts[number] for number in part],
-            metadata=[pictures.facts[number] for number in part],
+            images=made.images[part],
+            prompts=[made.prompts[number] for number in part],
+            metadata=[made.facts[number] for number in part],
         )
         found |= zip(part, reward(batch).tolist(), strict=True)
     return found
 
 
-def section(spec: RewardSpec, shown: Shown, found: Mapping[int, float], pictures: Pictures) -> str:
-    """Return a reward's part of the page."""
+def section(spec: RewardSpec, shown: Shown, found: Mapping[int, float], made: Images) -> str:
+    """Return a reward's section of the page."""
     order = sorted(found, key=lambda number: found[number])
     ends = (order[:ENDS], order[-ENDS:])
     options = yaml.safe_dump(shown.options, default_flow_style=True, sort_keys=False, width=200).strip()
@@ -153,16 +153,16 @@ def section(spec: RewardSpec, shown: Shown, found: Mapping[int, float], pictures
     lines = [
         f"## {spec.name}",
         "",
-        f"{spec.summary} Options: `{options}`. {shown.why}".rstrip(),
+        f"{spec.summary} Options: `{options}`. {shown.note}".rstrip(),
         "",
         f"| lowest of {len(found)}{unit} |{' |' * (ENDS - 1)} highest |{' |' * (ENDS - 1)}",
         "| --- " * (2 * ENDS) + "|",
     ]
     cells, words = [], []
     for number in (*ends[0], *ends[1]):
-        told = pictures.prompts[number] + (", 3 steps" if pictures.steps[number] == POOR.steps else "")
-        cells.append(f"![{told}](images/gallery/{number:02}.webp)")
-        words.append(f"**{_written(found[number])}** {told}")
+        caption = made.prompts[number] + (", 3 steps" if made.steps[number] == POOR.steps else "")
+        cells.append(f"![{caption}](images/gallery/{number:02}.webp)")
+        words.append(f"**{_written(found[number])}** {caption}")
     lines += [f"| {' | '.join(row)} |" for row in (cells, words)]
     return "\n".join([*lines, ""])
 
@@ -173,21 +173,21 @@ def _written(score: float) -> str:
 
 
 def main() -> None:
-    """Draw, score, and write page and pictures."""
+    """Generate and score the images; write the page and the image files."""
     registry = Registry.discover({})
-    pictures = draw(registry)
+    made = generate(registry)
     sections, used = [], set[int]()
     for name, shown in REWARDS.items():
-        found = scores(name, shown, pictures, registry)
+        found = scores(name, shown, made, registry)
         order = sorted(found, key=lambda number: found[number])
         used |= {*order[:ENDS], *order[-ENDS:]}
-        sections.append(section(registry.reward(name).spec, shown, found, pictures))
+        sections.append(section(registry.reward(name).spec, shown, found, made))
         sys.stdout.write(f"{name}: {found[order[0]]:.3f} to {found[order[-1]]:.3f}\n")
-    PICTURES.mkdir(parents=True, exist_ok=True)
-    for old in PICTURES.glob("*.webp"):
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for old in FOLDER.glob("*.webp"):
         old.unlink()
     for number in sorted(used):
-        to_picture(pictures.images[number]).save(PICTURES / f"{number:02}.webp", quality=82, method=6)
+        to_picture(made.images[number]).save(FOLDER / f"{number:02}.webp", quality=82, method=6)
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     whole = "\n".join(sections)
     PAGE.write_text(f"{head}{BEGIN}\n{whole}\n{END}{rest.split(END)[1]}", encoding="utf-8")
