@@ -1,4 +1,4 @@
-"""An independent reading of a baseline JPEG file: tables and quantised coefficients, in plain Python."""
+"""An independent reader of baseline JPEG files in plain Python: tables and quantized coefficients."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Decoded:
-    header: int  # bytes before the scan, and the two after it
-    quantisation: dict[int, list[int]] = field(default_factory=dict)  # zigzag order
+    header: int  # bytes before the scan and the two bytes after it
+    quantization: dict[int, list[int]] = field(default_factory=dict)  # zigzag order
     code_lengths: dict[int, dict[int, int]] = field(default_factory=dict)  # table class and id -> symbol -> bits
-    blocks: list[dict[tuple[int, int], list[int]]] = field(default_factory=list)  # component -> place -> zigzag
+    blocks: list[dict[tuple[int, int], list[int]]] = field(default_factory=list)  # component -> (row, column) -> zigzag
 
 
 def decode(data: bytes) -> Decoded:
@@ -22,7 +22,7 @@ def decode(data: bytes) -> Decoded:
         segment, at = data[at + 4 : at + 2 + length], at + 2 + length
         if marker == 0xDB:
             while segment:
-                found.quantisation[segment[0]], segment = list(segment[1:65]), segment[65:]
+                found.quantization[segment[0]], segment = list(segment[1:65]), segment[65:]
         elif marker == 0xC4:
             while segment:
                 counts, total, code = segment[1:17], sum(segment[1:17]), 0

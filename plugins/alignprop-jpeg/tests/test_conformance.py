@@ -1,4 +1,4 @@
-"""The rewards keep alignprop's promises."""
+"""The shipped conformance checks on all three rewards."""
 
 from alignprop_core.testing import RewardConformance
 

@@ -1,4 +1,4 @@
-"""The rewards as alignprop meets them: specs without torch, bounded options, a score a sample, true bytes that fall."""
+"""The rewards: specs without torch, bounded options, independent scores, and true bytes that follow the gradient."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib.metadata import entry_points
 
 import pytest
 import torch
+from jpeg_accuracy import crops, true_size
 from pydantic import ValidationError
 
 import alignprop_jpeg
 from alignprop_core.reward import ImageBatch, check_scores
-from alignprop_jpeg.calibrate import crops, true_size
 from alignprop_jpeg.config import BytesConfig, CompressibilityConfig, IncompressibilityConfig, JpegConfig
 from alignprop_jpeg.reward import JpegBytes, JpegCompressibility, JpegIncompressibility
 
@@ -47,7 +47,7 @@ def test_specs_name_the_classes_and_the_true_measure() -> None:
     assert [specs[name].differentiable for name in rewards] == [True, True, False]
 
 
-def test_every_option_is_described_and_shared_with_the_measure() -> None:
+def test_every_option_has_a_description_and_is_shared_with_the_measure() -> None:
     for config in (CompressibilityConfig, IncompressibilityConfig, BytesConfig):
         assert set(config.model_fields) == {"quality", "subsampling"}
         assert all(field.description for field in config.model_fields.values())
@@ -66,9 +66,7 @@ def test_every_option_is_described_and_shared_with_the_measure() -> None:
         ({"qualty": 80}, "qualty", "not permitted"),
     ],
 )
-def test_wrong_options_are_refused_with_the_key_and_the_reason(
-    options: dict[str, object], key: str, message: str
-) -> None:
+def test_invalid_options_are_refused_with_key_and_reason(options: dict[str, object], key: str, message: str) -> None:
     with pytest.raises(ValidationError) as caught:
         JpegConfig.model_validate(options)
     (error,) = caught.value.errors()
@@ -87,12 +85,12 @@ def test_units_and_signs() -> None:
     assert torch.allclose(large * 1000, true, rtol=0.1)
     coarse = JpegCompressibility(CompressibilityConfig(quality=50)).score(batch)
     assert (coarse > small).all()
-    full_colour = JpegCompressibility(CompressibilityConfig(subsampling="4:4:4")).score(batch)
-    assert (full_colour <= small).all()
+    full_chroma = JpegCompressibility(CompressibilityConfig(subsampling="4:4:4")).score(batch)
+    assert (full_chroma <= small).all()
 
 
 @pytest.mark.parametrize("kind", [JpegCompressibility, JpegIncompressibility, JpegBytes])
-def test_a_samples_score_is_its_own(kind: type[JpegCompressibility] | type[JpegBytes]) -> None:
+def test_the_score_of_a_sample_does_not_depend_on_the_batch(kind: type[JpegCompressibility] | type[JpegBytes]) -> None:
     reward = kind()
     batch = ImageBatch(images=crops(64, 1)[:5].double())
     kept = batch.images.clone()
@@ -105,7 +103,7 @@ def test_a_samples_score_is_its_own(kind: type[JpegCompressibility] | type[JpegB
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", [JpegCompressibility, JpegBytes])
-def test_half_precision_images_score_in_float32(
+def test_half_precision_images_are_scored_in_float32(
     kind: type[JpegCompressibility] | type[JpegBytes], dtype: torch.dtype
 ) -> None:
     images = crops(64, 1)[:2].to(dtype).requires_grad_()
@@ -121,7 +119,7 @@ def test_half_precision_images_score_in_float32(
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (9, 33), (32, 200), (50, 17)])
-def test_any_size_and_aspect(shape: tuple[int, int]) -> None:
+def test_any_size_and_aspect_ratio(shape: tuple[int, int]) -> None:
     images = crops(256, 1)[:3, :, : shape[0], : shape[1]].requires_grad_()
     batch = ImageBatch(images=images)
     scores = check_scores("jpeg", JpegIncompressibility().score(batch), 3, differentiable=True)
@@ -133,7 +131,7 @@ def test_any_size_and_aspect(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("quality", [50, 95])
 @pytest.mark.parametrize(("kind", "sign"), [(JpegCompressibility, -1), (JpegIncompressibility, 1)])
-def test_ten_steps_up_the_gradient_move_the_true_bytes_the_right_way(
+def test_ten_gradient_steps_move_the_true_bytes_in_the_right_direction(
     kind: type[JpegCompressibility], sign: int, quality: int
 ) -> None:
     images = crops(128, 1)
@@ -147,4 +145,4 @@ def test_ten_steps_up_the_gradient_move_the_true_bytes_the_right_way(
     before, after = true_size(images, quality), true_size(better.detach(), quality)
     assert (sign * (after - before) > 0).all()
     change = ((after - before) / before).mean() * sign
-    assert change > 0.15  # less than two grey levels of change (root mean square) in all
+    assert change > 0.15  # with a total change below two gray levels (root mean square)

@@ -1,4 +1,4 @@
-"""JPEG file size as a reward: small files, large files, and the true size to check them against. Imports no torch."""
+"""JPEG file size rewards: estimated size in both directions, and true size as a measure. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _CITATION = "Black et al., Training Diffusion Models with Reinforcement Learning
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the two directions of the size estimate and the true measure."""
+    """Return the specs of both differentiable rewards and of the true file size."""
     return [
         RewardSpec(
             name="jpeg_compressibility",
-            summary="Small JPEG files: minus the estimated size in kilobytes (of 1000 bytes).",
+            summary="Small JPEG files: negative estimated size in kilobytes (1 kB = 1000 bytes).",
             factory="alignprop_jpeg.reward:JpegCompressibility",
             config="alignprop_jpeg.config:CompressibilityConfig",
             unit="-kB",
@@ -29,7 +29,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         RewardSpec(
             name="jpeg_incompressibility",
-            summary="Large JPEG files, full of detail: the estimated size in kilobytes (of 1000 bytes).",
+            summary="Large JPEG files, rich in detail: estimated size in kilobytes (1 kB = 1000 bytes).",
             factory="alignprop_jpeg.reward:JpegIncompressibility",
             config="alignprop_jpeg.config:IncompressibilityConfig",
             unit="kB",
@@ -41,7 +41,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         RewardSpec(
             name="jpeg_bytes",
-            summary="True JPEG file size as Pillow writes it; a measure: smaller files score lower.",
+            summary="True size in bytes of the JPEG file that Pillow writes; a measure: smaller files score lower.",
             factory="alignprop_jpeg.reward:JpegBytes",
             config="alignprop_jpeg.config:BytesConfig",
             differentiable=False,

@@ -10,18 +10,18 @@ from alignprop_core.specs import RewardConfig
 
 
 class JpegConfig(RewardConfig):
-    """How the picture is saved; shared by all three rewards, so a measure follows the term it stands beside."""
+    """Encoder settings, shared by all three rewards, so that `jpeg_bytes` measures what the trained term estimates."""
 
     quality: int = Field(
         default=95,
         ge=1,
         le=95,
         strict=True,
-        description="JPEG quality as in Pillow and libjpeg, 1 to 95; DDPO uses 95. Lower quality, coarser tables.",
+        description="JPEG quality as in Pillow and libjpeg (1 to 95). Lower values are coarser; DDPO uses 95.",
     )
     subsampling: Literal["4:2:0", "4:4:4"] = Field(
         default="4:2:0",
-        description='Chroma subsampling. "4:2:0" (half the resolution each way) is Pillow\'s default at every quality.',
+        description='Chroma subsampling. "4:2:0" (half the resolution in both directions) is Pillow\'s default.',
     )
 
 

@@ -1,4 +1,4 @@
-"""The JPEG rewards: estimated size in both directions, with a gradient; and the true size, without."""
+"""The JPEG rewards: differentiable size estimates in both directions, and the true file size."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from alignprop_jpeg.size_model import jpeg_size
 
 
 class _EstimatedSize(Reward):
-    """The size estimate in kilobytes of 1000 bytes, times `sign`."""
+    """score = sign * size / 1000, with the size in bytes estimated by `jpeg_size`."""
 
     sign: ClassVar[float]
     Config: ClassVar[type[RewardConfig]] = JpegConfig
     config: JpegConfig
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) plus or minus kilobytes; float32, or float64 if the images are."""
+        """Return signed kilobytes, shape (B,); float32, or float64 if the images are float64."""
         size = jpeg_size(batch.images, self.config.quality, self.config.subsampling)
         return size * (self.sign / 1000)
 
 
 class JpegCompressibility(_EstimatedSize):
-    """Minus the estimated JPEG size in kilobytes of 1000 bytes: higher is better, smaller files score higher.
+    """Negative estimated JPEG size in kilobytes (1 kB = 1000 bytes): smaller files score higher.
 
-    score = -size(images) / 1000 with `alignprop_jpeg.size_model.jpeg_size`. A 512x512 photograph at quality 95 scores
-    about -100, a flat picture about -5. The field's name and unit are DDPO's (arXiv:2305.13301).
+    score = -jpeg_size(images) / 1000, see `alignprop_jpeg.size_model.jpeg_size`. At quality 95 a 512x512 photograph
+    scores about -100 and a flat image about -5. The name and the unit follow DDPO (arXiv:2305.13301).
     """
 
     sign = -1.0
@@ -40,9 +40,9 @@ class JpegCompressibility(_EstimatedSize):
 
 
 class JpegIncompressibility(_EstimatedSize):
-    """The estimated JPEG size in kilobytes of 1000 bytes: larger files score higher.
+    """Estimated JPEG size in kilobytes (1 kB = 1000 bytes): larger files score higher.
 
-    Grows without bound in sight (noise is the largest picture of all): give it a `ceiling` in the run config.
+    Noise scores highest, so set a `ceiling` for this term in the run config.
     """
 
     sign = 1.0
@@ -50,10 +50,10 @@ class JpegIncompressibility(_EstimatedSize):
 
 
 class JpegBytes(Reward):
-    """True size in bytes of the JPEG file Pillow writes: a plain measure without a gradient, for evaluations.
+    """True size in bytes of the JPEG file that Pillow writes; no gradient, for evaluation only.
 
-    Pixels are clipped to [0, 1] and rounded to 8 bits, as saving a picture does. It is a measure of the file and takes
-    no side: smaller files score *lower*. Beside `jpeg_compressibility` a falling value is a success.
+    Pixels are clipped to [0, 1] and rounded to 8 bits, as when an image is saved. Smaller files score *lower*: when
+    this is reported next to `jpeg_compressibility`, a decrease is an improvement.
     """
 
     Config: ClassVar[type[RewardConfig]] = BytesConfig
@@ -61,14 +61,15 @@ class JpegBytes(Reward):
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) bytes; float32 (exact up to 16 MiB), or float64 if the images are."""
+        """Return bytes, shape (B,); float32 (exact up to 16 MiB), or float64 if the images are float64."""
         dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
         pixels = (batch.images.detach().to(dtype).clamp(0, 1) * 255).round().to(torch.uint8)
-        sizes = [self._file_size(picture.permute(1, 2, 0).contiguous().cpu().numpy()) for picture in pixels]
+        # Pillow takes (H, W, 3) bytes on the CPU, one image at a time.
+        sizes = [self._file_size(image.permute(1, 2, 0).contiguous().cpu().numpy()) for image in pixels]
         return torch.tensor(sizes, dtype=dtype, device=batch.images.device)
 
     def _file_size(self, pixels: object) -> int:
         file = io.BytesIO()
-        picture = Image.fromarray(pixels)  # type: ignore[arg-type]
-        picture.save(file, "JPEG", quality=self.config.quality, subsampling=self.config.subsampling)
+        image = Image.fromarray(pixels)  # type: ignore[arg-type]
+        image.save(file, "JPEG", quality=self.config.quality, subsampling=self.config.subsampling)
         return file.tell()

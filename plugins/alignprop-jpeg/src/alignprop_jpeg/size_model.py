@@ -1,19 +1,22 @@
-"""How large libjpeg's file would be: a smooth, analytic model of its baseline coder. No learned part.
+"""A differentiable, analytic estimate of the size of libjpeg's baseline files. It has no learned parameters.
 
-The steps are the encoder's own: RGB to YCbCr (JFIF), chroma averaged 2x2, 8x8 DCT, division by the quantisation table,
-zigzag, and the price of every block in the standard Huffman code (ITU-T T.81, Annex K). One thing differs: rounding.
-A coefficient x (in quantisation steps) that libjpeg rounds to one whole number belongs here to every *size category*
-s (the number of magnitude bits, 0 for a zero) in part. With theta_s the magnitude from which the category is s,
+The estimate follows the encoder: RGB to YCbCr (JFIF), 2x2 chroma averaging, 8x8 DCT, division by the quantization
+table, zigzag order, and the length of each block in the standard Huffman code (ITU-T T.81, Annex K). Only rounding is
+replaced. libjpeg rounds a coefficient x (in quantization steps) to an integer, and the integer has one *size category*
+s: its number of magnitude bits, 0 for a zero. Here the category is a random variable. With theta_s the smallest
+magnitude of category s,
 
     P(size >= s) = (x / theta_s)^4 / (1 + (x / theta_s)^4),
 
-a step at theta_s with its corner rounded: polynomial in x^2, so smooth at zero too. The price is then the *expected*
-number of bits, taking coefficients as independent: for the coefficient at zigzag position k
+a smooth step at theta_s. It is a function of x^2, so it is smooth at zero as well. The estimate is the *expected*
+number of bits under independent coefficients. The coefficient at zigzag position k contributes
 
-    sum_r P(r zeros before k) * sum_s P(size_k = s) * (s + length of the code for (r, s)),
+    sum_r P(r zeros before k) * sum_s P(size_k = s) * (s + length of the code for (r, s)).
 
-plus the ZRL codes of longer runs and the EOB code if the last coefficient is zero. With a true step instead of the
-rounded one this *is* libjpeg's count, bit for bit (`exact=True`; the tests hold it to Pillow's files).
+ZRL codes are added for runs of 16 zeros or more, and the EOB code if the last coefficient is zero. With a hard step
+instead of the smooth one, the result is libjpeg's own bit count (`exact=True`; tests compare it with Pillow's files).
+
+Shape symbols: B images, N blocks, S = 10 AC size categories, R = 16 run lengths.
 """
 
 from __future__ import annotations
@@ -33,76 +36,80 @@ from alignprop_jpeg.tables import (
     HEADER_BYTES,
     LUMA_BASE,
     ZRL,
-    quantisation_table,
+    quantization_table,
     zigzag,
 )
 
 ZERO_MARGIN = 1.25
-"""The one calibrated number: theta_1 is raised by this factor. Natural coefficients crowd towards zero, so more of them
-sit just below the step, where each is charged a part of a bit, than just above it; unraised, sizes come out 4-6% high.
-At 1.25 the mean error is within 0.4% at every quality (`python -m alignprop_jpeg.calibrate --margins 1.0 1.25 1.4`)."""
+"""Factor on theta_1, the only calibrated number. Coefficients of natural images concentrate near zero: more of them are
+just below the step, where the smooth step charges part of a bit, than just above it. With a factor of 1 the estimate is
+4-6% too high; with 1.25 the mean error is at most 0.4% at every quality: `scripts/calibrate.py --margins 1.0 1.25`."""
 
 SHARPNESS = 4
-"""The exponent in P(size >= s), a compromise: 2 makes sizes come out about 10% high, 8 is nearly a step and leaves
-coefficients below it next to no slope. Under gradient ascent on photographs 3 and 4 lower the true bytes fastest."""
+"""Exponent in P(size >= s). With 2 the estimate is about 10% too high; 8 is nearly a hard step, and coefficients below
+it get almost no gradient. In gradient ascent on photographs, 3 and 4 reduce the true bytes fastest."""
 
-RUNS = 16  # a Huffman symbol holds a run of 0..15 zeros
-AC_SIZES = 10  # an 8-bit picture's AC coefficients have at most 10 magnitude bits, DC differences 11
-STUFFING = 1 + 1 / 256  # a 0xFF byte in the scan is followed by 0x00; scan bytes are close to uniform
-PADDING_BITS = 3.5  # the last byte is filled up; half a byte on average
+RUNS = 16  # a Huffman symbol encodes a run of 0..15 zeros
+AC_SIZES = 10  # AC coefficients of an 8-bit image have at most 10 magnitude bits, DC differences 11
+STUFFING = 1 + 1 / 256  # a 0x00 byte follows each 0xFF byte of the scan; scan bytes are nearly uniform
+PADDING_BITS = 3.5  # fills the last byte of the scan; half a byte on average
 
-_BLOCKS_AT_ONCE = {"cpu": 256}  # keeps the working set in a core's cache
+_BLOCKS_AT_ONCE = {"cpu": 256}  # keeps the intermediate tensors in the cache of one core
 _BLOCKS_AT_ONCE_ELSEWHERE = 16384
 
 
 class _Component(NamedTuple):
-    """What one colour component's blocks are priced with; `R` runs, `S` sizes."""
+    """Constants that turn the blocks of one color component into bits; see `_component`."""
 
-    transform: Tensor  # (64, 64): block of pixels -> zigzag coefficients in quantisation steps
-    ac_thresholds: Tensor  # (S, 63, 1): theta_s to the power -4
-    ac_exact: Tensor  # (S, 63, 1): theta_s
-    ac_steps: Tensor  # (R, S): bits that size s costs more than size s - 1 after a run of r
-    dc_thresholds: Tensor  # (11, 1, 1)
-    dc_exact: Tensor
-    dc_steps: Tensor  # (11,)
-    dc_zero: int  # bits of an unchanged DC
-    eob: int
-    zrl: int
+    transform: Tensor  # (64, 64): pixels of a block -> zigzag coefficients in quantization steps
+    ac_thresholds: Tensor  # (S, 63, 1): theta_s ** -SHARPNESS
+    ac_exact: Tensor  # (S, 63, 1): theta_s without ZERO_MARGIN, for the exact count
+    ac_steps: Tensor  # (R, S): extra bits of size s over size s - 1, after a run of r zeros
+    dc_thresholds: Tensor  # (11, 1, 1): as ac_thresholds
+    dc_exact: Tensor  # (11, 1, 1): as ac_exact
+    dc_steps: Tensor  # (11,): extra bits of DC size s over size s - 1
+    dc_zero: int  # bits of a DC difference of zero
+    eob: int  # bits of the end-of-block code
+    zrl: int  # bits of the code for 16 zeros
 
 
 @lru_cache(maxsize=64)
 def _component(kind: int, quality: int, margin: float, dtype: torch.dtype, device: torch.device) -> _Component:
-    """Build the constants of luma (0) or chroma (1)."""
-    # A tensor made under inference_mode could never be saved for a later backward.
+    """Build the constants of luma (kind 0) or chroma (kind 1)."""
+    # The result is cached, and tensors created in inference mode cannot be saved for a later backward pass.
     with torch.inference_mode(False), torch.no_grad():
+        # Orthonormal 8-point DCT, basis[u, x] = c_u / 2 * cos((2 x + 1) u pi / 16) with c_0 = 1 / sqrt(2), else 1.
         frequency = torch.arange(8, dtype=torch.float64)
         basis = torch.cos((2 * frequency + 1) * frequency[:, None] * torch.pi / 16) / 2
         basis[0] /= 2**0.5
         order = list(zigzag())
-        steps = torch.tensor(quantisation_table((LUMA_BASE, CHROMA_BASE)[kind], quality), dtype=torch.float64)[order]
+        steps = torch.tensor(quantization_table((LUMA_BASE, CHROMA_BASE)[kind], quality), dtype=torch.float64)[order]
+        # The Kronecker product is the 2-D transform of a flattened block; its rows are put into zigzag order.
         transform = torch.kron(basis, basis)[order] / steps[:, None]
 
-        lower = 2.0 ** torch.arange(11, dtype=torch.float64) - 0.5  # |rounded| >= 2^(s-1) from here on
-        # libjpeg's integer DCT ends in eighths, themselves rounded: ties move by 1/16 before the division.
+        lower = 2.0 ** torch.arange(11, dtype=torch.float64) - 0.5  # x rounds to at least 2^(s-1): size s or more
+        # libjpeg's integer DCT yields rounded eighths, which moves ties by 1/16 of a unit before the division.
         ac_exact = lower[:AC_SIZES, None] - 1 / (16 * steps[1:])
         ac_soft = ac_exact.clone()
         ac_soft[0] *= margin
 
+        # Bits of a symbol: its Huffman code plus s magnitude bits. Size 0 costs nothing here: ZRL and EOB are separate.
         codes = AC_CODES[kind]
         ac = torch.tensor([[codes[16 * r + s] + s for s in range(1, AC_SIZES + 1)] for r in range(RUNS)])
         dc = torch.tensor([DC_CODES[kind][s] + s for s in range(12)])
 
-        def place(tensor: Tensor) -> Tensor:
+        def constant(tensor: Tensor) -> Tensor:
             return tensor.to(dtype).to(device)
 
+        # With step_s = cost_s - cost_(s - 1), sum_s P(size = s) * cost_s equals sum_s P(size >= s) * step_s.
         return _Component(
-            transform=place(transform),
-            ac_thresholds=place(ac_soft[..., None] ** -SHARPNESS),
-            ac_exact=place(ac_exact[..., None]),
-            ac_steps=place(torch.diff(ac, dim=1, prepend=torch.zeros_like(ac[:, :1]))),
-            dc_thresholds=place(lower[:, None, None] ** -SHARPNESS),
-            dc_exact=place(lower[:, None, None]),
-            dc_steps=place(torch.diff(dc)),
+            transform=constant(transform),
+            ac_thresholds=constant(ac_soft[..., None] ** -SHARPNESS),
+            ac_exact=constant(ac_exact[..., None]),
+            ac_steps=constant(torch.diff(ac, dim=1, prepend=torch.zeros_like(ac[:, :1]))),
+            dc_thresholds=constant(lower[:, None, None] ** -SHARPNESS),
+            dc_exact=constant(lower[:, None, None]),
+            dc_steps=constant(torch.diff(dc)),
             dc_zero=int(dc[0]),
             eob=codes[EOB],
             zrl=codes[ZRL],
@@ -110,54 +117,57 @@ def _component(kind: int, quality: int, margin: float, dtype: torch.dtype, devic
 
 
 def _at_least(values: Tensor, thresholds: Tensor, exact_thresholds: Tensor, exact: bool) -> Tensor:
-    """Return P(size >= s) for s = 1, 2, ...: (S, *values.shape)."""
+    """Return P(size >= s) for s = 1, 2, ..., with shape (S, *values.shape); 0 or 1 if `exact`."""
     if exact:
         return (values.abs() >= exact_thresholds - 1e-5).to(values.dtype)
-    power: Tensor = values.square().square() * thresholds  # to the power SHARPNESS, without the cost of pow
+    power: Tensor = values.square().square() * thresholds  # values ** SHARPNESS; squaring twice is cheaper than pow
     return power / (1 + power)
 
 
 def _ac_bits(coefficients: Tensor, part: _Component, exact: bool) -> Tensor:
-    """Return the expected bits of the AC coefficients (63, N), zigzag order first: (N,)."""
+    """Return the expected bits (N,) of AC coefficients (63, N) in zigzag order."""
     at_least = _at_least(coefficients, part.ac_thresholds, part.ac_exact, exact)  # (S, 63, N)
-    nonzero = at_least[0]
+    nonzero = at_least[0]  # (63, N): P(size >= 1)
     zero = 1 - nonzero
-    # Bits of the symbol at position k, were the run before it r; zero coefficients cost nothing. (R, 63, N)
+    # (R, 63, N): expected bits of the symbol at position k if r zeros precede it; a zero coefficient costs nothing.
     price = (part.ac_steps @ at_least.flatten(1)).reshape(RUNS, *nonzero.shape)
 
-    # runs[r][k] = P(exactly r zeros stand between k and the nonzero one, or the block's start, before it), r < 16.
+    # runs[r][k] = P(exactly r zeros between k and the previous nonzero coefficient or the start of the block), r < 16.
     start = torch.cat([torch.ones_like(nonzero[:1]), nonzero[:-1]])
     all_zero = torch.ones_like(nonzero)
     runs = []
     for r in range(RUNS):
         runs.append(all_zero * _delayed(start, r))
-        all_zero = all_zero * _delayed(zero, r + 1)
-    # all_zero[k] is now P(the 16 before k are zero): a ZRL code, and the count starts again at k - 16.
-    run = torch.stack(runs)
-    longs = torch.zeros_like(nonzero[:RUNS])
+        all_zero = all_zero * _delayed(zero, r + 1)  # [k] = P(the r + 1 coefficients before k are zero)
+    # all_zero[k] is now P(the 16 coefficients before k are zero). Then a ZRL code is written, and the run is counted
+    # again from k - 16. That is a recurrence with a stride of 16, so four slices of positions suffice.
+    run = torch.stack(runs)  # (R, 63, N)
+    longs = torch.zeros_like(nonzero[:RUNS])  # expected ZRL codes before k; none in the first 16 positions
     run_parts, long_parts = [run[:, :RUNS]], [longs]
     for low in range(RUNS, 63, RUNS):
         high = min(63, low + RUNS)
         gate = all_zero[low:high]
         run_parts.append(run[:, low:high] + gate * run_parts[-1][:, : high - low])
         long_parts.append(gate * (1 + long_parts[-1][: high - low]))
-    bits = (torch.cat(run_parts, dim=1) * price).sum((0, 1))
+    bits = (torch.cat(run_parts, dim=1) * price).sum((0, 1))  # over run lengths and positions: (N,)
+    # ZRL codes are written only if a nonzero coefficient follows, and EOB only if the last coefficient is zero.
     bits = bits + part.zrl * (torch.cat(long_parts) * nonzero).sum(0)
     return bits + part.eob * zero[-1]
 
 
 def _delayed(values: Tensor, places: int) -> Tensor:
-    """Shift along the zigzag: result[k] = values[k - places], zero where there is none."""
+    """Shift (63, N) along the zigzag order: result[k] = values[k - places], and zero for k < places."""
     return values if places == 0 else F.pad(values, (0, 0, places, -places))
 
 
 class _AcBits(torch.autograd.Function):
-    """`_ac_bits` in pieces, its gradient taken on the spot: memory stays that of one piece, whatever the picture."""
+    """`_ac_bits` in chunks of blocks. The gradient is computed in the forward pass, so memory is that of one chunk."""
 
     @staticmethod
     def forward(ctx: Any, coefficients: Tensor, part: _Component) -> Tensor:
         count = _BLOCKS_AT_ONCE.get(coefficients.device.type, _BLOCKS_AT_ONCE_ELSEWHERE)
         bits, slopes = [], []
+        # Blocks are independent: the gradient of the sum over a chunk is the gradient of each block's own bits.
         for piece in torch.split(coefficients.detach(), count, dim=1):
             if ctx.needs_input_grad[0]:
                 with torch.enable_grad():
@@ -174,41 +184,51 @@ class _AcBits(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (slopes,) = ctx.saved_tensors
+        (slopes,) = ctx.saved_tensors  # (63, N), while grad is (N,)
         return grad * slopes, None
 
 
 def _blocks(plane: Tensor) -> Tensor:
-    """Cut (B, H, W) into 8x8 blocks, edges repeated up to a multiple of 8: (64, B, rows, columns)."""
+    """Split (B, H, W) into 8x8 blocks, (64, B, rows, columns); edges are replicated to a multiple of 8."""
     height, width = plane.shape[1:]
     plane = F.pad(plane[:, None], (0, -width % 8, 0, -height % 8), mode="replicate")[:, 0]
     batch, height, width = plane.shape
+    # (B, rows, 8, columns, 8) -> (8, 8, B, rows, columns); the pixels of a block come first, for the matrix product.
     return plane.reshape(batch, height // 8, 8, width // 8, 8).permute(2, 4, 0, 1, 3).flatten(0, 1)
 
 
 @lru_cache(maxsize=64)
 def _scan_order(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the order in which 4:2:0 luma blocks are written: two by two, MCU after MCU."""
+    """Return the order in which 4:2:0 luma blocks are written: 2x2 blocks per minimum coded unit (MCU), row by row."""
     with torch.inference_mode(False):
         index = torch.arange(rows * columns).reshape(rows, columns)
+        # Blocks outside the image are marked with -1 and dropped.
         index = F.pad(index, (0, columns % 2, 0, rows % 2), value=-1)
         index = index.reshape(-(-rows // 2), 2, -(-columns // 2), 2).permute(0, 2, 1, 3).flatten()
         return index[index >= 0].to(device)
 
 
 def _plane_bits(plane: Tensor, part: _Component, exact: bool, pairs: bool) -> Tensor:
-    """Return the expected bits of one component (B, H, W), level-shifted, 0..255 wide: (B,)."""
+    """Return the expected bits (B,) of one component.
+
+    Args:
+        plane: (B, H, W) level-shifted values, -128..127.
+        part: constants of the component.
+        exact: count the bits of rounded coefficients.
+        pairs: blocks are written 2x2 per MCU, as 4:2:0 luma is.
+    """
     blocks = _blocks(plane)
     _, batch, rows, columns = blocks.shape
-    coefficients = part.transform @ blocks.flatten(1)
-    dc = coefficients[0].reshape(batch, -1)
+    coefficients = part.transform @ blocks.flatten(1)  # (64, N) with N = B * rows * columns
+    dc = coefficients[0].reshape(batch, -1)  # (B, blocks per image)
     padding = 0
     if pairs:
         dc = dc[:, _scan_order(rows, columns, dc.device)]
-        # An MCU that hangs over the edge is filled with empty blocks whose DC does not change.
+        # libjpeg fills incomplete MCUs with blocks that have an unchanged DC and no AC coefficients.
         padding = (-(-rows // 2) * -(-columns // 2) * 4 - rows * columns) * (part.dc_zero + part.eob)
+    # DC is coded as the difference from the previous block in scan order; the first block's predecessor is 0.
     change = torch.diff(dc.round() if exact else dc, dim=1, prepend=torch.zeros_like(dc[:, :1]))
-    sizes = _at_least(change, part.dc_thresholds, part.dc_exact, exact)
+    sizes = _at_least(change, part.dc_thresholds, part.dc_exact, exact)  # (11, B, blocks per image)
     dc_bits = torch.einsum("s,sbn->b", part.dc_steps, sizes) + part.dc_zero * rows * columns
     ac: Tensor = _ac_bits(coefficients[1:], part, True) if exact else _AcBits.apply(coefficients[1:], part)
     return dc_bits + ac.reshape(batch, -1).sum(1) + padding
@@ -222,21 +242,22 @@ def jpeg_size(
     exact: bool = False,
     zero_margin: float = ZERO_MARGIN,
 ) -> Tensor:
-    """Estimate the size in bytes of the JPEG file Pillow would write for each image.
+    """Estimate the size in bytes of the JPEG file that Pillow writes for each image.
 
     Args:
-        images: (B, 3, H, W), RGB in [0, 1], any height and width.
-        quality: 1..95, libjpeg's.
+        images: (B, 3, H, W) RGB in [0, 1], any height and width.
+        quality: libjpeg quality, 1..95.
         subsampling: "4:2:0" (chroma averaged over 2x2 pixels) or "4:4:4".
-        exact: count the true Huffman bits of the rounded coefficients instead; no gradient. For tests and calibration.
+        exact: count the Huffman bits of the rounded coefficients instead; no gradient. For tests and calibration.
         zero_margin: see `ZERO_MARGIN`; only calibration changes it.
 
     Returns:
-        (B,) bytes, headers included; float32, or float64 if the images are. Smooth in the images; the gradient passes
-        `gradcheck`. Values outside [0, 1] are taken as they are, so that they get a gradient too.
+        Bytes including headers, shape (B,); float32, or float64 if the images are float64. Smooth in the images, with
+        a first-order gradient. Values outside [0, 1] are not clipped, so they have a gradient as well.
     """
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     with torch.autocast(images.device.type, enabled=False):
+        # JFIF conversion in full precision, also under autocast; each plane is (B, H, W).
         red, green, blue = (images.to(dtype) * 255).unbind(1)
         luma = 0.299 * red + 0.587 * green + 0.114 * blue
         chroma = (0.5 / 0.886 * (blue - luma), 0.5 / 0.701 * (red - luma))
@@ -244,6 +265,7 @@ def jpeg_size(
         if exact:
             luma, chroma = luma.round(), (chroma[0].round(), chroma[1].round())
         parts = [_component(kind, quality, zero_margin, dtype, images.device) for kind in (0, 1)]
+        # Luma is shifted to -128..127. Chroma is centered at zero already: its offset of 128 cancels the shift.
         bits: Tensor = _plane_bits(luma - 128, parts[0], exact, pairs=half)
         for plane in chroma:
             small = _halve(plane, exact) if half else plane
@@ -252,9 +274,9 @@ def jpeg_size(
 
 
 def _halve(plane: Tensor, exact: bool) -> Tensor:
-    """Average (B, H, W) over 2x2 pixels; the edge is repeated as far as the last block reaches, as libjpeg does."""
+    """Average (B, H, W) over 2x2 pixels; edges are replicated to the end of the last MCU, as in libjpeg."""
     height, width = plane.shape[1:]
     small = F.avg_pool2d(F.pad(plane[:, None], (0, -width % 16, 0, -height % 16), mode="replicate"), 2)[:, 0]
-    if exact:  # libjpeg rounds halves down and up in alternate columns
+    if exact:  # libjpeg rounds halves down in even columns and up in odd ones
         small = torch.floor(small + torch.tensor([0.25, 0.5], device=plane.device).repeat(small.shape[2] // 2))
     return small

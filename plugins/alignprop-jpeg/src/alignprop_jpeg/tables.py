@@ -1,8 +1,11 @@
-"""The constants of a baseline JPEG file as libjpeg writes it (ITU-T T.81, Annex K). Imports no torch."""
+"""Quantization tables, Huffman code lengths and header size of libjpeg's baseline files (ITU-T T.81, Annex K).
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-#: T.81 table K.1: luminance quantisation at quality 50, row by row.
+#: T.81 table K.1: luminance quantization at quality 50, in row-major order.
 LUMA_BASE = (
     16, 11, 10, 16, 24, 40, 51, 61,
     12, 12, 14, 19, 26, 58, 60, 55,
@@ -14,7 +17,7 @@ LUMA_BASE = (
     72, 92, 95, 98, 112, 100, 103, 99,
 )  # fmt: skip
 
-#: T.81 table K.2: chrominance quantisation at quality 50, row by row.
+#: T.81 table K.2: chrominance quantization at quality 50, in row-major order.
 CHROMA_BASE = (
     17, 18, 24, 47, 99, 99, 99, 99,
     18, 21, 26, 66, 99, 99, 99, 99,
@@ -26,7 +29,7 @@ CHROMA_BASE = (
     99, 99, 99, 99, 99, 99, 99, 99,
 )  # fmt: skip
 
-#: Bytes of everything but the scan, one entry a segment; the same for every three-channel picture Pillow saves.
+#: Bytes outside the scan, one term per segment; the same for every three-channel image that Pillow saves.
 HEADER_BYTES = (
     2  # SOI
     + 18  # APP0: JFIF
@@ -38,7 +41,7 @@ HEADER_BYTES = (
     + 2  # EOI
 )
 
-# T.81 tables K.3 to K.6: how many codes there are of each length 1..16, then the symbols in order of length.
+# T.81 tables K.3 to K.6: the number of codes of each length 1..16, then the symbols ordered by code length.
 _DC_SYMBOLS = "000102030405060708090a0b"
 _DC_LUMA = ((0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0), _DC_SYMBOLS)
 _DC_CHROMA = ((0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0), _DC_SYMBOLS)
@@ -59,27 +62,27 @@ _AC_CHROMA = (
 
 
 def _code_lengths(counts: tuple[int, ...], symbols: str) -> dict[int, int]:
-    """Return the length in bits of every symbol's code."""
+    """Map each symbol to the length of its code in bits."""
     lengths = [length for length, count in enumerate(counts, start=1) for _ in range(count)]
     return dict(zip(bytes.fromhex(symbols), lengths, strict=True))
 
 
-#: Code length of a DC size (0..11) and of an AC symbol (run * 16 + size), luma then chroma.
+#: Code length by DC size (0..11) and by AC symbol (run * 16 + size); luma first, then chroma.
 DC_CODES = (_code_lengths(*_DC_LUMA), _code_lengths(*_DC_CHROMA))
 AC_CODES = (_code_lengths(*_AC_LUMA), _code_lengths(*_AC_CHROMA))
 
-EOB = 0x00  # AC symbol "the rest of the block is zero"
-ZRL = 0xF0  # AC symbol "sixteen zeros, and more to come"
+EOB = 0x00  # end of block: all remaining AC coefficients are zero
+ZRL = 0xF0  # zero run length: sixteen zeros, and a nonzero coefficient later in the block
 
 
-def quantisation_table(base: tuple[int, ...], quality: int) -> tuple[int, ...]:
-    """Scale a base table to a quality 1..100 as libjpeg's `jpeg_set_quality` does (baseline: entries 1..255)."""
+def quantization_table(base: tuple[int, ...], quality: int) -> tuple[int, ...]:
+    """Scale a base table to a quality of 1..100, as `jpeg_set_quality` in libjpeg (baseline: entries are 1..255)."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
     return tuple(min(255, max(1, (entry * scale + 50) // 100)) for entry in base)
 
 
 def zigzag() -> tuple[int, ...]:
-    """Return the row-by-row index of each coefficient in zigzag order (T.81 figure A.6)."""
+    """Return the row-major index of each coefficient, in zigzag order (T.81 figure A.6)."""
     order: list[int] = []
     for diagonal in range(15):
         cells = [(row, diagonal - row) for row in range(8) if 0 <= diagonal - row < 8]
