@@ -11,39 +11,39 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "Callback": "alignprop_core.training",
+    "Callback": "alignprop_core.training.callback",
     "ImageBatch": "alignprop_core.reward",
-    "Registry": "alignprop_core.registry",
+    "Registry": "alignprop_core.registry.registry",
     "Reward": "alignprop_core.reward",
     "RewardConfig": "alignprop_core.specs",
     "RewardSpec": "alignprop_core.specs",
-    "RunConfig": "alignprop_core.config",
-    "default_registry": "alignprop_core.registry",
-    "load_config": "alignprop_core.config",
+    "RunConfig": "alignprop_core.config.sections",
+    "default_registry": "alignprop_core.registry.registry",
+    "load_config": "alignprop_core.config.load",
     "load_prompts": "alignprop_core.prompts",
-    "Sampler": "alignprop_core.diffusion",
-    "StepRecord": "alignprop_core.training",
-    "Trainer": "alignprop_core.training",
+    "Sampler": "alignprop_core.diffusion.sampler",
+    "StepRecord": "alignprop_core.training.callback",
+    "Trainer": "alignprop_core.training.trainer",
     "hookimpl": "alignprop_core.hookspecs",
-    "train": "alignprop_core.training",
+    "train": "alignprop_core.training.run",
 }
 
 if TYPE_CHECKING:
-    from alignprop_core.config import RunConfig as RunConfig
-    from alignprop_core.config import load_config as load_config
-    from alignprop_core.diffusion import Sampler as Sampler
+    from alignprop_core.config.load import load_config as load_config
+    from alignprop_core.config.sections import RunConfig as RunConfig
+    from alignprop_core.diffusion.sampler import Sampler as Sampler
     from alignprop_core.hookspecs import hookimpl as hookimpl
     from alignprop_core.prompts import load_prompts as load_prompts
-    from alignprop_core.registry import Registry as Registry
-    from alignprop_core.registry import default_registry as default_registry
+    from alignprop_core.registry.registry import Registry as Registry
+    from alignprop_core.registry.registry import default_registry as default_registry
     from alignprop_core.reward import ImageBatch as ImageBatch
     from alignprop_core.reward import Reward as Reward
     from alignprop_core.specs import RewardConfig as RewardConfig
     from alignprop_core.specs import RewardSpec as RewardSpec
-    from alignprop_core.training import Callback as Callback
-    from alignprop_core.training import StepRecord as StepRecord
-    from alignprop_core.training import Trainer as Trainer
-    from alignprop_core.training import train as train
+    from alignprop_core.training.callback import Callback as Callback
+    from alignprop_core.training.callback import StepRecord as StepRecord
+    from alignprop_core.training.run import train as train
+    from alignprop_core.training.trainer import Trainer as Trainer
 
 __all__ = ["__version__", *_PUBLIC]
 

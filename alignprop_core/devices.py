@@ -1,4 +1,4 @@
-"""Which device and number format a run uses, and how much memory it took. Of the heavy libraries torch alone."""
+"""Devices and dtypes from plain strings, and the peak memory of a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ import sys
 
 import torch
 
-from alignprop_core.config import TrainingConfig
-from alignprop_core.config_sections import DEVICE_PATTERN
 from alignprop_core.errors import DeviceError, under
+from alignprop_core.specs import DEVICE_PATTERN
 
 _HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def device_and_dtype(training: TrainingConfig) -> tuple[torch.device, torch.dtype]:
-    """Return the device of a run and the dtype of its frozen networks; `DeviceError` naming the key to change."""
+def device_and_dtype(device: str, mixed_precision: str) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a run and the dtype of its frozen networks.
+
+    Args:
+        device: `training.device`: auto, cpu, mps, cuda or cuda:N.
+        mixed_precision: `training.mixed_precision`: no, fp16 or bf16.
+
+    Raises:
+        DeviceError: naming the key to change.
+    """
     with under("training.device"):
-        device = choose_device(training.device)
+        chosen = choose_device(device)
     with under("training.mixed_precision"):
-        return device, network_dtype(training.mixed_precision, device)
+        return chosen, network_dtype(mixed_precision, chosen)
 
 
 def choose_device(name: str) -> torch.device:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignprop_core.errors import PluginError, PromptError
-from alignprop_core.plugin_guard import PluginFailure, guarded
+from alignprop_core.registry.guard import PluginFailure, guarded
 
 if TYPE_CHECKING:
-    from alignprop_core.registry import Offer, Registry
+    from alignprop_core.registry.offers import Offer
+    from alignprop_core.registry.registry import Registry
     from alignprop_core.specs import PromptSpec
 
 SUFFIXES = (".txt", ".jsonl")

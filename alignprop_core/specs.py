@@ -6,6 +6,7 @@ only when a run names it.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
@@ -22,6 +23,17 @@ DEPRECATED_API_VERSIONS: dict[int, str] = {}
 SnakeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 ScopedName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)?$")]
 ObjectPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
+
+
+DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
+"""What names a device, in a config and in options."""
+
+
+def default_label(name: str) -> str:
+    """Return what a reward is called in logs: its name, or a Python class's in snake_case."""
+    if ".py:" in name:
+        name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(":")[2]).lower()
+    return name.rpartition("/")[2]
 
 
 class RewardConfig(BaseModel):

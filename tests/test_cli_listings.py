@@ -17,10 +17,10 @@ from pydantic import Field
 from alignprop_core import cli
 from alignprop_core.cli import checks
 from alignprop_core.cli.options import options_of
-from alignprop_core.config import parse_config
-from alignprop_core.config_yaml import read_yaml
+from alignprop_core.config.load import parse_config
+from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig
 from tests.fake_plugins import install, reward_spec, rewards_hook
 

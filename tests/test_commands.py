@@ -17,16 +17,18 @@ import yaml
 from PIL import Image
 
 from alignprop_core.cli import run
-from alignprop_core.config import RunConfig, load_config, parse_config, resolved_yaml
+from alignprop_core.config.load import load_config, parse_config, resolved_yaml
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.devices import choose_device
 from alignprop_core.errors import ConfigError, DeviceError, PromptError, UserError, under
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
-from alignprop_core.resume import find_checkpoint
+from alignprop_core.mix.load import check_prompts, load_terms
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import WeightsSpec
-from alignprop_core.terms import check_prompts, load_terms
-from alignprop_core.training import Trainer, train
+from alignprop_core.training.resume import find_checkpoint
+from alignprop_core.training.run import train
+from alignprop_core.training.trainer import Trainer
 from tests import toy_rewards
 
 pytest.importorskip("alignprop_jpeg", reason="the commands are tried with real rewards")

@@ -14,22 +14,18 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError
 
-from alignprop_core.config import (
-    BackpropConfig,
-    RewardTerm,
-    RunConfig,
-    json_schema,
-    load_config,
-    parse_config,
-    resolved_yaml,
-)
-from alignprop_core.config_errors import InvalidConfig, keys_of
-from alignprop_core.config_yaml import dump_yaml, read_yaml
+from alignprop_core.config.aliases import ALIASES
+from alignprop_core.config.load import load_config, parse_config, resolved_yaml
+from alignprop_core.config.model import BackpropConfig
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.schema import json_schema
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.yaml import dump_yaml, read_yaml
 from alignprop_core.errors import ConfigError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.other_trainers import OTHER_TRAINERS
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import ModelSpec, PromptSpec, RewardConfig, RewardSpec
+from alignprop_core.validation import InvalidConfig, keys_of
 
 
 class _JpegOptions(RewardConfig):
@@ -278,13 +274,13 @@ def test_unknown_keys_are_answered(tmp_path: Path, registry: Registry, text: str
     assert problems(tmp_path, registry, text) == {key: message}
 
 
-@pytest.mark.parametrize("foreign", OTHER_TRAINERS)
+@pytest.mark.parametrize("foreign", ALIASES)
 def test_keys_of_other_trainers_are_answered_with_ours(tmp_path: Path, registry: Registry, foreign: str) -> None:
-    ours = OTHER_TRAINERS[foreign].split(" (")[0].replace(" with ", " and ").split(" and ")
+    ours = ALIASES[foreign].split(" (")[0].replace(" with ", " and ").split(" and ")
     assert {key.split(":")[0] for key in ours} <= set(keys_of(RunConfig))
     if foreign not in RunConfig.model_fields:
         found = problems(tmp_path, registry, f"{foreign}: 1")
-        assert found == {foreign: f"unknown key. In alignprop this is {OTHER_TRAINERS[foreign]}."}
+        assert found == {foreign: f"unknown key. In alignprop this is {ALIASES[foreign]}."}
 
 
 @pytest.mark.parametrize(
@@ -477,5 +473,5 @@ def test_a_broken_options_class_leaves_the_rest_of_the_schema() -> None:
 
 
 def test_importing_the_config_imports_no_torch() -> None:
-    code = "import sys, alignprop_core.config, alignprop_core.prompts; assert 'torch' not in sys.modules"
+    code = "import sys, alignprop_core.config.load, alignprop_core.prompts; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

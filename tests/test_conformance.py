@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignprop_core.diffusion.families import BUILT_IN
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.diffusion.families.find import BUILT_IN
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import CHECKS, RewardConformance, Subject, natural_images, run_checks
 from alignprop_core.testing.fixtures import (  # noqa: F401

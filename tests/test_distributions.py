@@ -42,7 +42,7 @@ tiny_pipeline().save_pretrained("model")
 """
 LOAD = """\
 from importlib import import_module
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 registry = default_registry()
 for offer in registry.rewards():
     registry.reward_config_class(offer.full_name)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from alignprop_core.config import RewardTerm, RunConfig
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.evaluation.diversity import diversity, encoder_of
-from alignprop_core.registry import default_registry
-from alignprop_core.terms import load_terms
-from alignprop_core.training import train
+from alignprop_core.mix.load import load_terms
+from alignprop_core.registry.registry import default_registry
+from alignprop_core.training.run import train
 
 pytest.importorskip("alignprop_starter")
 

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from alignprop_core.config import parse_config
-from alignprop_core.registry import default_registry
+from alignprop_core.config.load import parse_config
+from alignprop_core.registry.registry import default_registry
 
 ROOT = Path(__file__).parents[1]
 # docs/results/ records what long commands gave; those commands are no part of the tests.

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import EvaluationConfig, SamplingConfig
-from alignprop_core.diffusion import Sampler
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.config.sections import EvaluationConfig
+from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import ConfigError, RewardError
 from alignprop_core.evaluation.compare import compare
 from alignprop_core.evaluation.diversity import BUILT_IN, diversity, diversity_by_prompt, encoder_of, picture_features
 from alignprop_core.evaluation.drift import Drift, chosen_steps
 from alignprop_core.evaluation.sheet import before_after, grid
 from alignprop_core.evaluation.statistics import paired, summary, t_quantile
-from alignprop_core.mix import Term
 from alignprop_core.mix.offload import Offload
+from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
 from tests.toy_rewards import Redness
 

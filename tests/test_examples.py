@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from alignprop_core.cli import run
-from alignprop_core.config import load_config
+from alignprop_core.config.load import load_config
 
 pytest.importorskip("alignprop_starter")
 

@@ -11,11 +11,9 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from alignprop_core import lora
-from alignprop_core._forwards import replaced
-from alignprop_core.config import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion import Sampler
-from alignprop_core.diffusion.upsampling import doubling_forwards
-from alignprop_core.lora.effective import effective_forwards
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.cpu import doubling_forwards, effective_forwards, replaced
+from alignprop_core.diffusion.sampler import Sampler
 
 PROMPTS = ["a fox", "three owls"]
 

@@ -19,17 +19,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import GuardsConfig, RunConfig
+from alignprop_core.config.sections import GuardsConfig, RunConfig
 from alignprop_core.errors import ConfigError, RewardError, RunError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardSpec
-from alignprop_core.training import Callback, StepRecord, Trainer
+from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.ema import Average
 from alignprop_core.training.guards import HeldOutGuard, StepGuard
 from alignprop_core.training.measures import Measures
 from alignprop_core.training.run import run
+from alignprop_core.training.trainer import Trainer
 from tests import toy_rewards
 from tests.toy_rewards import NotANumber, Redness
 from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
@@ -528,8 +529,8 @@ def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: P
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from alignprop_core.config import RunConfig\n"
-        "from alignprop_core.training import Trainer, run\n"
+        "from alignprop_core.config.sections import RunConfig\n"
+        "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
         "from tests.test_guards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry())\n"

@@ -19,16 +19,18 @@ import torch
 import yaml
 from torch import Tensor
 
-from alignprop_core.config import IsolationConfig, load_config
-from alignprop_core.config_errors import InvalidConfig
+from alignprop_core.config.load import load_config
+from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.errors import OutputError, PluginError, PromptError, RewardError, RunError
 from alignprop_core.isolation.install import make_environment, python_of
 from alignprop_core.isolation.lookup import IsolatedRewards
 from alignprop_core.isolation.reward import IsolatedReward
-from alignprop_core.licenses import LicensePolicy
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.licenses import LicensePolicy
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training import Trainer, train
+from alignprop_core.training.run import train
+from alignprop_core.training.trainer import Trainer
+from alignprop_core.validation import InvalidConfig
 
 ROOT = Path(__file__).parents[1]
 

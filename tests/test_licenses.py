@@ -10,8 +10,8 @@ import pytest
 
 from alignprop_core.cli import run
 from alignprop_core.errors import PluginError, WeightsError
-from alignprop_core.licenses import LICENSES_VARIABLE, LicensePolicy
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry.licenses import LICENSES_VARIABLE, LicensePolicy
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import WeightsFile, WeightsSpec
 from alignprop_core.testing.fixtures import temporary_plugin  # noqa: F401
 from alignprop_core.weights import find_weights

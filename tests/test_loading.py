@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from alignprop_core.diffusion import load_pipeline
+from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.errors import ModelError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import ModelSpec
 
 FOLDER = Path()

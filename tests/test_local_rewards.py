@@ -18,15 +18,19 @@ import torch
 from pydantic import Field
 
 from alignprop_core import train
-from alignprop_core.config import RewardTerm, RunConfig, load_config, parse_config
-from alignprop_core.config_errors import InvalidConfig
+from alignprop_core.config.load import load_config, parse_config
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.diffusion.size import drawn_size
 from alignprop_core.errors import ConfigError, PluginError, TrialError
-from alignprop_core.local_rewards import from_file, public_name
+from alignprop_core.mix.load import load_terms
 from alignprop_core.prompts import PromptSet
+from alignprop_core.registry.local import from_file, public_name
 from alignprop_core.reward import Reward
 from alignprop_core.specs import RewardConfig
-from alignprop_core.terms import drawn_size, load_terms, score_advice, try_local
-from alignprop_core.training import Trainer
+from alignprop_core.training.trainer import Trainer
+from alignprop_core.training.trial import score_advice, try_local
+from alignprop_core.validation import InvalidConfig
 from tests.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
 FILE = '''\
@@ -487,7 +491,7 @@ def test_a_run_on_objects_says_at_the_command_line_what_to_do(
     import yaml
 
     from alignprop_core.cli import run as command
-    from alignprop_core.evaluation.report import run_page
+    from alignprop_core.evaluation.report.page import run_page
     from alignprop_core.evaluation.report.read import read_run
 
     (folder / "run.yaml").write_text(yaml.safe_dump({**data(), "rewards": [{"name": "mine"}]}))

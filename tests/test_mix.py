@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alignprop_core.config import MixConfig
+from alignprop_core.config.rewards import MixConfig
 from alignprop_core.errors import RewardError
-from alignprop_core.mix import Direction, Figures, Mix, Running, StepFigures, Term
 from alignprop_core.mix.combine import project_conflicts
+from alignprop_core.mix.figures import Figures, StepFigures
+from alignprop_core.mix.mix import Direction, Mix
+from alignprop_core.mix.running import Running
+from alignprop_core.mix.term import Term
 from alignprop_core.reward import ImageBatch, Reward
 from tests.toy_rewards import BatchMean, NoGradient, Redness, RednessConfig
 

@@ -16,11 +16,11 @@ from rich.console import Console
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.reward import ImageBatch
-from alignprop_core.training import Trainer
 from alignprop_core.training.callbacks import ProgressBar
 from alignprop_core.training.run import run
+from alignprop_core.training.trainer import Trainer
 from tests.toy_rewards import Redness, registry
 from tests.toy_runs import adapters, changed, metrics, toy_data
 
@@ -116,8 +116,8 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_pat
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from alignprop_core.config import RunConfig\n"
-        "from alignprop_core.training import Trainer\n"
+        "from alignprop_core.config.sections import RunConfig\n"
+        "from alignprop_core.training.trainer import Trainer\n"
         "from alignprop_core.training.run import run\n"
         "from tests.test_mix_training import Shade\n"
         "from tests.toy_rewards import registry\n"
@@ -276,7 +276,7 @@ def test_momentum_does_not_move_the_adapters_in_an_idle_step(make: Callable[...,
 def test_the_saved_config_keeps_schedules(make: Callable[..., Trainer]) -> None:
     trainer = make(rewards=[{"name": "redness", "weight": {0: 0.0, 20: 1.0}}, {"name": "shade"}], training__steps=1)
     folder = run(trainer)
-    from alignprop_core.config import load_config
+    from alignprop_core.config.load import load_config
 
     again = load_config(folder / "config.yaml", registry=trainer.registry)
     assert isinstance(again, RunConfig)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alignprop_core.errors import UserError
-from alignprop_core.pictures import read_picture
+from alignprop_core.images import read_picture
 
 
 def test_pictures_are_turned_upright(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from alignprop_core import discovery, specs
-from alignprop_core.discovery import PluginRecord
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core import specs
+from alignprop_core.registry import discovery
+from alignprop_core.registry.discovery import PluginRecord
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing.fixtures import temporary_plugin  # noqa: F401
 from tests.fake_plugins import CONFIG, REWARD, reward_spec, rewards_hook

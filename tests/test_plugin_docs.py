@@ -16,8 +16,8 @@ from PIL import Image
 
 from alignprop_core import specs, testing, weights
 from alignprop_core.cli.scaffold import reward_project
-from alignprop_core.discovery import SPEC_OF_HOOK
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.discovery import SPEC_OF_HOOK
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.testing import fixtures
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import pytest
 from alignprop_core.errors import PluginError, PromptError
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.prompts import load_prompts
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import PromptSpec
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from alignprop_core.errors import ConfigError, PluginError, RewardError, WeightsError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import PluginRecord, Registry
+from alignprop_core.registry.discovery import PluginRecord
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
 from tests.fake_plugins import HEAD, install, reward_spec, rewards_hook
 
@@ -378,7 +379,7 @@ def test_from_plugins_looks_at_nothing_installed(site: Path) -> None:
 def test_discovery_and_options_import_no_torch_and_no_reward(site: Path) -> None:
     install(site, "fake-works")
     code = (
-        "import sys; from alignprop_core.registry import default_registry as d; r = d();"
+        "import sys; from alignprop_core.registry.registry import default_registry as d; r = d();"
         "r.reward_options('fake_works', {}); assert 'fake_works.reward' not in sys.modules;"
         "heavy = {'torch', 'diffusers', 'transformers', 'peft', 'accelerate'} & set(sys.modules);"
         "assert not heavy, heavy"

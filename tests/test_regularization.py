@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion import Sampler
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.sampler import Sampler
 
 PROMPTS = ["a fox", "two owls"]
 STEPS = 4

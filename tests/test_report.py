@@ -23,19 +23,20 @@ from PIL import Image
 from torch import Tensor
 
 from alignprop_core import cli
-from alignprop_core.config import parse_config
-from alignprop_core.config_yaml import dump_yaml
+from alignprop_core.config.load import parse_config
+from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.errors import OutputError, RewardError
-from alignprop_core.evaluation.report import read_run, run_page, several_page, write_page
 from alignprop_core.evaluation.report.chart import BUCKETS, Chart, Line, draw
 from alignprop_core.evaluation.report.markup import element
+from alignprop_core.evaluation.report.page import run_page, write_page
 from alignprop_core.evaluation.report.pictures import open_sheet
-from alignprop_core.evaluation.report.several import names_of
+from alignprop_core.evaluation.report.read import read_run
+from alignprop_core.evaluation.report.several import names_of, several_page
 from alignprop_core.evaluation.sheet import grid, save_picture
 from alignprop_core.reward import ImageBatch
-from alignprop_core.training import Trainer
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.run import run
+from alignprop_core.training.trainer import Trainer
 from tests.toy_rewards import Crashes, Redness, registry
 
 EVIL = "<script>alert(1)</script> \"two\" 'owls' & </title></style>-->"

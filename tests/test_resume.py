@@ -14,14 +14,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignprop_core.config import GuardsConfig, RunConfig, resolved_yaml
+from alignprop_core.config.load import resolved_yaml
+from alignprop_core.config.sections import GuardsConfig, RunConfig
 from alignprop_core.errors import PluginError
-from alignprop_core.resume import find_checkpoint
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training import Trainer
 from alignprop_core.training.guards import HeldOutGuard, Subject
 from alignprop_core.training.heldout import subject_of
+from alignprop_core.training.resume import find_checkpoint
 from alignprop_core.training.run import run
+from alignprop_core.training.trainer import Trainer
 from tests.toy_rewards import registry
 from tests.toy_runs import adapters, changed, metrics, toy_data
 

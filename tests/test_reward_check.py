@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from alignprop_core import cli
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import CHECKS
 from alignprop_core.testing.fixtures import isolated_registry  # noqa: F401

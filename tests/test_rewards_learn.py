@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignprop_core.config import RunConfig
-from alignprop_core.diffusion import Noise
-from alignprop_core.registry import default_registry
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.diffusion.noise import Noise
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch
-from alignprop_core.training import Trainer
 from alignprop_core.training.objective import backpropagate
+from alignprop_core.training.trainer import Trainer
 
 pytest.importorskip("alignprop_starter")
 

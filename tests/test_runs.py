@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from alignprop_core._files import safe_name
-from alignprop_core.environment import environment
 from alignprop_core.errors import OutputError
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.environment import environment
+from alignprop_core.runs.folder import RunFolder
 from alignprop_core.specs import RewardSpec, WeightsFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX signals and limits")
@@ -109,7 +109,7 @@ def test_one_process_part_at_a_time(tmp_path: Path) -> None:
 
 HOLD = """
 import sys, time
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 print("now", flush=True)
 time.sleep(60)
@@ -156,7 +156,7 @@ def test_names_are_made_plain() -> None:
 
 KILLED_IN_WRITE = """
 import os, sys, time
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 def stop(descriptor):
     print("now", flush=True)
@@ -167,7 +167,7 @@ run.write_text("evaluation.json", "new" * 1_000_000)
 
 KILLED_IN_STAGED = """
 import sys, time
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 with run.staged("checkpoints/step-2") as folder:
     (folder / "state").write_text("half")
@@ -213,7 +213,7 @@ import resource, sys
 from safetensors.numpy import save_file
 import numpy
 from alignprop_core.errors import OutputError
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.folder import RunFolder
 run = RunFolder.open(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 def step(number):
@@ -350,5 +350,5 @@ def test_the_environment_names_versions_device_and_licences() -> None:
 
 
 def test_importing_the_module_imports_no_torch() -> None:
-    code = "import sys, alignprop_core.runs; sys.exit('torch' in sys.modules)"
+    code = "import sys, alignprop_core.runs.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

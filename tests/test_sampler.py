@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from alignprop_core.config import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion import Sampler
-from alignprop_core.diffusion.backprop import STRATEGIES, Plan, draw_plan
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.noise import Noise, seeded
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.truncation import STRATEGIES, Plan, draw_plan
 from alignprop_core.errors import ConfigError, ModelError, RunError
 
 PROMPTS = ["a fox", "three owls on a blue hill", "b"]

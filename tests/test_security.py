@@ -19,13 +19,14 @@ import torch
 from PIL import Image
 
 from alignprop_core._files import safe_name
-from alignprop_core.config import load_config
-from alignprop_core.config_yaml import read_yaml
+from alignprop_core.config.load import load_config
+from alignprop_core.config.yaml import read_yaml
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.errors import AlignpropError, ConfigError, LoraError, ModelError, OutputError
 from alignprop_core.lora.formats import read_lora
-from alignprop_core.registry import Offer, default_registry
-from alignprop_core.runs import RunFolder
+from alignprop_core.registry.offers import Offer
+from alignprop_core.registry.registry import default_registry
+from alignprop_core.runs.folder import RunFolder
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import tiny_pipeline, train_two_steps
 
@@ -187,7 +188,7 @@ def test_no_lora_file_executes_what_it_hides(suffix: str, tmp_path: Path) -> Non
 
 def test_no_checkpoint_executes_what_it_hides(tmp_path: Path) -> None:
     """Resuming reads files of a run folder, which somebody may have sent: none is unpickled."""
-    from alignprop_core.training import train
+    from alignprop_core.training.run import train
 
     run, mark = train_two_steps("jpeg_compressibility", tmp_path), tmp_path / "mark"
     checkpoint = max((run / "checkpoints").iterdir())
@@ -298,7 +299,7 @@ def test_a_prompt_makes_a_plain_file_name(text: str) -> None:
 
 @pytest.mark.parametrize("label", ["../x", "a/b", "a\\b", "a\0b"])
 def test_a_label_cannot_be_a_path(label: str, tmp_path: Path) -> None:
-    from alignprop_core.config import parse_config
+    from alignprop_core.config.load import parse_config
 
     rewards = [{"name": "jpeg_compressibility", "label": label}]
     data = {"model": {"base": "owner/name"}, "prompts": {"train": "p.txt"}, "rewards": rewards, "output": "run"}

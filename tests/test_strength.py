@@ -17,8 +17,8 @@ from alignprop_core import lora
 from alignprop_core.cli import run
 from alignprop_core.errors import LoraError
 from alignprop_core.evaluation.plot import Panel, draw, ticks
-from alignprop_core.lora.combine import truncated
 from alignprop_core.lora.formats import Factors
+from alignprop_core.lora.merging import truncated
 from tests.tiny import tiny_sd
 
 

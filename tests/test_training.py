@@ -18,11 +18,11 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import AlignpropError, ConfigError, OutputError, RewardError, RunError
-from alignprop_core.training import Trainer
+from alignprop_core.training.gradient import choose_prompts
 from alignprop_core.training.run import run
-from alignprop_core.training.trainer import choose_prompts
+from alignprop_core.training.trainer import Trainer
 from tests.toy_rewards import Crashes, registry
 from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
@@ -124,7 +124,7 @@ def test_run_folder_has_what_the_contract_names(make: Callable[..., RunConfig]) 
 
 
 def test_resolved_config_gives_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    from alignprop_core.config import load_config
+    from alignprop_core.config.load import load_config
 
     first = train(make(training__steps=2))
     again = train(load_config(first / "config.yaml", [f"output={tmp_path / 'again'}"], registry=registry()))
@@ -242,9 +242,9 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
     script.write_text(
         "import os, time\n"
         "from pathlib import Path\n"
-        "from alignprop_core.config import RunConfig\n"
-        "from alignprop_core.runs import RunFolder\n"
-        "from alignprop_core.training import Trainer, run\n"
+        "from alignprop_core.config.sections import RunConfig\n"
+        "from alignprop_core.runs.folder import RunFolder\n"
+        "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
         "from tests.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "check = RunFolder.check_free\n"
@@ -333,7 +333,7 @@ def test_figures_reach_weights_and_biases(make: Callable[..., RunConfig], monkey
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(
     make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignprop_core.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("alignprop_core.training.preflight.find_spec", lambda name: None)
     config = make(training__trackers=["wandb"])
     with pytest.raises(
         ConfigError, match=r'trackers\.0: wandb is not installed.*pip install "alignprop-core\[wandb\]"'

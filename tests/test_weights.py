@@ -26,12 +26,12 @@ import safetensors.torch
 import torch
 
 from alignprop_core import cli, weights
-from alignprop_core.config import RewardTerm
+from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.errors import WeightsError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.preflight import check_weights
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig, RewardSpec, WeightsFile, WeightsSpec
+from alignprop_core.training.preflight import check_weights
 from alignprop_core.weights import find_weights, load_state_dict, parse_hub_file, read_header
 from tests.fake_plugins import install, reward_spec, rewards_hook
 

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig, RewardSpec
 

@@ -10,9 +10,11 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignprop_core.config import RunConfig, parse_config
-from alignprop_core.registry import Registry
-from alignprop_core.training import Callback, StepRecord, Trainer
+from alignprop_core.config.load import parse_config
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.registry import Registry
+from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.trainer import Trainer
 
 PROMPTS = ("a fox", "two owls", "three red boats", "a hill")
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from packaging.requirements import Requirement
 
 from alignprop_core import __version__
-from alignprop_core.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, CORE, names_in
-from alignprop_core.registry import Registry
+from alignprop_core.registry.discovery import ALLOW_VARIABLE, BLOCK_VARIABLE, CORE, names_in
+from alignprop_core.registry.registry import Registry
 
 Status = Literal["ok", "warning", "error"]
 

@@ -14,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from alignprop_core.registry import Registry
+    from alignprop_core.registry.registry import Registry
 
 PIPE_COLUMNS = 120
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")

@@ -12,7 +12,7 @@ from alignprop_core.cli import common
 from alignprop_core.cli.train import finish
 
 if TYPE_CHECKING:
-    from alignprop_core.config import RunConfig
+    from alignprop_core.config.sections import RunConfig
 
 
 def demo(
@@ -22,9 +22,9 @@ def demo(
 ) -> None:
     """Fine-tune a registered model on its demo config and write a before/after sheet."""
     common.quiet_libraries()
-    from alignprop_core.config import load_config
+    from alignprop_core.config.load import load_config
     from alignprop_core.errors import PluginError
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     offer = registry.model(model)
@@ -35,7 +35,7 @@ def demo(
     with as_file(files(package) / file) as path:
         settings = load_config(path, [*(overrides or []), f"output={output}"], registry=registry)
     with common.status("loading rewards and model"):
-        from alignprop_core.training import Trainer
+        from alignprop_core.training.trainer import Trainer
 
         trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings))
     from alignprop_core.training.run import run

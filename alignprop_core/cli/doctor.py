@@ -18,7 +18,7 @@ def doctor(
     Exit code 1 if something is wrong that would stop a run.
     """
     from alignprop_core.cli.checks import check_all
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     findings = check_all(default_registry(), quick=quick)
     if json:

@@ -14,9 +14,11 @@ import typer
 from alignprop_core.cli import common
 
 if TYPE_CHECKING:
-    from alignprop_core.config import EvaluationConfig, ModelLora, RewardTerm
+    from alignprop_core.config.model import ModelLora
+    from alignprop_core.config.rewards import RewardTerm
+    from alignprop_core.config.sections import EvaluationConfig
     from alignprop_core.prompts import PromptSet
-    from alignprop_core.registry import Registry
+    from alignprop_core.registry.registry import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,10 +65,11 @@ def evaluate(
     """Evaluate a run, or a model with a LoRA, on held-out prompts; or a whole curve of strengths or shares."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import check_model_options, reward_entries, sampling_settings
-    from alignprop_core.config import EvaluationConfig, located
+    from alignprop_core.config.load import located
+    from alignprop_core.config.sections import EvaluationConfig
     from alignprop_core.errors import UserError, under
-    from alignprop_core.model_files import find_lora
-    from alignprop_core.registry import default_registry
+    from alignprop_core.locate import find_lora
+    from alignprop_core.registry.registry import default_registry
 
     if (run is None) == (not model):
         raise UserError("Give a run folder, or --model M with --lora DIR.")
@@ -99,8 +102,8 @@ def evaluate(
             where = choose_device(device)
         with common.status("loading rewards and model"):
             from alignprop_core import lora as adapters
-            from alignprop_core.measured import measure_entries
-            from alignprop_core.terms import check_prompts, load_terms
+            from alignprop_core.evaluation.measures import measure_entries
+            from alignprop_core.mix.load import check_prompts, load_terms
 
             terms = load_terms([*entries, *measure_entries(entries, registry)], registry)
             with under("--prompts" if prompts else "prompts.heldout"):
@@ -132,7 +135,7 @@ def evaluate(
 
     encoder = encoder_of(evaluation.diversity_encoder, terms)
     if points:
-        from alignprop_core.cli.curves import evaluate_curve
+        from alignprop_core.cli.sweep import evaluate_curve
 
         evaluate_curve(
             sampler, terms, chosen, evaluation, encoder, points=points, soup=soup, folder=output or run, json=json
@@ -174,9 +177,9 @@ def evaluate(
 
 
 def _of_run(run: Path, lora: Path | None, registry: Registry) -> _Subject:
-    from alignprop_core.config import load_config
-    from alignprop_core.model_files import find_lora
-    from alignprop_core.preflight import check_model, check_rewards
+    from alignprop_core.config.load import load_config
+    from alignprop_core.locate import find_lora
+    from alignprop_core.training.preflight import check_model, check_rewards
 
     config = load_config(run / "config.yaml", registry=registry)
     lora = run / "lora" if lora is None else lora

@@ -8,14 +8,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from alignprop_core.config import RewardTerm, SamplingConfig
-from alignprop_core.config_errors import explain
-from alignprop_core.config_input import apply_overrides
-from alignprop_core.config_rewards import default_label
+from alignprop_core.config.input import apply_overrides
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.errors import UserError, under
-from alignprop_core.model_files import find_base, find_lora
-from alignprop_core.preflight import check_weights
-from alignprop_core.registry import Registry
+from alignprop_core.locate import find_base, find_lora
+from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import default_label
+from alignprop_core.training.preflight import check_weights
+from alignprop_core.validation import explain
 
 
 def check_model_options(model: str, lora: Path | None, registry: Registry) -> None:

@@ -46,7 +46,7 @@ def scale(
     name: str = _NAME,
 ) -> None:
     """Multiply a LoRA's weight change, so that strength 1 of the result is this strength of the original."""
-    from alignprop_core.lora.combine import scale as scaled
+    from alignprop_core.lora.merging import scale as scaled
     from alignprop_core.lora.whole import read_whole
 
     _write(scaled(read_whole(lora), strength), output, name)
@@ -83,7 +83,7 @@ def mix(
 ) -> None:
     """Mix LoRAs: the result changes weights by the weighted sum of their changes. Factors are never averaged."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.combine import mix as mixed
+    from alignprop_core.lora.merging import mix as mixed
     from alignprop_core.lora.whole import read_whole
 
     if sweep and (weights or len(loras) != 2):
@@ -128,9 +128,9 @@ def bake(
         import torch
 
         from alignprop_core.diffusion.loading import load_pipeline
-        from alignprop_core.lora.bake import bake as bake_in
-        from alignprop_core.lora.bake import save_pipeline
-        from alignprop_core.registry import default_registry
+        from alignprop_core.lora.fusing import bake as bake_in
+        from alignprop_core.lora.fusing import save_pipeline
+        from alignprop_core.registry.registry import default_registry
 
         pipeline = load_pipeline(model, registry=default_registry(), device="cpu", vae=vae)
     baked = bake_in(pipeline, read, strength, dtype=getattr(torch, formats[precision]), path=lora)

@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 
 from alignprop_core import lora
-from alignprop_core.config import ModelLora, SamplingConfig
+from alignprop_core.config.model import ModelLora, SamplingConfig
 from alignprop_core.devices import network_dtype
-from alignprop_core.diffusion import Sampler, family_for, load_pipeline
-from alignprop_core.registry import Registry
+from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.registry.registry import Registry
 
 TRAINED = "lora"
 """Name of the adapter that holds the LoRA under test."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from alignprop_core.config_yaml import dump_yaml
+from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.specs import RewardConfig
 
 _LIMITS = {

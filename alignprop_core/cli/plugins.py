@@ -9,7 +9,7 @@ import typer
 from alignprop_core.cli import common
 
 if TYPE_CHECKING:
-    from alignprop_core.registry import PluginRecord
+    from alignprop_core.registry.discovery import PluginRecord
 
 _KINDS = ("rewards", "models", "families", "prompts", "weights")
 _STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "incompatible": "red", "failed": "red"}
@@ -22,7 +22,7 @@ def plugins(
 ) -> None:
     """List the installed plugins: version, status, what they offer, what is wrong with them."""
     from alignprop_core import __version__
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
     from alignprop_core.specs import API_VERSION
 
     registry = default_registry()

@@ -18,7 +18,9 @@ def report(
 ) -> None:
     """Write report.html: results, curves and pictures on one page that opens offline."""
     from alignprop_core.errors import UserError
-    from alignprop_core.evaluation.report import read_run, run_page, several_page, write_page
+    from alignprop_core.evaluation.report.page import run_page, write_page
+    from alignprop_core.evaluation.report.read import read_run
+    from alignprop_core.evaluation.report.several import several_page
 
     paths = [run.expanduser().resolve() for run in runs]
     twice = next((run for place, run in enumerate(runs) if paths[place] in paths[:place]), None)
@@ -33,7 +35,8 @@ def report(
 
 def draw_again(folder: Path) -> None:
     """Bring a run's page up to date, where it has one."""
-    from alignprop_core.evaluation.report import read_run, run_page, write_page
+    from alignprop_core.evaluation.report.page import run_page, write_page
+    from alignprop_core.evaluation.report.read import read_run
 
     page = folder / "report.html"
     if page.is_file() and (folder / "config.yaml").is_file():
@@ -42,7 +45,7 @@ def draw_again(folder: Path) -> None:
 
 def known_of(folder: Path) -> dict[str, Any]:
     """Which step's LoRA a run has, and why it stopped, as its evaluation says: a new one is of the same LoRA."""
-    from alignprop_core.evaluation.report import read_run
+    from alignprop_core.evaluation.report.read import read_run
 
     if not (folder / "config.yaml").is_file():
         return {}  # no run, but a folder that --output named

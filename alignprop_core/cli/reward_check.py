@@ -26,9 +26,9 @@ def check(
     Exit code 1 if it breaks a promise.
     """
     common.quiet_libraries()
-    from alignprop_core.config_input import apply_overrides
+    from alignprop_core.config.input import apply_overrides
     from alignprop_core.errors import UserError, did_you_mean
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     registry.reward(name)  # a wrong name is said before torch is imported

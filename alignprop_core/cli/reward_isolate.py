@@ -33,10 +33,11 @@ def isolate(
 
     The core goes in without diffusers and its other heavy requirements. Packages come from where pip finds them.
     """
-    from alignprop_core.config_rewards import IsolationConfig, default_label
+    from alignprop_core.config.rewards import IsolationConfig
     from alignprop_core.isolation.install import make_environment, python_of, source_of
-    from alignprop_core.local_rewards import absolute_name, split_file_name
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.local import absolute_name, split_file_name
+    from alignprop_core.registry.registry import default_registry
+    from alignprop_core.specs import default_label
 
     registry = default_registry()
     local = split_file_name(name) is not None

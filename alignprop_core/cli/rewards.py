@@ -12,7 +12,7 @@ from alignprop_core.cli import common, reward_check, reward_isolate, reward_new
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
-    from alignprop_core.registry import Offer
+    from alignprop_core.registry.offers import Offer
     from alignprop_core.specs import RewardSpec, WeightsFile
     from alignprop_core.weights import Fetched
 
@@ -25,7 +25,7 @@ app.command("isolate")(reward_isolate.isolate)
 @app.command("list")
 def list_rewards(json: bool = common.JSON_OPTION) -> None:
     """List the installed rewards."""
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     offers = sorted(registry.rewards(), key=lambda offer: offer.full_name.rpartition("/")[::-1])
@@ -50,7 +50,7 @@ def list_rewards(json: bool = common.JSON_OPTION) -> None:
 def show(name: str = typer.Argument(help="A reward's name."), json: bool = common.JSON_OPTION) -> None:
     """Show a reward: what it measures, its options, weights and licences, and YAML to paste into a run config."""
     from alignprop_core.cli.options import options_of
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     offer = registry.reward(name)
@@ -129,7 +129,7 @@ def fetch(
 def _files_of(name: str, only: str) -> list[WeightsFile]:
     """Return the files a reward may load, or the one a hub: name means."""
     from alignprop_core.errors import WeightsError, did_you_mean
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
     from alignprop_core.weights import parse_hub_file
 
     if name.startswith("hub:"):

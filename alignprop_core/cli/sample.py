@@ -29,7 +29,7 @@ def sample(
     common.quiet_libraries()
     from alignprop_core.cli.inputs import check_model_options, sampling_settings
     from alignprop_core.errors import under
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     settings = sampling_settings(

@@ -15,8 +15,8 @@ def schema(
     Editors complete and check run configs with it: write it to a file, and put
     `# yaml-language-server: $schema=FILE` on a config's first line.
     """
-    from alignprop_core.config_schema import json_schema
-    from alignprop_core.registry import default_registry
+    from alignprop_core.config.schema import json_schema
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     common.print_json(json_schema(registry))

@@ -26,8 +26,8 @@ def score(
     common.quiet_libraries()
     from alignprop_core.cli.inputs import reward_entries
     from alignprop_core.errors import RewardError, UserError, under
-    from alignprop_core.pictures import read_picture
-    from alignprop_core.registry import default_registry
+    from alignprop_core.images import read_picture
+    from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
     entries = reward_entries(reward, option, registry)
@@ -40,8 +40,8 @@ def score(
     import torch
 
     from alignprop_core.devices import choose_device
+    from alignprop_core.mix.load import load_terms
     from alignprop_core.reward import ImageBatch
-    from alignprop_core.terms import load_terms
 
     with under("--device"):
         where = choose_device(device)

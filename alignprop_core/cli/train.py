@@ -13,8 +13,8 @@ from alignprop_core.cli import common
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
-    from alignprop_core.mix import Term
-    from alignprop_core.training import Trainer
+    from alignprop_core.mix.term import Term
+    from alignprop_core.training.trainer import Trainer
 
 
 def train(
@@ -28,10 +28,10 @@ def train(
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
-    from alignprop_core.config import load_config, located
+    from alignprop_core.config.load import load_config, located
     from alignprop_core.errors import RunError
-    from alignprop_core.preflight import check_inputs
-    from alignprop_core.registry import default_registry
+    from alignprop_core.registry.registry import default_registry
+    from alignprop_core.training.preflight import check_inputs
 
     registry = default_registry()
     settings = load_config(config, overrides or [], registry=registry)
@@ -41,11 +41,11 @@ def train(
         check_inputs(settings, registry, resume=where, edited=edited)
         from alignprop_core.devices import device_and_dtype
 
-        device_and_dtype(settings.training)
+        device_and_dtype(settings.training.device, settings.training.mixed_precision)
         with common.status("loading rewards and model"):
-            from alignprop_core.training import Trainer
             from alignprop_core.training.measures import Measures
             from alignprop_core.training.run import run
+            from alignprop_core.training.trainer import Trainer
 
             trainer = Trainer(settings, registry=registry, resume=where, edited=edited)
         if dry_run:
@@ -90,7 +90,7 @@ def _weight(term: Term) -> str:
 
 def _what_is_left(trainer: Trainer) -> str:
     """Return how far a run came that failed, which of its states is saved, and how to go on from there."""
-    from alignprop_core.local_rewards import split_file_name
+    from alignprop_core.registry.local import split_file_name
 
     done = trainer.step_number
     came = f"The run failed after {done} of {trainer.config.training.steps} steps."

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_core.diffusion.parts import load_part, load_parts, refuse_unfilled
+from alignprop_core.diffusion.networks import load_part, load_parts, refuse_unfilled
 from alignprop_core.errors import ModelError
-from alignprop_core.model_files import find_base, find_vae
-from alignprop_core.registry import Registry
+from alignprop_core.locate import find_base, find_vae
+from alignprop_core.registry.registry import Registry
 
 
 def load_pipeline(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignprop_core.diffusion.backprop import Plan
+from alignprop_core.diffusion.truncation import Plan
 
 
 @dataclass(frozen=True)

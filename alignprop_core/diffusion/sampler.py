@@ -23,18 +23,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignprop_core._forwards import Forwards, replaced
-from alignprop_core.config import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.backprop import Plan, draw_plan
-from alignprop_core.diffusion.families import family_for
-from alignprop_core.diffusion.family import Conditioning, Family
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.cpu import Forwards, doubling_forwards, effective_forwards, replaced
+from alignprop_core.diffusion.families.base import Conditioning, Family
+from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 from alignprop_core.diffusion.noise import Noise, sample_noise, seeded
 from alignprop_core.diffusion.regularization import squared_difference
-from alignprop_core.diffusion.upsampling import doubling_forwards
+from alignprop_core.diffusion.truncation import Plan, draw_plan
 from alignprop_core.errors import RunError
 from alignprop_core.lora import disabled
-from alignprop_core.lora.effective import effective_forwards
 
 _CACHED_PROMPTS = 512
 _MEMORY_SHARE = 0.6

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_core.config import EvaluationConfig
-from alignprop_core.diffusion import Sampler
+from alignprop_core.config.sections import EvaluationConfig
+from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.evaluation.diversity import Encoder, diversity_by_prompt
 from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.statistics import paired, summary
-from alignprop_core.mix import Term
+from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
 from alignprop_core.reward import ImageBatch
 

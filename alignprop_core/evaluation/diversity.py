@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alignprop_core.errors import ConfigError, RewardError
-from alignprop_core.mix import Term
+from alignprop_core.mix.term import Term
 
 LAYOUT_SIDE, EDGE_SIDE, ORIENTATIONS, COLOUR_BINS = 8, 4, 4, 8
 _EDGE_GAIN = 4.0

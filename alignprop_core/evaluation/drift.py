@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from alignprop_core.diffusion import Sampler
+from alignprop_core.diffusion.sampler import Sampler
 
 MOST_PROMPTS, MOST_STEPS = 8, 4
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from alignprop_core import __version__
 from alignprop_core.isolation.messages import PROTOCOL, error_data
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 
 
 def describe(name: str, options: dict[str, Any] | None) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from urllib.request import url2pathname
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from alignprop_core.discovery import CORE
 from alignprop_core.errors import OutputError, RunError
+from alignprop_core.registry.discovery import CORE
 
 WORKER_NEEDS = ("torch", "pydantic", "pluggy", "packaging", "safetensors")
 """What a worker needs of the core's requirements, in the versions the core asks for."""

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from alignprop_core.config_errors import InvalidConfig, Problem, dotted
-from alignprop_core.config_rewards import IsolationConfig
+from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.errors import AlignpropError, PluginError
 from alignprop_core.isolation.messages import check_protocol, error_from
-from alignprop_core.licenses import LicensePolicy
-from alignprop_core.offers import Offer, belongs
+from alignprop_core.registry.licenses import LicensePolicy
+from alignprop_core.registry.offers import Offer, belongs
 from alignprop_core.specs import RewardSpec
+from alignprop_core.validation import InvalidConfig, Problem, dotted
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward

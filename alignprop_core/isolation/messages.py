@@ -8,8 +8,8 @@ import traceback
 from typing import Any, BinaryIO
 
 from alignprop_core import errors
-from alignprop_core.config_errors import InvalidConfig
 from alignprop_core.errors import AlignpropError, PluginError, RewardError, UserError
+from alignprop_core.validation import InvalidConfig
 
 PROTOCOL = 1
 """Version of these messages; a run and its workers must agree on it."""

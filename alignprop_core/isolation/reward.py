@@ -15,7 +15,7 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from alignprop_core.config_rewards import IsolationConfig
+from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.errors import RewardError
 from alignprop_core.isolation.pictures import SharedPictures, shared_folder
 from alignprop_core.isolation.process import Worker, WorkerEnded

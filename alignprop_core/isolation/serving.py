@@ -9,7 +9,7 @@ import torch
 
 from alignprop_core.isolation.messages import error_data
 from alignprop_core.isolation.pictures import SharedPictures
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, check_scores
 
 

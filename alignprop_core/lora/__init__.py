@@ -8,56 +8,73 @@ change whether or not it knows alpha or rank-stabilised scaling.
 
 from __future__ import annotations
 
-from alignprop_core.lora.attach import (
-    ADAPTER,
-    DEFAULT_TARGETS,
-    attach,
-    attach_frozen,
-    current,
-    disabled,
-    load_state,
-    parameters,
-    save,
-    save_kohya,
-    set_strength,
-    state,
-)
-from alignprop_core.lora.bake import bake
-from alignprop_core.lora.combine import Mixed, mix, scale
-from alignprop_core.lora.formats import (
-    Factors,
-    load_delta,
-    read_lora,
-    write_diffusers,
-    write_kohya,
-)
-from alignprop_core.lora.whole import WholeLora, read_whole, write_whole
-from alignprop_core.model_files import DIFFUSERS_NAME
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "ADAPTER",
-    "DEFAULT_TARGETS",
-    "DIFFUSERS_NAME",
-    "Factors",
-    "Mixed",
-    "WholeLora",
-    "attach",
-    "attach_frozen",
-    "bake",
-    "current",
-    "disabled",
-    "load_delta",
-    "load_state",
-    "mix",
-    "parameters",
-    "read_lora",
-    "read_whole",
-    "save",
-    "save_kohya",
-    "scale",
-    "set_strength",
-    "state",
-    "write_diffusers",
-    "write_kohya",
-    "write_whole",
-]
+_PUBLIC = {
+    "ADAPTER": "alignprop_core.lora.adapters",
+    "DEFAULT_TARGETS": "alignprop_core.lora.adapters",
+    "DIFFUSERS_NAME": "alignprop_core.locate",
+    "Factors": "alignprop_core.lora.formats",
+    "Mixed": "alignprop_core.lora.merging",
+    "WholeLora": "alignprop_core.lora.whole",
+    "attach": "alignprop_core.lora.adapters",
+    "attach_frozen": "alignprop_core.lora.adapters",
+    "bake": "alignprop_core.lora.fusing",
+    "current": "alignprop_core.lora.adapters",
+    "disabled": "alignprop_core.lora.adapters",
+    "load_delta": "alignprop_core.lora.formats",
+    "load_state": "alignprop_core.lora.adapters",
+    "mix": "alignprop_core.lora.merging",
+    "parameters": "alignprop_core.lora.adapters",
+    "read_lora": "alignprop_core.lora.formats",
+    "read_whole": "alignprop_core.lora.whole",
+    "save": "alignprop_core.lora.adapters",
+    "save_kohya": "alignprop_core.lora.adapters",
+    "scale": "alignprop_core.lora.merging",
+    "set_strength": "alignprop_core.lora.adapters",
+    "state": "alignprop_core.lora.adapters",
+    "write_diffusers": "alignprop_core.lora.formats",
+    "write_kohya": "alignprop_core.lora.formats",
+    "write_whole": "alignprop_core.lora.whole",
+}
+
+if TYPE_CHECKING:
+    from alignprop_core.locate import DIFFUSERS_NAME as DIFFUSERS_NAME
+    from alignprop_core.lora.adapters import ADAPTER as ADAPTER
+    from alignprop_core.lora.adapters import DEFAULT_TARGETS as DEFAULT_TARGETS
+    from alignprop_core.lora.adapters import attach as attach
+    from alignprop_core.lora.adapters import attach_frozen as attach_frozen
+    from alignprop_core.lora.adapters import current as current
+    from alignprop_core.lora.adapters import disabled as disabled
+    from alignprop_core.lora.adapters import load_state as load_state
+    from alignprop_core.lora.adapters import parameters as parameters
+    from alignprop_core.lora.adapters import save as save
+    from alignprop_core.lora.adapters import save_kohya as save_kohya
+    from alignprop_core.lora.adapters import set_strength as set_strength
+    from alignprop_core.lora.adapters import state as state
+    from alignprop_core.lora.formats import Factors as Factors
+    from alignprop_core.lora.formats import load_delta as load_delta
+    from alignprop_core.lora.formats import read_lora as read_lora
+    from alignprop_core.lora.formats import write_diffusers as write_diffusers
+    from alignprop_core.lora.formats import write_kohya as write_kohya
+    from alignprop_core.lora.fusing import bake as bake
+    from alignprop_core.lora.merging import Mixed as Mixed
+    from alignprop_core.lora.merging import mix as mix
+    from alignprop_core.lora.merging import scale as scale
+    from alignprop_core.lora.whole import WholeLora as WholeLora
+    from alignprop_core.lora.whole import read_whole as read_whole
+    from alignprop_core.lora.whole import write_whole as write_whole
+
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> object:
+    """Load a name from its module the first time it is asked for: importing this package imports no torch."""
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'alignprop_core.lora' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import LoraError
-from alignprop_core.model_files import find_lora
+from alignprop_core.locate import find_lora
 
 DENOISER = "denoiser"
 _COMPONENTS = {

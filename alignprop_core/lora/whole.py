@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from alignprop_core.errors import LoraError
+from alignprop_core.locate import DIFFUSERS_NAME, find_lora
 from alignprop_core.lora.formats import (
     DENOISER,
     Factors,
@@ -16,7 +17,6 @@ from alignprop_core.lora.formats import (
     write_diffusers,
     write_kohya,
 )
-from alignprop_core.model_files import DIFFUSERS_NAME, find_lora
 
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from alignprop_core.config import MixConfig
+from alignprop_core.config.rewards import MixConfig
 from alignprop_core.mix.combine import project_conflicts, weighted_sum
 from alignprop_core.mix.figures import Figures, StepFigures
 from alignprop_core.mix.offload import Offload

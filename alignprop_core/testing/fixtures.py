@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from alignprop_core import registry as registry_module
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry import registry as registry_module
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.testing.pictures import natural_images as _natural_images
 from alignprop_core.testing.pictures import starter_images as _starter_images
 from alignprop_core.testing.pipelines import TINY_PIPELINES

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignprop_core.config import parse_config
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.config.load import parse_config
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.testing.pipelines import tiny_pipeline
 
 
@@ -31,7 +31,7 @@ def train_two_steps(
     Returns:
         The run folder: metrics.jsonl has two lines, lora/ the adapters.
     """
-    from alignprop_core.training import train
+    from alignprop_core.training.run import train
 
     registry = registry or default_registry()
     tiny_pipeline("stable_diffusion").save_pretrained(folder / "model")

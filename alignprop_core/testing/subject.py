@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.reward import ImageBatch, Reward, check_scores
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing.pictures import natural_images

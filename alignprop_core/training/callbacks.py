@@ -12,7 +12,8 @@ from rich.console import Console
 from alignprop_core import lora
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.compare import Comparison
-from alignprop_core.evaluation.report import read_run, run_page
+from alignprop_core.evaluation.report.page import run_page
+from alignprop_core.evaluation.report.read import read_run
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignprop_core.errors import UserError
-from alignprop_core.resume import STATE
-from alignprop_core.runs import RunFolder
+from alignprop_core.runs.folder import RunFolder
+from alignprop_core.training.resume import STATE
 
 ADAPTER, OPTIMIZER, EXTRA = "adapter.safetensors", "optimizer.safetensors", "extra.safetensors"
 

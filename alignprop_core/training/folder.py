@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from alignprop_core._files import read_table
-from alignprop_core.config import RunConfig, resolved_yaml
-from alignprop_core.environment import environment
-from alignprop_core.registry import Registry
-from alignprop_core.resume import class_checksum
-from alignprop_core.runs import RunFolder
+from alignprop_core.config.load import resolved_yaml
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.registry import Registry
+from alignprop_core.runs.environment import environment
+from alignprop_core.runs.folder import RunFolder
+from alignprop_core.training.resume import class_checksum
 
 
 def open_folder(

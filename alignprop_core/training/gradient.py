@@ -9,10 +9,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from alignprop_core.config import RunConfig, TrainingConfig
-from alignprop_core.diffusion import Sampler
+from alignprop_core.config.sections import RunConfig, TrainingConfig
 from alignprop_core.diffusion.noise import seeded
-from alignprop_core.mix import Figures, Mix, StepFigures
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.mix.figures import Figures, StepFigures
+from alignprop_core.mix.mix import Mix
 from alignprop_core.prompts import PromptSet
 from alignprop_core.training.objective import Outcome, backpropagate
 from alignprop_core.training.updates import Updates

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from alignprop_core.config import RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.training.ema import Average
 from alignprop_core.training.guards import HeldOutGuard, StepGuard
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median, pstdev
 from typing import Any
 
-from alignprop_core.config import GuardsConfig
+from alignprop_core.config.sections import GuardsConfig
 from alignprop_core.errors import AlignpropError, RewardError, RunError
 
 _WINDOW, _ENOUGH = 32, 8

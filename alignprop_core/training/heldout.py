@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from alignprop_core import lora
-from alignprop_core.config import RewardTerm
+from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.evaluation.compare import Variant
+from alignprop_core.evaluation.measures import measure_entries
 from alignprop_core.evaluation.statistics import summary
-from alignprop_core.measured import measure_entries
-from alignprop_core.registry import Registry
-from alignprop_core.resume import class_checksum, file_checksum
+from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.guards import Subject, spread
 from alignprop_core.training.lora_names import lora_metadata, lora_name
 from alignprop_core.training.measures import Measures
+from alignprop_core.training.resume import class_checksum, file_checksum
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer

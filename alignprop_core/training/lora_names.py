@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignprop_core._files import safe_name
-from alignprop_core.local_rewards import public_name
+from alignprop_core.registry.local import public_name
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer

@@ -15,10 +15,10 @@ from alignprop_core.errors import ConfigError, under
 from alignprop_core.evaluation.compare import Comparison, Switch, Variant, compare
 from alignprop_core.evaluation.diversity import encoder_of
 from alignprop_core.evaluation.drift import Drift
-from alignprop_core.measured import measure_entries
-from alignprop_core.mix import Term
+from alignprop_core.evaluation.measures import measure_entries
+from alignprop_core.mix.load import check_prompts, load_terms
+from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
-from alignprop_core.terms import check_prompts, load_terms
 from alignprop_core.training.progress import progress_bar
 
 if TYPE_CHECKING:

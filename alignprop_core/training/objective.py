@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_core.diffusion import Noise, Sampler
-from alignprop_core.mix import Direction, Figures, Mix
+from alignprop_core.diffusion.noise import Noise
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.mix.figures import Figures
+from alignprop_core.mix.mix import Direction, Mix
 from alignprop_core.reward import ImageBatch
 
 

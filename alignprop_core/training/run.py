@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignprop_core.config import RunConfig, load_config, located
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.config.load import load_config, located
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.reward import Reward
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.callbacks import (

@@ -13,24 +13,30 @@ from accelerate import PartialState
 from torch import Tensor
 
 from alignprop_core import lora
-from alignprop_core.config import RunConfig
+from alignprop_core.config.given import with_given
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
-from alignprop_core.diffusion import Sampler, family_for, load_pipeline
+from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.size import drawn_size
 from alignprop_core.errors import RunError, under
-from alignprop_core.metrics import STOPPED
-from alignprop_core.mix import Mix, StepFigures
-from alignprop_core.preflight import check_inputs
-from alignprop_core.registry import Registry, default_registry
-from alignprop_core.resume import check_objects
+from alignprop_core.mix.figures import StepFigures
+from alignprop_core.mix.load import check_prompts, load_terms
+from alignprop_core.mix.mix import Mix
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.reward import Reward
-from alignprop_core.runs import RunFolder
-from alignprop_core.terms import check_prompts, drawn_size, load_terms, score_advice, try_local, with_given
+from alignprop_core.runs.folder import RunFolder
+from alignprop_core.runs.metrics import STOPPED
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint
 from alignprop_core.training.folder import open_folder
 from alignprop_core.training.gradient import StepGradient
 from alignprop_core.training.gradient import choose_prompts as choose_prompts
 from alignprop_core.training.guarding import Guarding
+from alignprop_core.training.preflight import check_inputs
+from alignprop_core.training.resume import check_objects
+from alignprop_core.training.trial import score_advice, try_local
 from alignprop_core.training.updates import Updates
 
 
@@ -74,7 +80,7 @@ class Trainer:
         self.config = config = with_given(config, self.registry)
         self.callbacks = list(callbacks)
         self.state = PartialState(cpu=config.training.device == "cpu")
-        self.device, self.dtype = device_and_dtype(config.training)
+        self.device, self.dtype = device_and_dtype(config.training.device, config.training.mixed_precision)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.output = Path(config.output)

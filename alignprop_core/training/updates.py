@@ -10,7 +10,7 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from alignprop_core.config import RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.training.checkpoint import optimizer_tensors, restore_optimizer
 
 

@@ -14,14 +14,11 @@ import hashlib
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from alignprop_core.errors import PluginError, WeightsError
-from alignprop_core.licenses import LicensePolicy
+from alignprop_core.registry.licenses import LicensePolicy
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import WeightsFile
-
-if TYPE_CHECKING:
-    from alignprop_core.registry import Registry
 
 HUB = "hub:"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
@@ -226,10 +223,6 @@ def _local(path: Path, reward: str) -> Path:
 def _named(name: str, reward: str, registry: Registry | None) -> Path:
     """Return the file of a named set; `PluginError` if there is no such set."""
     if registry is None:
-        # Sets come from plugins, and plugins are the registry's, a room above this one. So it is asked for through the
-        # package's public face, as any user of the library would (docs/decisions/0001-rooms.md).
-        from alignprop_core import default_registry
-
         registry = default_registry()
     offer = registry.weights_for(reward, name)
     for licence in {offer.spec.license, *(file.license for file in offer.spec.weights)} - {""}:

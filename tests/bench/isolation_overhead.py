@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from alignprop_core.config import IsolationConfig
+from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.isolation.install import make_environment
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
 
 CASES = [

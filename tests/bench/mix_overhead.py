@@ -26,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from alignprop_core.config import MixConfig, parse_config
-from alignprop_core.registry import default_registry
+from alignprop_core.config.load import parse_config
+from alignprop_core.config.rewards import MixConfig
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training import Trainer
+from alignprop_core.training.trainer import Trainer
 from tests.tiny import tiny_sd
 
 MODES = {

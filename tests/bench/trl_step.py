@@ -34,12 +34,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from alignprop_core.config import RunConfig, parse_config
-from alignprop_core.diffusion import load_pipeline
+from alignprop_core.config.load import parse_config
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.prompts import load_prompts
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training import Trainer
+from alignprop_core.training.trainer import Trainer
 
 RANK = 4  # TRL's adapter is fixed: rank 4, alpha 4, on to_q, to_k, to_v and to_out.0.
 LEARNING_RATE = 1.0e-4

@@ -161,8 +161,8 @@ def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:
     lines = ["import torch"]
     if registered:  # a model of an installed plugin: only alignprop knows its folder
         lines += [
-            "from alignprop_core.model_files import find_base",
-            "from alignprop_core.registry import default_registry",
+            "from alignprop_core.locate import find_base",
+            "from alignprop_core.registry.registry import default_registry",
         ]
     single = base.endswith(".safetensors")
     kind, load = ("StableDiffusionPipeline", "from_single_file") if single else ("DiffusionPipeline", "from_pretrained")

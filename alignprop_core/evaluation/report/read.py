@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignprop_core.config_yaml import read_yaml
+from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError
-from alignprop_core.metrics import STOPPED
+from alignprop_core.runs.metrics import STOPPED
 
 _SHOWN = 5
 

@@ -1,0 +1,177 @@
+"""From what a user wrote to data ready to validate: command-line overrides and paths. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignprop_core.config.yaml import read_yaml
+from alignprop_core.errors import ConfigError, PluginError
+from alignprop_core.registry.local import absolute_name
+from alignprop_core.validation import InvalidConfig, Key, Problem, dotted
+
+if TYPE_CHECKING:
+    from alignprop_core.registry.registry import Registry
+
+PROMPT_SUFFIXES = (".txt", ".jsonl")
+_FILE_SUFFIXES = (*PROMPT_SUFFIXES, ".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".json", ".csv")
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], set[Key]]:
+    """Set `key.path=value` pairs in a copy of the data.
+
+    Sections that are not there are made; a list takes an index, one past its end appends. Values are YAML.
+
+    Returns:
+        The new data, and the paths that were set.
+    """
+    changed: dict[str, Any] = deepcopy(dict(data))
+    done: set[Key] = set()
+    problems = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        key = key.strip().removeprefix("--")
+        try:
+            if not equals or not key or "" in key.split("."):
+                raise ConfigError("write key.path=value, such as training.steps=20.")
+            value, _ = read_yaml(text, f"the value of {key}")
+            done.add(_set(changed, key.split("."), value))
+        except ConfigError as error:
+            problems.append(Problem((override,), str(error)))
+    if problems:
+        raise InvalidConfig(problems, "\n".join(f'override "{p.key}": {p.message}' for p in problems))
+    return changed, done
+
+
+def _set(data: dict[str, Any], parts: list[str], value: object) -> Key:
+    here: Any = data
+    path: list[str | int] = []
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        # What is missing on the way becomes a section, or a list where the next part is an index.
+        fresh: Any = value if last else [] if parts[i + 1].isdecimal() else {}
+        if isinstance(here, list):
+            if not part.isdecimal() or int(part) > len(here):
+                known = f"0 to {len(here)}" if here else "0"
+                raise ConfigError(f"{dotted(path)} is a list: write an index ({known}) where it says {part}.")
+            index = int(part)
+            if index == len(here):
+                here.append(fresh)
+            elif last or here[index] is None:
+                here[index] = fresh
+            here = here[index]
+            path.append(index)
+        elif isinstance(here, dict):
+            if last or here.get(part) is None:
+                here[part] = fresh
+            here = here[part]
+            path.append(part)
+        else:
+            raise ConfigError(f"{dotted(path)} is a single value and has no {part} inside.")
+    return tuple(path)
+
+
+def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], registry: Registry) -> list[Problem]:
+    """Make the paths in the data absolute, in place; registered names and hub ids stay as they are.
+
+    Input files are looked for from the config's folder (from the working directory where the command line named them),
+    the output from the working directory. What has no path's form and is not in the config's folder, but is in the
+    working directory, is that. Returns names that nothing installed offers.
+    """
+    problems: list[Problem] = []
+    for kind, path, holder, name in list(_path_values(data)):
+        written = holder[name]
+        start = Path() if any(path[: len(done)] == done for done in overridden) else folder
+        if kind == "output":
+            holder[name] = str(Path(written).expanduser().absolute())
+            continue
+        if kind == "reward":
+            try:
+                holder[name] = absolute_name(written, start)
+            except PluginError as error:
+                problems.append(Problem(path, str(error)))
+            continue
+        if kind == "python":
+            # The path as written: a virtual environment's Python is a link, and what it leads to is another one.
+            holder[name] = os.path.abspath(start / Path(written).expanduser())
+            continue
+        if kind == "option":
+            if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
+                holder[name] = _absolute(start, written)
+            continue
+        try:
+            if kind == "model" and registry.find_model(written) is not None:
+                continue
+            if kind == "prompts" and registry.find_prompt_set(written) is not None:
+                continue
+        except PluginError as error:
+            problems.append(Problem(path, str(error)))
+            continue
+        if _is_path(written, start):
+            holder[name] = _absolute(start, written)
+        elif Path(written).exists():
+            # Something like runs/first, written where the run was started from: no hub id anybody means.
+            holder[name] = _absolute(Path(), written)
+        elif kind == "prompts":
+            problems.append(Problem(path, _unknown(registry.prompt_set, written, "the path of a .txt or .jsonl file")))
+        elif kind == "model" and written.count("/") != 1:
+            # A hub id of a diffusers model is always owner/name; a bare word is a misspelt registered name.
+            problems.append(
+                Problem(
+                    path, _unknown(registry.model, written, "a folder, a .safetensors file or a hub id (owner/name)")
+                )
+            )
+    return problems
+
+
+def _path_values(data: dict[str, Any]) -> Iterator[tuple[str, Key, Any, Any]]:
+    """Yield (kind, path, container, key) of every value that may be a path."""
+
+    def section(holder: object, *names: str) -> dict[str, Any]:
+        for name in names:
+            holder = holder.get(name) if isinstance(holder, dict) else None
+        return holder if isinstance(holder, dict) else {}
+
+    model, lora, prompts = section(data, "model"), section(data, "lora"), section(data, "prompts")
+    places: list[tuple[str, Key, Any]] = [
+        ("model", ("model", "base"), model),
+        ("file", ("model", "vae"), model),
+        ("file", ("lora", "init_from"), lora),
+        ("prompts", ("prompts", "train"), prompts),
+        ("prompts", ("prompts", "heldout"), prompts),
+        ("output", ("output",), data),
+    ]
+    loras = model.get("loras")
+    for i, item in enumerate(loras if isinstance(loras, list) else ()):
+        places.append(("file", ("model", "loras", i, "path"), item))
+    for place, holder in ((("rewards",), data), (("evaluation", "rewards"), section(data, "evaluation"))):
+        terms = holder.get("rewards")
+        for i, term in enumerate(terms if isinstance(terms, list) else ()):
+            places.append(("reward", (*place, i, "name"), term))
+            places.append(("python", (*place, i, "isolation", "python"), section(term, "isolation")))
+            options = section(term, "options")
+            places += [("option", (*place, i, "options", key), options) for key in options]
+    for kind, path, holder in places:
+        if isinstance(holder, dict) and isinstance(value := holder.get(str(path[-1])), str) and value:
+            yield kind, path, holder, path[-1]
+
+
+def _is_path(written: str, start: Path) -> bool:
+    explicit = written.startswith(("./", "../", "~", "/")) or written in (".", "..") or Path(written).is_absolute()
+    return explicit or written.lower().endswith(_FILE_SUFFIXES) or (start / written).exists()
+
+
+def _absolute(start: Path, written: str) -> str:
+    # os.path.normpath would resolve ".." through symbolic links wrongly; resolve() follows them.
+    return str((start / Path(written).expanduser()).resolve())
+
+
+def _unknown(find: Any, name: str, otherwise: str) -> str:
+    try:
+        find(name)
+    except PluginError as error:
+        return f"{error} Or give {otherwise}."
+    return f"give {otherwise}."

@@ -1,0 +1,75 @@
+"""The run config as a JSON Schema (draft 2020-12), with the options of the installed rewards. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.errors import PluginError
+from alignprop_core.registry.offers import Offer
+from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import RewardSpec
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+def json_schema(registry: Registry) -> dict[str, Any]:
+    """Return the JSON Schema of a run config.
+
+    Options are checked by the term's `name`. A reward whose options class cannot be imported keeps free options and
+    says so in a `$comment`; a name that is not installed is refused, as `load_config` does.
+    """
+    schema = RunConfig.model_json_schema()
+    definitions: dict[str, Any] = schema["$defs"]
+    term = definitions["RewardTerm"]
+    rules: list[dict[str, Any]] = []
+    known: list[str] = []
+    for name, offer in _choosable(registry):
+        known.append(name)
+        options = _options(name, offer, registry, definitions)
+        rules.append({"if": {"properties": {"name": {"const": name}}, "required": ["name"]}, "then": options})
+    if known:
+        # Or a class in a Python file; which options that takes only running it can say.
+        about = term["properties"]["name"]
+        about.update(anyOf=[{"enum": known}, {"pattern": r"\.py:[A-Za-z_]\w*$"}])
+        term["allOf"] = rules
+    # Only what has a gradient may stand under `rewards`; everything may under `evaluation.rewards`.
+    watched = [name for name, offer in _choosable(registry) if not trainable(offer.spec)]
+    if watched:
+        items = schema["properties"]["rewards"]["items"]
+        schema["properties"]["rewards"]["items"] = {
+            "allOf": [items, {"properties": {"name": {"not": {"enum": watched}}}}],
+        }
+    return {"$schema": DIALECT, **schema, "title": "alignprop run config"}
+
+
+def trainable(spec: RewardSpec) -> bool:
+    """Whether a reward may stand in a training mix."""
+    return spec.differentiable and spec.scope == "sample"
+
+
+def _choosable(registry: Registry) -> Iterator[tuple[str, Offer[RewardSpec]]]:
+    """Yield every name that means exactly one reward."""
+    count = Counter(offer.name for offer in registry.rewards())
+    for offer in registry.rewards():
+        if count[offer.name] == 1:
+            yield offer.name, offer
+        yield offer.full_name, offer
+
+
+def _options(name: str, offer: Offer[RewardSpec], registry: Registry, definitions: dict[str, Any]) -> dict[str, Any]:
+    """Return the rule for a term's options; what the options class refers to goes into the shared definitions."""
+    key = offer.full_name.replace("/", "__")
+    try:
+        if key not in definitions:
+            own = registry.reward_config_class(name).model_json_schema(ref_template=f"#/$defs/{key}__{{model}}")
+            for inner, definition in own.pop("$defs", {}).items():
+                definitions[f"{key}__{inner}"] = definition
+            definitions[key] = own
+    except PluginError as error:
+        return {"$comment": str(error)}
+    options = {"$ref": f"#/$defs/{key}"}
+    needed = ["options"] if definitions[key].get("required") else []
+    return {"properties": {"options": options}, **({"required": needed} if needed else {})}

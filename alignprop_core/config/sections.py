@@ -1,0 +1,253 @@
+"""The run config as a whole, and its sections on training, as pydantic models. No torch.
+
+Values are strict (`"8"` is not 8, `true` is not 1), frozen, and unknown keys are refused. Read a file with
+`alignprop_core.config.load_config`, which also resolves paths and checks names against the installed plugins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
+
+from alignprop_core.config.aliases import ALIASES
+from alignprop_core.config.base import Positive, Section, Seed, Text
+from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelConfig, PromptsConfig, SamplingConfig
+from alignprop_core.config.rewards import MixConfig, RewardTerm
+from alignprop_core.specs import DEVICE_PATTERN
+from alignprop_core.validation import Problems
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: Positive = Field(default=1e-3, description="Peak learning rate.")
+    weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay.")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
+    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
+    epsilon: Positive = Field(default=1e-8, description="Added to the denominator.")
+    max_grad_norm: Positive | None = Field(
+        default=1.0, description="Gradients are scaled down to this norm over all adapters; null never clips."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Learning rate after the warm-up; linear and cosine end at zero."
+    )
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from zero.")
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="Saved LoRAs, previews and evaluations use an exponential moving average of the adapters with this "
+        "decay (lower in the first steps); null uses the adapters as they are.",
+    )
+
+
+class RegularizationConfig(Section):
+    """A pull towards the base model."""
+
+    weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Subtracts this times the mean squared difference between the predictions with and without the "
+        "adapters, over the steps that keep their gradient. In the unit of the mix's total; 0 is off, at no cost.",
+    )
+
+
+class TrainingConfig(Section):
+    """The training loop."""
+
+    steps: int = Field(default=100, ge=0, description="Optimizer steps.")
+    batch_size: int = Field(
+        default=8, ge=1, description="Images a batch, over all processes; a step is this times the accumulation."
+    )
+    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches summed into one optimizer step.")
+    seed: Seed = Field(default=0, description="Fixes prompts, noise and cuts.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Number format of the networks.")
+    device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = Field(
+        default="auto", description="auto, cpu, cuda, cuda:N or mps."
+    )
+    checkpoint_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Steps between checkpoints to resume from; null is save.every."
+    )
+    keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints kept.")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Where metrics go beside the file.")
+
+
+class SaveConfig(Section):
+    """LoRA files along the way."""
+
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=10, description="Steps between files; null: only at the end."
+    )
+    keep: Annotated[int, Field(ge=1)] | None = Field(default=8, description="Newest files kept; null keeps all.")
+
+
+class SamplesConfig(Section):
+    """Preview pictures along the way."""
+
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=10, description="Steps between previews; null draws none."
+    )
+    at_start: bool = Field(default=True, description="Also before the first step.")
+    seed: Seed = Field(default=42, description="Noise of the previews, the same every time.")
+    count: int = Field(default=4, ge=1, description="Pictures each time.")
+
+
+class EvaluationConfig(Section):
+    """Base against tuned on held-out prompts, at the same seeds."""
+
+    rewards: list[RewardTerm] = Field(default=[], description="Rewards to report and not to train on.")
+    images_per_prompt: int = Field(default=4, ge=1, description="Images of each prompt.")
+    batch_size: int = Field(default=8, ge=1, description="Images at a time.")
+    seed: Seed = Field(default=1234, description="Noise of the evaluation.")
+    at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
+    every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Steps between evaluations while training, which `guards` go by; also before the first step and "
+        "after the last (needs prompts.heldout). null makes none.",
+    )
+    diversity_encoder: Text | None = Field(
+        default=None,
+        description="What diversity is measured with: the label of a term whose reward has image features (a CLIP "
+        "score, say); null is the built-in features of layout, colour and edges.",
+    )
+
+
+class GuardsConfig(Section):
+    """What keeps a run from over-optimising, and from bad steps."""
+
+    watch: Text = Field(
+        default="reward",
+        description="Held-out score to go by: reward (the mix's total), or the label of a term, an evaluation reward "
+        "or a true measure.",
+    )
+    lower_is_better: bool = Field(
+        default=False, description="The watched score is better when it is lower (a measure such as a file size)."
+    )
+    patience: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Stop after this many evaluations in a row without a new best; null never stops."
+    )
+    keep_best: bool = Field(
+        default=False, description="The run's LoRA is that of the best evaluation, not that of the last step."
+    )
+    drift_limit: Positive | None = Field(
+        default=None,
+        description="Stop when the drift from the base model is above this; such an evaluation is never the best.",
+    )
+    diversity_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Stop when diversity is below this share of what it was at the first evaluation; such an "
+        "evaluation is never the best.",
+    )
+    explosion: Annotated[float, Field(gt=1)] | None = Field(
+        default=1000.0,
+        description="A step whose gradient norm is above this times the median of the last 32 steps is dropped; null "
+        "drops only what is not finite.",
+    )
+    max_dropped_steps: int = Field(
+        default=3, ge=1, description="The run fails when this many steps in a row had to be dropped."
+    )
+
+
+def _rewards_are_required(schema: dict[str, Any]) -> None:
+    schema["required"] = sorted({*schema["required"], "rewards"}, key=list(schema["properties"]).index)
+    del schema["properties"]["rewards"]["default"]
+
+
+class RunConfig(Section):
+    """A training run of alignprop."""
+
+    aliases: ClassVar[Mapping[str, str]] = ALIASES
+    formats: ClassVar[Mapping[str, str]] = {
+        "device": "auto, cpu, mps, cuda or cuda:N (as in cuda:0)",
+        "label": "letters, digits, dots, dashes and underscores",
+    }
+
+    model_config = ConfigDict(json_schema_extra=_rewards_are_required)
+
+    version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    model: ModelConfig
+    prompts: PromptsConfig
+    sampling: SamplingConfig = SamplingConfig()
+    backprop: BackpropConfig = BackpropConfig()
+    lora: LoraConfig = LoraConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
+    # A list that is written holds at least one. None is written where objects from Python are all that is trained on;
+    # in a file it is required.
+    rewards: list[RewardTerm] = Field(
+        default=[], validate_default=False, min_length=1, description="Rewards to train on."
+    )
+    mix: MixConfig = MixConfig()
+    training: TrainingConfig = TrainingConfig()
+    save: SaveConfig = SaveConfig()
+    samples: SamplesConfig = SamplesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    guards: GuardsConfig = GuardsConfig()
+    output: Text = Field(description="Run folder to write; must not hold a run yet.")
+
+    @model_validator(mode="after")
+    def _possible_together(self) -> Self:
+        problems = _more_steps_than_there_are(self) + _labels_used_twice(self) + _guards_without_evaluation(self)
+        if problems:
+            raise Problems(problems)
+        return self
+
+
+def _more_steps_than_there_are(config: RunConfig) -> list[tuple[str, str]]:
+    steps = config.sampling.steps
+    problems = [
+        (f"backprop.{key}", f"is {value}, but sampling.steps is only {steps}; lower it or raise sampling.steps.")
+        for key, value in (("k", config.backprop.k), ("refl_steps", config.backprop.refl_steps))
+        if value is not None and value > steps
+    ]
+    mean = config.backprop.mean
+    if mean is not None and not 1 <= mean <= steps:
+        problems.append(("backprop.mean", f"is {mean:g}; it lies in 1..{steps}, the number of sampling.steps."))
+    if config.training.steps and config.optimizer.warmup_steps > config.training.steps:
+        message = f"is {config.optimizer.warmup_steps}, longer than the run (training.steps: {config.training.steps})."
+        problems.append(("optimizer.warmup_steps", message))
+    return problems
+
+
+def _guards_without_evaluation(config: RunConfig) -> list[tuple[str, str]]:
+    evaluation, guards, problems = config.evaluation, config.guards, []
+    if evaluation.every is not None and config.prompts.heldout is None:
+        problems.append(("evaluation.every", "there is nothing to evaluate on; set prompts.heldout."))
+    if evaluation.every is None:
+        problems += [
+            (f"guards.{key}", "goes by evaluations while training; set evaluation.every.")
+            for key in ("patience", "drift_limit", "diversity_floor")
+            if getattr(guards, key) is not None
+        ]
+        if guards.keep_best:
+            problems.append(("guards.keep_best", "goes by evaluations while training; set evaluation.every."))
+    if guards.diversity_floor is not None and evaluation.images_per_prompt < 2:
+        problems.append(
+            ("guards.diversity_floor", "needs pairs of images of one prompt; set evaluation.images_per_prompt to 2.")
+        )
+    encoder = evaluation.diversity_encoder
+    labels = [term.label for term in (*config.rewards, *evaluation.rewards)]
+    if encoder is not None and encoder not in labels:
+        problems.append(
+            ("evaluation.diversity_encoder", f'"{encoder}" is no term\'s label; the labels are {", ".join(labels)}.')
+        )
+    return problems
+
+
+def _labels_used_twice(config: RunConfig) -> list[tuple[str, str]]:
+    places = [(f"rewards.{i}", term) for i, term in enumerate(config.rewards)]
+    places += [(f"evaluation.rewards.{i}", term) for i, term in enumerate(config.evaluation.rewards)]
+    count = Counter(term.label for _, term in places)
+    seen: dict[str, str] = {}
+    problems = []
+    for place, term in places:
+        if count[term.label] > 1 and term.label in seen:
+            problems.append(
+                (
+                    f"{place}.label",
+                    f'"{term.label}" is used by {seen[term.label]} already; give one of them a label of its own.',
+                )
+            )
+        seen.setdefault(term.label, place)
+    return problems

@@ -1,0 +1,99 @@
+"""What a family of pipelines must tell the sampler; one subclass a family, one file each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.diffusion.schedulers import Scheduler
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts of a batch: named tensors with the batch first, as the denoiser takes them.
+
+    Attributes:
+        positive: name -> (B, ...).
+        negative: name -> (B, ...), or None without guidance.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor] | None
+
+    def __getitem__(self, index: slice) -> Conditioning:
+        """Return the conditioning of a part of the batch."""
+
+        def cut(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[index] for name, value in tensors.items()}
+
+        return Conditioning(cut(self.positive), None if self.negative is None else cut(self.negative))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join conditionings along the batch."""
+
+        def join(tensors: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+            return {name: torch.cat([t[name] for t in tensors]) for name in tensors[0]}
+
+        negatives = [part.negative for part in parts if part.negative is not None]
+        return Conditioning(join([part.positive for part in parts]), join(negatives) if negatives else None)
+
+
+class Family(ABC):
+    """Adapter between one family of diffusers pipelines and the sampler.
+
+    Args:
+        pipeline: a loaded diffusers pipeline.
+        sampling: the `sampling` section of the run config.
+    """
+
+    denoiser_name: ClassVar[str]
+    """Attribute of the pipeline that holds the network LoRA is attached to: "unet" or "transformer"."""
+
+    def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
+        self.pipeline = pipeline
+        self.sampling = sampling
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts noise or velocity."""
+        module: nn.Module = getattr(self.pipeline, self.denoiser_name)
+        return module
+
+    @property
+    @abstractmethod
+    def decoder(self) -> nn.Module:
+        """The network that turns latents into pixels."""
+
+    @abstractmethod
+    def scheduler(self, device: torch.device) -> Scheduler:
+        """Return the pure scheduler for the configured steps."""
+
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return (C, h, w) of one latent at the configured size."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts without gradient."""
+
+    @abstractmethod
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the guided prediction, (B, C, h, w), at a 0-dim timestep tensor."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped."""
+
+    def checkpoint_decoder(self, enabled: bool) -> None:
+        """Recompute the decoder's blocks in the backward pass (on) or keep their activations (off)."""
+        if enabled:
+            self.decoder.enable_gradient_checkpointing()  # type: ignore[operator]
+        else:
+            self.decoder.disable_gradient_checkpointing()  # type: ignore[operator]

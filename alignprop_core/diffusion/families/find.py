@@ -1,0 +1,40 @@
+"""Which family adapter runs a pipeline: the core's own, or one a plugin registered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.diffusion.families.base import Family
+from alignprop_core.errors import ModelError, PluginError
+from alignprop_core.specs import FamilySpec
+
+BUILT_IN = (
+    FamilySpec(
+        name="stable_diffusion",
+        summary="Stable Diffusion 1.x and 2.x, epsilon and v prediction.",
+        factory="alignprop_core.diffusion.families.stable_diffusion:StableDiffusion",
+        pipelines=("StableDiffusionPipeline",),
+    ),
+)
+
+
+def family_for(pipeline: Any, sampling: SamplingConfig, plugins: Sequence[FamilySpec] = ()) -> Family:
+    """Return the adapter for this pipeline's class; a plugin's family comes before the core's.
+
+    Raises:
+        ModelError: no family handles the class.
+        PluginError: the family's factory is not a `Family`.
+    """
+    kind = type(pipeline).__name__
+    for spec in (*plugins, *BUILT_IN):
+        if kind in spec.pipelines:
+            module, _, attribute = spec.factory.partition(":")
+            factory = getattr(import_module(module), attribute, None)
+            if not (isinstance(factory, type) and issubclass(factory, Family)):
+                raise PluginError(f'The factory of family "{spec.name}", {spec.factory}, is not a Family subclass.')
+            return factory(pipeline, sampling)
+    known = sorted({name for spec in (*plugins, *BUILT_IN) for name in spec.pipelines})
+    raise ModelError(f"alignprop cannot run a {kind}; it runs {', '.join(known)}. A plugin can add a family.")

@@ -1,0 +1,110 @@
+"""Stable Diffusion 1.x and 2.x: one CLIP text encoder, a UNet with cross attention, classifier-free guidance."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.diffusion.families.base import Conditioning, Family
+from alignprop_core.diffusion.schedulers import DDIM, Scheduler
+from alignprop_core.errors import ConfigError, ModelError
+
+
+class StableDiffusion(Family):
+    """diffusers' `StableDiffusionPipeline`, epsilon or v prediction.
+
+    Follows `StableDiffusionPipeline.__call__` step by step; guidance runs negative and positive prompts in one
+    call of the UNet, as the pipeline does.
+    """
+
+    denoiser_name = "unet"
+
+    def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
+        super().__init__(pipeline, sampling)
+        self._said_cut = False
+        if sampling.true_cfg_scale is not None:
+            raise ConfigError(
+                "sampling.true_cfg_scale is for guidance-distilled models; this is a Stable Diffusion model, "
+                "whose key is sampling.guidance_scale."
+            )
+        if pipeline.unet.config.time_cond_proj_dim is not None:
+            raise ModelError(
+                "This UNet embeds the guidance scale (a latent consistency model); alignprop runs Stable Diffusion "
+                "with classifier-free guidance. Use the base model it was distilled from."
+            )
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The VAE."""
+        vae: nn.Module = self.pipeline.vae
+        return vae
+
+    def scheduler(self, device: torch.device) -> Scheduler:
+        """Return DDIM over the pipeline's own noise tables."""
+        return DDIM(self.pipeline.scheduler.config, self.sampling.steps, eta=self.sampling.eta, device=device)
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Return (C, H / f, W / f) with the VAE's factor f; the model's own size unless width and height are set."""
+        unet, factor = self.pipeline.unet.config, int(self.pipeline.vae_scale_factor)
+        native = unet.sample_size
+        native_h, native_w = (native, native) if isinstance(native, int) else tuple(native)
+        sides = []
+        for name, side, own in (
+            ("height", self.sampling.height, native_h * factor),
+            ("width", self.sampling.width, native_w * factor),
+        ):
+            if side is not None and side % factor:
+                raise ConfigError(f"sampling.{name} is {side}; this model needs a multiple of {factor}.")
+            sides.append((side or own) // factor)
+        return int(unet.in_channels), sides[0], sides[1]
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode with the pipeline's own `encode_prompt`; what it cuts off is said once."""
+        self._say_cut([*prompts, self.sampling.negative_prompt])
+        guided = self.sampling.guidance_scale > 1
+        positive, negative = self.pipeline.encode_prompt(
+            list(prompts),
+            device=self.pipeline.text_encoder.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=guided,
+            negative_prompt=[self.sampling.negative_prompt] * len(prompts) if guided else None,
+        )
+        key = "encoder_hidden_states"
+        return Conditioning({key: positive}, {key: negative} if guided else None)
+
+    def _say_cut(self, prompts: Sequence[str]) -> None:
+        """Warn of the first prompt that is longer than the text encoder reads: its end has no effect."""
+        tokenizer = self.pipeline.tokenizer
+        for prompt in () if self._said_cut else prompts:
+            length = len(tokenizer(prompt, verbose=False).input_ids)
+            if length > tokenizer.model_max_length:
+                self._said_cut = True
+                warnings.warn(
+                    f"A prompt has {length} tokens and the base model reads {tokenizer.model_max_length}: the end of "
+                    f'long prompts is not drawn (said once). It begins "{prompt[:60]}".',
+                    stacklevel=2,
+                )
+                return
+
+    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return uncond + scale * (cond - uncond) (Ho & Salimans 2022), or the plain prediction without guidance."""
+        if conditioning.negative is None:
+            prediction: Tensor = self.pipeline.unet(latents, timestep, **conditioning.positive, return_dict=False)[0]
+            return prediction
+        both = Conditioning.cat([Conditioning(conditioning.negative, None), Conditioning(conditioning.positive, None)])
+        doubled = self.pipeline.unet(torch.cat([latents] * 2), timestep, **both.positive, return_dict=False)[0]
+        uncond, cond = doubled.chunk(2)
+        guided: Tensor = uncond + self.sampling.guidance_scale * (cond - uncond)
+        return guided
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Return VAE(latents / scaling_factor) / 2 + 1/2."""
+        vae = self.pipeline.vae
+        pixels: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        return pixels * 0.5 + 0.5

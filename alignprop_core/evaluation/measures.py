@@ -1,0 +1,46 @@
+"""What evaluations measure: a run's rewards, further ones, and the true measures that belong to them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.errors import ConfigError, did_you_mean, under
+from alignprop_core.registry.registry import Registry
+
+TOTAL = "reward"
+"""What `guards.watch` calls the mix's total."""
+
+
+def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[RewardTerm]:
+    """Return entries for the true measures that the given rewards name in `evaluate_with`.
+
+    A measure takes over the options it shares with its reward by name (a JPEG quality, say). A measure that is listed
+    already, under any label, is not added again with the same options.
+    """
+    added: list[RewardTerm] = []
+    for entry in entries:
+        source = registry.of(entry.isolation)  # a measure lives where its reward does
+        for name in source.reward(entry.name).spec.evaluate_with:
+            known = source.option_names(name)
+            options = {key: value for key, value in entry.options.items() if key in known}
+            same = (name, options, entry.isolation)
+            if any((other.name, other.options, other.isolation) == same for other in (*entries, *added)):
+                continue
+            taken = {other.label for other in (*entries, *added)}
+            label = name if name not in taken else f"{name}.{entry.label}"
+            added.append(RewardTerm(name=name, label=label, options=options, isolation=entry.isolation))
+    return added
+
+
+def check_watch(config: RunConfig, registry: Registry) -> None:
+    """Raise `ConfigError` if `guards.watch` names nothing that evaluations measure; loads nothing."""
+    entries = [*config.rewards, *config.evaluation.rewards]
+    labels = [TOTAL, *(entry.label for entry in (*entries, *measure_entries(entries, registry)))]
+    if config.guards.watch not in labels:
+        with under("guards.watch"):
+            raise ConfigError(
+                f'"{config.guards.watch}" is measured by no evaluation; these are: {", ".join(labels)}.'
+                f"{did_you_mean(config.guards.watch, labels)}"
+            )

@@ -1,0 +1,67 @@
+"""From the run config's reward entries to loaded terms of a mix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.errors import PromptError, RewardError, UserError, under
+from alignprop_core.mix.term import Term
+from alignprop_core.prompts import PromptSet, listed
+from alignprop_core.registry.registry import Registry
+from alignprop_core.reward import Reward
+
+
+def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str = "") -> list[Term]:
+    """Load the rewards of config entries; the first that cannot load raises with its plugin's own traceback.
+
+    Args:
+        entries: the rewards.
+        registry: where they are looked up.
+        where: key of the entries in the run config, for messages; empty if they stand in none.
+    """
+    return [
+        Term(
+            label=entry.label,
+            reward=_load(entry, registry, f"{where}.{i}" if where else ""),
+            weight=entry.weight,
+            ceiling=entry.ceiling,
+            floor=entry.floor,
+            target=entry.target,
+            differentiable=registry.of(entry.isolation).reward(entry.name).spec.differentiable,
+        )
+        for i, entry in enumerate(entries)
+    ]
+
+
+def _load(entry: RewardTerm, registry: Registry, key: str) -> Reward:
+    try:
+        with under(key) if key else nullcontext():
+            return registry.of(entry.isolation).load_reward(entry.name, entry.options)
+    except RewardError as error:
+        if entry.isolation is None:
+            raise
+        named = RewardError(f'Reward "{entry.label}": {error}')
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
+
+
+def check_prompts(terms: Sequence[Term], prompts: PromptSet) -> None:
+    """Let every reward look at the prompts it will be given, so that it is not a step that finds the wrong one.
+
+    Raises:
+        PromptError: naming the prompts a reward cannot use, each with its line, and the reward.
+        RewardError: a reward failed to look.
+    """
+    problems = []
+    for term in terms:
+        for i, (prompt, metadata) in enumerate(zip(prompts.prompts, prompts.metadata, strict=True)):
+            try:
+                with term.named("could not look at a prompt:"):
+                    term.reward.check_prompt(prompt, metadata)
+            except UserError as error:
+                problems.append(prompts.problem(i, error))
+    if problems:
+        raise PromptError(listed(problems))

@@ -1,0 +1,341 @@
+"""Finding plugins: reading distribution metadata first, importing late, and keeping every failure to itself.
+
+pluggy's own loader skips a second distribution with the same entry-point name and dies with the first plugin that
+raises; this one goes through the installed distributions itself. No torch.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from importlib.metadata import Distribution, EntryPoint, distributions
+from typing import Any, Literal
+
+import pluggy
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
+
+from alignprop_core import __version__, hookspecs
+from alignprop_core.registry.guard import PluginFailure, describe, guarded
+from alignprop_core.registry.licenses import LicensePolicy, license_of
+from alignprop_core.specs import (
+    API_VERSION,
+    DEPRECATED_API_VERSIONS,
+    OLDEST_API_VERSION,
+    FamilySpec,
+    ModelSpec,
+    PromptSpec,
+    RewardSpec,
+    Spec,
+    WeightsSpec,
+)
+
+CORE = "alignprop-core"
+ALLOW_VARIABLE = "ALIGNPROP_PLUGINS"
+BLOCK_VARIABLE = "ALIGNPROP_BLOCK_PLUGINS"
+
+SPEC_OF_HOOK: dict[str, type[Spec]] = {
+    "alignprop_register_rewards": RewardSpec,
+    "alignprop_register_models": ModelSpec,
+    "alignprop_register_families": FamilySpec,
+    "alignprop_register_prompts": PromptSpec,
+    "alignprop_register_weights": WeightsSpec,
+}
+SLOW_IMPORT_SECONDS = 1.0
+
+Status = Literal["loaded", "blocked", "not allowed", "incompatible", "failed"]
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """One entry point of one installed distribution, and what became of it.
+
+    Attributes:
+        distribution: normalised distribution name, such as `alignprop-jpeg`.
+        version: its version.
+        entry_point: the entry point's name; `distribution:entry_point` is the plugin's name.
+        status: `loaded`; `blocked` and `not allowed` by the environment, `incompatible` with this core (none of these
+            three was imported, except for an API version that only its specs tell), or `failed`.
+        error: why it is not loaded, in one line.
+        traceback: the plugin's own traceback, if it raised.
+        warnings: what is wrong with a plugin that works nevertheless.
+        offers: what each hook returned, by hook name; empty unless loaded.
+        seconds: time its import took.
+        license: SPDX expression from its metadata; empty if they say none.
+    """
+
+    distribution: str
+    version: str
+    entry_point: str
+    status: Status
+    error: str | None = None
+    traceback: str | None = None
+    warnings: tuple[str, ...] = ()
+    offers: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    seconds: float = 0.0
+    license: str = ""
+
+    @property
+    def name(self) -> str:
+        """The plugin's name, `distribution:entry_point`."""
+        return f"{self.distribution}:{self.entry_point}"
+
+    def names(self, kind: str) -> tuple[str, ...]:
+        """Return the names it offers, each once, of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
+        return tuple(dict.fromkeys(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ())))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plugin that was found and not imported yet."""
+
+    distribution: str
+    version: str
+    entry_point: str
+    load: Callable[[], object]
+    refused: tuple[Status, str] | None = None
+    license: str = ""
+
+    def record(self, status: Status, **facts: Any) -> PluginRecord:
+        """Return the record of what became of it."""
+        return PluginRecord(self.distribution, self.version, self.entry_point, status, license=self.license, **facts)
+
+
+def names_in(value: str | None) -> frozenset[str] | None:
+    """Return the normalised distribution names of a comma-separated list; None if the variable is not set."""
+    if value is None:
+        return None
+    return frozenset(canonicalize_name(name) for name in re.split(r"[,\s]+", value) if name)
+
+
+def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
+    """Find the plugins among the installed distributions by their metadata; imports none.
+
+    A distribution that stands on the path twice counts once, as Python would import it. An allow list that is set
+    and empty allows none.
+    """
+    allowed = names_in(environment.get(ALLOW_VARIABLE))
+    blocked = names_in(environment.get(BLOCK_VARIABLE)) or frozenset()
+    policy = LicensePolicy.read(environment)
+    seen: set[str] = set()
+    for distribution in distributions():
+        section = _entry_points(distribution)
+        if not section:
+            continue
+        try:
+            name, version = canonicalize_name(distribution.metadata["Name"]), str(distribution.version)
+            problem = _core_range_problem(distribution)
+            license = license_of(distribution)
+            unlicensed = policy.problem(license)
+        except Exception as error:
+            # Without a name the lists cannot be asked, so it is not imported. A broken install raises many things here.
+            entry_name, value = section[0]
+            broken = f"its metadata cannot be read ({describe(error)}); reinstall it"
+            yield Candidate(f"unknown ({value})", "?", entry_name, _loader(entry_name, value), ("failed", broken))
+            continue
+        if name in seen:
+            continue
+        seen.add(name)
+        refused: tuple[Status, str] | None = None
+        if name in blocked:
+            refused = "blocked", f"listed in {BLOCK_VARIABLE}"
+        elif allowed is not None and name not in allowed:
+            refused = "not allowed", f"not listed in {ALLOW_VARIABLE}"
+        elif unlicensed:
+            refused = "not allowed", unlicensed
+        elif problem:
+            refused = "incompatible", problem
+        for entry_name, value in section:
+            yield Candidate(name, version, entry_name, _loader(entry_name, value), refused, license)
+
+
+def _entry_points(distribution: Distribution) -> list[tuple[str, str]]:
+    """Read the group's entry points; by hand, because one malformed line makes importlib.metadata raise."""
+    try:
+        text = distribution.read_text("entry_points.txt") or ""
+    except (OSError, UnicodeDecodeError):
+        return []
+    found: list[tuple[str, str]] = []
+    group = ""
+    for raw in text.splitlines():
+        line = raw.strip()
+        if not line or line.startswith(("#", ";")):
+            continue
+        if line.startswith("[") and line.endswith("]"):
+            group = line[1:-1].strip()
+        elif group == hookspecs.PROJECT:
+            name, _, value = (part.strip() for part in line.partition("="))
+            found.append((name, value))
+    return found
+
+
+def _loader(name: str, value: str) -> Callable[[], object]:
+    def load() -> object:
+        if not re.fullmatch(r"[A-Za-z_][\w.]*(\s*:\s*[A-Za-z_][\w.]*)?(\s*\[.*\])?", value):
+            raise ValueError(f'invalid entry point "{name} = {value}": it must name a module, such as "my_plugin"')
+        return EntryPoint(name, value, hookspecs.PROJECT).load()
+
+    return load
+
+
+def _core_range_problem(distribution: Distribution) -> str | None:
+    """Say why this core is outside the range the distribution requires; None if it is inside."""
+    for line in distribution.requires or ():
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement:
+            if canonicalize_name(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE:
+                return f'its requirement "{line}" cannot be read'
+            continue
+        if canonicalize_name(requirement.name) != CORE:
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if not requirement.specifier.contains(__version__, prereleases=True):
+            return (
+                f"it requires {CORE}{requirement.specifier}, installed is {__version__}; "
+                f"upgrade the older one: pip install -U {CORE} {distribution.metadata['Name']}"
+            )
+    return None
+
+
+class _Hooks(pluggy.PluginManager):
+    """pluggy looking at `alignprop_*` names only: looking at every name would trigger a module's lazy imports."""
+
+    def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
+        return super().parse_hookimpl_opts(plugin, name) if name.startswith("alignprop_") else None
+
+    def parse_hookspec_opts(self, module_or_class: Any, name: str) -> Any:
+        return super().parse_hookspec_opts(module_or_class, name) if name.startswith("alignprop_") else None
+
+
+def load_all(candidates: Iterable[Candidate]) -> tuple[PluginRecord, ...]:
+    """Import the candidates that are not refused, call their hooks one plugin at a time, and record what happened."""
+    hooks = _Hooks(hookspecs.PROJECT)
+    hooks.add_hookspecs(hookspecs)
+    records: list[PluginRecord | None] = []
+    waiting: list[tuple[int, Candidate, object, float, list[str]]] = []
+    for candidate in candidates:
+        records.append(None)
+        at = len(records) - 1
+        if candidate.refused:
+            status, error = candidate.refused
+            records[at] = candidate.record(status, error=error)
+            continue
+        start, had_torch = time.perf_counter(), "torch" in sys.modules
+        try:
+            with guarded() as printed:
+                plugin = candidate.load()
+                _add_own_hookspecs(hooks, plugin)
+        except PluginFailure as failure:
+            records[at] = candidate.record("failed", error=str(failure), traceback=failure.traceback)
+            continue
+        seconds = time.perf_counter() - start
+        warnings = _import_warnings(printed.getvalue(), seconds, not had_torch and "torch" in sys.modules)
+        waiting.append((at, candidate, plugin, seconds, warnings))
+    # Only now are all hook specifications known: a plugin may implement a hook that another one specifies.
+    for at, candidate, plugin, seconds, warnings in waiting:
+        records[at] = _call_hooks(hooks, candidate, plugin, seconds, warnings)
+    return tuple(record for record in records if record is not None)
+
+
+def _add_own_hookspecs(hooks: _Hooks, plugin: object) -> None:
+    if any(hooks.parse_hookspec_opts(plugin, name) is not None for name in dir(plugin)):
+        hooks.add_hookspecs(plugin)  # type: ignore[arg-type]  # any object with attributes will do
+
+
+def _import_warnings(printed: str, seconds: float, imported_torch: bool) -> list[str]:
+    warnings = []
+    if printed.strip():
+        warnings.append(f'prints when imported ("{" ".join(printed.split())[:60]}"); this was not shown')
+    if imported_torch:
+        warnings.append("its hook module imports torch; keep torch in the modules that factories name")
+    if seconds > SLOW_IMPORT_SECONDS:
+        warnings.append(f"its hook module took {seconds:.1f} s to import; keep heavy imports in what factories name")
+    return warnings
+
+
+def _call_hooks(
+    hooks: _Hooks, candidate: Candidate, plugin: object, seconds: float, warnings: list[str]
+) -> PluginRecord:
+    name = f"{candidate.distribution}:{candidate.entry_point}"
+    offers: dict[str, tuple[Any, ...]] = {}
+    try:
+        with guarded():
+            hooks.register(plugin, name)
+        for caller in hooks.get_hookcallers(plugin) or ():
+            implementations = [impl for impl in caller.get_hookimpls() if impl.plugin is plugin]
+            if caller.spec is None:
+                if not all(impl.optionalhook for impl in implementations):
+                    warnings.append(_unknown_hook(caller.name, hooks))
+                continue
+            for implementation in implementations:
+                # A generator runs, and may fail, only while it is read: hence tuple() inside the guard.
+                with guarded():
+                    offered = _checked(caller.name, implementation.function())
+                offers[caller.name] = offers.get(caller.name, ()) + offered
+    except PluginFailure as failure:
+        cause = failure.__cause__
+        known = isinstance(cause, _WrongOffer)
+        return candidate.record(
+            "incompatible" if isinstance(cause, _WrongApi) else "failed",
+            error=str(cause) if known else str(failure),
+            traceback=None if known else failure.traceback,
+            warnings=tuple(warnings),
+            seconds=seconds,
+        )
+    warnings += _deprecations(offers)
+    warnings += [
+        f"{hook} is not marked with @hookimpl, so it is not called"
+        for hook in SPEC_OF_HOOK
+        if hook not in offers and hook in dir(plugin) and callable(getattr(plugin, hook))
+    ]
+    return candidate.record("loaded", warnings=tuple(warnings), offers=offers, seconds=seconds)
+
+
+def _deprecations(offers: Mapping[str, tuple[Any, ...]]) -> list[str]:
+    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
+    return [
+        f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
+        for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())
+    ]
+
+
+class _WrongOffer(Exception):
+    """A hook returned something else than specs."""
+
+
+class _WrongApi(_WrongOffer):
+    """A spec was written for another version of the plugin contract."""
+
+
+def _unknown_hook(name: str, hooks: _Hooks) -> str:
+    known = [caller for caller, hook in vars(hooks.hook).items() if getattr(hook, "spec", None) is not None]
+    nearest = get_close_matches(name, known, n=1)
+    return f"unknown hook {name}, not called" + (f'; did you mean "{nearest[0]}"?' if nearest else "")
+
+
+def _checked(hook: str, returned: object) -> tuple[Any, ...]:
+    """Return what a hook returned as a tuple, checked against the hook's spec class."""
+    kind = SPEC_OF_HOOK.get(hook)
+    if returned is None or isinstance(returned, (str, bytes, Mapping, Spec)) or not isinstance(returned, Iterable):
+        wanted = kind.__name__ if kind else "offers"
+        raise _WrongOffer(f"{hook} returned {type(returned).__name__}; it must return a list of {wanted}")
+    offers = tuple(returned)
+    if kind is None:
+        return offers
+    for i, offer in enumerate(offers):
+        if not isinstance(offer, kind):
+            raise _WrongOffer(f"{hook} returned {type(offer).__name__} at place {i}; it must return {kind.__name__}")
+        if not OLDEST_API_VERSION <= offer.api_version <= API_VERSION:
+            older = "plugin" if offer.api_version < OLDEST_API_VERSION else "core"
+            package = "NAME" if older == "plugin" else CORE
+            raise _WrongApi(
+                f'{kind.__name__} "{getattr(offer, "name", "?")}" is written for plugin API {offer.api_version}, '
+                f"this core knows {OLDEST_API_VERSION} to {API_VERSION}; upgrade the {older}: pip install -U {package}"
+            )
+    return offers

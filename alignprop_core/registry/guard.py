@@ -1,0 +1,51 @@
+"""Running code of plugins: whatever it raises or prints, the rest goes on. No torch."""
+
+from __future__ import annotations
+
+import io
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+_HERE = Path(__file__).parent
+_OURS = [str(_HERE / name) for name in ("guard.py", "discovery.py", "registry.py", "local.py")]
+_OURS.append(str(_HERE.with_name("prompts.py")))
+
+
+class PluginFailure(Exception):
+    """Code of a plugin raised (or called sys.exit); the plugin's own exception is the cause."""
+
+    def __init__(self, cause: BaseException) -> None:
+        super().__init__(describe(cause))
+        self.traceback = own_traceback(cause)
+
+
+def describe(error: BaseException) -> str:
+    """Return `Type: message` in one line."""
+    if isinstance(error, SystemExit):
+        return f"it called sys.exit({error.code!r})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def own_traceback(error: BaseException) -> str:
+    """Return the traceback without the frames of our loading and of the import machinery."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename not in _OURS and "importlib" not in frame.filename]
+    head = ["Traceback (most recent call last):\n", *traceback.format_list(own)] if own else []
+    return "".join([*head, *traceback.format_exception_only(error)])
+
+
+@contextmanager
+def guarded() -> Iterator[io.StringIO]:
+    """Run a plugin's code: whatever it raises becomes `PluginFailure`, what it prints is caught (and yielded).
+
+    KeyboardInterrupt passes: it is the user's.
+    """
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield printed
+    except (Exception, SystemExit) as error:
+        raise PluginFailure(error) from error

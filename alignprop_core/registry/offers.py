@@ -1,0 +1,62 @@
+"""Something a plugin offers, and finding it by name. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from packaging.utils import canonicalize_name
+
+from alignprop_core.registry.discovery import BLOCK_VARIABLE
+from alignprop_core.specs import Spec
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Offer(Generic[S]):
+    """Something a plugin offers, and the distribution it comes with."""
+
+    spec: S
+    distribution: str
+    version: str
+
+    @property
+    def name(self) -> str:
+        """The name in the spec."""
+        return str(getattr(self.spec, "name", ""))
+
+    @property
+    def full_name(self) -> str:
+        """`distribution/name`, which means this offer even where another distribution has the same name."""
+        return f"{self.distribution}/{self.name}"
+
+
+def matching(name: str, offers: tuple[Offer[S], ...]) -> list[Offer[S]]:
+    """Return the offers a name means, written alone or as `distribution/name`."""
+    # A prompt set's own name holds a slash already ("starter/simple_animals"), so both readings are tried.
+    head, _, rest = name.partition("/")
+    distribution = canonicalize_name(head)
+    return [
+        o for o in offers if name == o.name or (rest == o.name and distribution == canonicalize_name(o.distribution))
+    ]
+
+
+def conflict(what: str, name: str, found: list[Offer[S]]) -> str:
+    """Say that several offers have a name, and how to choose one."""
+    names = " and ".join(f"{offer.distribution} {offer.version}" for offer in found)
+    if len({offer.distribution for offer in found}) == 1:
+        return (
+            f'{found[0].distribution} offers the {what} "{name}" {len(found)} times; that is a fault in the plugin. '
+            f"Report it, or keep the plugin out with {BLOCK_VARIABLE}={found[0].distribution}."
+        )
+    choices = " or ".join(f'"{offer.full_name}"' for offer in found)
+    return (
+        f'The {what} "{name}" is offered by {names}. Write {choices} to choose, or keep one out with {BLOCK_VARIABLE}.'
+    )
+
+
+def belongs(offer: Offer[Any]) -> str:
+    """Return what an error message calls an offer: `Reward "x" of my-plugin 1.0`."""
+    what = type(offer.spec).__name__.removesuffix("Spec").lower() if isinstance(offer.spec, Spec) else "offer"
+    return f'{what.capitalize()} "{offer.name}" of {offer.distribution} {offer.version}'.rstrip()

@@ -1,0 +1,354 @@
+"""Which plugin gives what: looking up rewards, models, families, prompt sets and weights by name. No torch.
+
+A name offered by two distributions is an error that names both; `distribution/name` chooses. Code behind a spec is
+imported only when it is asked for, and what a plugin raises comes back as one error with the plugin's own traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache, partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import ValidationError
+
+from alignprop_core.errors import AlignpropError, PluginError, RewardError
+from alignprop_core.registry.discovery import (
+    BLOCK_VARIABLE,
+    SPEC_OF_HOOK,
+    Candidate,
+    PluginRecord,
+    installed,
+    load_all,
+)
+from alignprop_core.registry.guard import PluginFailure, guarded
+from alignprop_core.registry.licenses import LicensePolicy
+from alignprop_core.registry.local import LocalReward, from_file, given_rewards
+from alignprop_core.registry.offers import Offer, belongs, conflict, matching
+from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
+
+if TYPE_CHECKING:
+    from alignprop_core.config.rewards import IsolationConfig
+    from alignprop_core.isolation.lookup import IsolatedRewards
+    from alignprop_core.reward import Reward
+
+__all__ = ["Offer", "PluginRecord", "Registry", "default_registry", "load_object"]
+
+S = TypeVar("S")
+
+_HOOK_OF_SPEC = {spec: hook for hook, spec in SPEC_OF_HOOK.items()}
+
+
+class Registry:
+    """The plugins of this environment and what they offer.
+
+    Attributes:
+        plugins: a record of every plugin found, loaded or not, in the order of their names.
+        given: rewards passed from Python, by name.
+        licenses: which licences the rewards of plugins may have.
+    """
+
+    def __init__(
+        self,
+        plugins: Iterable[PluginRecord],
+        given: Mapping[str, LocalReward] | None = None,
+        *,
+        licenses: LicensePolicy | None = None,
+    ) -> None:
+        self.plugins = tuple(sorted(plugins, key=lambda record: record.name))
+        self.given = dict(given or {})
+        self.licenses = licenses or LicensePolicy()
+
+    @classmethod
+    def discover(cls, environment: Mapping[str, str] | None = None) -> Registry:
+        """Find and load the installed plugins.
+
+        Args:
+            environment: where `ALIGNPROP_PLUGINS`, `ALIGNPROP_BLOCK_PLUGINS` and `ALIGNPROP_ALLOW_LICENSES` are
+                read; `os.environ` if None.
+        """
+        environment = os.environ if environment is None else environment
+        return cls(load_all(installed(environment)), licenses=LicensePolicy.read(environment))
+
+    @classmethod
+    def from_plugins(cls, plugins: Mapping[str, object]) -> Registry:
+        """Build a registry from objects with hooks, by distribution name; looks at nothing installed. For tests."""
+        return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
+
+    def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
+        """Return a registry that also knows reward objects, by name.
+
+        Raises:
+            PluginError: a name is taken by a plugin's reward or is not snake_case, or an object is no reward.
+        """
+        found = given_rewards(rewards)
+        for name in found:
+            if offers := matching(name, self.rewards()):
+                raise PluginError(
+                    f'rewards["{name}"]: {offers[0].distribution} offers a reward of that name; choose another.'
+                )
+        return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
+
+    def local(self, name: str) -> LocalReward | None:
+        """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
+        return self.given.get(name) or from_file(name)
+
+    def of(self, isolation: IsolationConfig | None) -> Registry | IsolatedRewards:
+        """Return what knows the rewards of an environment of their own; this registry if there is none."""
+        return self if isolation is None else self.elsewhere(isolation)
+
+    def elsewhere(self, isolation: IsolationConfig) -> IsolatedRewards:
+        """Return the rewards of another Python environment; nothing of it is imported here."""
+        from alignprop_core.isolation.lookup import IsolatedRewards
+
+        return IsolatedRewards(isolation, self.licenses)
+
+    # -- what there is ------------------------------------------------------------------------------------------
+
+    def offered(self, hook: str, kind: type[S]) -> tuple[Offer[S], ...]:
+        """Return what all plugins returned from a hook, one that a plugin specified included.
+
+        Args:
+            hook: the hook's name.
+            kind: offers of other types are left out.
+        """
+        return tuple(
+            Offer(spec, record.distribution, record.version)
+            for record in self.plugins
+            for spec in record.offers.get(hook, ())
+            if isinstance(spec, kind)
+        )
+
+    def rewards(self) -> tuple[Offer[RewardSpec], ...]:
+        """Return all rewards offered."""
+        return self._all(RewardSpec)
+
+    def models(self) -> tuple[Offer[ModelSpec], ...]:
+        """Return all base models offered."""
+        return self._all(ModelSpec)
+
+    def families(self) -> tuple[Offer[FamilySpec], ...]:
+        """Return all families of pipelines offered."""
+        return self._all(FamilySpec)
+
+    def prompts(self) -> tuple[Offer[PromptSpec], ...]:
+        """Return all prompt sets offered."""
+        return self._all(PromptSpec)
+
+    def weights(self) -> tuple[Offer[WeightsSpec], ...]:
+        """Return all named sets of weights offered."""
+        return self._all(WeightsSpec)
+
+    def _all(self, kind: type[S]) -> tuple[Offer[S], ...]:
+        return self.offered(_HOOK_OF_SPEC[kind], kind)  # type: ignore[index]
+
+    # -- by name ------------------------------------------------------------------------------------------------
+
+    def reward(self, name: str) -> Offer[RewardSpec]:
+        """Find a reward; `PluginError` if no plugin or more than one offers it."""
+        local = self.local(name)
+        return local.offer if local is not None else self._one("reward", name, self.rewards())
+
+    def model(self, name: str) -> Offer[ModelSpec]:
+        """Find a base model; `PluginError` if no plugin or more than one offers it."""
+        return self._one("model", name, self.models())
+
+    def find_model(self, name: str) -> Offer[ModelSpec] | None:
+        """Find a base model, or None if no plugin offers it; `PluginError` if two do."""
+        return self._one("model", name, self.models()) if matching(name, self.models()) else None
+
+    def prompt_set(self, name: str) -> Offer[PromptSpec]:
+        """Find a prompt set; `PluginError` if no plugin or more than one offers it."""
+        return self._one("prompt set", name, self.prompts())
+
+    def find_prompt_set(self, name: str) -> Offer[PromptSpec] | None:
+        """Find a prompt set, or None if no plugin offers it; `PluginError` if two do."""
+        return self._one("prompt set", name, self.prompts()) if matching(name, self.prompts()) else None
+
+    def weights_for(self, reward: str, name: str) -> Offer[WeightsSpec]:
+        """Find the set of weights `name` for a reward; `PluginError` if no plugin or more than one offers it.
+
+        A set's own name may be shared by several rewards; only the sets made for this reward are looked at.
+        """
+        offers = tuple(o for o in self.weights() if o.spec.reward == reward.rpartition("/")[2])
+        return self._one(f'set of weights for "{reward}"', name, offers)
+
+    def _one(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> Offer[S]:
+        found = matching(name, offers)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise PluginError(conflict(what, name, found))
+        raise PluginError(self._unknown(what, name, offers))
+
+    def _unknown(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> str:
+        known = sorted({offer.name for offer in offers} | (self.given.keys() if what == "reward" else set()))
+        message = f'No installed plugin offers the {what} "{name}".'
+        nearest = get_close_matches(name.rpartition("/")[2], known, n=1) or get_close_matches(name, known, n=1)
+        if nearest:
+            message += f' Did you mean "{nearest[0]}"?'
+        elif known:
+            message += f" There are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
+        broken = [record for record in self.plugins if record.status != "loaded"]
+        if broken:
+            listed = "; ".join(f"{r.distribution} ({r.status}: {r.error})" for r in broken[:5])
+            message += f" It may belong to an installed plugin that is not loaded: {listed}."
+        if what == "reward":
+            message += " `alignprop rewards list` shows what is there; more rewards come with `pip install`."
+        return message
+
+    # -- rewards ------------------------------------------------------------------------------------------------
+
+    def reward_config_class(self, name: str) -> type[RewardConfig]:
+        """Import the options class of a reward, and not the reward; `PluginError` if it is missing or no such class."""
+        local = self.local(name)
+        if local is not None:
+            return local.config_class
+        offer = self.reward(name)
+        # A plugin may hold rewards under other licences than its own; the spec's is asked before their code loads.
+        if offer.spec.license and (problem := self.licenses.problem(offer.spec.license)):
+            raise PluginError(f"{belongs(offer)} may not be used here: {problem}.")
+        found = load_object(offer, offer.spec.config, "options class")
+        if not (isinstance(found, type) and issubclass(found, RewardConfig)):
+            raise PluginError(
+                f"{belongs(offer)}: its options class {offer.spec.config} is {_what_it_is(found)}; it must be a "
+                "subclass of alignprop_core.RewardConfig. Report this to the plugin's authors."
+            )
+        return found
+
+    def option_names(self, name: str) -> frozenset[str]:
+        """Return the names of a reward's options."""
+        return frozenset(self.reward_config_class(name).model_fields)
+
+    def reward_options(
+        self, name: str, options: Mapping[str, Any] | None = None, *, where: str = "options"
+    ) -> RewardConfig:
+        """Check options with the reward's own options class.
+
+        Args:
+            name: the reward.
+            options: its options; what is left out takes the defaults.
+            where: key of the options in the run config, for messages.
+
+        Raises:
+            ConfigError: with one line for every wrong key.
+            PluginError: the reward or its options class cannot be had.
+        """
+        from alignprop_core.validation import InvalidConfig, dotted, explain
+
+        kind = self.reward_config_class(name)
+        given = self.given.get(name)
+        if given is not None and given.given is not None:
+            return _own_options(name, given.given, options or {}, where)
+        try:
+            with guarded():
+                # Strict, as the rest of the config is: true is not 1 and "95" is not 95. By way of JSON, because only
+                # there does pydantic's strict mode still take a list for a tuple or a string for a path.
+                return kind.model_validate_json(json.dumps(dict(options or {}), default=str), strict=True)
+        except PluginFailure as failure:
+            if not isinstance(failure.__cause__, ValidationError):
+                offer = self.reward(name)
+                raise _plugin_error(f"{belongs(offer)}: checking its options failed: {failure}.", failure) from failure
+            problems = explain(failure.__cause__, kind, where)
+            lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
+            raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+
+    def load_reward(self, name: str, options: Mapping[str, Any] | RewardConfig | None = None) -> Reward:
+        """Import a reward, build it with its options and freeze it. Imports torch.
+
+        Raises:
+            PluginError: the reward is unknown or its code cannot be imported.
+            ConfigError: the options are wrong.
+            RewardError: building it failed (or its own error, such as `WeightsError`).
+        """
+        local = self.local(name)
+        offer = self.reward(name)
+        self.reward_config_class(name)  # its licence is looked at there, also for options that are checked already
+        config = options if isinstance(options, RewardConfig) else self.reward_options(name, options)
+        if local is not None and local.given is not None:
+            return local.given.freeze()
+        factory = local.kind if local is not None else load_object(offer, offer.spec.factory, "class")
+        from alignprop_core.reward import Reward
+
+        if not (isinstance(factory, type) and issubclass(factory, Reward)):
+            raise PluginError(
+                f"{belongs(offer)}: {offer.spec.factory} is {_what_it_is(factory)}; it must be a subclass of "
+                f"alignprop_core.Reward. Report this to the plugin's authors."
+            )
+        try:
+            with guarded() as printed:
+                reward = factory(config).freeze()
+        except PluginFailure as failure:
+            if isinstance(failure.__cause__, AlignpropError):
+                raise failure.__cause__ from failure.__cause__.__cause__
+            message = f"{belongs(offer)}: it could not be built: {failure}."
+            error = RewardError(message)
+            error.add_note(failure.traceback)
+            raise error from failure.__cause__
+        sys.stderr.write(printed.getvalue())
+        if not isinstance(reward, Reward):
+            raise PluginError(f"{belongs(offer)}: its freeze() must return the reward itself.")
+        return reward
+
+
+@cache
+def default_registry() -> Registry:
+    """Return the registry of this environment; plugins are discovered once a process."""
+    return Registry.discover()
+
+
+def _given(plugin: object) -> object:
+    return plugin
+
+
+def load_object(offer: Offer[Any], path: str, what: str) -> object:
+    """Import `package.module:Name` of an offer; `PluginError` with the plugin's own traceback if that fails."""
+    module_name, _, attribute = path.partition(":")
+    try:
+        with guarded() as printed:
+            module = import_module(module_name)
+            found: object = getattr(module, attribute, None)
+    except PluginFailure as failure:
+        raise _plugin_error(
+            f"{belongs(offer)}: its {what} {path} cannot be imported: {failure}. Repair or reinstall "
+            f"{offer.distribution}, or keep it out with {BLOCK_VARIABLE}={offer.distribution}.",
+            failure,
+        ) from failure.__cause__
+    # Standard output may be a JSON document by now, so a plugin's own words go to standard error.
+    sys.stderr.write(printed.getvalue())
+    if found is None:
+        raise PluginError(
+            f"{belongs(offer)}: its {what} {path} does not exist (the module has no {attribute}). Report this to the "
+            "plugin's authors."
+        )
+    return found
+
+
+def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: str) -> RewardConfig:
+    """Return the options a reward object has; a config may repeat them and not change them."""
+    from alignprop_core.validation import InvalidConfig, Problem
+
+    own = reward.config.model_dump(mode="json")
+    problems = [
+        Problem((key,), f'"{name}" was passed from Python with its options; there it is {own.get(key, "unknown")!r}.')
+        for key, value in options.items()
+        if key not in own or own[key] != value
+    ]
+    if problems:
+        raise InvalidConfig(problems, "\n".join(f"{where}.{p.key}: {p.message}" for p in problems))
+    return reward.config
+
+
+def _what_it_is(found: object) -> str:
+    return f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
+
+
+def _plugin_error(message: str, failure: PluginFailure) -> PluginError:
+    error = PluginError(message)
+    error.add_note(failure.traceback)
+    return error

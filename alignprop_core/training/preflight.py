@@ -1,0 +1,134 @@
+"""What of a run can be checked before torch is imported: a mistyped path is said at once. No torch, no network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.errors import ConfigError, under
+from alignprop_core.evaluation.measures import check_watch
+from alignprop_core.locate import find_base, find_lora, find_vae
+from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.registry.registry import Registry
+from alignprop_core.runs.folder import RunFolder
+from alignprop_core.training.resume import find_checkpoint
+from alignprop_core.weights.find import cached, check_named_file, find_weights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run starts from.
+
+    Attributes:
+        prompts: to train on.
+        heldout: for evaluation, if the config names some.
+        checkpoint: the folder of the checkpoint to go on from, if any.
+    """
+
+    prompts: PromptSet
+    heldout: PromptSet | None
+    checkpoint: Path | None
+
+
+def check_inputs(
+    config: RunConfig,
+    registry: Registry,
+    *,
+    resume: Path | None = None,
+    edited: bool = False,
+    overwrite: bool = False,
+    loads_model: bool = True,
+) -> Inputs:
+    """Check that a run's output is free, its files are there and its names known, and read its prompts.
+
+    Changes nothing.
+
+    Args:
+        config: the run config.
+        registry: where names are looked up.
+        resume: a run folder or checkpoint to go on from.
+        edited: whether the code of a reward may have changed since the run that is gone on with began.
+        overwrite: whether an earlier run in the output folder may be replaced.
+        loads_model: whether the model is loaded from the config, and not passed from Python.
+
+    Raises:
+        UserError: with the run config's key.
+    """
+    checkpoint = None if resume is None else find_checkpoint(resume, config, edited=edited)
+    if checkpoint is None:
+        RunFolder.check_free(config.output, overwrite=overwrite)
+    with under("prompts.train"):
+        prompts = load_prompts(config.prompts.train, registry)
+    heldout = None
+    if config.prompts.heldout is not None:
+        with under("prompts.heldout"):
+            heldout = load_prompts(config.prompts.heldout, registry)
+    if loads_model:
+        check_model(config, registry)
+    if config.lora.init_from is not None:
+        with under("lora.init_from"):
+            find_lora(config.lora.init_from)
+    check_rewards(config, registry)
+    check_watch(config, registry)
+    check_trackers(config)
+    return Inputs(prompts, heldout, checkpoint)
+
+
+def check_model(config: RunConfig, registry: Registry) -> None:
+    """Raise `UserError`, with the run config's key, if the base model or what is added to it is a path to nothing."""
+    with under("model.base"):
+        find_base(config.model.base, registry)
+    if config.model.vae is not None:
+        with under("model.vae"):
+            find_vae(config.model.vae)
+    for i, extra in enumerate(config.model.loras):
+        with under(f"model.loras.{i}.path"):
+            find_lora(extra.path)
+
+
+def check_rewards(config: RunConfig, registry: Registry) -> None:
+    """Raise `WeightsError`, with the run config's key, if weights a reward's options name are missing."""
+    for where, entries in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
+        for i, entry in enumerate(entries):
+            with under(f"{where}.{i}.options.weights"):
+                check_weights(entry, registry)
+
+
+def check_trackers(config: RunConfig) -> None:
+    """Raise `ConfigError`, with the run config's key, if a tracker's package is not installed."""
+    for i, name in enumerate(config.training.trackers):
+        if find_spec(name) is None:
+            with under(f"training.trackers.{i}"):
+                raise ConfigError(f'{name} is not installed. Install it: pip install "alignprop-core[{name}]".')
+
+
+def check_weights(entry: RewardTerm, registry: Registry) -> None:
+    """Raise `WeightsError` if a reward's option `weights` means a file that is missing.
+
+    What can be said before the reward is built; the rest is left to it. A class from Python or a file may mean anything
+    by its option of that name, and is left alone.
+    """
+    weights = entry.options.get("weights")
+    if not isinstance(weights, str) or (entry.isolation is None and registry.local(entry.name) is not None):
+        return
+    if weights != "default":
+        check_named_file(weights, reward=entry.name)
+        return
+    files = registry.of(entry.isolation).reward(entry.name).spec.weights
+    # Which of a spec's files an option chooses, or another one, only the reward knows. But where nothing chooses, and
+    # all are to be fetched, and none is here, there is none to load.
+    if files and all(file.repository and cached(file) is None for file in files) and _chooses_nothing(entry, registry):
+        find_weights("default", reward=entry.name, default=files[0])
+
+
+def _chooses_nothing(entry: RewardTerm, registry: Registry) -> bool:
+    """Whether all options but numbers, true and false are at their defaults: text may name a model or a version."""
+    plain = {key: value for key, value in entry.options.items() if value is None or isinstance(value, int | float)}
+    try:
+        usual = registry.of(entry.isolation).reward_options(entry.name, plain)
+    except ConfigError:
+        return False  # one that must be given is left out
+    return entry.options == (usual if isinstance(usual, dict) else usual.model_dump(mode="json"))

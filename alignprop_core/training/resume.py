@@ -1,0 +1,167 @@
+"""Which checkpoint a run goes on from, and whether it would still be the same run. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from alignprop_core._files import read_table
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.yaml import read_yaml
+from alignprop_core.errors import ConfigError, PluginError, UserError
+from alignprop_core.registry.local import LocalReward, split_file_name
+
+STATE = "state.json"
+"""The file of a checkpoint that makes a folder one."""
+
+_MAY_DIFFER = {
+    "output",
+    "save",
+    "samples",
+    "evaluation",
+    "guards",
+    "training.steps",
+    "training.device",
+    "training.trackers",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "backprop.sample_batch_size",
+    "backprop.decode_batch_size",
+}
+"""What a resumed run may change: sections and keys that do not touch what is trained."""
+
+_ISOLATION = re.compile(r"rewards\.\d+\.isolation\.\w+")
+"""And where an isolated reward's environment lies, and what its worker may take: an environment may be moved."""
+
+_SHOWN = 40
+_MEND = (
+    "Put it back as it was, or start a new run (lora.init_from goes on from its LoRA). If you mended it and its scores "
+    "mean the same, go on with --edited (from Python: edited=True)."
+)
+
+
+def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> Path:
+    """Return the newest checkpoint of a run folder, or the folder itself if it is a checkpoint.
+
+    Args:
+        where: the run folder or checkpoint.
+        config: of the run that goes on.
+        edited: allow a changed file of a reward.
+
+    Raises:
+        UserError: there is none.
+        ConfigError: its run had another config, with the keys and both values.
+        PluginError: a Python file that it trains on was changed since.
+    """
+    found = [where] if (where / STATE).is_file() else sorted((where / "checkpoints").glob("step-*"))
+    if not found:
+        raise UserError(
+            f"There is no checkpoint in {where}: nothing to resume. Start the run without --resume, or give the folder "
+            "of a run or of one checkpoint."
+        )
+    stored = found[-1].parent.parent / "config.yaml"
+    if stored.is_file():
+        _same_run(config, stored)
+    if not edited:
+        _same_files(config, found[-1])
+    return found[-1]
+
+
+def file_checksum(name: str) -> str | None:
+    """Return the SHA-256 of the Python file that a reward's name means; None for other names and missing files."""
+    parts = split_file_name(name)
+    path = None if parts is None else Path(parts[0]).expanduser()
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
+
+
+def class_checksum(given: LocalReward) -> str | None:
+    """Return the SHA-256 of the source of a reward object's class; None where Python does not know it.
+
+    Not of the file: a script that is gone on with is edited to say so.
+    """
+    try:
+        return hashlib.sha256(inspect.getsource(given.kind).encode()).hexdigest()
+    except (OSError, TypeError):  # typed into an interpreter
+        return None
+
+
+def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: RunConfig) -> None:
+    """Raise `PluginError` if a class of a reward object that is trained on was changed since the run began.
+
+    Where a checksum is missing, on either side, nothing can be compared.
+    """
+    before = _environment(checkpoint, "class_sources")
+    for i, term in enumerate(config.rewards):
+        known = before.get(term.name)
+        if known is None or (found := given.get(term.name)) is None or (now := class_checksum(found)) is None:
+            continue
+        if known != now:
+            raise PluginError(
+                f'--resume: rewards.{i}: the class {found.kind.__qualname__} of the object "{term.name}" was changed '
+                f"since the run in {checkpoint.parent.parent} began, so this would be another run. {_MEND}"
+            )
+
+
+def _same_files(config: RunConfig, checkpoint: Path) -> None:
+    here, elsewhere = (_environment(checkpoint, key) for key in ("local_rewards", "isolated_rewards"))
+    for i, term in enumerate(config.rewards):
+        origin = _mapping(elsewhere.get(term.label)).get("from") if term.isolation else here.get(term.name)
+        known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
+        # A file that is gone is said when it is to be run.
+        if known is not None and now is not None and known != now:
+            path = term.name.rpartition(":")[0]
+            raise PluginError(
+                f"--resume: rewards.{i}.name: {path} was changed since the run in {checkpoint.parent.parent} began, so "
+                f"this would be another run. {_MEND}"
+            )
+
+
+def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
+    """Return a table of the environment.json of a checkpoint's run; empty where it lies in none that has it."""
+    return _mapping(read_table(checkpoint.parent.parent / "environment.json").get(key))
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _same_run(config: RunConfig, stored: Path) -> None:
+    before, _ = read_yaml(stored.read_text(encoding="utf-8"), str(stored))
+    differing = [
+        f"{key} (was {_shown(old)}, is {_shown(new)})"
+        for key, old, new in _differences(before, config.model_dump(mode="json"))
+        if not (_MAY_DIFFER & {key, key.partition(".")[0]} or _ISOLATION.fullmatch(key))
+    ]
+    if differing:
+        several = len(differing) > 1
+        raise ConfigError(
+            f"--resume: {', '.join(differing)} {'differ' if several else 'differs'} from the run in {stored.parent}, "
+            f"so this would be another run. Put {'them' if several else 'it'} back, or start a new run "
+            "(lora.init_from goes on from its LoRA)."
+        )
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted keys in which two configs differ, with both values; a key that is missing counts as null."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        parts = [(str(name), old.get(name), new.get(name)) for name in sorted(old.keys() | new.keys(), key=str)]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        parts = [(str(i), one, other) for i, (one, other) in enumerate(zip(old, new, strict=True))]
+    else:
+        if old != new:
+            yield key, old, new
+        return
+    for name, one, other in parts:
+        yield from _differences(one, other, f"{key}.{name}" if key else name)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return f"a list of {len(value)}"
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."
