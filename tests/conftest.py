@@ -1,4 +1,4 @@
-"""Fixtures every test may use. Where a test is no place for a fixture: `from tests.tiny import tiny_sd`."""
+"""Fixtures every test may use. Where a test is no place for a fixture: `from tests.support.tiny import tiny_sd`."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ENVIRONMENTS = ("test_distributions.py", "test_fresh_installs.py")
 
 @pytest.fixture(scope="session")
 def tiny_sd() -> Callable[..., StableDiffusionPipeline]:
-    """The builder of tests.tiny; imported late, so that tests without torch stay quick."""
-    from tests.tiny import tiny_sd
+    """The builder of tests.support.tiny; imported late, so that tests without torch stay quick."""
+    from tests.support.tiny import tiny_sd
 
     return tiny_sd
 
@@ -35,7 +35,7 @@ def tiny_model(tiny_sd: Callable[..., StableDiffusionPipeline], tmp_path_factory
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The wheel of the core or of a plugin by its distribution's name; built once for all processes of the tests."""
-    from tests.fresh import shared_wheel
+    from tests.support.fresh import shared_wheel
 
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "wheels-of-ours"

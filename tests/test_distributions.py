@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.fresh import PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
+from tests.support.fresh import PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
 
 CORE = "alignprop-core"
 OURS = [CORE, *PLUGINS]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.fresh import ROOT, FreshEnvironment, build_wheel
+from tests.support.fresh import ROOT, FreshEnvironment, build_wheel
 
 EXAMPLES = sorted((ROOT / "examples" / "plugins").iterdir())
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

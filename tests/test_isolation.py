@@ -500,7 +500,7 @@ def wait_for(true: Callable[[], bool], seconds: float) -> None:
 
 def test_a_worker_needs_no_heavy_package(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
     """Core and a plugin by wheel, and of everybody else's packages only what a worker needs and torch needs itself."""
-    from tests.fresh import FreshEnvironment
+    from tests.support.fresh import FreshEnvironment
 
     environment = FreshEnvironment(tmp_path / "light")
     kept = needed_by("torch", "pydantic", "pluggy", "packaging", "safetensors", "pillow", "pip")  # pillow: the plugin's

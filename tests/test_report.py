@@ -37,7 +37,7 @@ from alignprop_core.reward import ImageBatch
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
-from tests.toy_rewards import Crashes, Redness, registry
+from tests.support.toy_rewards import Crashes, Redness, registry
 
 EVIL = "<script>alert(1)</script> \"two\" 'owls' & </title></style>-->"
 VOID = {"meta", "img", "br"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from alignprop_core.config import RunConfig
+from alignprop_core import RunConfig
 
 ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / "build" / "bench" / "bin" / "python"

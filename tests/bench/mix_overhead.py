@@ -31,7 +31,7 @@ from alignprop_core.config.rewards import MixConfig
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.training.trainer import Trainer
-from tests.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 MODES = {
     "sum": MixConfig(),

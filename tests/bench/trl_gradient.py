@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: CPU only, and threads that sleep while they wait, so that a busy machine stays fair.
+# Before torch is imported: CPU only, and threads that sleep while they wait.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -319,7 +319,7 @@ def report(rows: Sequence[Row], saturated: float, model: str, settings: Settings
             "`set_alpha_to_one`. alignprop and diffusers follow the scheduler config. Stable Diffusion 1.5 sets "
             f"it to false, so nothing differs there; `{model}` sets it to true, and its pixels differ by up to "
             f"{max(row.own.pixels for row in rows):.3f} ({max(row.same_end.pixels for row in rows):.0e} with the same "
-            "last step). A reward with a rough gradient, such as `jpeg_compressibility`, notices.",
+            "last step). A reward whose gradient changes quickly, such as `jpeg_compressibility`, shows the difference.",
             "- **Clipping.** TRL clamps pixels to [0, 1], so a saturated pixel has no gradient. alignprop passes the "
             f"gradient straight through. Here {100 * saturated:.1f}% of the values are saturated. `smooth_redness` has "
             "no gradient at 0 and at 1, so clipping does not change its result.",

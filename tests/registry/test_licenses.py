@@ -15,7 +15,7 @@ from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import WeightsFile, WeightsSpec
 from alignprop_core.testing.fixtures import temporary_plugin  # noqa: F401
 from alignprop_core.weights import find_weights
-from tests.fake_plugins import CONFIG, HEAD, REWARD, reward_spec, rewards_hook
+from tests.support.fake_plugins import CONFIG, HEAD, REWARD, reward_spec, rewards_hook
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from alignprop_core.training.heldout import subject_of
 from alignprop_core.training.resume import find_checkpoint
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
-from tests.toy_rewards import registry
-from tests.toy_runs import adapters, changed, metrics, toy_data
+from tests.support.toy_rewards import registry
+from tests.support.toy_runs import adapters, changed, metrics, toy_data
 
 SMALL = {"name": "redness", "label": "small", "options": {"gain": -1.0}}
 NEW = "evaluations are not compared with those before the resume"

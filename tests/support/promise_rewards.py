@@ -13,7 +13,7 @@ from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig, RewardSpec
-from tests.promise_options import Drifting, Lenient, Options, Silent
+from tests.support.promise_options import Drifting, Lenient, Options, Silent
 
 
 class HeavyOptions(Options):

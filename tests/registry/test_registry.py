@@ -15,7 +15,7 @@ from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry.discovery import PluginRecord
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
-from tests.fake_plugins import HEAD, install, reward_spec, rewards_hook
+from tests.support.fake_plugins import HEAD, install, reward_spec, rewards_hook
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from alignprop_core import lora
 from alignprop_core.errors import LoraError, OutputError
 from alignprop_core.lora.formats import flatten_name, unflatten_name
 from alignprop_core.lora.layers import adaptable
-from tests.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 SCALES = [
     pytest.param({"rank": 4}, id="alpha-is-rank"),

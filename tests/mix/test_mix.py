@@ -18,7 +18,7 @@ from alignprop_core.mix.mix import Direction, Mix
 from alignprop_core.mix.running import Running
 from alignprop_core.mix.term import Term
 from alignprop_core.reward import ImageBatch, Reward
-from tests.toy_rewards import BatchMean, NoGradient, Redness, RednessConfig
+from tests.support.toy_rewards import BatchMean, NoGradient, Redness, RednessConfig
 
 
 class Contrast(Reward):

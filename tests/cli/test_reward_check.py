@@ -12,7 +12,7 @@ from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import CHECKS
 from alignprop_core.testing.fixtures import isolated_registry  # noqa: F401
-from tests.promise_rewards import BREAKERS, GOOD, hook_of
+from tests.support.promise_rewards import BREAKERS, GOOD, hook_of
 
 Use = Callable[[RewardSpec], Registry]
 

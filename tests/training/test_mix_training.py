@@ -21,8 +21,9 @@ from alignprop_core.reward import ImageBatch
 from alignprop_core.training.callbacks import ProgressBar
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
-from tests.toy_rewards import Redness, registry
-from tests.toy_runs import adapters, changed, metrics, toy_data
+from tests.support import ROOT
+from tests.support.toy_rewards import Redness, registry
+from tests.support.toy_runs import adapters, changed, metrics, toy_data
 
 
 class Shade(Redness):
@@ -120,7 +121,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_pat
         "from alignprop_core.training.trainer import Trainer\n"
         "from alignprop_core.training.run import run\n"
         "from tests.test_mix_training import Shade\n"
-        "from tests.toy_rewards import registry\n"
+        "from tests.support.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry(), rewards={'shade': Shade()})\n"
         "assert trainer.state.num_processes == 2\n"
@@ -130,7 +131,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_pat
         "dist.all_gather_object(states, trainer.mix.state())\n"
         "assert states[0] == states[1], states\n"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
         check=True,

@@ -260,7 +260,7 @@ class Config(RewardConfig):
 
 @pytest.fixture
 def places(data: dict[str, Any], config: Callable[..., Path], tmp_path: Path) -> dict[str, str]:
-    from tests.fake_plugins import install
+    from tests.support.fake_plugins import install
 
     install(tmp_path / "site", "fake-seen", PLUGIN)
     (tmp_path / "site" / "fake_seen" / "config.py").write_text(PLUGIN_CONFIG)

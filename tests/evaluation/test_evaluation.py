@@ -26,7 +26,7 @@ from alignprop_core.evaluation.statistics import paired, summary, t_quantile
 from alignprop_core.mix.offload import Offload
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
-from tests.toy_rewards import Redness
+from tests.support.toy_rewards import Redness
 
 
 def test_t_quantiles_match_the_published_table() -> None:

@@ -31,7 +31,7 @@ from alignprop_core.specs import RewardConfig
 from alignprop_core.training.trainer import Trainer
 from alignprop_core.training.trial import score_advice, try_local
 from alignprop_core.validation import InvalidConfig
-from tests.toy_rewards import NoGradient, Redness, RednessConfig, registry
+from tests.support.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
 FILE = '''\
 """Rewards of mine."""
@@ -409,7 +409,7 @@ def test_an_object_trains_under_its_name(folder: Path, data: Callable[..., dict[
     assert first["terms"]["mine"]["weighted"] == pytest.approx(0.5 * first["terms"]["mine"]["raw"])
     assert first["terms"]["mine"]["raw"] == pytest.approx(4 * first["terms"]["more"]["raw"])
     origin = json.loads((run / "environment.json").read_text())["local_rewards"]["mine"]
-    assert origin == {"module": "tests.toy_rewards", "class": "Redness"}
+    assert origin == {"module": "tests.support.toy_rewards", "class": "Redness"}
     again = {"mine": Redness(RednessConfig(gain=4.0)), "more": Redness()}
     train(run / "config.yaml", ["training.steps=3"], registry=registry(), rewards=again, resume=run)
     with pytest.raises(InvalidConfig, match=r"rewards\.0\.options\.gain: .*there it is 1\.0"):
@@ -497,7 +497,7 @@ def test_a_run_on_objects_says_at_the_command_line_what_to_do(
     (folder / "run.yaml").write_text(yaml.safe_dump({**data(), "rewards": [{"name": "mine"}]}))
     made = train(folder / "run.yaml", registry=registry(), rewards={"mine": Redness()})
     words = [
-        'rewards.0.name: "mine" was an object passed from Python (class Redness of module tests.toy_rewards)',
+        'rewards.0.name: "mine" was an object passed from Python (class Redness of module tests.support.toy_rewards)',
         f'alignprop_core.train("{made / "config.yaml"}", rewards={{"mine": ...}})',
         f'resume=Path("{made}")',
         "./my_rewards.py:Redness",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from tests.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 
 def draw(pipeline: StableDiffusionPipeline, prompt: str = "a red cat") -> torch.Tensor:

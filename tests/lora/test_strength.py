@@ -19,7 +19,7 @@ from alignprop_core.errors import LoraError
 from alignprop_core.evaluation.plot import Panel, draw, ticks
 from alignprop_core.lora.formats import Factors
 from alignprop_core.lora.merging import truncated
-from tests.tiny import tiny_sd
+from tests.support.tiny import tiny_sd
 
 
 def make_lora(folder: Path, *, rank: int = 4, seed: int = 5, targets: list[str] | None = None, **options: Any) -> Path:

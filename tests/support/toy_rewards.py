@@ -89,8 +89,8 @@ def alignprop_register_rewards() -> list[RewardSpec]:
         RewardSpec(
             name=name,
             summary="For tests.",
-            factory=f"tests.toy_rewards:{kind.__name__}",
-            config="tests.toy_rewards:RednessConfig",
+            factory=f"tests.support.toy_rewards:{kind.__name__}",
+            config="tests.support.toy_rewards:RednessConfig",
             evaluate_with="red_share" if name == "redness" else (),
         )
         for name, kind in CLASSES.items()
@@ -98,8 +98,8 @@ def alignprop_register_rewards() -> list[RewardSpec]:
     measure = RewardSpec(
         name="red_share",
         summary="For tests.",
-        factory="tests.toy_rewards:RedShare",
-        config="tests.toy_rewards:RednessConfig",
+        factory="tests.support.toy_rewards:RedShare",
+        config="tests.support.toy_rewards:RednessConfig",
         differentiable=False,
     )
     return [*specs, measure]

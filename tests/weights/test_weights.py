@@ -33,7 +33,8 @@ from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig, RewardSpec, WeightsFile, WeightsSpec
 from alignprop_core.training.preflight import check_weights
 from alignprop_core.weights import find_weights, load_state_dict, parse_hub_file, read_header
-from tests.fake_plugins import install, reward_spec, rewards_hook
+from tests.support import ROOT
+from tests.support.fake_plugins import install, reward_spec, rewards_hook
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 4096 * 3  # 3 MiB
@@ -546,7 +547,7 @@ def fetcher(hub: Hub, tmp_path: Path) -> Fetcher:
         tmp_path,
         {
             **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "ALIGNPROP_"))},
-            "PYTHONPATH": f"{site}:{Path(__file__).parents[1]}",
+            "PYTHONPATH": f"{site}:{ROOT}",
             "ALIGNPROP_PLUGINS": "fake-red",
             "HF_ENDPOINT": hub.url,
             "HF_HOME": str(tmp_path / "home"),

@@ -15,10 +15,11 @@ from alignprop_core.evaluation.diversity import diversity, encoder_of
 from alignprop_core.mix.load import load_terms
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.training.run import train
+from tests.support import ROOT
 
 pytest.importorskip("alignprop_starter")
 
-PICTURES = str(Path(__file__).parents[1] / "examples" / "reference_pictures")
+PICTURES = str(ROOT / "examples" / "reference_pictures")
 REWARDS: dict[str, dict[str, Any]] = {
     "aesthetic": {},
     "clip_score": {},

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.errors import ModelError
 from alignprop_core.registry.registry import Registry
-from tests.single_file import single_file_weights
+from tests.support.single_file import single_file_weights
 
 NETWORKS = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 COUNTS = {"text_encoder": 36, "unet": 208, "vae": 180}

@@ -1,4 +1,4 @@
-"""Options of the rewards in tests.promise_rewards: without torch, as they should be."""
+"""Options of the rewards in tests.support.promise_rewards: without torch, as they should be."""
 
 from __future__ import annotations
 

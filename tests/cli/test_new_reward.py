@@ -13,7 +13,7 @@ import pytest
 
 from alignprop_core import __version__, cli
 from alignprop_core.cli.scaffold import LICENSES, render, reward_project
-from tests.fresh import ROOT, FreshEnvironment, build_wheel
+from tests.support.fresh import ROOT, FreshEnvironment, build_wheel
 
 COMBINATIONS = list(product((False, True), (False, True), LICENSES))
 QUICK = {(False, False, "Apache-2.0"), (True, True, "MIT")}
@@ -92,7 +92,7 @@ def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
         "src/alignprop_warm_colours/__init__.py", "src/alignprop_warm_colours/config.py",
         "src/alignprop_warm_colours/reward.py", "src/alignprop_warm_colours/py.typed",
         "src/alignprop_warm_colours/weights/example.safetensors",
-        "tests/test_conformance.py", "tests/test_reward.py",
+        "tests/testing/test_conformance.py", "tests/test_reward.py",
     }  # fmt: skip
     facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
     assert facts["license"] == "MIT"

@@ -22,7 +22,7 @@ from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig
-from tests.fake_plugins import install, reward_spec, rewards_hook
+from tests.support.fake_plugins import install, reward_spec, rewards_hook
 
 
 @pytest.fixture

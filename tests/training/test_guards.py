@@ -32,8 +32,9 @@ from alignprop_core.training.measures import Measures
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
 from tests import toy_rewards
-from tests.toy_rewards import NotANumber, Redness
-from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
+from tests.support import ROOT
+from tests.support.toy_rewards import NotANumber, Redness
+from tests.support.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
 class Moody(Redness):
@@ -59,7 +60,7 @@ class Plugin:
                 name="moody",
                 summary="For tests.",
                 factory="tests.test_guards:Moody",
-                config="tests.toy_rewards:RednessConfig",
+                config="tests.support.toy_rewards:RednessConfig",
             )
         ]
 
@@ -538,7 +539,7 @@ def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: P
         "run(trainer)\n"
         "assert trainer.step_number == 2, trainer.step_number\n"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
         check=True,

@@ -22,7 +22,7 @@ from filelock import FileLock
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").is_file())
 _OURS = re.compile(r"(_*editable_*)?_*(impl_)?alignprop", re.IGNORECASE)
 _PIP = """\

@@ -23,8 +23,9 @@ from alignprop_core.errors import AlignpropError, ConfigError, OutputError, Rewa
 from alignprop_core.training.gradient import choose_prompts
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
-from tests.toy_rewards import Crashes, registry
-from tests.toy_runs import Interrupt, adapters, changed, metrics, toy_data
+from tests.support import ROOT
+from tests.support.toy_rewards import Crashes, registry
+from tests.support.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
 @pytest.fixture
@@ -245,7 +246,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
         "from alignprop_core.config.sections import RunConfig\n"
         "from alignprop_core.runs.folder import RunFolder\n"
         "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
-        "from tests.toy_rewards import registry\n"
+        "from tests.support.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "check = RunFolder.check_free\n"
         "def late(*a, **k):  # one process looks at the folder when the other has long been ready to make it\n"
@@ -256,7 +257,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
         "assert trainer.state.num_processes == 2\n"
         "run(trainer)\n"
     )
-    root = Path(__file__).parents[1]
+    root = ROOT
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
         check=True,

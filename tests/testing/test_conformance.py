@@ -26,8 +26,8 @@ from alignprop_core.testing.fixtures import (  # noqa: F401
     two_step_run,
 )
 from alignprop_core.testing.suite import judge
-from tests.fake_plugins import CONFIG, REWARD, install, reward_spec, rewards_hook
-from tests.promise_rewards import BREAKERS, GOOD, registry_of
+from tests.support.fake_plugins import CONFIG, REWARD, install, reward_spec, rewards_hook
+from tests.support.promise_rewards import BREAKERS, GOOD, registry_of
 
 BROKEN = [
     pytest.param(check, spec, words, id=f"{check}-{i}")

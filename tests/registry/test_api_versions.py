@@ -13,7 +13,7 @@ from alignprop_core.registry.discovery import PluginRecord
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing.fixtures import temporary_plugin  # noqa: F401
-from tests.fake_plugins import CONFIG, REWARD, reward_spec, rewards_hook
+from tests.support.fake_plugins import CONFIG, REWARD, reward_spec, rewards_hook
 
 Install = Callable[..., str]
 
