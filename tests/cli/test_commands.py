@@ -29,7 +29,7 @@ from alignprop_core.specs import WeightsSpec
 from alignprop_core.training.resume import find_checkpoint
 from alignprop_core.training.run import train
 from alignprop_core.training.trainer import Trainer
-from tests import toy_rewards
+from tests.support import toy_rewards
 
 pytest.importorskip("alignprop_jpeg", reason="the commands are tried with real rewards")
 

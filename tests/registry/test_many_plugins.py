@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.test_registry import BROKEN
 
+from tests.registry.test_registry import BROKEN
 from tests.support.fake_plugins import install, reward_spec, rewards_hook
 
 # The ways a plugin can be broken that test_registry has not: they load, or are found out only when they are named.

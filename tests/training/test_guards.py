@@ -31,8 +31,7 @@ from alignprop_core.training.guards import HeldOutGuard, StepGuard
 from alignprop_core.training.measures import Measures
 from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
-from tests import toy_rewards
-from tests.support import ROOT
+from tests.support import ROOT, toy_rewards
 from tests.support.toy_rewards import NotANumber, Redness
 from tests.support.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
