@@ -1,4 +1,4 @@
-"""The aesthetic reward: the published formula in float64, both key styles, wrong heads, and a reward's promises."""
+"""The aesthetic reward: the published formula in float64, all key styles, invalid heads, scores and gradients."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from alignprop_aesthetic.config import HEAD_WEIGHTS, AestheticConfig
 from alignprop_aesthetic.head import WIDTHS, read_head
 from alignprop_aesthetic.reward import Aesthetic
 from alignprop_clip.testing import CLIP, random_state, tiny_network, write_tiny_clip
+from alignprop_clip.testing import random_batch as batch
 from alignprop_core.errors import WeightsError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, check_scores
 from alignprop_core.specs import WeightsSpec
 
@@ -34,7 +35,7 @@ SMALL = (CLIP["embed_dim"], 24, 12, 8, 6, 1)
 def head_state(
     widths: tuple[int, ...] = WIDTHS, numbers: tuple[int, ...] = LINEAR, prefix: str = ""
 ) -> dict[str, Tensor]:
-    """Random weights as the author's file names them, large enough for the layers to matter."""
+    """Random weights under the author's keys, large enough for every layer to change the result."""
     generator = torch.Generator().manual_seed(0)
     state = {}
     for number, (inside, outside) in zip(numbers, pairwise(widths), strict=True):
@@ -45,7 +46,7 @@ def head_state(
 
 
 def published_formula(embedding: Tensor, state: dict[str, Tensor], *, relu: bool = False) -> Tensor:
-    """LAION's predictor in float64: normalise, then layer after layer (dropout is the identity)."""
+    """LAION's predictor in float64: normalize, then layer by layer (dropout is the identity)."""
     x = embedding.double()
     x = x / x.norm(dim=-1, keepdim=True)
     numbers = sorted({int(key.split(".")[-2]) for key in state})
@@ -59,7 +60,7 @@ def published_formula(embedding: Tensor, state: dict[str, Tensor], *, relu: bool
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP model, and a head for it that says so."""
+    """A tiny CLIP model, and a head whose header names it."""
     folder = tmp_path_factory.mktemp("aesthetic")
     write_tiny_clip(folder / "clip.safetensors", dtype=torch.float32)
     save_file(head_state(SMALL), folder / "head.safetensors", metadata={"config": '{"clip": "starter"}'})
@@ -77,12 +78,7 @@ def build(folder: Path) -> Callable[..., Aesthetic]:
     return build
 
 
-def batch(size: int = 4, height: int = 48, width: int = 70, dtype: torch.dtype = torch.float32) -> ImageBatch:
-    images = torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ImageBatch(images=images.to(dtype))
-
-
-def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
+def test_the_plugin_is_discovered_and_its_specs_load_without_torch() -> None:
     assert "alignprop_aesthetic" in {point.value for point in entry_points(group="alignprop")}
     code = (
         "import sys, alignprop_aesthetic, alignprop_aesthetic.config\n"
@@ -97,7 +93,7 @@ def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
     assert all(field.description for field in AestheticConfig.model_fields.values())
 
 
-def test_image_features_are_the_embeddings_the_head_rates(build: Callable[..., Aesthetic]) -> None:
+def test_image_features_are_the_inputs_of_the_head(build: Callable[..., Aesthetic]) -> None:
     reward = build()
     features = reward.image_features(batch().images)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
@@ -106,7 +102,7 @@ def test_image_features_are_the_embeddings_the_head_rates(build: Callable[..., A
 
 @pytest.mark.parametrize("prefix", ["", "mlp.", "module.", "model.module."])
 @pytest.mark.parametrize("nested", [False, True])
-def test_a_real_size_head_gives_the_published_formula(tmp_path: Path, prefix: str, nested: bool) -> None:
+def test_a_full_size_head_computes_the_published_formula(tmp_path: Path, prefix: str, nested: bool) -> None:
     from alignprop_core.weights import load_state_dict
 
     state = head_state(prefix=prefix)
@@ -118,7 +114,7 @@ def test_a_real_size_head_gives_the_published_formula(tmp_path: Path, prefix: st
     assert published_formula(embedding, state).std() > 0.1
 
 
-def test_a_head_without_layers_in_its_names(tmp_path: Path) -> None:
+def test_a_head_without_the_prefix_layers_in_its_keys(tmp_path: Path) -> None:
     state = {key.removeprefix("layers."): value for key, value in head_state().items()}
     unit = torch.nn.functional.normalize(torch.randn(5, 768), dim=-1)
     assert torch.equal(read_head(state, "x", "none")(unit), read_head(head_state(), "x", "none")(unit))
@@ -128,24 +124,24 @@ def test_the_head_with_relu() -> None:
     state = head_state(numbers=RELU)
     embedding = torch.randn(50, 768, generator=torch.Generator().manual_seed(1))
     unit = torch.nn.functional.normalize(embedding, dim=-1)
-    wanted = published_formula(embedding, state, relu=True)
-    torch.testing.assert_close(read_head(state, "x", "relu")(unit).double(), wanted, rtol=1e-5, atol=1e-5)
-    assert (published_formula(embedding, state) - wanted).abs().max() > 0.1
+    expected = published_formula(embedding, state, relu=True)
+    torch.testing.assert_close(read_head(state, "x", "relu")(unit).double(), expected, rtol=1e-5, atol=1e-5)
+    assert (published_formula(embedding, state) - expected).abs().max() > 0.1
     with pytest.raises(WeightsError, match=r"x is a head with ReLU .*: set the option activation: relu"):
         read_head(state, "x", "none")
     with pytest.raises(WeightsError, match=r"x is a head without ReLU .*: set the option activation: none"):
         read_head(head_state(), "x", "relu")
 
 
-def test_the_linear_head_is_affine_so_it_never_levels_off() -> None:
-    """What the README warns of: along any direction the score changes at one rate, everywhere."""
+def test_the_linear_head_is_affine_so_it_never_saturates() -> None:
+    """The reason for the warning in the README: the slope of the score is constant along any direction."""
     head = read_head(head_state(), "x", "none").double()
     points = torch.randn(2, 768, dtype=torch.float64)
     middle = head(points.mean(0, keepdim=True))
     torch.testing.assert_close(middle, head(points).mean(0, keepdim=True), rtol=1e-9, atol=1e-9)
 
 
-def test_the_reward_is_the_formula_on_open_clips_own_embedding(folder: Path, build: Callable[..., Aesthetic]) -> None:
+def test_the_reward_is_the_formula_on_open_clips_embedding(folder: Path, build: Callable[..., Aesthetic]) -> None:
     from alignprop_clip.checkpoint import to_open_clip
     from alignprop_core.weights import load_state_dict
 
@@ -154,25 +150,25 @@ def test_the_reward_is_the_formula_on_open_clips_own_embedding(folder: Path, bui
     reward = build()
     with torch.no_grad():
         embedding = network.encode_image(reward.encoder.preprocess(batch().images))  # type: ignore[operator]
-    wanted = published_formula(embedding, head_state(SMALL))
-    torch.testing.assert_close(reward.score(batch()).double(), wanted, rtol=1e-5, atol=1e-5)
-    assert wanted.std() > 0.02
+    expected = published_formula(embedding, head_state(SMALL))
+    torch.testing.assert_close(reward.score(batch()).double(), expected, rtol=1e-5, atol=1e-5)
+    assert expected.std() > 0.02
 
 
-def test_the_default_tower_is_openais_with_its_activation(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_the_default_clip_model_is_openais_with_quick_gelu(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     import alignprop_aesthetic.reward as module
 
     seen: list[Any] = []
 
-    class StopHereError(Exception):
+    class StopError(Exception):
         pass
 
     def load_clip(path: Path, architecture: Any, **options: Any) -> Any:
         seen.append((path, architecture, options))
-        raise StopHereError
+        raise StopError
 
     monkeypatch.setattr(module, "load_clip", load_clip)
-    with pytest.raises(StopHereError):
+    with pytest.raises(StopError):
         Aesthetic(
             AestheticConfig(weights=str(folder / "head.safetensors"), clip_weights=str(folder / "clip.safetensors"))
         )
@@ -202,7 +198,9 @@ def test_the_gradient_reaches_every_pixel_and_is_the_derivative(
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])
-def test_a_samples_score_is_its_own_and_inputs_stay(size: int, build: Callable[..., Aesthetic]) -> None:
+def test_scores_are_independent_of_the_batch_and_inputs_are_not_modified(
+    size: int, build: Callable[..., Aesthetic]
+) -> None:
     reward, given = build(), batch(size)
     kept = given.images.clone()
     together = check_scores("aesthetic", reward.score(given), size, differentiable=False)
@@ -212,7 +210,7 @@ def test_a_samples_score_is_its_own_and_inputs_stay(size: int, build: Callable[.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_images_score_in_float32_whatever_autocast_says(
+def test_half_precision_images_score_in_float32_also_under_autocast(
     dtype: torch.dtype, build: Callable[..., Aesthetic]
 ) -> None:
     images = batch(dtype=dtype).images.requires_grad_()
@@ -238,17 +236,20 @@ def test_any_size_and_aspect(shape: tuple[int, int], build: Callable[..., Aesthe
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (head_state((512, 1024, 128, 64, 16, 1)), r"has sizes 512-1024-128-64-16-1; LAION's on ViT-L/14 has 768-1024"),
+        (
+            head_state((512, 1024, 128, 64, 16, 1)),
+            r"has sizes 512-1024-128-64-16-1; LAION's head for ViT-L/14 has 768-1024",
+        ),
         ({**head_state(), "layers.2.weight": torch.zeros(128, 99)}, "do not fit each other"),
         ({**head_state(), "layers.7.bias": torch.zeros(2)}, "do not fit each other"),
         ({k: v for k, v in head_state().items() if k != "layers.4.bias"}, "without 4.bias"),
-        ({k: v for k, v in head_state().items() if ".7." not in k}, "its layers are 0, 2, 4, 6; heads have"),
-        ({"visual.proj": torch.zeros(2)}, "is no aesthetic head: it holds visual.proj"),
-        ({**head_state(), "other.layers.0.weight": torch.zeros(2)}, "is no aesthetic head"),
-        ({"epoch": 3}, "it holds no tensors"),
+        ({k: v for k, v in head_state().items() if ".7." not in k}, "its layers are 0, 2, 4, 6; expected"),
+        ({"visual.proj": torch.zeros(2)}, "is not an aesthetic head: it contains visual.proj"),
+        ({**head_state(), "other.layers.0.weight": torch.zeros(2)}, "is not an aesthetic head"),
+        ({"epoch": 3}, "it contains no tensors"),
     ],
 )
-def test_a_wrong_head_is_one_clear_error(tmp_path: Path, state: dict[str, Any], message: str, folder: Path) -> None:
+def test_an_invalid_head_is_one_clear_error(tmp_path: Path, state: dict[str, Any], message: str, folder: Path) -> None:
     torch.save(state, tmp_path / "wrong.pth")
     with pytest.raises(WeightsError, match=message) as caught:
         Aesthetic(AestheticConfig(weights=str(tmp_path / "wrong.pth"), clip_weights=str(folder / "clip.safetensors")))
@@ -258,14 +259,17 @@ def test_a_wrong_head_is_one_clear_error(tmp_path: Path, state: dict[str, Any], 
 def test_a_head_for_another_clip_model_is_one_clear_error(tmp_path: Path, folder: Path) -> None:
     save_file(head_state((20, *SMALL[1:])), tmp_path / "h.safetensors", metadata={"config": '{"clip": "starter"}'})
     with pytest.raises(
-        WeightsError, match=r"h\.safetensors rates embeddings of 20 numbers, the CLIP model .* gives 16"
+        WeightsError,
+        match=r"h\.safetensors takes embeddings of size 20, but the CLIP model .* returns size 16\. Set weights and",
     ):
         Aesthetic(
             AestheticConfig(weights=str(tmp_path / "h.safetensors"), clip_weights=str(folder / "clip.safetensors"))
         )
 
 
-def test_a_pickled_head_is_refused_and_a_missing_one_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_head_is_refused_and_a_missing_head_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.save(torch.nn.Sequential(torch.nn.Linear(2, 1)), tmp_path / "pickled.pth")
     with pytest.raises(WeightsError, match="would need unpickling"):
         Aesthetic(AestheticConfig(weights=str(tmp_path / "pickled.pth")))
@@ -278,8 +282,8 @@ def test_a_pickled_head_is_refused_and_a_missing_one_named(tmp_path: Path, monke
     with pytest.raises(WeightsError, match=r"openai/clip-vit-large-patch14.* `alignprop rewards fetch aesthetic`"):
         Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth")))
     for clip, command in (("default", "aesthetic"), ("hub:some/clip/model.pt", "hub:some/clip/model.pt")):
-        wanted = rf'of reward "aesthetic" are not .*rewards fetch {command}`.* the option clip_weights: PATH'
-        with pytest.raises(WeightsError, match=wanted):
+        message = rf'of reward "aesthetic" are not .*rewards fetch {command}`.* the option clip_weights: PATH'
+        with pytest.raises(WeightsError, match=message):
             Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth"), clip_weights=clip))
     with pytest.raises(WeightsError, match=r'"nothing".*The option clip_weights takes "default"'):
         Aesthetic(AestheticConfig(weights=str(tmp_path / "head.pth"), clip_weights="nothing"))
@@ -293,7 +297,7 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
         AestheticConfig.model_validate(options)
 
 
-def test_a_starter_head_brings_its_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_starter_head_selects_its_clip_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tiny_starter_head"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -323,7 +327,7 @@ def test_a_starter_head_brings_its_tower(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_full_size_reward_reaches_the_pixels(precision: Any, tmp_path: Path) -> None:
     from alignprop_clip.architecture import Architecture
 
-    torch.save(random_state(Architecture.named("ViT-L-14", quick_gelu=True)), tmp_path / "clip.pt")
+    torch.save(random_state(Architecture.from_name("ViT-L-14", quick_gelu=True)), tmp_path / "clip.pt")
     torch.save(head_state(), tmp_path / "head.pth")
     options = {"weights": str(tmp_path / "head.pth"), "clip_weights": str(tmp_path / "clip.pt"), "precision": precision}
     reward = Aesthetic(AestheticConfig(**options)).freeze().cuda()

@@ -1,4 +1,4 @@
-"""The reward keeps alignprop's promises; a tiny model and a tiny head with random weights."""
+"""The reward passes the conformance checks, with a tiny model and a tiny head of random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 class TestAesthetic(RewardConformance):
     reward = "aesthetic"
-    skip = {"range": "random weights say nothing of the usual range"}  # noqa: RUF012
+    skip = {"range": "random weights do not score in the typical range"}  # noqa: RUF012
 
     @pytest.fixture
     def reward_options(self, folder: Path) -> dict[str, Any]:

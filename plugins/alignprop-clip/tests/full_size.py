@@ -1,4 +1,4 @@
-"""Seconds and memory of full-size CLIP models with random weights, forward and backward to the pixels, on a GPU.
+"""Benchmark full-size CLIP models with random weights: seconds and memory of forward and backward passes on a GPU.
 
 python plugins/alignprop-clip/tests/full_size.py --output docs/results/clip_full_size.md
 """
@@ -15,16 +15,15 @@ import torch
 
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.encoder import Precision, load_clip
-from alignprop_clip.testing import random_state
+from alignprop_clip.testing import PROMPTS, random_state
 
 MODELS = {"ViT-L-14": "clip_score, aesthetic", "ViT-H-14": "hpsv2, pickscore"}
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
-PROMPTS = ["three foxes on a blue background", "a cat", "", "two dogs"]
 
 
 def measure(path: Path, name: str, precision: Precision, device: str, size: int, repeats: int) -> dict[str, Any]:
-    """Time a batch of four; the first, which pays for compiling kernels and embedding prompts, is left out."""
-    encoder = load_clip(path, Architecture.named(name), precision=precision).to(device)
+    """Time a batch of four; the first pass, which compiles kernels and embeds the prompts, is not counted."""
+    encoder = load_clip(path, Architecture.from_name(name), precision=precision).to(device)
     seconds = []
     cuda = device == "cuda"
     for _ in range(repeats + 1):
@@ -61,23 +60,23 @@ def main() -> None:
     lines = [
         "# CLIP rewards at full size",
         "",
-        f"Random weights, four pictures of {options.size} px, forward and backward to the pixels, on {where}, "
+        f"Random weights, four images of {options.size} px, forward and backward to the pixels, on {where}, "
         f"torch {torch.__version__}; the median of {options.repeats}. Every gradient is finite and not zero.",
         "",
         f"    python plugins/alignprop-clip/tests/full_size.py --output {options.output}",
         "",
-        "| model | rewards | precision | seconds | peak GiB | of it weights | mean gradient |",
+        "| model | rewards | precision | seconds | peak GiB | weights GiB | mean gradient |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     with TemporaryDirectory() as folder:
         for name in options.models:
             path = Path(folder) / "clip.pt"
-            torch.save(random_state(Architecture.named(name)), path)
+            torch.save(random_state(Architecture.from_name(name)), path)
             for precision in PRECISIONS:
-                found = measure(path, name, precision, options.device, options.size, options.repeats)
+                result = measure(path, name, precision, options.device, options.size, options.repeats)
                 lines.append(
-                    f"| {name} | {MODELS.get(name, '')} | {precision} | {found['seconds']:.3f} | {found['peak']:.1f} | "
-                    f"{found['weights']:.1f} | {found['gradient']:.1e} |"
+                    f"| {name} | {MODELS.get(name, '')} | {precision} | {result['seconds']:.3f} | "
+                    f"{result['peak']:.1f} | {result['weights']:.1f} | {result['gradient']:.1e} |"
                 )
                 print(lines[-1], flush=True)
     options.output.write_text("\n".join(lines) + "\n")

@@ -1,4 +1,4 @@
-"""The four rewards keep alignprop's promises; tiny models with random weights."""
+"""The four rewards pass the conformance checks, with tiny models of random weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from alignprop_clip.testing import write_tiny_clip
 from alignprop_core.testing import RewardConformance, natural_images
 
-RANDOM = {"range": "random weights say nothing of the usual range"}
+RANDOM = {"range": "random weights do not score in the typical range"}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +22,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    for i, picture in enumerate((natural_images(4)[2:] * 255).byte().permute(0, 2, 3, 1)):
-        Image.fromarray(picture.numpy()).save(folder / f"{i}.png")
+    folder = tmp_path_factory.mktemp("images")
+    for i, image in enumerate((natural_images(4)[2:] * 255).byte().permute(0, 2, 3, 1)):
+        Image.fromarray(image.numpy()).save(folder / f"{i}.png")
     return folder
 
 

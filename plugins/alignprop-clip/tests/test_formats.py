@@ -1,4 +1,4 @@
-"""Every file format gives the embeddings of the model that was saved; what is no such file gives one clear error."""
+"""Every file format gives the embeddings of the saved model; any other file gives one clear error."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from alignprop_clip.testing import CLIP, IMAGE_SIZE, PREPROCESS, tiny_network, w
 from alignprop_core.errors import ConfigError, WeightsError
 
 PROMPTS = ["three foxes on a blue background", "a cat", ""]
-SIZES = Preprocess(IMAGE_SIZE, tuple(PREPROCESS["mean"]), tuple(PREPROCESS["std"]))
+PREPARE = Preprocess(IMAGE_SIZE, tuple(PREPROCESS["mean"]), tuple(PREPROCESS["std"]))
 
 
 def tiny(config: dict[str, Any] | None = None) -> Architecture:
-    return Architecture("tiny", config or {**CLIP, "init_logit_bias": 0.0}, SIZES)
+    return Architecture("tiny", config or {**CLIP, "init_logit_bias": 0.0}, PREPARE)
 
 
 def images(size: int = IMAGE_SIZE) -> Tensor:
@@ -38,13 +38,13 @@ def features(encoder: ClipEncoder) -> Tensor:
 
 
 def own_forward(network: nn.Module) -> Tensor:
-    """open_clip's own forward with open_clip's own tokenizer."""
+    """Embeddings from open_clip's forward pass and tokenizer."""
     import open_clip
 
-    x = (images() - torch.tensor(SIZES.mean).view(3, 1, 1)) / torch.tensor(SIZES.std).view(3, 1, 1)
+    x = (images() - torch.tensor(PREPARE.mean).view(3, 1, 1)) / torch.tensor(PREPARE.std).view(3, 1, 1)
     with torch.no_grad():
-        found = network(x, open_clip.tokenize(PROMPTS))
-    return torch.stack(found[:2])
+        output = network(x, open_clip.tokenize(PROMPTS))
+    return torch.stack(output[:2])
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def own_forward(network: nn.Module) -> Tensor:
         *((".safetensors", wrapping) for wrapping in ("plain", "module.", "_orig_mod.")),  # these files are flat
     ],
 )
-def test_an_open_clip_checkpoint_gives_open_clips_own_embeddings(tmp_path: Path, wrapping: str, suffix: str) -> None:
+def test_an_open_clip_checkpoint_gives_open_clip_embeddings(tmp_path: Path, wrapping: str, suffix: str) -> None:
     network = tiny_network()
     state: dict[str, Any] = dict(network.state_dict())
     if wrapping.endswith("."):
@@ -67,12 +67,12 @@ def test_an_open_clip_checkpoint_gives_open_clips_own_embeddings(tmp_path: Path,
     torch.testing.assert_close(features(load_clip(path, tiny())), own_forward(network), rtol=1e-5, atol=1e-6)
 
 
-def test_a_file_that_says_its_architecture_needs_no_other(tmp_path: Path) -> None:
+def test_the_architecture_in_a_files_header_takes_precedence(tmp_path: Path) -> None:
     path = write_tiny_clip(tmp_path / "starter.safetensors")
-    encoder = load_clip(path, Architecture.named("ViT-L-14"))
+    encoder = load_clip(path, Architecture.from_name("ViT-L-14"))
     network = tiny_network()
     stored = {key: value.half().float() for key, value in network.state_dict().items()}
-    # 256 tokens kept their row; all others share one.
+    # 256 tokens keep their row; all others share one.
     table = stored["token_embedding.weight"]
     table[:49152] = network.state_dict()["token_embedding.weight"].half()[:49152].float().mean(0).half().float()
     network.load_state_dict(stored)
@@ -111,7 +111,7 @@ def test_a_compact_embedding_that_does_not_fit_is_refused(change: str) -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_a_transformers_checkpoint_gives_transformers_own_logits(tmp_path: Path, activation: str) -> None:
+def test_a_transformers_checkpoint_gives_transformers_logits(tmp_path: Path, activation: str) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     sides = {"hidden_act": activation, "num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 32}
@@ -132,12 +132,12 @@ def test_a_transformers_checkpoint_gives_transformers_own_logits(tmp_path: Path,
 
     import open_clip
 
-    pixels = SIZES(images())
+    pixels = PREPARE(images())
     with torch.no_grad():
         theirs = model(pixel_values=pixels, input_ids=open_clip.tokenize(PROMPTS)).logits_per_image
     ours = encoder.logit_scale * encoder.images(images()) @ encoder.prompts(PROMPTS).T
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    # The activation is nowhere in the file, and it matters.
+    # The file does not store the activation, and the other one gives other logits.
     assert (other.logit_scale * other.images(images()) @ other.prompts(PROMPTS).T - theirs).abs().max() > 0.01
 
 
@@ -147,7 +147,7 @@ def test_tokens_are_those_of_transformers_tokenizer() -> None:
     import open_clip.tokenizer
     from transformers import CLIPTokenizer
 
-    from alignprop_clip.tokens import Tokenizer
+    from alignprop_clip.tokenizer import Tokenizer
 
     own = open_clip.tokenizer.SimpleTokenizer()
     with gzip.open(open_clip.tokenizer.default_bpe()) as file:
@@ -208,7 +208,7 @@ def test_a_siglip_model_with_its_towers_and_tokenizer(tmp_path: Path) -> None:
     prompts = ["Three foxes, on a BLUE background!", "a cat", ""]
     tokens = HFTokenizer(str(tmp_path / "tokenizer"), context_length=16, clean="canonicalize")(prompts)
     with torch.no_grad():
-        theirs = network.get_logits(SIZES(images()), tokens)[0]  # type: ignore[operator]
+        theirs = network.get_logits(PREPARE(images()), tokens)[0]  # type: ignore[operator]
     ours = encoder.logit_scale * encoder.images(images()) @ encoder.prompts(prompts).T + encoder.logit_bias
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     with pytest.warns(UserWarning, match="41 tokens"):
@@ -219,7 +219,7 @@ def test_a_siglip_model_with_its_towers_and_tokenizer(tmp_path: Path) -> None:
         load_clip(tmp_path / "siglip.bin", tiny(siglip_config("nobody/nothing")))
 
 
-def test_the_image_tower_alone_needs_no_text_weights(tmp_path: Path) -> None:
+def test_images_only_needs_no_text_weights(tmp_path: Path) -> None:
     network = tiny_network(bias=None)
     torch.save({k: v for k, v in network.state_dict().items() if k.startswith("visual.")}, tmp_path / "visual.pt")
     encoder = load_clip(tmp_path / "visual.pt", tiny({**CLIP}), images_only=True)
@@ -228,11 +228,11 @@ def test_the_image_tower_alone_needs_no_text_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["ViT-L-14", "ViT-H-14", "ViT-B-16-SigLIP", "RN50", "convnext_base_w", "EVA02-B-16"])
-def test_a_named_model_is_built_without_memory_and_without_a_checkpoint(name: str) -> None:
+def test_a_model_is_built_by_name_without_memory_and_without_a_checkpoint(name: str) -> None:
     import open_clip
 
-    architecture = Architecture.named(name)
-    network = architecture.empty()
+    architecture = Architecture.from_name(name)
+    network = architecture.build_empty()
     assert {p.device.type for p in network.parameters()} == {"meta"}
     assert {b.device.type for b in network.buffers()} <= {"cpu"}
     theirs = open_clip.get_pretrained_cfg(name, open_clip.list_pretrained_tags_by_model(name)[0])
@@ -240,22 +240,22 @@ def test_a_named_model_is_built_without_memory_and_without_a_checkpoint(name: st
     assert architecture.preprocess.resize == theirs["resize_mode"]
 
 
-def test_names_are_as_in_open_clip_and_wrong_ones_are_answered() -> None:
-    assert Architecture.named("ViT-L/14").config == Architecture.named("ViT-L-14").config
-    assert Architecture.named("ViT-L-14", quick_gelu=True).config == {
-        **Architecture.named("ViT-L-14-quickgelu").config, "quick_gelu": True
+def test_model_names_are_open_clips_and_wrong_names_get_a_suggestion() -> None:
+    assert Architecture.from_name("ViT-L/14").config == Architecture.from_name("ViT-L-14").config
+    assert Architecture.from_name("ViT-L-14", quick_gelu=True).config == {
+        **Architecture.from_name("ViT-L-14-quickgelu").config, "quick_gelu": True
     }  # fmt: skip
     with pytest.raises(ConfigError, match=r'no model "ViT-L14"\. Did you mean "ViT-L-14"'):
-        Architecture.named("ViT-L14")
+        Architecture.from_name("ViT-L14")
     for name, meant in (("vit-l-14", "ViT-L-14"), ("resnet50", "RN50"), ("VIT-B-16-SIGLIP", "ViT-B-16-SigLIP")):
         with pytest.raises(ConfigError, match=rf'no model "{name}"\. Did you mean "{meant}"'):
-            Architecture.named(name)
+            Architecture.from_name(name)
     with pytest.raises(ConfigError, match="open_clip has no model"):
-        Architecture.named("hf-hub:owner/name")
+        Architecture.from_name("hf-hub:owner/name")
     with pytest.raises(ConfigError, match="captioning model"):
-        Architecture.named("coca_ViT-B-32")
+        Architecture.from_name("coca_ViT-B-32")
     with pytest.raises(ConfigError, match="text tower from transformers"):
-        Architecture.named("roberta-ViT-B-32")
+        Architecture.from_name("roberta-ViT-B-32")
 
 
 def refused(path: Path, architecture: Architecture | None = None) -> str:
@@ -265,35 +265,35 @@ def refused(path: Path, architecture: Architecture | None = None) -> str:
     return str(caught.value)
 
 
-def test_the_weights_of_another_model_are_named(tmp_path: Path) -> None:
+def test_weights_of_another_model_are_reported_with_the_likely_model(tmp_path: Path) -> None:
     path = tmp_path / "l14.safetensors"
     state = {
         "visual.conv1.weight": torch.zeros(1024, 3, 14, 14), "visual.positional_embedding": torch.zeros(257, 1024),
         "ln_final.weight": torch.zeros(768), "logit_scale": torch.tensor(4.6),
     }  # fmt: skip
     save_file(state, path)
-    message = refused(path, Architecture.named("ViT-H-14"))
-    assert "holds another model than ViT-H-14: it lacks " in message
-    assert re.search(r"; and \d{3} more\.", message)  # hundreds of keys, three of them shown
+    message = refused(path, Architecture.from_name("ViT-H-14"))
+    assert re.search(r"contains another model than ViT-H-14: \S+ is missing; ", message)
+    assert re.search(r"; and \d{3} more\.", message)  # hundreds of keys, three shown
     assert "It looks like ViT-L-14" in message
 
     wrong = dict(tiny_network().state_dict()) | {"visual.proj": torch.zeros(32, 24), "extra.weight": torch.zeros(1)}
     save_file(wrong, path)
     message = refused(path)
-    assert "visual.proj has shape (32, 24), the model's (32, 16)" in message
-    assert "it has extra.weight, which the model does not" in message
+    assert "visual.proj has shape (32, 24), expected (32, 16)" in message
+    assert "extra.weight is not in the model" in message
 
 
-def test_what_is_no_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
     pickled, cut, empty = tmp_path / "pickled.pt", tmp_path / "cut.safetensors", tmp_path / "empty.pt"
     torch.save(tiny_network(), pickled)
     assert "would need unpickling" in refused(pickled)
     cut.write_bytes(write_tiny_clip(tmp_path / "whole.safetensors").read_bytes()[:5000])
     assert "cut off or damaged" in refused(cut)
     torch.save({"epoch": 3, "state_dict": {}}, empty)
-    assert "holds no tensors" in refused(empty)
+    assert "contains no named tensors" in refused(empty)
     torch.save({"vision_model.encoder.layers.0.self_attn.q_proj.weight": torch.zeros(2, 2)}, empty)
-    assert "lacks vision_model.encoder.layers.0.self_attn.k_proj.weight" in refused(empty)
+    assert "but not vision_model.encoder.layers.0.self_attn.k_proj.weight" in refused(empty)
 
 
 def write_header(path: Path, header: dict[str, Any]) -> Path:
@@ -304,12 +304,12 @@ def write_header(path: Path, header: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"ultralytics": {}}, "describes no CLIP model that can be built: open_clip: Field required"),
+        ({"ultralytics": {}}, "does not describe a valid CLIP model: open_clip: Field required"),
         ({"open_clip": CLIP, "image_size": 32, "mean": [0.5] * 3}, "std: Field required"),
         ({"open_clip": {"embed_dim": 3}, **PREPROCESS}, "open_clip.vision_cfg: Field required; open_clip.text_cfg"),
     ],
 )
-def test_a_header_of_something_else_is_refused(tmp_path: Path, header: dict[str, Any], message: str) -> None:
+def test_a_header_of_another_kind_of_file_is_refused(tmp_path: Path, header: dict[str, Any], message: str) -> None:
     assert message in refused(write_header(tmp_path / "x.safetensors", header))
 
 
@@ -331,7 +331,7 @@ def test_a_header_of_something_else_is_refused(tmp_path: Path, header: dict[str,
         ("interpolation", "nearest"),
     ],
 )
-def test_a_value_in_the_header_that_cannot_be_is_named_with_its_key(tmp_path: Path, key: str, value: object) -> None:
+def test_an_invalid_value_in_the_header_is_reported_with_its_key(tmp_path: Path, key: str, value: object) -> None:
     header = json.loads(json.dumps({"open_clip": CLIP, **PREPROCESS}))
     *parents, last = key.split(".")
     part = header
@@ -339,34 +339,36 @@ def test_a_value_in_the_header_that_cannot_be_is_named_with_its_key(tmp_path: Pa
         part = part.setdefault(parent, {})
     part[last] = value
     message = refused(write_header(tmp_path / "x.safetensors", header))
-    assert "describes no CLIP model that can be built: " in message
+    assert "does not describe a valid CLIP model: " in message
     assert key in message
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(("key", "value"), [("act_kwargs", 3), ("pool_type", "x"), ("no_such_key", 1)])
-def test_what_only_open_clip_can_tell_of_a_header_names_the_file(tmp_path: Path, key: str, value: object) -> None:
+def test_a_config_that_open_clip_rejects_is_reported_with_the_file(tmp_path: Path, key: str, value: object) -> None:
     header = {"open_clip": {**CLIP, "vision_cfg": {**CLIP["vision_cfg"], key: value}}, **PREPROCESS}
     path = write_header(tmp_path / "x.safetensors", header)
-    with pytest.raises(ConfigError, match=rf"{path}: open_clip builds no model from its config: \w+Error: "):
+    with pytest.raises(ConfigError, match=rf"{path}: open_clip cannot build a model from this config: \w+Error[:.] "):
         load_clip(path, tiny())
 
 
-def test_a_file_that_does_not_hold_what_its_header_says_is_refused(tmp_path: Path) -> None:
+def test_a_file_whose_tensors_do_not_match_its_header_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     header = {"config": json.dumps({"open_clip": CLIP, **PREPROCESS})}
     state = {k: v.contiguous() for k, v in tiny_network(bias=None).state_dict().items()}
     save_file(state | {"visual.proj": torch.zeros(32, 16, dtype=torch.int8)}, path, metadata=header)
     message = refused(path)
-    assert "holds another model than the one in its header: visual.proj holds int8 where the model has fl" in message
+    assert "contains another model than the one in its header: visual.proj has dtype int8, expected a fl" in message
     assert message.count(str(path)) == 1
 
 
-def test_the_activation_of_a_file_that_says_it_is_not_overruled(tmp_path: Path) -> None:
+def test_the_activation_stored_in_a_file_cannot_be_overridden(tmp_path: Path) -> None:
     for has in (False, True):
         path = write_tiny_clip(tmp_path / f"{has}.safetensors", {**CLIP, "quick_gelu": has})
         load_clip(path, tiny(), quick_gelu=has)
-        with pytest.raises(WeightsError, match=rf"has quick_gelu: {str(has).lower()}; leave the option quick_gelu out"):
+        with pytest.raises(
+            WeightsError, match=rf"sets quick_gelu: {str(has).lower()}, .* Remove the option quick_gelu"
+        ):
             load_clip(path, tiny(), quick_gelu=not has)
     plain = write_tiny_clip(tmp_path / "plain.safetensors")
     with pytest.raises(WeightsError, match="quick_gelu: false"):

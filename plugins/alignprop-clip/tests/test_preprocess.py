@@ -1,4 +1,4 @@
-"""Preprocessing against open_clip's own, on pictures and on tensors."""
+"""Preprocessing is compared with open_clip on PIL images and with torchvision on tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 SIZES = [(32, 32), (48, 48), (224, 224), (33, 97), (200, 57), (640, 480), (32, 400)]
 
 
-def picture(size: tuple[int, int], *, hard: bool = True) -> Image.Image:
+def pil_image(size: tuple[int, int], *, hard: bool = True) -> Image.Image:
     generator = torch.Generator().manual_seed(size[0])
     pixels = torch.rand(-(-size[1] // 5), -(-size[0] // 5), 3, generator=generator)
     pixels = (pixels > 0.5).float() if hard else pixels
@@ -35,18 +35,18 @@ def picture(size: tuple[int, int], *, hard: bool = True) -> Image.Image:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("hard", [True, False])
-def test_a_picture_comes_out_as_open_clip_makes_it(
+def test_a_pil_image_is_preprocessed_like_open_clip(
     resize: Any, interpolation: Any, size: tuple[int, int], hard: bool
 ) -> None:
     from open_clip.transform import image_transform
 
-    image = picture(size, hard=hard)
+    image = pil_image(size, hard=hard)
     theirs = image_transform(64, False, MEAN, STD, resize_mode=resize, interpolation=interpolation)(image)
     ours = Preprocess(64, MEAN, STD, resize, interpolation)(to_tensor(image)[None])[0]
     assert ours.shape == (3, 64, 64)
-    # In grey levels; Pillow rounds to whole ones after each direction.
+    # In grey levels; Pillow rounds to integers after each direction.
     difference = (ours - theirs).abs() * torch.tensor(STD).view(3, 1, 1) * 255
-    # Where the aspect changes, Pillow's newer versions take the two directions in another order.
+    # Where the aspect ratio changes, newer versions of Pillow process the two directions in another order.
     if resize == "shortest" or size[0] == size[1] or interpolation == "bilinear":
         assert difference.max() <= 1.3
         assert difference.mean() <= 0.5
@@ -54,11 +54,11 @@ def test_a_picture_comes_out_as_open_clip_makes_it(
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_tensor_comes_out_as_torchvision_makes_it(size: tuple[int, int]) -> None:
+def test_a_tensor_is_preprocessed_like_torchvision(size: tuple[int, int]) -> None:
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize
 
     theirs = Compose([Resize(64, InterpolationMode.BICUBIC, antialias=True), CenterCrop(64), Normalize(MEAN, STD)])
-    images = to_tensor(picture(size))[None]
+    images = to_tensor(pil_image(size))[None]
     torch.testing.assert_close(Preprocess(64, MEAN, STD, clip=False)(images), theirs(images), rtol=0, atol=1e-6)
 
 
@@ -81,18 +81,18 @@ def test_saturated_pixels_keep_their_gradient() -> None:
     assert pixels.max() < 1 + 1e-6
 
 
-def test_types_and_inputs() -> None:
+def test_dtypes_and_inputs_are_not_modified() -> None:
     prepare = Preprocess(32, MEAN, STD)
-    for dtype, wanted in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
+    for dtype, expected in ((torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64,) * 2):
         images: Tensor = torch.rand(1, 3, 40, 64).to(dtype)
         kept = images.clone()
-        assert prepare(images).dtype == wanted
+        assert prepare(images).dtype == expected
         assert torch.equal(images, kept)
 
 
 @pytest.mark.parametrize("size", [(35, 32), (32, 35), (32, 39), (64, 65), (73, 75), (33, 32), (32, 32)])
-def test_pickscore_is_what_its_authors_compute_with_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
-    """Their model class, their processor and their formula; sizes with 1, 3 and 7 pixels too many once scaled."""
+def test_pickscore_equals_its_authors_computation_in_transformers(tmp_path: Path, size: tuple[int, int]) -> None:
+    """The authors' model class, processor and formula; crop margins of 1, 3 and 7 pixels after resizing."""
     import open_clip
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -113,12 +113,12 @@ def test_pickscore_is_what_its_authors_compute_with_transformers(tmp_path: Path,
     state = {k: v.clone() for k, v in model.state_dict().items() if not k.endswith("position_ids")}
     save_file(state, tmp_path / "pick.safetensors", metadata={"config": json.dumps(header)})
 
-    # Floating-point pixels, which the processor rounds nowhere, in a range where bicubic does not overshoot [0, 1].
+    # Floating-point pixels, which the processor does not round, in a range where bicubic does not overshoot [0, 1].
     images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(1)) * 0.4 + 0.3
     processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, do_rescale=False)
     prompts = ["a fox", "three dogs"]
     with torch.no_grad():
-        # As on the model's card: unit embeddings, exp(logit_scale) times their product.
+        # As on the model card: unit embeddings, exp(logit_scale) times their product.
         pixels = processor(images=list(images), return_tensors="pt")["pixel_values"]
         image = model.get_image_features(pixel_values=pixels).pooler_output
         text = model.get_text_features(input_ids=open_clip.tokenize(prompts)).pooler_output

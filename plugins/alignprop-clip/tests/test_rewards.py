@@ -1,4 +1,4 @@
-"""The four rewards keep a reward's promises: scores, gradients, independence, types, sizes, prompts, errors."""
+"""The four rewards: scores, gradients, independence of samples, dtypes, sizes, prompts, errors."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ import alignprop_clip
 from alignprop_clip.config import ClipScoreConfig, PickScoreConfig, ReferenceSimilarityConfig, SiglipScoreConfig
 from alignprop_clip.reference import ReferenceSimilarity, _as_batch
 from alignprop_clip.reward import ClipScore, EncoderReward, PickScore, SiglipScore
-from alignprop_clip.testing import random_state, tiny_network, write_tiny_clip
+from alignprop_clip.testing import PROMPTS, random_state, tiny_network, write_tiny_clip
+from alignprop_clip.testing import random_batch as batch
 from alignprop_core.errors import ConfigError, UserError, WeightsError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward, check_scores
 from alignprop_core.specs import WeightsSpec
 
 NAMES = ["clip_score", "pickscore", "siglip_score", "reference_similarity"]
-PROMPTS = ["three foxes on a blue background", "a cat", "", "two dogs"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Reference pictures of several kinds, and the weights beside them."""
+    """A folder with tiny weights, and reference images of several formats and sizes in "images"."""
     folder = tmp_path_factory.mktemp("clip")
     write_tiny_clip(folder / "clip.safetensors", dtype=torch.float32)
-    (folder / "pictures" / "deeper").mkdir(parents=True)
+    (folder / "images" / "subfolder").mkdir(parents=True)
     generator = torch.Generator().manual_seed(3)
     for number, (name, size) in enumerate([("a.png", (40, 64)), ("b.JPG", (32, 32)), ("c.webp", (90, 33))]):
         pixels = (torch.rand(*size, 3, generator=generator) * 255).to(torch.uint8)
-        Image.fromarray(pixels.numpy()).save(folder / "pictures" / name, "JPEG" if number == 1 else None)
-    (folder / "pictures" / "notes.txt").write_text("not a picture")
+        Image.fromarray(pixels.numpy()).save(folder / "images" / name, "JPEG" if number == 1 else None)
+    (folder / "images" / "notes.txt").write_text("not an image")
     return folder
 
 
@@ -57,18 +57,13 @@ def build(folder: Path) -> Callable[..., Reward]:
             return PickScore(PickScoreConfig(weights=weights, **options)).freeze()
         if name == "siglip_score":
             return SiglipScore(SiglipScoreConfig(weights=weights, **options)).freeze()
-        config = ReferenceSimilarityConfig(weights=weights, folder=str(folder / "pictures"), **options)
+        config = ReferenceSimilarityConfig(weights=weights, folder=str(folder / "images"), **options)
         return ReferenceSimilarity(config).freeze()
 
     return build
 
 
-def batch(size: int = 4, height: int = 48, width: int = 70, dtype: torch.dtype = torch.float32) -> ImageBatch:
-    images = torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ImageBatch(images=images.to(dtype), prompts=[PROMPTS[i % 4] for i in range(size)])
-
-
-def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
+def test_the_plugin_is_discovered_and_its_specs_load_without_torch() -> None:
     assert "alignprop_clip" in {point.value for point in entry_points(group="alignprop")}
     code = (
         "import sys, alignprop_clip, alignprop_clip.config\n"
@@ -107,15 +102,15 @@ def test_scores_are_open_clips_own(folder: Path, build: Callable[..., Reward]) -
     torch.testing.assert_close(reward.score(given), cosines, **exact)
     torch.testing.assert_close(build("pickscore").score(given), scale * cosines, **exact)
     torch.testing.assert_close(build("siglip_score").score(given), scale * cosines + bias, **exact)
-    levelled = build("siglip_score", output="log_probability").score(given)
-    torch.testing.assert_close(levelled, F.logsigmoid(scale * cosines + bias), **exact)
+    log_probability = build("siglip_score", output="log_probability").score(given)
+    torch.testing.assert_close(log_probability, F.logsigmoid(scale * cosines + bias), **exact)
     assert cosines.std() > 0.02
 
 
-def test_reference_similarity_is_the_mean_or_largest_cosine(folder: Path, build: Callable[..., Reward]) -> None:
+def test_reference_similarity_is_the_mean_or_maximum_cosine(folder: Path, build: Callable[..., Reward]) -> None:
     reward = build("reference_similarity")
     assert isinstance(reward, ReferenceSimilarity)
-    files = sorted((folder / "pictures").glob("[abc].*"))
+    files = sorted((folder / "images").glob("[abc].*"))
     references = torch.cat([reward.encoder.images(_as_batch(file)) for file in files])
     cosines = reward.encoder.images(batch().images) @ references.T
     assert cosines.shape == (4, 3)
@@ -142,7 +137,7 @@ def test_the_gradient_reaches_every_pixel_and_is_the_derivative(name: str, build
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_image_features_are_the_embeddings_that_scores_are_made_of(name: str, build: Callable[..., Reward]) -> None:
+def test_image_features_are_the_embeddings_behind_the_scores(name: str, build: Callable[..., Reward]) -> None:
     reward = build(name)
     assert isinstance(reward, EncoderReward)
     images = batch().images.requires_grad_()
@@ -165,7 +160,7 @@ def test_image_features_are_the_embeddings_that_scores_are_made_of(name: str, bu
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_up_the_gradient_raise_the_score(name: str, build: Callable[..., Reward]) -> None:
+def test_gradient_ascent_raises_the_score(name: str, build: Callable[..., Reward]) -> None:
     reward, images = build(name), batch().images
     before = reward.score(batch())
     for _ in range(10):
@@ -178,7 +173,9 @@ def test_steps_up_the_gradient_raise_the_score(name: str, build: Callable[..., R
 
 @pytest.mark.parametrize("size", [1, 5, 64])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_samples_score_is_its_own_and_inputs_stay(name: str, size: int, build: Callable[..., Reward]) -> None:
+def test_scores_are_independent_of_the_batch_and_inputs_are_not_modified(
+    name: str, size: int, build: Callable[..., Reward]
+) -> None:
     reward, given = build(name), batch(size)
     kept = given.images.clone()
     together = check_scores(name, reward.score(given), size, differentiable=False)
@@ -189,7 +186,7 @@ def test_a_samples_score_is_its_own_and_inputs_stay(name: str, size: int, build:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", NAMES)
-def test_half_precision_images_score_in_float32_whatever_autocast_says(
+def test_half_precision_images_score_in_float32_also_under_autocast(
     name: str, dtype: torch.dtype, build: Callable[..., Reward]
 ) -> None:
     reward, given = build(name), batch(dtype=dtype)
@@ -199,7 +196,7 @@ def test_half_precision_images_score_in_float32_whatever_autocast_says(
     assert scores.dtype == torch.float32
     fresh = build(name)
     exact = fresh.score(ImageBatch(images=given.images.float(), prompts=given.prompts))
-    # torch takes another way through attention where no gradient is asked for: the last bits differ.
+    # torch uses another attention kernel when no gradient is required: the last bits differ.
     torch.testing.assert_close(scores.detach(), exact, rtol=1e-5, atol=1e-6)
     scores.sum().backward()
     assert images.grad is not None
@@ -219,14 +216,14 @@ def test_any_size_and_aspect(name: str, shape: tuple[int, int], build: Callable[
     assert images.grad.isfinite().all()
 
 
-def test_bfloat16_inside_is_close_to_exact(build: Callable[..., Reward]) -> None:
+def test_bfloat16_precision_is_close_to_float32(build: Callable[..., Reward]) -> None:
     for name in NAMES:
         exact, fast = build(name).score(batch()), build(name, precision="bfloat16").score(batch())
         assert fast.dtype == torch.float32
         assert 0 < (fast - exact).abs().max() < 0.03 * exact.abs().max()
 
 
-def test_prompts_are_tokenised_once_and_forgotten_when_the_model_moves(
+def test_prompts_are_tokenized_once_and_the_cache_is_cleared_when_the_model_moves(
     build: Callable[..., Reward], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = build("clip_score")
@@ -243,7 +240,7 @@ def test_prompts_are_tokenised_once_and_forgotten_when_the_model_moves(
     assert seen == PROMPTS * 2
 
 
-def test_a_score_in_inference_mode_does_not_spoil_a_later_backward(build: Callable[..., Reward]) -> None:
+def test_scoring_in_inference_mode_does_not_break_a_later_backward_pass(build: Callable[..., Reward]) -> None:
     for name in NAMES:
         reward = build(name)
         with torch.inference_mode():
@@ -255,19 +252,19 @@ def test_a_score_in_inference_mode_does_not_spoil_a_later_backward(build: Callab
         torch.testing.assert_close(first, second.detach(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_long_prompt_is_cut_off_as_open_clip_does_and_said_once(build: Callable[..., Reward]) -> None:
+def test_a_long_prompt_is_truncated_like_open_clip_with_one_warning(build: Callable[..., Reward]) -> None:
     reward = build("clip_score")
     long = "fox " * 500
-    with pytest.warns(UserWarning, match=r"502 tokens .* reads 77.*said once") as said:
+    with pytest.warns(UserWarning, match=r"502 tokens .* reads 77.*truncated.*shown once") as caught:
         scores = reward.score(ImageBatch(images=batch().images, prompts=[long, "cat " * 600, "fox " * 75, "fox " * 74]))
-    assert len(said) == 1
+    assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fits = reward.score(ImageBatch(images=batch().images[:1], prompts=["fox " * 75]))
     torch.testing.assert_close(scores[:1], fits)
 
 
-def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(
+def test_missing_weights_are_reported_with_the_command_that_fetches_them(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -289,7 +286,7 @@ def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(
         with pytest.raises(ConfigError, match=kind):
             ClipScore(ClipScoreConfig(model=model))
     with pytest.raises(
-        ConfigError, match=r"has no default weights for the model ViT-L-14; .* defaults for ViT-B-16-Sig"
+        ConfigError, match=r"has no default weights for the model ViT-L-14\. .* that has defaults: ViT-B-16-Sig"
     ):
         SiglipScore(SiglipScoreConfig(model="ViT-L-14"))
     with pytest.raises(ConfigError, match='Did you mean "ViT-B-32"'):
@@ -298,11 +295,11 @@ def test_weights_that_are_not_here_are_named_with_the_command_that_fetches_them(
         ReferenceSimilarity(ReferenceSimilarityConfig(folder=str(tmp_path / "p")))
 
 
-def test_openais_weights_get_their_activation() -> None:
-    from alignprop_clip.catalogue import KNOWN, trained_with_quick_gelu
+def test_openai_weights_use_quick_gelu() -> None:
+    from alignprop_clip.pretrained import PRETRAINED, trained_with_quick_gelu
 
-    assert KNOWN["ViT-L-14"].quick_gelu
-    assert not KNOWN["ViT-H-14"].quick_gelu
+    assert PRETRAINED["ViT-L-14"].quick_gelu
+    assert not PRETRAINED["ViT-H-14"].quick_gelu
     assert trained_with_quick_gelu("hub:openai/clip-vit-base-patch32/model.safetensors")
     assert trained_with_quick_gelu("hub:timm/vit_base_patch32_clip_224.openai/open_clip_model.safetensors")
     assert not trained_with_quick_gelu("hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K/open_clip_pytorch_model.bin")
@@ -311,9 +308,9 @@ def test_openais_weights_get_their_activation() -> None:
     assert not trained_with_quick_gelu("/weights/laion--CLIP-ViT-H-14-laion2B-s32B-b79K/open_clip_pytorch_model.bin")
 
 
-def test_siglip_score_wants_a_bias(tmp_path: Path) -> None:
+def test_siglip_score_requires_a_logit_bias(tmp_path: Path) -> None:
     path = write_tiny_clip(tmp_path / "plain.safetensors", bias=None)
-    with pytest.raises(WeightsError, match=r"no logit_bias.*take clip_score"):
+    with pytest.raises(WeightsError, match=r"no logit_bias.*use clip_score"):
         SiglipScore(SiglipScoreConfig(weights=str(path)))
     assert torch.isfinite(PickScore(PickScoreConfig(weights=str(path))).score(batch())).all()
 
@@ -323,11 +320,11 @@ def test_siglip_score_wants_a_bias(tmp_path: Path) -> None:
     [
         (lambda p: p / "none", "does not exist"),
         (lambda p: _file(p / "file.png", b""), "is a file"),
-        (lambda p: _file(p / "empty" / "notes.txt", b"").parent, "holds no pictures"),
-        (lambda p: _file(p / "bad" / "bad.png", b"nothing").parent, r"bad\.png is no picture"),
+        (lambda p: _file(p / "empty" / "notes.txt", b"").parent, "contains no images"),
+        (lambda p: _file(p / "bad" / "bad.png", b"nothing").parent, r"bad\.png is (no picture|not an image)"),
     ],
 )
-def test_a_folder_without_pictures_is_one_clear_error(
+def test_a_folder_without_images_is_one_clear_error(
     make: Callable[[Path], Path], message: str, tmp_path: Path, folder: Path
 ) -> None:
     config = ReferenceSimilarityConfig(folder=str(make(tmp_path)), weights=str(folder / "clip.safetensors"))
@@ -356,8 +353,8 @@ def test_wrong_options_are_refused(kind: Any, options: dict[str, Any]) -> None:
         kind.model_validate(options)
 
 
-def test_a_named_set_is_found_through_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As starter weights come in: a package with the file, a plugin that offers it, and `weights: starter`."""
+def test_a_named_weight_set_is_found_through_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like the starter weights: a package with the file, a plugin that registers it, and `weights: starter`."""
     package = tmp_path / "tiny_starter"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -390,7 +387,7 @@ def test_full_size_models_reach_the_pixels(name: str, precision: Any, tmp_path: 
     from alignprop_clip.architecture import Architecture
     from alignprop_clip.encoder import load_clip
 
-    architecture = Architecture.named(name)
+    architecture = Architecture.from_name(name)
     torch.save(random_state(architecture), tmp_path / "clip.pt")
     encoder = load_clip(tmp_path / "clip.pt", architecture, precision=precision).cuda()
     images = torch.rand(4, 3, 512, 512, device="cuda", requires_grad=True)

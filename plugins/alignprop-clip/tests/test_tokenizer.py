@@ -1,4 +1,4 @@
-"""The tokenizer of SigLIP models comes from exactly the files that `alignprop rewards fetch siglip_score` brings."""
+"""The tokenizer of SigLIP models needs exactly the files that `alignprop rewards fetch siglip_score` fetches."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import alignprop_clip
-from alignprop_clip.catalogue import SIGLIP_TOKENIZER
-from alignprop_clip.tokens import Tokenizer
+from alignprop_clip.pretrained import SIGLIP_TOKENIZER
+from alignprop_clip.tokenizer import Tokenizer
 from alignprop_core.errors import WeightsError
 
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -19,7 +19,7 @@ MODEL = {"context_length": 16, "hf_tokenizer_name": HUB, "tokenizer_kwargs": {"c
 
 
 def files_of_t5() -> dict[str, str]:
-    """The tokenizer files of that repository with thirty tokens for its 32,000."""
+    """Files like those of the repository `HUB`, with about thirty tokens instead of 32,000."""
     words = [["<pad>", 0.0], ["</s>", 0.0], ["<unk>", 0.0], ["▁", -2.0], ["▁cat", -1.0], ["▁a", -1.0]]
     pieces = {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
@@ -60,29 +60,29 @@ def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_the_files_that_fetch_brings_are_enough(snapshot: Path) -> None:
+def test_the_fetched_files_are_sufficient(snapshot: Path) -> None:
     tokens = Tokenizer(MODEL, "SigLIP")("A cat!")
     assert tokens.tolist() == [[5, 4] + [1] * 14]
 
 
 @pytest.mark.parametrize("file", [file.file for file in SIGLIP_TOKENIZER])
-def test_a_missing_tokenizer_file_is_named_with_the_command(snapshot: Path, file: str) -> None:
-    """From a folder without tokenizer.json transformers would make an empty tokenizer, and every score be wrong."""
+def test_a_missing_tokenizer_file_is_reported_with_the_command(snapshot: Path, file: str) -> None:
+    """Without tokenizer.json transformers would silently build an empty tokenizer, and every score would be wrong."""
     (snapshot / file).unlink()
-    wanted = rf"not on this machine: {re.escape(file)} of that.* `alignprop rewards fetch siglip_score`\.$"
-    with pytest.raises(WeightsError, match=wanted):
+    message = rf"not on this machine: {re.escape(file)} of that.* `alignprop rewards fetch siglip_score`\.$"
+    with pytest.raises(WeightsError, match=message):
         Tokenizer(MODEL, "SigLIP")
 
 
-def test_each_file_of_another_tokenizer_has_its_command(snapshot: Path) -> None:
+def test_each_file_of_another_tokenizer_is_reported_with_its_command(snapshot: Path) -> None:
     with pytest.raises(WeightsError, match=r"fetch hub:some/other/tokenizer\.json`, .*other/tokenizer_config"):
         Tokenizer({**MODEL, "hf_tokenizer_name": "some/other"}, "other")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "<html>"])
 @pytest.mark.parametrize("file", [file.file for file in SIGLIP_TOKENIZER])
-def test_a_damaged_tokenizer_is_said_with_its_reason(snapshot: Path, file: str, text: str) -> None:
+def test_a_damaged_tokenizer_is_reported_with_its_cause(snapshot: Path, file: str, text: str) -> None:
     (snapshot / file).write_text(text)
-    wanted = rf"cannot be loaded from {snapshot}: \w+Error: .*fetch siglip_score"
-    with pytest.raises(WeightsError, match=wanted):
+    message = rf"cannot be loaded from {snapshot}: \w+Error: .*fetch siglip_score"
+    with pytest.raises(WeightsError, match=message):
         Tokenizer(MODEL, "SigLIP")

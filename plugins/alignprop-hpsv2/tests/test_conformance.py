@@ -1,4 +1,4 @@
-"""The reward keeps alignprop's promises, in both ways of preprocessing; a tiny model with random weights."""
+"""The reward passes the conformance checks with both kinds of preprocessing, with a tiny model of random weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 class TestHpsv2(RewardConformance):
     reward = "hpsv2"
-    skip = {"range": "random weights say nothing of the usual range"}  # noqa: RUF012
+    skip = {"range": "random weights do not score in the typical range"}  # noqa: RUF012
 
     @pytest.fixture
     def reward_options(self, weights: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The hpsv2 reward keeps a reward's promises; wrong files and options give one clear error."""
+"""The hpsv2 reward: scores and gradients; invalid files and options give one clear error."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch
 from pydantic import ValidationError
 
 import alignprop_hpsv2
-from alignprop_clip.testing import random_state, tiny_network, write_tiny_clip
+from alignprop_clip.testing import PROMPTS, random_state, tiny_network, write_tiny_clip
+from alignprop_clip.testing import random_batch as batch
 from alignprop_core.errors import ConfigError, WeightsError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, check_scores
 from alignprop_core.specs import WeightsSpec
 from alignprop_hpsv2.config import Hpsv2Config
 from alignprop_hpsv2.reward import Hpsv2
 
-PROMPTS = ["three foxes on a blue background", "a cat", "", "two dogs"]
-WAYS = ["official", "centre_crop"]
+PREPROCESSING = ["official", "centre_crop"]
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,7 @@ def build(weights: Path) -> Callable[..., Hpsv2]:
     return build
 
 
-def batch(size: int = 4, height: int = 48, width: int = 70, dtype: torch.dtype = torch.float32) -> ImageBatch:
-    images = torch.rand(size, 3, height, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return ImageBatch(images=images.to(dtype), prompts=[PROMPTS[i % 4] for i in range(size)])
-
-
-def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
+def test_the_plugin_is_discovered_and_its_specs_load_without_torch() -> None:
     assert "alignprop_hpsv2" in {point.value for point in entry_points(group="alignprop")}
     code = (
         "import sys, alignprop_hpsv2, alignprop_hpsv2.config\n"
@@ -61,7 +56,7 @@ def test_the_plugin_is_found_and_describes_itself_without_torch() -> None:
 
 
 @pytest.mark.parametrize(("written", "version"), [(2.0, "2.0"), (2.1, "2.1"), ("2.1", "2.1"), ("v2.0", "2.0")])
-def test_the_version_may_be_a_number_as_yaml_reads_it(written: object, version: str) -> None:
+def test_the_version_may_be_a_number_as_in_unquoted_yaml(written: object, version: str) -> None:
     registry = Registry.from_plugins({"alignprop-hpsv2": alignprop_hpsv2})
     assert registry.reward_options("hpsv2", {"version": written}).model_dump()["version"] == version
 
@@ -74,17 +69,15 @@ def test_wrong_options_are_refused(options: dict[str, Any]) -> None:
         Registry.from_plugins({"alignprop-hpsv2": alignprop_hpsv2}).reward_options("hpsv2", options)
 
 
-@pytest.mark.parametrize("preprocessing", WAYS)
-def test_image_features_are_the_embeddings_that_scores_are_made_of(
-    preprocessing: str, build: Callable[..., Hpsv2]
-) -> None:
+@pytest.mark.parametrize("preprocessing", PREPROCESSING)
+def test_image_features_are_the_embeddings_behind_the_scores(preprocessing: str, build: Callable[..., Hpsv2]) -> None:
     reward = build(preprocessing=preprocessing)
     features = reward.image_features(batch().images)
     torch.testing.assert_close((features * reward.encoder.prompts(PROMPTS)).sum(1), reward.score(batch()))
     torch.testing.assert_close(features.norm(dim=1), torch.ones(4))
 
 
-@pytest.mark.parametrize("preprocessing", WAYS)
+@pytest.mark.parametrize("preprocessing", PREPROCESSING)
 def test_the_gradient_reaches_every_pixel_and_is_the_derivative(
     preprocessing: str, build: Callable[..., Hpsv2]
 ) -> None:
@@ -102,7 +95,9 @@ def test_the_gradient_reaches_every_pixel_and_is_the_derivative(
 
 
 @pytest.mark.parametrize("size", [1, 5, 64])
-def test_a_samples_score_is_its_own_and_inputs_stay(size: int, build: Callable[..., Hpsv2]) -> None:
+def test_scores_are_independent_of_the_batch_and_inputs_are_not_modified(
+    size: int, build: Callable[..., Hpsv2]
+) -> None:
     reward, given = build(), batch(size)
     kept = given.images.clone()
     together = check_scores("hpsv2", reward.score(given), size, differentiable=False)
@@ -112,7 +107,7 @@ def test_a_samples_score_is_its_own_and_inputs_stay(size: int, build: Callable[.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_images_score_in_float32_whatever_autocast_says(
+def test_half_precision_images_score_in_float32_also_under_autocast(
     dtype: torch.dtype, build: Callable[..., Hpsv2]
 ) -> None:
     images = batch(dtype=dtype).images.requires_grad_()
@@ -128,7 +123,7 @@ def test_half_precision_images_score_in_float32_whatever_autocast_says(
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 3000), (257, 33), (512, 512), (31, 65)])
-@pytest.mark.parametrize("preprocessing", WAYS)
+@pytest.mark.parametrize("preprocessing", PREPROCESSING)
 def test_any_size_and_aspect(preprocessing: str, shape: tuple[int, int], build: Callable[..., Hpsv2]) -> None:
     images = batch(1, *shape).images.requires_grad_()
     scores = build(preprocessing=preprocessing).score(ImageBatch(images=images, prompts=PROMPTS[:1]))
@@ -138,18 +133,18 @@ def test_any_size_and_aspect(preprocessing: str, shape: tuple[int, int], build: 
     assert (images.grad != 0).any()
 
 
-def test_where_the_longest_side_fits_already_the_rest_is_padded(build: Callable[..., Hpsv2]) -> None:
-    """The original forgets to, and fails on such a picture; padded by hand, the score is the same."""
+def test_an_image_whose_longest_side_fits_is_only_padded(build: Callable[..., Hpsv2]) -> None:
+    """The original does not pad such an image and fails; with manual padding the score is the same."""
     images = batch(1, 32, 20).images
-    by_hand = torch.nn.functional.pad(images, (6, 6))
+    padded = torch.nn.functional.pad(images, (6, 6))
     reward = build()
     torch.testing.assert_close(
         reward.score(ImageBatch(images=images, prompts=["a cat"])),
-        reward.score(ImageBatch(images=by_hand, prompts=["a cat"])),
+        reward.score(ImageBatch(images=padded, prompts=["a cat"])),
     )
 
 
-def test_steps_up_the_gradient_raise_the_score(build: Callable[..., Hpsv2]) -> None:
+def test_gradient_ascent_raises_the_score(build: Callable[..., Hpsv2]) -> None:
     reward, images = build(), batch().images
     before = reward.score(batch())
     for _ in range(10):
@@ -160,7 +155,7 @@ def test_steps_up_the_gradient_raise_the_score(build: Callable[..., Hpsv2]) -> N
     assert (reward.score(ImageBatch(images=images.detach(), prompts=PROMPTS)) > before).all()
 
 
-def test_missing_weights_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_weights_are_reported_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(WeightsError, match=r"HPS_v2\.1_compressed\.pt .*xswu/HPSv2.* `alignprop rewards fetch hpsv2`"):
         Hpsv2()
@@ -168,19 +163,19 @@ def test_missing_weights_are_named_with_the_command(monkeypatch: pytest.MonkeyPa
         Hpsv2(Hpsv2Config(version="2.0"))
 
 
-def test_the_other_versions_file_and_other_models_are_refused(tmp_path: Path) -> None:
+def test_files_of_the_other_version_and_of_other_models_are_refused(tmp_path: Path) -> None:
     state = tiny_network(bias=None).state_dict()
     torch.save({"state_dict": state}, tmp_path / "HPS_v2_compressed.pt")
-    with pytest.raises(WeightsError, match=r"holds version 2\.0, the options ask for 2\.1\. Set version"):
+    with pytest.raises(WeightsError, match=r"contains version 2\.0, but the options set version 2\.1\. Set version"):
         Hpsv2(Hpsv2Config(weights=str(tmp_path / "HPS_v2_compressed.pt")))
-    with pytest.raises(WeightsError, match=r"holds another model than ViT-H-14"):
+    with pytest.raises(WeightsError, match=r"contains another model than ViT-H-14"):
         Hpsv2(Hpsv2Config(weights=str(tmp_path / "HPS_v2_compressed.pt"), version="2.0"))
     torch.save(torch.nn.Linear(2, 2), tmp_path / "pickled.pt")
     with pytest.raises(WeightsError, match="would need unpickling"):
         Hpsv2(Hpsv2Config(weights=str(tmp_path / "pickled.pt")))
 
 
-def test_a_named_set_is_found_through_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_weight_set_is_found_through_the_hook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "tiny_starter_preference"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -206,7 +201,7 @@ def test_a_named_set_is_found_through_the_hook(tmp_path: Path, monkeypatch: pyte
 def test_the_full_size_reward_reaches_the_pixels(precision: Any, tmp_path: Path) -> None:
     from alignprop_clip.architecture import Architecture
 
-    torch.save({"state_dict": random_state(Architecture.named("ViT-H-14"))}, tmp_path / "HPS_v2.1_compressed.pt")
+    torch.save({"state_dict": random_state(Architecture.from_name("ViT-H-14"))}, tmp_path / "HPS_v2.1_compressed.pt")
     config = Hpsv2Config(weights=str(tmp_path / "HPS_v2.1_compressed.pt"), precision=precision)
     reward = Hpsv2(config).freeze().cuda()
     images = torch.rand(4, 3, 512, 512, device="cuda", requires_grad=True)

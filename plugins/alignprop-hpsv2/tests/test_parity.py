@@ -1,9 +1,9 @@
-"""The original package's own `hpsv2.img_score.score` and this reward, on the same small weights and pictures.
+"""Parity with the original package's `hpsv2.img_score.score`, on the same small weights and images.
 
-The original runs unchanged, in a process of its own (it silences all warnings of the process it is imported in). Three
-things around it are set up: a copy of the package gets the vocabulary file its wheel lacks (open_clip ships the same)
-and a small ViT-H-14 config in place of the large one; and a hub cache holds small files under the two names it asks
-the hub for. docs/decisions/0003-hpsv2-reference.md says why.
+The original runs unchanged, in a subprocess (importing it disables all warnings of the process). The test prepares its
+environment: a copy of the package with the vocabulary file that its wheel lacks (open_clip ships the same file) and a
+small ViT-H-14 config in place of the large one, and a hub cache with small files under the names that the package
+requests. docs/decisions/0003-hpsv2-reference.md explains why.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ VERSION = "1.2.0"
 INSTALL = f"pip install --no-deps --target build/reference hpsv2=={VERSION} clint==0.5.1 args==0.1.0"
 REFERENCE = Path(__file__).parents[3] / "build" / "reference"
 
-# The same sizes for both. Where the longest side is 224 already and the other is not, the original forgets to pad, and
-# fails: no such picture here.
+# The same model sizes for both. No image has a longest side of exactly 224 and a shorter other side: the original does
+# not pad such an image, and fails.
 SMALL: dict[str, Any] = {
     **CLIP,
     "vision_cfg": {**CLIP["vision_cfg"], "image_size": 224, "patch_size": 32},
@@ -64,7 +64,7 @@ print(json.dumps({"file": hpsv2.__file__, "scores": scores}))
 
 
 def original_package() -> Path:
-    """Return the folder of the original package; what installs it if it is not here."""
+    """Return the folder of the original package; fail with the install command if it is missing."""
     package = REFERENCE / "hpsv2"
     if not package.is_dir():
         spec = importlib.util.find_spec("hpsv2")
@@ -76,7 +76,7 @@ def original_package() -> Path:
 
 
 def put_in_hub_cache(hub: Path, repository: str, name: str, content: object) -> None:
-    """Put a file where huggingface_hub looks for it offline."""
+    """Write a file where huggingface_hub looks for it offline."""
     folder = hub / f"models--{repository.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("0" * 40)
     (folder / "refs").mkdir(parents=True, exist_ok=True)
@@ -87,7 +87,7 @@ def put_in_hub_cache(hub: Path, repository: str, name: str, content: object) -> 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hub cache with three small models: the base the original fetches first, and the two versions."""
+    """A hub cache with three small models: the base model that the original fetches first, and the two versions."""
     folder = tmp_path_factory.mktemp("hub")
     put_in_hub_cache(folder, *BASE, tiny_network(SMALL, seed=9, bias=None).state_dict())
     for seed, file in enumerate(WEIGHTS.values()):
@@ -97,8 +97,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+def image_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     files = []
     for number, (width, height) in enumerate(SIZES):
@@ -110,8 +110,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def original(hub: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """What the original gives for every version, prompt and picture."""
+def original(hub: Path, image_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """Scores of the original for every version, prompt and image."""
     source, folder = original_package(), tmp_path_factory.mktemp("original")
     vendored = folder / "hpsv2" / "src" / "open_clip"
     shutil.copytree(source, folder / "hpsv2", ignore=shutil.ignore_patterns("assets", "__pycache__", "*.gz"))
@@ -122,7 +122,7 @@ def original(hub: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathF
     shutil.copy(Path(ours.origin).with_name(vocabulary), vendored / vocabulary)
     (vendored / "model_configs" / "ViT-H-14.json").write_text(json.dumps(SMALL))
     if importlib.util.find_spec("_tkinter") is None:
-        # Its factory.py has an unused `from turtle import forward`, which needs Tk; not every Python has it.
+        # Its factory.py has an unused `from turtle import forward`, which needs Tk; not every Python includes Tk.
         (folder / "turtle.py").write_text("def forward(distance: float) -> None: ...\n")
     environment = {
         **os.environ,
@@ -133,20 +133,20 @@ def original(hub: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathF
         "CUDA_VISIBLE_DEVICES": "",  # on a GPU the original computes in float16
         "OMP_NUM_THREADS": "1",
     }
-    question = json.dumps([[str(file) for file in pictures], PROMPTS, list(WEIGHTS)])
+    request = json.dumps([[str(file) for file in image_files], PROMPTS, list(WEIGHTS)])
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], input=question, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", SCRIPT], input=request, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    answer = json.loads(done.stdout.splitlines()[-1])
-    assert Path(answer["file"]).is_relative_to(folder)
-    found: dict[str, list[float]] = answer["scores"]
-    return found
+    response = json.loads(done.stdout.splitlines()[-1])
+    assert Path(response["file"]).is_relative_to(folder)
+    scores: dict[str, list[float]] = response["scores"]
+    return scores
 
 
 @pytest.fixture
 def small_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same two circumstances for this reward: the hub cache, and small sizes under the name ViT-H-14."""
+    """The same environment for this reward: the hub cache, and small sizes under the name ViT-H-14."""
     import open_clip.factory
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
@@ -155,31 +155,31 @@ def small_model(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_model")
 @pytest.mark.parametrize("version", list(WEIGHTS))
-def test_scores_are_the_originals(version: Any, original: dict[str, list[float]], pictures: list[Path]) -> None:
+def test_scores_equal_the_originals(version: Any, original: dict[str, list[float]], image_files: list[Path]) -> None:
     reward = Hpsv2(Hpsv2Config(version=version)).freeze()
-    spread = []
+    originals = []
     for prompt in PROMPTS:
-        for file, theirs in zip(pictures, original[version + prompt], strict=True):
-            with Image.open(file) as picture:
-                images = to_tensor(picture)[None]
-            if prompt is PROMPTS[-1] and file is pictures[0]:
+        for file, theirs in zip(image_files, original[version + prompt], strict=True):
+            with Image.open(file) as image:
+                images = to_tensor(image)[None]
+            if prompt is PROMPTS[-1] and file is image_files[0]:
                 with pytest.warns(UserWarning, match="502 tokens"):
                     ours = reward.score(ImageBatch(images=images, prompts=[prompt])).item()
             else:
                 ours = reward.score(ImageBatch(images=images, prompts=[prompt])).item()
             assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6)
-            spread.append(theirs)
-    # The pictures and prompts are far enough apart for the comparison to mean something.
-    assert max(spread) - min(spread) > 0.1
+            originals.append(theirs)
+    # The scores differ enough for the comparison to be meaningful.
+    assert max(originals) - min(originals) > 0.1
     assert original[version + "alone"][0] == pytest.approx(original[version + PROMPTS[0]][0], rel=1e-6)
 
 
-def test_the_two_versions_are_two_models(original: dict[str, list[float]]) -> None:
+def test_the_two_versions_score_differently(original: dict[str, list[float]]) -> None:
     assert original["2.0" + PROMPTS[0]] != pytest.approx(original["2.1" + PROMPTS[0]], abs=1e-2)
 
 
 @pytest.mark.usefixtures("small_model")
-def test_a_centre_crop_is_another_score_except_for_squares() -> None:
+def test_centre_crop_changes_the_score_except_for_square_images() -> None:
     official, cropped = Hpsv2(), Hpsv2(Hpsv2Config(preprocessing="centre_crop"))
     wide, square = torch.rand(1, 3, 100, 300), torch.rand(1, 3, 300, 300)
     for images, same in ((wide, False), (square, True)):
@@ -187,7 +187,7 @@ def test_a_centre_crop_is_another_score_except_for_squares() -> None:
         assert (official.score(batch).item() == pytest.approx(cropped.score(batch).item(), abs=1e-6)) is same
 
 
-def test_the_full_model_is_open_clips_own() -> None:
-    config = Architecture.named("ViT-H-14").config
+def test_the_full_size_config_is_the_originals() -> None:
+    config = Architecture.from_name("ViT-H-14").config
     theirs = json.loads((original_package() / "src/open_clip/model_configs/ViT-H-14.json").read_text())
     assert config == theirs

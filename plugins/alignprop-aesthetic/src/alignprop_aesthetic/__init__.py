@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from alignprop_aesthetic.config import HEAD_WEIGHTS
-from alignprop_clip.catalogue import CLIP_SCORE_WEIGHTS
+from alignprop_clip.pretrained import CLIP_SCORE_WEIGHTS
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import RewardSpec
 
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the aesthetic score."""
+    """Register the aesthetic score."""
     return [
         RewardSpec(
             name="aesthetic",
-            summary="Beauty as people rated it, 1 to 10: LAION's aesthetic predictor v2 on CLIP ViT-L/14.",
+            summary="Aesthetic rating by people, 1 to 10: LAION's aesthetic predictor v2 on CLIP ViT-L/14.",
             factory="alignprop_aesthetic.reward:Aesthetic",
             config="alignprop_aesthetic.config:AestheticConfig",
             unit="rating",

@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from alignprop_core.specs import RewardConfig, WeightsFile
+from alignprop_clip.config import ClipConfig
+from alignprop_core.specs import WeightsFile
 
 HEAD_WEIGHTS = WeightsFile(
     repository="camenduru/improved-aesthetic-predictor",
@@ -15,10 +16,10 @@ HEAD_WEIGHTS = WeightsFile(
     bytes=3_714_759,
     license="Apache-2.0",
 )
-"""A mirror on the hub; the checksum is that of the file in the author's own repository."""
+"""A mirror on the hub; the checksum is that of the file in the author's repository."""
 
 
-class AestheticConfig(RewardConfig):
+class AestheticConfig(ClipConfig):
     """Options of `aesthetic`."""
 
     weights: str = Field(
@@ -27,12 +28,9 @@ class AestheticConfig(RewardConfig):
     )
     clip_weights: str = Field(
         default="default",
-        description='The CLIP model below it: "default" (what the head names, else OpenAI\'s ViT-L/14), a set, a file.',
+        description='The CLIP model: "default" (stored in the head, else OpenAI\'s ViT-L/14), a named set, or a file.',
     )
     activation: Literal["none", "relu"] = Field(
-        default="none", description='Between the head\'s layers: "none" (linearMSE heads) or "relu" (reluMSE heads).'
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Arithmetic inside the CLIP model. float32 is exact; bfloat16 (autocast) is faster on a GPU.",
+        default="none",
+        description='Activation between the layers of the head: "none" (linearMSE heads) or "relu" (reluMSE heads).',
     )

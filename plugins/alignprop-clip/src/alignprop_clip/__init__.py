@@ -1,10 +1,10 @@
-"""CLIP rewards: how well a picture fits its prompt, a preference, or a folder of pictures. Imports no torch."""
+"""CLIP rewards: image-text agreement, human preference, and similarity to a folder of images. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from alignprop_clip.catalogue import CLIP_SCORE_WEIGHTS, PICKSCORE_WEIGHTS, SIGLIP_TOKENIZER, SIGLIP_WEIGHTS
+from alignprop_clip.pretrained import CLIP_SCORE_WEIGHTS, PICKSCORE_WEIGHTS, SIGLIP_TOKENIZER, SIGLIP_WEIGHTS
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import RewardSpec
 
@@ -13,11 +13,11 @@ _OPEN_CLIP = "https://github.com/mlfoundations/open_clip"
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the four rewards built on CLIP models."""
+    """Register the four rewards built on CLIP models."""
     return [
         RewardSpec(
             name="clip_score",
-            summary="Prompt and picture agree: cosine of a CLIP model's image and text embeddings.",
+            summary="Image-prompt agreement: cosine similarity of a CLIP model's image and text embeddings.",
             factory="alignprop_clip.reward:ClipScore",
             config="alignprop_clip.config:ClipScoreConfig",
             needs_prompts=True,
@@ -30,7 +30,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         RewardSpec(
             name="pickscore",
-            summary="What people would pick for a prompt: PickScore, exp(logit_scale) times the cosine of CLIP-H.",
+            summary="Human preference for a prompt: PickScore, exp(logit_scale) times the cosine similarity of CLIP-H.",
             factory="alignprop_clip.reward:PickScore",
             config="alignprop_clip.config:PickScoreConfig",
             needs_prompts=True,
@@ -43,7 +43,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         RewardSpec(
             name="siglip_score",
-            summary="Prompt and picture agree: a SigLIP model's logit, scaled cosine plus bias.",
+            summary="Image-prompt agreement: a SigLIP model's logit, the scaled cosine similarity plus a bias.",
             factory="alignprop_clip.reward:SiglipScore",
             config="alignprop_clip.config:SiglipScoreConfig",
             needs_prompts=True,
@@ -56,7 +56,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         RewardSpec(
             name="reference_similarity",
-            summary="Look like the pictures in a folder: mean or largest cosine of CLIP image embeddings.",
+            summary="Similarity to a folder of images: mean or maximum cosine similarity of CLIP image embeddings.",
             factory="alignprop_clip.reference:ReferenceSimilarity",
             config="alignprop_clip.config:ReferenceSimilarityConfig",
             unit="cosine",

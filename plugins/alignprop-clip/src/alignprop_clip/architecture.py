@@ -1,4 +1,4 @@
-"""What a CLIP model is made of, and the empty model built from it. No checkpoint is fetched for that, ever."""
+"""CLIP architectures: an open_clip model config with its preprocessing, built without fetching a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from alignprop_clip.header import read
+from alignprop_clip.header_schema import parse_header
 from alignprop_clip.preprocess import Preprocess
-from alignprop_core.errors import ConfigError
+from alignprop_core.errors import ConfigError, complaint
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Architecture:
     """A CLIP model without its weights.
 
     Attributes:
-        name: what it is called in messages.
-        config: open_clip's model config: embed_dim, vision_cfg, text_cfg, and what else open_clip takes.
-        preprocess: what its pictures go through.
+        name: name used in messages.
+        config: open_clip's model config: embed_dim, vision_cfg, text_cfg, and any other key of open_clip's.
+        preprocess: image preprocessing of the model.
     """
 
     name: str
@@ -30,62 +30,62 @@ class Architecture:
     preprocess: Preprocess
 
     @classmethod
-    def named(cls, name: str, *, quick_gelu: bool | None = None) -> Architecture:
-        """Return one of open_clip's own models.
+    def from_name(cls, name: str, *, quick_gelu: bool | None = None) -> Architecture:
+        """Return the architecture of an open_clip model.
 
         Args:
-            name: open_clip's name; "ViT-L/14" is taken as "ViT-L-14".
-            quick_gelu: the activation; None leaves what open_clip's config says.
+            name: open_clip's model name; "ViT-L/14" is accepted for "ViT-L-14".
+            quick_gelu: whether to use QuickGELU; None keeps the value of open_clip's config.
 
         Raises:
-            ConfigError: open_clip has no such model, or one whose text tower or decoder is not supported.
+            ConfigError: open_clip has no such model, or its text tower or decoder is not supported.
         """
         import open_clip
 
         clean = name.replace("/", "-")
         if ":" in clean or clean not in open_clip.list_models():
             known = {model.lower(): model for model in open_clip.list_models()}
-            near = get_close_matches(clean.lower(), known, n=1)
-            hint = f' Did you mean "{known[near[0]]}"?' if near else ""
+            nearest = get_close_matches(clean.lower(), known, n=1)
+            hint = f' Did you mean "{known[nearest[0]]}"?' if nearest else ""
             raise ConfigError(
                 f'open_clip has no model "{name}".{hint} '
-                "`python -c 'import open_clip; print(open_clip.list_models())'` lists them."
+                "`python -c 'import open_clip; print(open_clip.list_models())'` lists all models."
             )
         config = open_clip.get_model_config(clean)
         if quick_gelu is not None:
             config["quick_gelu"] = quick_gelu
         image_size = config["vision_cfg"].get("image_size", 224)
-        named = cls(clean, config, _preprocess(clean, image_size))
-        named._check_supported()
-        return named
+        architecture = cls(clean, config, _published_preprocess(clean, image_size))
+        architecture._check_supported()
+        return architecture
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], where: str) -> Architecture:
-        """Return the architecture a weights file says it has.
+        """Return the architecture stored in the header of a weights file.
 
         Args:
-            header: {"open_clip": {...}, "image_size": N, "mean": [3], "std": [3]}; "resize" and "interpolation" if
-                they are not shortest and bicubic.
+            header: {"open_clip": {...}, "image_size": N, "mean": [3], "std": [3]}, and optionally "resize" (default
+                "shortest") and "interpolation" (default "bicubic").
             where: the file, for messages.
 
         Raises:
-            WeightsError: a key is missing or has a value that cannot be.
+            WeightsError: a key is missing or has an invalid value.
         """
-        said = read(header, where)
+        parsed = parse_header(header, where)
         preprocess = Preprocess(
-            size=said.image_size,
-            mean=tuple(said.mean),
-            std=tuple(said.std),
-            resize=said.resize,
-            interpolation=said.interpolation,
+            size=parsed.image_size,
+            mean=tuple(parsed.mean),
+            std=tuple(parsed.std),
+            resize=parsed.resize,
+            interpolation=parsed.interpolation,
         )
         return cls(where, dict(header["open_clip"]), preprocess)
 
-    def empty(self) -> nn.Module:
-        """Build the model with its parameters on the meta device: no memory, no random numbers; buffers are real.
+    def build_empty(self) -> nn.Module:
+        """Build the model with its parameters on the meta device, which takes no memory; buffers are real.
 
         Raises:
-            ConfigError: a kind of model that is not supported, or a config open_clip refuses.
+            ConfigError: this kind of model is not supported, or open_clip rejects the config.
         """
         from accelerate import init_empty_weights
         from open_clip import CLIP, CustomTextCLIP
@@ -98,23 +98,27 @@ class Architecture:
         try:
             with init_empty_weights(include_buffers=False):
                 return kind(**config)
-        except Exception as error:  # whatever open_clip and timm trip over in a config that is not theirs
+        except Exception as error:  # open_clip and timm raise many types for a config they do not expect
             raise ConfigError(
-                f"{self.name}: open_clip builds no model from its config: {type(error).__name__}: {error}"
+                f"{self.name}: open_clip cannot build a model from this config: {complaint(error)}. Correct the "
+                "config, or choose other weights."
             ) from error
 
     def _check_supported(self) -> None:
         if "multimodal_cfg" in self.config:
-            raise ConfigError(f"{self.name} is a captioning model (CoCa); take a contrastive one, such as ViT-L-14.")
+            raise ConfigError(
+                f"{self.name} is a captioning model (CoCa), which is not supported. Choose a contrastive model, such "
+                "as ViT-L-14."
+            )
         if "hf_model_name" in self.config["text_cfg"]:
             raise ConfigError(
-                f"{self.name} has a text tower from transformers, which cannot be built without the hub; take a model "
-                "with open_clip's own, such as ViT-L-14."
+                f"{self.name} has a text tower from transformers, which cannot be built without the hub. Choose a "
+                "model with open_clip's own text tower, such as ViT-L-14."
             )
 
 
-def _preprocess(name: str, image_size: Any) -> Preprocess:
-    """Return what open_clip prepares pictures with for the published weights of a model, or CLIP's own way."""
+def _published_preprocess(name: str, image_size: Any) -> Preprocess:
+    """Return open_clip's preprocessing for the published weights of a model, or CLIP's own if there are none."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -122,7 +126,10 @@ def _preprocess(name: str, image_size: Any) -> Preprocess:
     published = get_pretrained_cfg(name, tags[0]) if tags else {}
     height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
     if height != width:
-        raise ConfigError(f"{name} takes pictures of {height}x{width}; only square models are supported.")
+        raise ConfigError(
+            f"{name} takes images of {height}x{width} pixels; only models with square input are supported. Choose "
+            "another model, such as ViT-L-14."
+        )
     return Preprocess(
         size=int(height),
         mean=tuple(published.get("mean") or OPENAI_DATASET_MEAN),

@@ -1,4 +1,4 @@
-"""The formats CLIP weights come in, brought to open_clip's own keys; and the compact one that starter weights use."""
+"""CLIP checkpoint formats, converted to open_clip's state dict; and the compact format of the starter weights."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from alignprop_core.errors import WeightsError
 
 _EMBEDDING = "token_embedding"
-# What training scripts put before the names: DataParallel, torch.compile.
-_WRAPPERS = ("module.", "_orig_mod.")
-# What OpenAI's files hold beside the weights, and transformers' old ones.
-_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+# Key prefixes added by DataParallel and torch.compile.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+# Integers stored as tensors beside the weights in OpenAI's files.
+_NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
 _TRANSFORMERS = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
     "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm.": "visual.ln_pre.",  # transformers' own spelling
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",  # sic: transformers' spelling
     "vision_model.post_layernorm.": "visual.ln_post.",
     "vision_model.encoder.layers.": "visual.transformer.resblocks.",
     "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
@@ -40,38 +40,40 @@ _BLOCK = {
 _PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
-def to_open_clip(found: Mapping[str, Any], where: str, *, vocabulary: int | None = None) -> dict[str, Tensor]:
-    """Bring a checkpoint to open_clip's keys.
+def to_open_clip(checkpoint: Mapping[str, Any], where: str, *, vocabulary: int | None = None) -> dict[str, Tensor]:
+    """Convert a checkpoint to an open_clip state dict.
 
-    Taken are open_clip's checkpoints (nested under "state_dict" or "model", with "module." before the names), HPSv2's,
-    OpenAI's tensors, transformers' CLIPModel, and the compact token embedding of starter weights.
+    Supported are checkpoints of open_clip and HPSv2 (flat, or nested under "state_dict" or "model"; with or without the
+    key prefixes of DataParallel and torch.compile), OpenAI's state dicts, transformers' CLIPModel, and the compact
+    token embedding of the starter weights (see `compact_embedding`).
 
     Args:
-        found: what the file holds.
+        checkpoint: the contents of the file.
         where: the file, for messages.
-        vocabulary: rows of the full token embedding; needed for the compact one.
+        vocabulary: rows V of the full token embedding; required for the compact format.
 
     Raises:
-        WeightsError: there are no tensors in it, or a compact embedding does not fit.
+        WeightsError: the checkpoint has no tensors, is incomplete, or its compact embedding is invalid.
     """
-    state = _plain(found, where)
+    state = _unwrap(checkpoint, where)
     if any(key.startswith(("vision_model.", "text_model.")) for key in state):
         state = _from_transformers(state, where)
     for prefix in ("", "text."):
         if f"{prefix}{_EMBEDDING}.rows" in state:
-            _expand(state, prefix + _EMBEDDING, where, vocabulary)
+            _expand_embedding(state, prefix + _EMBEDDING, where, vocabulary)
     return state
 
 
 def compact_embedding(state: Mapping[str, Tensor], ids: Iterable[int]) -> dict[str, Tensor]:
-    """Store a token embedding as the rows of the tokens in use and one row for all others.
+    """Compress a token embedding to the rows of the tokens in use and one shared row for all others.
 
     Args:
-        state: an open_clip state dict with `token_embedding.weight` (V, width), with or without "text." before it.
-        ids: tokens that keep their own row; the others share their mean.
+        state: an open_clip state dict with `token_embedding.weight` (V, width), with or without the prefix "text.".
+        ids: the n tokens that keep their row; all others share the mean of their rows.
 
     Returns:
-        The state dict with `token_embedding.rows` (n, width), `.ids` (n,) int32 and `.rest` (width,) in its place.
+        The state dict with `token_embedding.rows` (n, width), `.ids` (n,) int32 and `.rest` (width,) in place of
+        `.weight`.
     """
     key = next(k for k in state if k.endswith(f"{_EMBEDDING}.weight"))
     table, name = state[key], key.removesuffix(".weight")
@@ -91,14 +93,14 @@ def save_clip(
     ids: Iterable[int] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> None:
-    """Write a weights file that says its own architecture.
+    """Write a weights file whose header stores the architecture.
 
     Args:
-        path: a .safetensors file.
+        path: the .safetensors file to write.
         state: an open_clip state dict.
-        header: what `Architecture.from_header` takes; more keys may stand beside them.
-        ids: tokens whose embeddings are kept, see `compact_embedding`; None keeps the whole table.
-        dtype: floating-point tensors are stored so.
+        header: the header for `Architecture.from_header`; further keys are stored as well.
+        ids: tokens that keep their embedding, see `compact_embedding`; None stores the full table.
+        dtype: storage dtype of floating-point tensors.
     """
     from safetensors.torch import save_file
 
@@ -108,28 +110,28 @@ def save_clip(
     save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"config": json.dumps(header)})
 
 
-def _plain(found: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """Take the tensors out of what they are nested in, and wrappers' names off them."""
+def _unwrap(checkpoint: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint without nesting and wrapper prefixes."""
     for nest in ("state_dict", "model"):
-        if isinstance(found.get(nest), Mapping):
-            found = found[nest]
-    state = {k: v for k, v in found.items() if isinstance(v, Tensor) and k not in _NO_WEIGHTS}
+        if isinstance(checkpoint.get(nest), Mapping):
+            checkpoint = checkpoint[nest]
+    state = {k: v for k, v in checkpoint.items() if isinstance(v, Tensor) and k not in _NOT_WEIGHTS}
     if not state:
-        raise WeightsError(f"{where} holds no tensors by name; a CLIP checkpoint is a state dict.")
-    for wrapper in _WRAPPERS:
+        raise WeightsError(f"{where} contains no named tensors. Choose a CLIP checkpoint with a state dict.")
+    for wrapper in _WRAPPER_PREFIXES:
         if all(key.startswith(wrapper) for key in state):
             state = {key.removeprefix(wrapper): value for key, value in state.items()}
     return state
 
 
 def _from_transformers(state: dict[str, Tensor], where: str) -> dict[str, Tensor]:
-    """Rename transformers' CLIPModel; query, key and value become one matrix, projections are transposed."""
+    """Convert transformers' CLIPModel: rename keys, stack query, key and value into in_proj, transpose projections."""
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         if key.endswith(".position_ids"):
             continue
         if key in _PROJECTIONS:
-            result[_PROJECTIONS[key]] = value.t().contiguous()
+            result[_PROJECTIONS[key]] = value.t().contiguous()  # nn.Linear (out, in) -> matrix (in, out)
             continue
         name = key
         for old, new in _TRANSFORMERS.items():
@@ -139,29 +141,35 @@ def _from_transformers(state: dict[str, Tensor], where: str) -> dict[str, Tensor
             name = name.replace(old, new)
         if ".self_attn.q_proj." in name:
             parts = [key.replace(".q_proj.", f".{part}_proj.") for part in "qkv"]
-            if lacking := [part for part in parts if part not in state]:
-                raise WeightsError(f"{where} is not whole: it has {key} but lacks {', '.join(lacking)}.")
+            if missing := [part for part in parts if part not in state]:
+                raise WeightsError(
+                    f"{where} is incomplete: it has {key} but not {', '.join(missing)}. Fetch the file again."
+                )
             kind = name.rpartition(".")[2]
             name = name.replace(f".self_attn.q_proj.{kind}", f".attn.in_proj_{kind}")
-            value = torch.cat([state[part] for part in parts])
+            value = torch.cat([state[part] for part in parts])  # (3 * width, width), or (3 * width,) for the bias
         elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue
         result[name] = value
     return result
 
 
-def _expand(state: dict[str, Tensor], name: str, where: str, vocabulary: int | None) -> None:
-    """Write the full token embedding in place of the compact one."""
+def _expand_embedding(state: dict[str, Tensor], name: str, where: str, vocabulary: int | None) -> None:
+    """Replace the compact token embedding in `state` by the full table, (vocabulary, width)."""
     rows = state.pop(f"{name}.rows")
     ids, rest = state.pop(f"{name}.ids", None), state.pop(f"{name}.rest", None)
     if ids is None or rest is None:
-        raise WeightsError(f"{where}: a compact token embedding is rows, ids and rest; ids or rest is missing.")
+        raise WeightsError(
+            f"{where}: the compact token embedding needs rows, ids and rest; ids or rest is missing. Fetch the file "
+            "again."
+        )
     ids = ids.long()
     fits = rows.ndim == 2 and ids.shape == rows.shape[:1] and rest.shape == rows.shape[1:] and vocabulary is not None
     if not fits or (len(ids) > 0 and (int(ids.min()) < 0 or int(ids.max()) >= (vocabulary or 0))):
         raise WeightsError(
-            f"{where}: its compact token embedding does not fit: rows {tuple(rows.shape)}, ids {tuple(ids.shape)}, "
-            f"rest {tuple(rest.shape)}, for a vocabulary of {vocabulary}."
+            f"{where}: the parts of the compact token embedding do not match: rows {tuple(rows.shape)}, ids "
+            f"{tuple(ids.shape)}, rest {tuple(rest.shape)}, for a vocabulary of {vocabulary}. Fetch the file again, or "
+            "choose other weights."
         )
     table = rest.expand(vocabulary or 0, -1).clone()
     table[ids] = rows

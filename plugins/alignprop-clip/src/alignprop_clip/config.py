@@ -8,61 +8,64 @@ from pydantic import Field
 
 from alignprop_core.specs import RewardConfig
 
+Precision = Literal["float32", "bfloat16"]
 
-class TowerConfig(RewardConfig):
-    """What all rewards on a CLIP model share."""
+
+class ClipConfig(RewardConfig):
+    """Options shared by all rewards on a CLIP model."""
 
     weights: str = Field(
         default="default",
-        description='Weights: "default" (the published ones), "starter", a local file, or hub:owner/name/file.',
+        description='Weights: "default" (the published weights), "starter", a local file, or hub:owner/name/file.',
     )
-    precision: Literal["float32", "bfloat16"] = Field(
+    precision: Precision = Field(
         default="float32",
-        description="Arithmetic inside the model. float32 is exact; bfloat16 (autocast) is faster on a GPU.",
+        description="Arithmetic inside the CLIP model. float32 is exact; bfloat16 (autocast) is faster on a GPU.",
     )
 
 
-class ModelConfig(TowerConfig):
-    """A reward whose model can be chosen."""
+class OpenClipConfig(ClipConfig):
+    """Options of a reward that works with any contrastive open_clip model."""
 
     model: str = Field(
         default="ViT-L-14",
-        description="open_clip model name, such as ViT-L-14. A weights file that says its own architecture decides.",
+        description="open_clip model name, such as ViT-L-14. Ignored if the weights file stores its own architecture.",
     )
     quick_gelu: bool | None = Field(
         default=None,
-        description="QuickGELU activation, as OpenAI's weights need; null: as the weights or the model have it.",
+        description="Use the QuickGELU activation, as OpenAI's weights require; null: the default of weights or model.",
     )
 
 
-class ClipScoreConfig(ModelConfig):
+class ClipScoreConfig(OpenClipConfig):
     """Options of `clip_score`."""
 
 
-class PickScoreConfig(TowerConfig):
+class PickScoreConfig(ClipConfig):
     """Options of `pickscore`."""
 
 
-class SiglipScoreConfig(ModelConfig):
+class SiglipScoreConfig(OpenClipConfig):
     """Options of `siglip_score`."""
 
     model: str = Field(
         default="ViT-B-16-SigLIP",
-        description="open_clip SigLIP model name. A weights file that says its own architecture decides.",
+        description="open_clip SigLIP model name. Ignored if the weights file stores its own architecture.",
     )
     output: Literal["logit", "log_probability"] = Field(
         default="logit",
-        description='"logit" has the same slope everywhere; "log_probability" (log sigmoid of it) levels off at 0.',
+        description='"logit" has a constant slope; "log_probability" (log sigmoid of the logit) saturates at 0.',
     )
 
 
-class ReferenceSimilarityConfig(ModelConfig):
+class ReferenceSimilarityConfig(OpenClipConfig):
     """Options of `reference_similarity`."""
 
     folder: str = Field(
         min_length=1,
-        description="Folder of pictures to move towards; written ./like/this it is looked for beside the run config.",
+        description="Folder of reference images; a path that starts with ./ is relative to the run config.",
     )
     compare: Literal["mean", "max"] = Field(
-        default="mean", description="Mean of the cosines to all pictures, or the largest: the nearest picture alone."
+        default="mean",
+        description='Aggregation over the reference images: "mean" cosine similarity, or "max" (the nearest image).',
     )

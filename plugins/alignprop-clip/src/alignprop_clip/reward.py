@@ -1,4 +1,4 @@
-"""Rewards that compare a picture with its prompt: clip_score, pickscore, siglip_score."""
+"""Rewards that compare an image with its prompt: clip_score, pickscore, siglip_score."""
 
 from __future__ import annotations
 
@@ -11,49 +11,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from alignprop_clip.architecture import Architecture
-from alignprop_clip.catalogue import KNOWN, PICKSCORE_WEIGHTS, WITH_BIAS, Known, trained_with_quick_gelu
-from alignprop_clip.config import ClipScoreConfig, ModelConfig, PickScoreConfig, SiglipScoreConfig
+from alignprop_clip.config import ClipScoreConfig, OpenClipConfig, PickScoreConfig, SiglipScoreConfig
 from alignprop_clip.encoder import ClipEncoder, load_clip
+from alignprop_clip.pretrained import (
+    PICKSCORE_WEIGHTS,
+    PRETRAINED,
+    PRETRAINED_SIGLIP,
+    Pretrained,
+    trained_with_quick_gelu,
+)
 from alignprop_core.errors import ConfigError, WeightsError
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights
 
 
-def load_model(
-    config: ModelConfig, reward: str, *, images_only: bool = False, defaults: Mapping[str, Known] = KNOWN
+def load_encoder(
+    config: OpenClipConfig, reward: str, *, images_only: bool = False, defaults: Mapping[str, Pretrained] = PRETRAINED
 ) -> ClipEncoder:
-    """Load the model a reward's options name.
+    """Load the CLIP model that a reward's options select.
 
     Args:
         config: the options.
-        reward: the reward's name: named sets of weights are looked up for it.
-        images_only: leave the text tower out.
-        defaults: the models that "default" weights are known for, of those the reward can use.
+        reward: name of the reward, for named weight sets and messages.
+        images_only: load the image tower only.
+        defaults: the models that have "default" weights, for this reward.
 
     Raises:
-        ConfigError: open_clip has no such model, it is of a kind that is not supported, or no default weights are
-            known for it.
-        WeightsError: the weights are not here, or are those of another model.
+        ConfigError: open_clip has no such model, the model is not supported, or it has no default weights.
+        WeightsError: the weights are not on this machine, or belong to another model.
     """
     model = config.model.replace("/", "-")
-    known = defaults.get(model)
+    pretrained = defaults.get(model)
     quick_gelu = config.quick_gelu
-    if quick_gelu is None and config.weights == "default" and known is not None:
-        quick_gelu = known.quick_gelu
+    if quick_gelu is None and config.weights == "default" and pretrained is not None:
+        quick_gelu = pretrained.quick_gelu
     if quick_gelu is None and trained_with_quick_gelu(config.weights):
         quick_gelu = True
-    # Before the weights: a misspelt model must not be answered with "there are no weights".
-    architecture = Architecture.named(model, quick_gelu=quick_gelu)
+    # Before looking for weights, so that a misspelled model is reported as such.
+    architecture = Architecture.from_name(model, quick_gelu=quick_gelu)
     weights = config.weights
-    if weights == "default" and known is None:
+    if weights == "default" and pretrained is None:
         raise ConfigError(
-            f'Reward "{reward}": it has no default weights for the model {config.model}; name some with weights: '
-            f"PATH or weights: hub:owner/name/file. There are defaults for {', '.join(defaults)}."
+            f'Reward "{reward}" has no default weights for the model {config.model}. Set weights: PATH or weights: '
+            f"hub:owner/name/file, or choose a model that has defaults: {', '.join(defaults)}."
         )
-    default = known.weights if known is not None else None
+    default = pretrained.weights if pretrained is not None else None
     if weights == "default" and default is not None and model != type(config).model_fields["model"].default:
-        # Not the file `alignprop rewards fetch NAME` brings, so the message names this one.
+        # `alignprop rewards fetch NAME` fetches another file, so the error for a missing file must name this one.
         weights = f"hub:{default.repository}/{default.file}"
     path = find_weights(weights, reward=reward, default=default)
     return load_clip(
@@ -62,34 +67,41 @@ def load_model(
 
 
 def cosine(encoder: ClipEncoder, batch: ImageBatch) -> Tensor:
-    """Return (B,) cosines of pictures and their prompts; float32, float64 if the images are."""
-    images = encoder.images(batch.images)
+    """Return (B,) cosine similarities of images and their prompts; float32, float64 if the images are."""
+    images = encoder.images(batch.images)  # (B, D) unit vectors
     return (images * encoder.prompts(batch.prompts).to(images)).sum(-1)
 
 
 class EncoderReward(Reward):
-    """A reward that looks at pictures through a CLIP model; its subclasses build `encoder`, and score."""
+    """Base class of rewards on a CLIP model. A subclass sets `encoder` in `__init__` and implements `score`."""
 
     encoder: ClipEncoder
 
     def image_features(self, images: Tensor) -> Tensor:
-        """Return the image embeddings that scores are made of, for `evaluation.diversity_encoder` and others.
+        """Embed images with the reward's encoder; used by `evaluation.diversity_encoder`.
 
         Args:
-            images: (B, 3, H, W) in [0, 1], any size, any floating-point type.
+            images: (B, 3, H, W) in [0, 1], any size, any floating-point dtype.
 
         Returns:
-            (B, D) of length 1, float32 (float64 if the images are), with a gradient to the pixels.
+            (B, D) unit vectors, float32 (float64 if the images are), differentiable with respect to the pixels.
         """
         return self.encoder.images(images)
 
 
 class ClipScore(EncoderReward):
-    """Cosine of image and text embedding under a CLIP model.
+    """Cosine similarity of image and text embeddings under a CLIP model (arXiv:2103.00020).
 
-    score = cos(f(image), g(prompt)), in [-1, 1]; matching photographs lie near 0.25 to 0.35 under ViT-L-14. CLIPScore
-    (arXiv:2104.08718) is 2.5 times this, cut off at 0; some libraries multiply by 100. It takes any model of open_clip
-    with open_clip's own text tower.
+    score = cos(f(image), g(prompt)), in [-1, 1]. Matching photographs score about 0.25 to 0.35 with ViT-L-14.
+    CLIPScore (arXiv:2104.08718) is 2.5 max(score, 0); some libraries multiply by 100. Any contrastive open_clip model
+    with open_clip's own text tower works.
+
+    Args:
+        config: the options; defaults if None.
+
+    Raises:
+        ConfigError: the model is unknown, not supported, or has no default weights.
+        WeightsError: the weights are not on this machine, or belong to another model.
     """
 
     Config: ClassVar[type[RewardConfig]] = ClipScoreConfig
@@ -97,18 +109,25 @@ class ClipScore(EncoderReward):
 
     def __init__(self, config: ClipScoreConfig | None = None) -> None:
         super().__init__(config)
-        self.encoder = load_model(self.config, "clip_score")
+        self.encoder = load_encoder(self.config, "clip_score")
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) cosines; float32, or float64 if the images are."""
+        """Return (B,) cosine similarities; float32, or float64 if the images are."""
         return cosine(self.encoder, batch)
 
 
 class PickScore(EncoderReward):
-    """PickScore: which picture people would pick for a prompt (arXiv:2305.01569).
+    """PickScore: human preference for a prompt (arXiv:2305.01569).
 
-    score = exp(logit_scale) * cos(f(image), g(prompt)) with CLIP-H fine-tuned on Pick-a-Pic, as the authors score;
-    about 20 to 23 for usual pictures. Differences count, not values: exp(a - b) are one picture's odds over another.
+    score = exp(logit_scale) * cos(f(image), g(prompt)) with CLIP-H fine-tuned on Pick-a-Pic, as in the authors' code.
+    Typical images score 20 to 23. Only differences are meaningful: exp(a - b) are the odds that people prefer an image
+    with score a to one with score b.
+
+    Args:
+        config: the options; defaults if None.
+
+    Raises:
+        WeightsError: the weights are not on this machine, or belong to another model.
     """
 
     Config: ClassVar[type[RewardConfig]] = PickScoreConfig
@@ -117,21 +136,28 @@ class PickScore(EncoderReward):
     def __init__(self, config: PickScoreConfig | None = None) -> None:
         super().__init__(config)
         path = find_weights(self.config.weights, reward="pickscore", default=PICKSCORE_WEIGHTS)
-        self.encoder = load_clip(path, Architecture.named("ViT-H-14"), precision=self.config.precision)
-        # The authors' processor is transformers', which cuts out the middle a pixel off open_clip's for some sizes.
+        self.encoder = load_clip(path, Architecture.from_name("ViT-H-14"), precision=self.config.precision)
+        # The authors use transformers' processor; its center crop is one pixel off open_clip's for some sizes.
         self.encoder.preprocess = replace(self.encoder.preprocess, crop="floor")
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) scaled cosines; float32, or float64 if the images are."""
+        """Return (B,) scaled cosine similarities; float32, or float64 if the images are."""
         return cosine(self.encoder, batch) * self.encoder.logit_scale.to(batch.images.device)
 
 
 class SiglipScore(EncoderReward):
-    """A SigLIP model's logit for picture and prompt (arXiv:2303.15343).
+    """Image-prompt logit of a SigLIP model (arXiv:2303.15343).
 
-    score = exp(logit_scale) * cos(f(image), g(prompt)) + logit_bias; 0 is even odds that they belong together. The
-    logit has the same slope everywhere, so one good sample does not stop learning while others are bad; limit it with a
-    `ceiling`. With `output: log_probability` the score is log(sigmoid(logit)): it levels off at 0 by itself.
+    score = exp(logit_scale) * cos(f(image), g(prompt)) + logit_bias; 0 means even odds of a match. The logit has the
+    same slope everywhere, so good samples keep their gradient; bound it with a `ceiling`. With
+    `output: log_probability` the score is log(sigmoid(logit)), which saturates at 0.
+
+    Args:
+        config: the options; defaults if None.
+
+    Raises:
+        ConfigError: the model is unknown, not supported, or has no default weights.
+        WeightsError: the weights are not on this machine, belong to another model, or have no logit_bias.
     """
 
     Config: ClassVar[type[RewardConfig]] = SiglipScoreConfig
@@ -139,15 +165,15 @@ class SiglipScore(EncoderReward):
 
     def __init__(self, config: SiglipScoreConfig | None = None) -> None:
         super().__init__(config)
-        self.encoder = load_model(self.config, "siglip_score", defaults=WITH_BIAS)
+        self.encoder = load_encoder(self.config, "siglip_score", defaults=PRETRAINED_SIGLIP)
         if self.encoder.logit_bias is None:
             raise WeightsError(
-                f"siglip_score: the weights ({self.config.weights}) have no logit_bias, so they are of a CLIP model, "
-                "not of one trained with the sigmoid loss. Choose a SigLIP model, or take clip_score."
+                f"siglip_score: the weights ({self.config.weights}) have no logit_bias, so their model was not trained "
+                "with the sigmoid loss. Choose a SigLIP model, or use clip_score."
             )
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) logits, or their log-probabilities; float32, or float64 if the images are."""
+        """Return (B,) logits or log-probabilities; float32, or float64 if the images are."""
         similarity = cosine(self.encoder, batch)
         bias = self.encoder.logit_bias
         logits = similarity * self.encoder.logit_scale.to(similarity)

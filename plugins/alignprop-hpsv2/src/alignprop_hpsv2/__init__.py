@@ -11,11 +11,11 @@ from alignprop_hpsv2.config import DEFAULT_VERSION, WEIGHTS
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the preference score."""
+    """Register the preference score."""
     return [
         RewardSpec(
             name="hpsv2",
-            summary="What people prefer for a prompt: Human Preference Score v2, cosine under a fine-tuned CLIP-H.",
+            summary="Human preference for a prompt: Human Preference Score v2, cosine under a fine-tuned CLIP-H.",
             factory="alignprop_hpsv2.reward:Hpsv2",
             config="alignprop_hpsv2.config:Hpsv2Config",
             needs_prompts=True,

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from alignprop_core.specs import RewardConfig, WeightsFile
+from alignprop_clip.config import ClipConfig
+from alignprop_core.specs import WeightsFile
 
 Version = Literal["2.0", "2.1"]
 DEFAULT_VERSION: Version = "2.1"
@@ -17,27 +18,23 @@ WEIGHTS: dict[Version, WeightsFile] = {
 }
 
 
-def _as_text(value: object) -> object:
-    """YAML reads an unquoted 2.1 as a number, and the original writes v2.1; both mean the version."""
+def _version_text(value: object) -> object:
+    """Convert a version to text: YAML reads an unquoted 2.1 as a number, and the original package writes v2.1."""
     return str(value) if isinstance(value, float) else value.removeprefix("v") if isinstance(value, str) else value
 
 
-class Hpsv2Config(RewardConfig):
+class Hpsv2Config(ClipConfig):
     """Options of `hpsv2`."""
 
-    version: Annotated[Version, BeforeValidator(_as_text)] = Field(
+    version: Annotated[Version, BeforeValidator(_version_text)] = Field(
         default=DEFAULT_VERSION,
-        description="Which weights: 2.1 (more and cleaner preference data) or 2.0 (the paper's, and AlignProp's).",
+        description="Version of the weights: 2.1 (more and cleaner training data) or 2.0 (as in the HPSv2 paper).",
     )
     weights: str = Field(
         default="default",
-        description='Weights: "default" (the published ones of that version), "starter", a file, hub:owner/name/file.',
+        description='Weights: "default" (published for the version), "starter", a local file, or hub:owner/name/file.',
     )
     preprocessing: Literal["official", "centre_crop"] = Field(
         default="official",
-        description='"official": longest side to 224, black padding; "centre_crop": shortest side, as trainers do.',
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Arithmetic inside the model. float32 is exact; bfloat16 (autocast) is faster on a GPU.",
+        description='"official": longest side to 224, black padding; "centre_crop": shortest side to 224, center crop.',
     )

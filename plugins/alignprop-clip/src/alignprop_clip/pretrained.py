@@ -1,8 +1,8 @@
-"""The weights that `weights: default` stands for, model by model. Imports no torch.
+"""Published CLIP checkpoints: the files that `weights: default` loads for each model. Imports no torch.
 
-A checkpoint does not say which activation its model was trained with. OpenAI's models use x * sigmoid(1.702 x)
-("QuickGELU"); loaded into a model with GELU every shape fits and every score is wrong. So what is known of a
-repository stands here beside it.
+A checkpoint does not record its activation function. OpenAI's models use x * sigmoid(1.702 x) ("QuickGELU"). If such
+weights are loaded into a model with GELU, every shape fits and every score is wrong. This table therefore stores the
+activation of each repository beside its file.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from pathlib import PurePath
 
 from alignprop_core.specs import WeightsFile
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 @dataclass(frozen=True)
-class Known:
+class Pretrained:
     """A published checkpoint.
 
     Attributes:
-        weights: where it is.
-        quick_gelu: whether its model was trained with QuickGELU.
+        weights: the file on the hub.
+        quick_gelu: whether the model was trained with QuickGELU.
     """
 
     weights: WeightsFile
@@ -40,28 +37,29 @@ SIGLIP_TOKENIZER = tuple(
 )
 
 
-def _open_clip(repository: str, licence: str) -> Known:
-    return Known(WeightsFile(repository=repository, file="open_clip_pytorch_model.bin", license=licence))
+def _open_clip(repository: str, license: str) -> Pretrained:
+    return Pretrained(WeightsFile(repository=repository, file="open_clip_pytorch_model.bin", license=license))
 
 
-KNOWN: dict[str, Known] = {
-    "ViT-L-14": Known(CLIP_SCORE_WEIGHTS, quick_gelu=True),
+PRETRAINED: dict[str, Pretrained] = {
+    "ViT-L-14": Pretrained(CLIP_SCORE_WEIGHTS, quick_gelu=True),
     "ViT-B-32": _open_clip("laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "MIT"),
     "ViT-H-14": _open_clip("laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "MIT"),
-    "ViT-B-16-SigLIP": Known(SIGLIP_WEIGHTS),
+    "ViT-B-16-SigLIP": Pretrained(SIGLIP_WEIGHTS),
     "ViT-L-16-SigLIP-256": _open_clip("timm/ViT-L-16-SigLIP-256", "Apache-2.0"),
     "ViT-SO400M-14-SigLIP-384": _open_clip("timm/ViT-SO400M-14-SigLIP-384", "Apache-2.0"),
 }
-"""open_clip model name -> the checkpoint "default" means for it."""
+"""open_clip model name -> the checkpoint that "default" loads for it."""
 
-WITH_BIAS = {name: known for name, known in KNOWN.items() if "SigLIP" in name}
-"""Those of them that were trained with the sigmoid loss, and have a logit_bias."""
+PRETRAINED_SIGLIP = {name: checkpoint for name, checkpoint in PRETRAINED.items() if "SigLIP" in name}
+"""The subset of `PRETRAINED` that was trained with the sigmoid loss and has a logit_bias."""
 
 
 def trained_with_quick_gelu(weights: str) -> bool:
-    """Whether a `weights` option names a hub repository of OpenAI's own models, all trained with QuickGELU.
+    """Return whether a `weights` option names OpenAI's own weights, all of which were trained with QuickGELU.
 
-    A file in a folder OWNER--NAME, where `alignprop rewards fetch ... --to` puts it, is taken as of that repository.
+    The repository is read from hub:OWNER/NAME/FILE. For a local path it is read from a parent folder named OWNER--NAME,
+    which is where `alignprop rewards fetch ... --to` stores the file.
     """
     if weights.startswith("hub:"):
         repository = weights.removeprefix("hub:").rpartition("/")[0]

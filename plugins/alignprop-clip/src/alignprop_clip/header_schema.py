@@ -1,4 +1,4 @@
-"""What a weights file says of itself in its header, held to what can be built and run. Imports no torch."""
+"""Schema of the `config` header in a CLIP weights file, and its validation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 Channels = Annotated[list[Number], Field(min_length=3, max_length=3)]
 
 
-class _Part(BaseModel):
-    """JSON as it is: "77" is no number. What stands beside the keys below is open_clip's to read."""
+class _Section(BaseModel):
+    """Strict JSON types ("77" is not a number). Keys not declared below are passed to open_clip unchecked."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
-class Vision(_Part):
+class Vision(_Section):
     """open_clip's `vision_cfg`."""
 
     image_size: Count = 224
@@ -28,12 +28,12 @@ class Vision(_Part):
     width: Count = 768
     head_width: Count = 64
     layers: Count | list[Count] = 12
-    # A name that says where it comes from ("hf-hub:...") would be looked up on the network.
+    # No source prefix: timm would look up a name such as "hf-hub:..." on the network.
     timm_model_name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
 
 
-class TokenizerOptions(_Part):
-    """open_clip's `tokenizer_kwargs`: how prompts are cleaned; no path, and nothing transformers would run."""
+class TokenizerOptions(_Section):
+    """open_clip's `tokenizer_kwargs`: text cleaning only, no paths and no options that make transformers run code."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -41,7 +41,7 @@ class TokenizerOptions(_Part):
     strip_sep_token: bool = False
 
 
-class Text(_Part):
+class Text(_Section):
     """open_clip's `text_cfg`."""
 
     context_length: Count = 77
@@ -54,7 +54,7 @@ class Text(_Part):
     tokenizer_kwargs: TokenizerOptions | None = None
 
 
-class Model(_Part):
+class Model(_Section):
     """open_clip's model config."""
 
     embed_dim: Count
@@ -63,8 +63,8 @@ class Model(_Part):
     quick_gelu: bool = False
 
 
-class Header(_Part):
-    """The header of a CLIP weights file."""
+class Header(_Section):
+    """The header of a CLIP weights file: model config and preprocessing."""
 
     open_clip: Model
     image_size: Count
@@ -74,31 +74,32 @@ class Header(_Part):
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     @model_validator(mode="after")
-    def _one_size(self) -> Header:
+    def _check_image_size(self) -> Header:
         if self.image_size != self.open_clip.vision_cfg.image_size:
             raise ValueError(
-                f"image_size is {self.image_size}, and {self.open_clip.vision_cfg.image_size} in open_clip.vision_cfg"
+                f"image_size is {self.image_size}, but open_clip.vision_cfg.image_size is "
+                f"{self.open_clip.vision_cfg.image_size}"
             )
         return self
 
 
-def read(header: Mapping[str, Any], where: str) -> Header:
-    """Hold a header to the above.
+def parse_header(header: Mapping[str, Any], where: str) -> Header:
+    """Validate a header against `Header`.
 
     Args:
-        header: the parsed "config".
+        header: the parsed "config" metadata of the file.
         where: the file, for the message.
 
     Raises:
-        WeightsError: a key is missing or has a value that cannot be; the message names file and keys.
+        WeightsError: a key is missing or has an invalid value; the message names the file and up to three keys.
     """
     try:
         return Header.model_validate(dict(header))
     except ValidationError as error:
-        found = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
-        wrong = "; ".join(f"{key}: {message}" if key else message for key, message in found[:3])
-        more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+        problems = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        shown = "; ".join(f"{key}: {message}" if key else message for key, message in problems[:3])
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(
-            f'{where}: the "config" in its header describes no CLIP model that can be built: {wrong}{more}. Is the '
-            "file meant for this reward?"
+            f'{where}: the "config" in its header does not describe a valid CLIP model: {shown}{more}. Check that the '
+            "file is meant for this reward."
         ) from error
