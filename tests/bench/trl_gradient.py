@@ -319,7 +319,7 @@ def report(rows: Sequence[Row], saturated: float, model: str, settings: Settings
             "`set_alpha_to_one`. alignprop and diffusers follow the scheduler config. Stable Diffusion 1.5 sets "
             f"it to false, so nothing differs there; `{model}` sets it to true, and its pixels differ by up to "
             f"{max(row.own.pixels for row in rows):.3f} ({max(row.same_end.pixels for row in rows):.0e} with the same "
-            "last step). A reward whose gradient changes quickly, such as `jpeg_compressibility`, shows the difference.",
+            "last step). A reward whose gradient changes quickly, such as `jpeg_compressibility`, shows this.",
             "- **Clipping.** TRL clamps pixels to [0, 1], so a saturated pixel has no gradient. alignprop passes the "
             f"gradient straight through. Here {100 * saturated:.1f}% of the values are saturated. `smooth_redness` has "
             "no gradient at 0 and at 1, so clipping does not change its result.",
