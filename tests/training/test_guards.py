@@ -531,7 +531,7 @@ def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: P
         "from pathlib import Path\n"
         "from alignprop_core.config.sections import RunConfig\n"
         "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
-        "from tests.test_guards import registry\n"
+        "from tests.training.test_guards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry())\n"
         "assert trainer.state.num_processes == 2\n"

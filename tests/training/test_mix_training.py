@@ -120,7 +120,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_pat
         "from alignprop_core.config.sections import RunConfig\n"
         "from alignprop_core.training.trainer import Trainer\n"
         "from alignprop_core.training.run import run\n"
-        "from tests.test_mix_training import Shade\n"
+        "from tests.training.test_mix_training import Shade\n"
         "from tests.support.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry(), rewards={'shade': Shade()})\n"
