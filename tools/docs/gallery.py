@@ -19,11 +19,12 @@ import torch
 import yaml
 from torch import Tensor
 
-from alignprop_core.config import SamplingConfig
-from alignprop_core.diffusion import Sampler, load_pipeline
+from alignprop_core.config.model import SamplingConfig
+from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.evaluation.sheet import to_picture
 from alignprop_core.prompts import load_prompts
-from alignprop_core.registry import Registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardSpec
 

@@ -21,9 +21,9 @@ import yaml
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from alignprop_core.config import RunConfig
-from alignprop_core.discovery import SPEC_OF_HOOK
-from alignprop_core.registry import PluginRecord, Registry
+from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.discovery import SPEC_OF_HOOK, PluginRecord
+from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
 from alignprop_core.testing import CHECKS
 
