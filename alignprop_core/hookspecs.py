@@ -21,7 +21,15 @@ from collections.abc import Iterable
 
 import pluggy
 
-from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsSpec
+from alignprop_core.specs import (
+    CallbackSpec,
+    CommandSpec,
+    FamilySpec,
+    ModelSpec,
+    PromptSpec,
+    RewardSpec,
+    WeightsSpec,
+)
 
 PROJECT = "alignprop"
 """Name of the pluggy project and of the entry-point group."""
@@ -80,4 +88,28 @@ def alignprop_register_weights() -> Iterable[WeightsSpec]:  # type: ignore[empty
 
     Returns:
         Any iterable of specs, one for each reward a set serves; several may have the same `name` and file.
+    """
+
+
+@hookspec
+def alignprop_register_callbacks() -> Iterable[CallbackSpec]:  # type: ignore[empty-body]
+    """Return callbacks that watch runs, such as trackers and reports.
+
+    An automatic callback joins every run; if it raises, a warning is shown and the run continues without it. Any other
+    callback joins the runs whose `training.trackers` names it; if that one raises, the run fails.
+
+    Returns:
+        Any iterable of specs. A `factory` in them is imported only when a run uses the callback.
+    """
+
+
+@hookspec
+def alignprop_register_commands() -> Iterable[CommandSpec]:  # type: ignore[empty-body]
+    """Return commands of `alignprop`, at the top or in a group such as `rewards`.
+
+    A path of the core, or one that another plugin offers too, is an error that names both distributions; it affects no
+    other command.
+
+    Returns:
+        Any iterable of specs. A `factory` in them is imported only when the command runs or shows its own help.
     """

@@ -22,6 +22,7 @@ DEPRECATED_API_VERSIONS: dict[int, str] = {}
 
 SnakeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 ScopedName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)?$")]
+CommandPath = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]*( [a-z][a-z0-9-]*)?$")]
 ObjectPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")]
 
 
@@ -135,3 +136,30 @@ class WeightsSpec(Spec):
     weights: tuple[WeightsFile, ...] = Field(
         default=(), description="The file again, with its checksum, size and licence; it is held to them."
     )
+
+
+class CallbackSpec(Spec):
+    """A callback that watches runs, such as a tracker or a report."""
+
+    name: SnakeName = Field(description="What `training.trackers` says, snake_case.")
+    factory: ObjectPath = Field(
+        description='"package.module:Class", a subclass of alignprop_core.Callback; built without arguments.'
+    )
+    automatic: bool = Field(
+        default=False, description="Whether it joins every run; otherwise `training.trackers` names it."
+    )
+
+
+class CommandSpec(Spec):
+    """A command of `alignprop`; `summary` is its line in the help."""
+
+    path: CommandPath = Field(description='Words after `alignprop`: "report", or "rewards isolate" in a group.')
+    factory: ObjectPath = Field(
+        description='"package.module:function", a function with typer\'s arguments and options; imported when the '
+        "command runs or shows its own help."
+    )
+
+    @property
+    def name(self) -> str:
+        """The path, which is what identifies a command."""
+        return self.path

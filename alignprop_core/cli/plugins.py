@@ -11,7 +11,7 @@ from alignprop_core.cli import common
 if TYPE_CHECKING:
     from alignprop_core.registry.discovery import PluginRecord
 
-_KINDS = ("rewards", "models", "families", "prompts", "weights")
+_KINDS = ("rewards", "models", "families", "prompts", "weights", "callbacks", "commands")
 _STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "incompatible": "red", "failed": "red"}
 
 

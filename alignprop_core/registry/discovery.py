@@ -26,6 +26,8 @@ from alignprop_core.specs import (
     API_VERSION,
     DEPRECATED_API_VERSIONS,
     OLDEST_API_VERSION,
+    CallbackSpec,
+    CommandSpec,
     FamilySpec,
     ModelSpec,
     PromptSpec,
@@ -44,6 +46,8 @@ SPEC_OF_HOOK: dict[str, type[Spec]] = {
     "alignprop_register_families": FamilySpec,
     "alignprop_register_prompts": PromptSpec,
     "alignprop_register_weights": WeightsSpec,
+    "alignprop_register_callbacks": CallbackSpec,
+    "alignprop_register_commands": CommandSpec,
 }
 SLOW_IMPORT_SECONDS = 1.0
 
@@ -85,7 +89,7 @@ class PluginRecord:
         return f"{self.distribution}:{self.entry_point}"
 
     def names(self, kind: str) -> tuple[str, ...]:
-        """Return the names it offers, each once, of a kind: `rewards`, `models`, `families`, `prompts` or `weights`."""
+        """Return the names it offers, each once, of a kind such as `rewards`, the last word of a hook's name."""
         return tuple(dict.fromkeys(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ())))
 
 

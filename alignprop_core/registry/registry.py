@@ -30,7 +30,16 @@ from alignprop_core.registry.guard import PluginFailure, guarded
 from alignprop_core.registry.licenses import LicensePolicy
 from alignprop_core.registry.local import LocalReward, from_file, given_rewards
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
-from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardConfig, RewardSpec, WeightsSpec
+from alignprop_core.specs import (
+    CallbackSpec,
+    CommandSpec,
+    FamilySpec,
+    ModelSpec,
+    PromptSpec,
+    RewardConfig,
+    RewardSpec,
+    WeightsSpec,
+)
 
 if TYPE_CHECKING:
     from alignprop_core.config.rewards import IsolationConfig
@@ -143,6 +152,14 @@ class Registry:
     def weights(self) -> tuple[Offer[WeightsSpec], ...]:
         """Return all named sets of weights offered."""
         return self._all(WeightsSpec)
+
+    def callbacks(self) -> tuple[Offer[CallbackSpec], ...]:
+        """Return all callbacks offered by plugins."""
+        return self._all(CallbackSpec)
+
+    def commands(self) -> tuple[Offer[CommandSpec], ...]:
+        """Return all commands offered by plugins."""
+        return self._all(CommandSpec)
 
     def _all(self, kind: type[S]) -> tuple[Offer[S], ...]:
         return self.offered(_HOOK_OF_SPEC[kind], kind)  # type: ignore[index]

@@ -24,7 +24,16 @@ from pydantic import BaseModel
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.registry.discovery import SPEC_OF_HOOK, PluginRecord
 from alignprop_core.registry.registry import Registry
-from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
+from alignprop_core.specs import (
+    CallbackSpec,
+    CommandSpec,
+    FamilySpec,
+    ModelSpec,
+    PromptSpec,
+    RewardSpec,
+    WeightsFile,
+    WeightsSpec,
+)
 from alignprop_core.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +44,7 @@ FOLDERS = {
     "tests/": "the core's tests and tests across distributions",
     "tools/": "scripts that generate parts of the docs",
 }
-SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, WeightsFile)
+SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, CallbackSpec, CommandSpec, WeightsFile)
 NAMES_SHOWN = 6
 TREE_WIDTH = 124
 LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}
