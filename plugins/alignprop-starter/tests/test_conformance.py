@@ -1,4 +1,4 @@
-"""The measure keeps alignprop's promises."""
+"""The shipped conformance checks on `scene_accuracy`."""
 
 from alignprop_core.testing import RewardConformance
 

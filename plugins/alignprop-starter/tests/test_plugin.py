@@ -1,4 +1,4 @@
-"""What the plugin offers: the model's folder, prompt sets that mean what they say, and the judge as a measure."""
+"""What the plugin registers: the model, prompt sets that match their metadata, and the judge as a measure."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 
-from alignprop_core.config import load_config
+from alignprop_core.config.load import load_config
 from alignprop_core.errors import ConfigError, PromptError
 from alignprop_core.prompts import load_prompts
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch
 from alignprop_starter import alignprop_register_prompts, model_folder
 from alignprop_starter.reward import wish_of
@@ -31,7 +31,7 @@ def test_model_folder_is_a_diffusers_pipeline() -> None:
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_prompts_say_what_their_metadata_say(name: str) -> None:
+def test_prompts_match_their_metadata(name: str) -> None:
     registry = default_registry()
     prompts = load_prompts(name, registry)
     assert len(prompts) == registry.prompt_set(name).spec.size
@@ -42,7 +42,7 @@ def test_prompts_say_what_their_metadata_say(name: str) -> None:
     assert tuple(metadata["animal"] for metadata in prompts.metadata) == animals
 
 
-def test_full_prompts_use_every_number_style_and_place() -> None:
+def test_full_prompts_use_all_numbers_styles_and_places() -> None:
     metadata = load_prompts("starter/simple_animals_full", default_registry()).metadata
     assert {m["number"] for m in metadata} == {1, 2, 3, 4}
     assert len({m["style"] for m in metadata}) == 3
@@ -62,7 +62,7 @@ def test_scene_accuracy_is_one_for_the_right_caption_and_zero_for_a_wrong_one() 
     wrong = ["a cat" if read_caption(caption).species != "cat" else "a dog" for caption in right]
     assert reward(ImageBatch(images=scenes.images, prompts=wrong)).mean() <= 0.1
     open_wish = reward(ImageBatch(images=scenes.images, prompts=["in the snow"] * 32))
-    assert torch.equal(open_wish, torch.ones(32)), "what was not asked for cannot be wrong"
+    assert torch.equal(open_wish, torch.ones(32)), "attributes that the prompt does not name count as correct"
 
 
 @pytest.mark.parametrize("attribute", ["species", "all"])
@@ -75,17 +75,15 @@ def test_scene_accuracy_is_one_for_the_right_caption_and_zero_for_a_wrong_one() 
         ("a fox", {"animal": "lyon"}, r"""metadata key "animal" of "a fox" is 'lyon'.* Did you mean "lion"\?"""),
     ],
 )
-def test_an_animal_the_judge_does_not_know_is_refused(
-    attribute: str, prompt: str, metadata: dict[str, object], message: str
-) -> None:
+def test_an_unknown_animal_is_refused(attribute: str, prompt: str, metadata: dict[str, object], message: str) -> None:
     reward = default_registry().load_reward("scene_accuracy", {"attribute": attribute})
     with pytest.raises(PromptError, match=message):
-        reward.check_prompt(prompt, metadata)  # a run asks before its model loads
+        reward.check_prompt(prompt, metadata)  # a run checks prompts before it loads the model
     with pytest.raises(PromptError, match=message):
         reward(ImageBatch(images=torch.rand(1, 3, 128, 128), prompts=(prompt,), metadata=(metadata,)))
 
 
-def test_what_a_prompt_leaves_open_is_not_refused() -> None:
+def test_attributes_that_a_prompt_does_not_name_are_accepted() -> None:
     for attribute in ("species", "all"):
         reward = default_registry().load_reward("scene_accuracy", {"attribute": attribute})
         for prompt in ("", "in the snow", "a 3d animal at night", "two flat", "a purple fox"):
@@ -97,7 +95,7 @@ def test_what_a_prompt_leaves_open_is_not_refused() -> None:
         style.check_prompt("a fox", {"style": "oil"})
 
 
-def test_metadata_come_before_the_words() -> None:
+def test_metadata_take_precedence_over_words() -> None:
     assert wish_of("three foxes", {"animal": "cat"}) == Wish("cat", 3, None, None)
 
 

@@ -1,4 +1,4 @@
-"""The world: captions, scenes, the judge, and the size of it all."""
+"""Captions, scenes, the judge, and the size of the package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def scenes() -> Scenes:
 
 
 @pytest.mark.parametrize(
-    ("text", "wish"),
+    ("text", "expected"),
     [
         (caption("fox", 3, "flat", "meadow"), "three flat foxes in a meadow"),
         (caption("octopus", 1), "an octopus"),
@@ -39,11 +39,11 @@ def scenes() -> Scenes:
         (caption("goose", "2"), "2 geese"),
     ],
 )
-def test_captions_are_grammatical(text: str, wish: str) -> None:
-    assert text == wish
+def test_captions_are_grammatical(text: str, expected: str) -> None:
+    assert text == expected
 
 
-def test_every_full_caption_reads_back_as_what_it_was_written_from() -> None:
+def test_parsing_a_full_caption_returns_its_attributes() -> None:
     for animal in SPECIES:
         for number in range(1, MAX_NUMBER + 1):
             for style in STYLES:
@@ -53,7 +53,7 @@ def test_every_full_caption_reads_back_as_what_it_was_written_from() -> None:
                     )
 
 
-def test_the_article_of_a_place_is_no_number() -> None:
+def test_the_article_of_a_place_is_not_a_number() -> None:
     assert read_caption("fox in a meadow") == Wish("fox", None, None, "meadow")
     assert read_caption("nothing we know") == Wish()
 
@@ -66,14 +66,14 @@ def test_plurals(one: str, many: str) -> None:
     assert {one, many} <= set(WORDS)
 
 
-def test_scenes_depend_on_the_seed_alone() -> None:
+def test_scenes_depend_only_on_the_seed() -> None:
     first, again, other = render_scenes(4, seed=1), render_scenes(4, seed=1), render_scenes(4, seed=2)
     assert torch.equal(first.images, again.images)
     assert first.captions() == again.captions()
     assert not torch.equal(first.images, other.images)
 
 
-def test_scenes_are_labelled_pictures(scenes: Scenes) -> None:
+def test_scenes_are_images_with_labels(scenes: Scenes) -> None:
     assert scenes.images.shape == (96, 3, 128, 128)
     assert scenes.images.dtype == torch.float32
     assert 0 <= scenes.images.min() < scenes.images.max() <= 1
@@ -84,7 +84,7 @@ def test_scenes_are_labelled_pictures(scenes: Scenes) -> None:
     assert boxes.max() <= 128
 
 
-def test_fixed_attributes_are_kept_and_up_to_six_animals_fit() -> None:
+def test_given_attributes_are_used_with_up_to_six_animals() -> None:
     number = torch.arange(7)
     layout = draw_layouts(7, seed=3, number=number, style=torch.full((7,), 2))
     assert torch.equal(layout.number, number)
@@ -92,7 +92,7 @@ def test_fixed_attributes_are_kept_and_up_to_six_animals_fit() -> None:
     assert torch.equal((layout.boxes[..., 2] > 0).sum(1), number)
 
 
-def test_training_scenes_hold_no_heldout_combination() -> None:
+def test_training_scenes_contain_no_heldout_combination() -> None:
     held = heldout_combinations()
     assert held.float().mean() == pytest.approx(0.1, abs=0.002)
     for split, expected in (("train", False), ("heldout", True)):
@@ -101,12 +101,12 @@ def test_training_scenes_hold_no_heldout_combination() -> None:
         assert torch.equal(found, torch.full((2000,), expected))
 
 
-def test_unknown_split_is_named() -> None:
+def test_an_unknown_split_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match="validation"):
         draw_layouts(1, seed=0, split="validation")
 
 
-def test_the_judge_knows_unseen_scenes(scenes: Scenes) -> None:
+def test_the_judge_classifies_unseen_scenes(scenes: Scenes) -> None:
     judge = load_judge()
     seen = judge.read(scenes.images)
     a = scenes.layout
@@ -115,9 +115,9 @@ def test_the_judge_knows_unseen_scenes(scenes: Scenes) -> None:
         assert accuracy >= 0.97, (name, float(accuracy))
 
 
-def test_the_package_stays_under_30_megabytes_and_its_weights_for_rewards_under_13_and_a_half() -> None:
+def test_the_package_is_below_30_megabytes_and_its_weights_for_rewards_below_13_and_a_half() -> None:
     files = [path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     weights = sum(path.stat().st_size for path in files if path.parent == PACKAGE / "weights")
     assert sum(path.stat().st_size for path in files) - weights <= 30_000_000
-    assert weights <= 13_500_000  # with alignprop-ultralytics' 4.5: 18 in all
+    assert weights <= 13_500_000  # 18 MB together with the 4.5 MB of alignprop-ultralytics
     assert max(path.stat().st_size for path in files) <= 16_000_000

@@ -1,4 +1,4 @@
-"""Small YOLOs with random weights: the real model descriptions, scaled down."""
+"""Small YOLOs with random weights, from the real model descriptions, scaled down."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = ("yolov8n", "yolov10n", "yolo11n", "yolo26n")
 
 
 def build(architecture: str = "yolo11n", *, kinds: int = len(NAMES), seed: int = 0) -> Any:
-    """Build a narrow network whose scores differ from place to place and image to image."""
+    """Build a narrow network whose scores differ between positions and images."""
     yaml = yaml_model_load(f"{architecture}.yaml")
     scale = yaml["scale"] or "n"
     yaml["scales"] = {scale: [0.33, 0.125, 128]}
@@ -50,7 +50,7 @@ def write(model: Any, file: Path, image_size: int | None = 64) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """What test modules need of this one, which they cannot import."""
+    """The helpers of this module, which test modules cannot import."""
     return SimpleNamespace(build=build, write=write, names=NAMES)
 
 
@@ -58,14 +58,14 @@ def tiny() -> SimpleNamespace:
     params=[(name, one) for name in FAMILIES for one in (True, False) if not one or name[4:] in ("26n", "v10n")]
 )
 def head(request: pytest.FixtureRequest) -> tuple[str, bool]:
-    """Every architecture with every head it has: (name, one-to-one)."""
+    """Every architecture with each of its heads: (name, one_to_one)."""
     found: tuple[str, bool] = request.param
     return found
 
 
 @pytest.fixture(scope="session")
 def network() -> Callable[[str], Any]:
-    """Networks by architecture, built once."""
+    """A function that returns a network by architecture and builds each one once."""
     built: dict[str, Any] = {}
 
     def get(name: str) -> Any:

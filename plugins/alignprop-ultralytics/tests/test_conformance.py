@@ -1,4 +1,4 @@
-"""alignprop-counting's reward keeps alignprop's promises with a YOLO as its detector; random weights."""
+"""The shipped conformance checks on `object_count`, with a YOLO with random weights as its detector."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def file(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 class TestObjectCountWithYolo(RewardConformance):
     reward = "object_count"
-    skip = {"range": "a random network sees more objects than anybody wished for"}  # noqa: RUF012
+    skip = {"range": "a random network detects far more objects than a prompt asks for"}  # noqa: RUF012
     prompts = ("three foxes", "a cat and two birds", "4 traffic lights")
 
     @pytest.fixture

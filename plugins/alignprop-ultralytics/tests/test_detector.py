@@ -1,4 +1,4 @@
-"""YOLO here is ultralytics' own: same scores, boxes and detections; and a true gradient from every head."""
+"""Scores, boxes and detections equal those of ultralytics, and both heads have a gradient."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from alignprop_counting.testing import check_detector, pictures
+from alignprop_counting.testing import check_detector, random_images
 from alignprop_ultralytics.detector import PADDING, Yolo
 from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
 
@@ -19,16 +19,16 @@ NAMES = ("cat", "dog", "fox", "bird", "traffic light")
 Network = Callable[[str], Any]
 
 
-def test_it_passes_the_checks_of_detectors(head: tuple[str, bool], network: Network) -> None:
+def test_it_passes_the_detector_checks(head: tuple[str, bool], network: Network) -> None:
     name, one_to_one = head
     check_detector(Yolo(network(name), NAMES, 64, one_to_one))
 
 
-def test_scores_and_boxes_are_ultralytics_own(head: tuple[str, bool], network: Network) -> None:
+def test_scores_and_boxes_equal_those_of_ultralytics(head: tuple[str, bool], network: Network) -> None:
     name, one_to_one = head
     model = network(name)
     detector = Yolo(model, NAMES, 64, one_to_one)
-    pixels, _, _ = detector.preprocess(pictures(3, 64, 96).float())
+    pixels, _, _ = detector.preprocess(random_images(3, 64, 96).float())
     logits, boxes = detector.head(detector.features(pixels), one_to_one=one_to_one)
     model.end2end = False
     try:
@@ -47,13 +47,13 @@ def test_scores_and_boxes_are_ultralytics_own(head: tuple[str, bool], network: N
     assert expected.std() > 0.05
 
 
-def test_detections_are_ultralytics_own(head: tuple[str, bool], network: Network) -> None:
+def test_detections_equal_those_of_ultralytics(head: tuple[str, bool], network: Network) -> None:
     from ultralytics.utils.nms import non_max_suppression
 
     name, one_to_one = head
     model = network(name)
     detector = Yolo(model, NAMES, 64, one_to_one)
-    images = pictures(3, 64, 64).float()
+    images = random_images(3, 64, 64).float()
     with torch.no_grad():
         found = detector(images)
         model.end2end = one_to_one
@@ -61,7 +61,7 @@ def test_detections_are_ultralytics_own(head: tuple[str, bool], network: Network
     scores = found.probabilities.amax(-1)
     for threshold in (float(scores.median()), float(scores.quantile(0.95))):
         hard = detector.detect(found, threshold, 0.45)
-        # Ultralytics drops what its time limit leaves over; there is none here.
+        # Ultralytics has a time limit per image and drops the rest; this one is never reached.
         results = non_max_suppression(
             prediction, conf_thres=threshold, iou_thres=0.45, end2end=one_to_one, max_time_img=10.0, max_det=300
         )
@@ -75,25 +75,25 @@ def test_detections_are_ultralytics_own(head: tuple[str, bool], network: Network
 
 
 @pytest.mark.parametrize("name", ["yolov10n", "yolo26n"])
-def test_predict_uses_the_head_used_here_with_nms_false_and_the_other_by_itself(
+def test_predict_uses_our_head_with_nms_false_and_the_other_head_by_default(
     name: str, network: Network, tmp_path: Path
 ) -> None:
     from ultralytics import YOLO
 
-    picture = (pictures(1, 64, 64)[0] * 255).round().to(torch.uint8)
+    image = (random_images(1, 64, 64)[0] * 255).round().to(torch.uint8)
     for one_to_one, options in ((True, {"nms": False}), (False, {})):
-        yolo = YOLO(f"{name}.yaml")  # anew: it keeps the head it has once chosen
+        yolo = YOLO(f"{name}.yaml")  # a new one each time: it keeps the head it chose first
         yolo.model = network(name)
         (result,) = yolo.predict(
-            picture.permute(1, 2, 0).numpy()[..., ::-1].copy(),  # OpenCV's order of colours
+            image.permute(1, 2, 0).numpy()[..., ::-1].copy(),  # BGR, as in OpenCV
             conf=1e-4, iou=0.7, imgsz=64, device="cpu", project=str(tmp_path), verbose=False, **options,
         )  # fmt: skip
         detector = Yolo(network(name), NAMES, 64, one_to_one)
         with torch.no_grad():
-            hard = detector.detect(detector(picture[None].float() / 255), 1e-4, 0.7)
+            hard = detector.detect(detector(image[None].float() / 255), 1e-4, 0.7)
         kept = hard.classes[0] >= 0
         assert kept.sum() > 20
-        # Its layers are fused, ours are not: equal but for rounding.
+        # Its layers are fused and ours are not, so results differ by rounding.
         assert torch.allclose(hard.scores[0][kept], result.boxes.conf, rtol=0, atol=1e-5)
         assert hard.classes[0][kept].tolist() == result.boxes.cls.long().tolist()
         assert torch.allclose(hard.boxes[0][kept].clamp(0, 64), result.boxes.xyxy, atol=1e-3)
@@ -102,16 +102,16 @@ def test_predict_uses_the_head_used_here_with_nms_false_and_the_other_by_itself(
 @pytest.mark.parametrize(
     ("height", "width"), [(64, 64), (48, 80), (200, 90), (37, 120), (32, 32), (640, 480), (33, 1000)]
 )
-def test_the_letterbox_is_ultralytics_own(height: int, width: int, network: Network) -> None:
+def test_the_letterbox_equals_that_of_ultralytics(height: int, width: int, network: Network) -> None:
     from ultralytics.data.augment import LetterBox
 
     detector = Yolo(network("yolo11n"), NAMES, 128)
-    images = (pictures(1, height, width) * 255).round()
+    images = (random_images(1, height, width) * 255).round()
     pixels, scale, (left, top) = detector.preprocess(images.float() / 255)
-    picture = images[0].permute(1, 2, 0).numpy().astype(np.uint8)
-    original = LetterBox((128, 128), auto=True, stride=32)(image=picture)
+    array = images[0].permute(1, 2, 0).numpy().astype(np.uint8)
+    original = LetterBox((128, 128), auto=True, stride=32)(image=array)
     assert pixels.shape[-2:] == original.shape[:2]
-    # OpenCV resizes bytes in fixed point.
+    # OpenCV resizes 8-bit images in fixed point.
     found = (pixels[0].permute(1, 2, 0) * 255).numpy()
     assert np.abs(found - original.astype(np.float32)).max() < 1.1
     assert scale == pytest.approx(min(128 / height, 128 / width))
@@ -121,16 +121,16 @@ def test_the_letterbox_is_ultralytics_own(height: int, width: int, network: Netw
         assert torch.allclose(pixels[..., :left], torch.tensor(PADDING))
 
 
-def test_boxes_come_back_in_the_pixels_of_the_image(network: Network) -> None:
+def test_boxes_are_in_the_pixels_of_the_image(network: Network) -> None:
     detector = Yolo(network("yolo11n"), NAMES, 64)
-    small = pictures(1, 32, 48).float()
+    small = random_images(1, 32, 48).float()
     large = torch.nn.functional.interpolate(small, scale_factor=2, mode="bilinear")
     with torch.no_grad():
         boxes, doubled = detector(small).boxes, detector(large).boxes
     assert torch.allclose(2 * boxes, doubled, atol=0.5)
 
 
-def test_the_one_to_one_head_is_taken_where_there_is_one(network: Network) -> None:
+def test_the_one_to_one_head_is_the_default_if_there_is_one(network: Network) -> None:
     assert [Yolo(network(name), NAMES).one_to_one for name in ("yolov8n", "yolov10n", "yolo11n", "yolo26n")] == [
         False,
         True,
@@ -141,9 +141,9 @@ def test_the_one_to_one_head_is_taken_where_there_is_one(network: Network) -> No
         Yolo(network("yolo11n"), NAMES, one_to_one=True)
 
 
-def test_in_training_mode_ultralytics_detaches_the_one_to_one_head_and_here_it_is_not(tiny: SimpleNamespace) -> None:
+def test_the_one_to_one_head_has_a_gradient_in_training_mode_unlike_in_ultralytics(tiny: SimpleNamespace) -> None:
     model = tiny.build("yolo26n")
-    images = pictures(2, 64, 64).float().requires_grad_()
+    images = random_images(2, 64, 64).float().requires_grad_()
     model.train()
     assert torch.autograd.grad(model(images)["one2one"]["scores"].sum(), images, allow_unused=True) == (None,)
     detector = Yolo(model, NAMES, 64).train()
@@ -155,7 +155,7 @@ def test_a_prediction_in_inference_mode_does_not_break_a_later_gradient(tiny: Si
     model = tiny.build("yolo26n")
     with torch.inference_mode():
         model(torch.rand(1, 3, 64, 64))
-    images = pictures(1, 64, 64).float().requires_grad_()
+    images = random_images(1, 64, 64).float().requires_grad_()
     (gradient,) = torch.autograd.grad(Yolo(model, NAMES, 64)(images).log_odds.sum(), images)
     assert gradient.isfinite().all()
 
@@ -171,7 +171,7 @@ def test_full_size_networks_give_finite_gradients_at_the_pixels(name: str) -> No
     images = torch.rand(2, 3, 512, 512, device="cuda", requires_grad=True)
     torch.cuda.reset_peak_memory_stats()
     times = []
-    for _ in range(6):  # the first chooses kernels
+    for _ in range(6):  # the first call selects kernels
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         found = detector(images)

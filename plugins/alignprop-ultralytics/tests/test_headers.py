@@ -1,4 +1,4 @@
-"""A broken header is one message that names the file and the key, and no code in it ever runs."""
+"""An invalid header is one message that names the file and the key, and code in a header never runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import save_file
 
 from alignprop_core.errors import ConfigError, WeightsError
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.weights import read_header
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.loading import load_detector
@@ -48,7 +48,7 @@ def description(header: dict[str, Any]) -> Any:
         (lambda h: description(h)["yaml"]["head"][0].pop(), "ultralytics.yaml.head.0: "),
     ],
 )
-def test_a_broken_header_is_one_message(
+def test_an_invalid_header_is_one_message(
     good: tuple[Any, dict[str, Any]], tmp_path: Path, broken: Any, key: str
 ) -> None:
     model, header = good
@@ -72,16 +72,16 @@ def test_code_in_a_header_does_not_run(good: tuple[Any, dict[str, Any]], tmp_pat
     own = json.loads(json.dumps(header))
     own["ultralytics"]["yaml"]["backbone"][0][2] = "load_checkpoint"
     save_file(model.state_dict(), tmp_path / "w.safetensors", {"config": json.dumps(own)})
-    with pytest.raises(WeightsError, match="'load_checkpoint' is no layer of ultralytics"):
+    with pytest.raises(WeightsError, match="'load_checkpoint' is not a layer of ultralytics"):
         build_detector("yolo", tmp_path / "w.safetensors", None)
     assert not ran.exists()
 
 
 @pytest.mark.parametrize("size", [33, 48, 50, 100, 150])
-def test_a_size_the_network_cannot_take_is_refused_when_it_is_loaded(
+def test_an_unsupported_size_is_refused_on_loading(
     good: tuple[Any, dict[str, Any]], tiny: SimpleNamespace, tmp_path: Path, size: int
 ) -> None:
     file = tiny.write(good[0], tmp_path / "w.safetensors")
     options = DetectorConfig(detector="yolo", weights=str(file), image_size=size)
-    with pytest.raises(ConfigError, match=rf"^options\.image_size: .*{size} x {size}\. Give a multiple of 32\."):
+    with pytest.raises(ConfigError, match=rf"^options\.image_size: .*{size} x {size}\. Use a multiple of 32\."):
         load_detector(options, default_registry())

@@ -1,4 +1,4 @@
-"""Weights load without unpickling; the converter says what it does; nothing phones home."""
+"""Weights load without unpickling, the converter warns before it unpickles, and nothing accesses the network."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from alignprop_core.errors import PromptError, WeightsError
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.weights import read_header
 from alignprop_counting import DETECTORS_HOOK, DetectorSpec
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.loading import load_detector
-from alignprop_counting.testing import pictures
+from alignprop_counting.testing import random_images
 from alignprop_ultralytics import ARCHITECTURES
 from alignprop_ultralytics.convert import main
 from alignprop_ultralytics.loading import build_detector
 from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
 
 
-def test_the_file_says_architecture_names_and_size(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_the_file_provides_architecture_names_and_size(tmp_path: Path, tiny: SimpleNamespace) -> None:
     model = tiny.build("yolo26n")
     file = tiny.write(model, tmp_path / "w.safetensors")
     detector: Any = load_detector(DetectorConfig(detector="yolo", weights=str(file)), default_registry())
     assert detector.names == tiny.names
     assert (detector.image_size, detector.one_to_one) == (64, True)
-    images = pictures(1, 64, 64).float()
+    images = random_images(1, 64, 64).float()
     with torch.no_grad():
         expected = model(images)[1]["one2one"]["scores"].sigmoid().transpose(1, 2)
         assert torch.allclose(detector(images).probabilities, expected, rtol=1e-5, atol=0)
@@ -41,7 +41,7 @@ def test_the_file_says_architecture_names_and_size(tmp_path: Path, tiny: SimpleN
     assert build_detector("yolo", file, 96).image_size == 96
 
 
-def test_every_architecture_offered_is_one_of_ultralytics() -> None:
+def test_every_registered_architecture_exists_in_ultralytics() -> None:
     offers = {o.name: o.spec for o in default_registry().offered(DETECTORS_HOOK, DetectorSpec)}
     assert {"yolo", *ARCHITECTURES} <= set(offers)
     assert offers["yolo11n"].license == "AGPL-3.0-only"
@@ -49,15 +49,15 @@ def test_every_architecture_offered_is_one_of_ultralytics() -> None:
         assert yaml_model_load(f"{name}.yaml")["scale"] in name
 
 
-def test_a_file_without_a_header_takes_the_architecture_by_name(tmp_path: Path) -> None:
+def test_a_file_without_a_header_loads_by_the_architecture_s_name(tmp_path: Path) -> None:
     model = DetectionModel(yaml_model_load("yolo11n.yaml"), nc=80, verbose=False)
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "yolo11n.safetensors")
     detector = build_detector("yolo11n", tmp_path / "yolo11n.safetensors", None)
     assert len(detector.names) == 80
     assert detector.names[0] == "person"
-    with pytest.raises(WeightsError, match=r'does not say the architecture. Name it \("detector: yolo11n"\)'):
+    with pytest.raises(WeightsError, match=r"does not name the architecture\. Set it .* detector: yolo11n"):
         build_detector("yolo", tmp_path / "yolo11n.safetensors", None)
-    with pytest.raises(WeightsError, match=r"does not fit the architecture \(80 classes\): .* and \d+ more"):
+    with pytest.raises(WeightsError, match=r"does not match the architecture \(80 classes\): .* and \d+ more"):
         build_detector("yolov8n", tmp_path / "yolo11n.safetensors", None)
 
 
@@ -84,7 +84,7 @@ def test_a_checkpoint_is_not_opened_and_the_converter_is_named(tmp_path: Path) -
         load_detector(DetectorConfig(detector="yolo", weights=str(tmp_path / "yolo11n.pt")), default_registry())
 
 
-def test_no_default_weights_says_how_to_come_by_some() -> None:
+def test_missing_weights_name_the_way_to_get_them() -> None:
     with pytest.raises(
         WeightsError, match=r'detector "yolo11n" has no default weights file. Ultralytics publishes pickles'
     ):
@@ -101,34 +101,34 @@ def test_the_converter_keeps_weights_names_and_size(
     target = tmp_path / "out.safetensors"
     assert main([str(tmp_path / "in.pt"), str(target), *(["--half"] if half else [])]) == 0
     printed = capsys.readouterr()
-    assert "this runs whatever code the file holds" in printed.err
+    assert "this runs any code that the file contains" in printed.err
     assert "5 classes" in printed.out
     assert not list(tmp_path.glob("*.part"))
     assert read_header(target)["image_size"] == 96
     assert {v.dtype for v in load_file(target).values()} - {torch.int64} == {torch.float16 if half else torch.float32}
     detector = build_detector("yolo", target, None)
     assert detector.names == tiny.names
-    images = pictures(1, 96, 96).float()
+    images = random_images(1, 96, 96).float()
     with torch.no_grad():
         expected = model.float()(images)[1]["one2one"]["scores"].sigmoid().transpose(1, 2)
         assert torch.allclose(detector(images).probabilities, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_the_converter_refuses_what_is_no_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_converter_refuses_other_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"model": torch.nn.Linear(1, 1)}, tmp_path / "in.pt")
     assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2
-    assert "holds Linear, not a YOLO detection network" in capsys.readouterr().err
+    assert "contains Linear, not a YOLO detection network" in capsys.readouterr().err
     for arguments in (["missing.pt", "out.safetensors"], [str(tmp_path / "in.pt"), "out.pt"]):
         with pytest.raises(SystemExit):
             main(arguments)
 
 
 class Vanishing:
-    """A class that the process which opens the pickle does not have."""
+    """A class that does not exist when the pickle is opened."""
 
 
 @pytest.mark.parametrize("content", ["class", "module", "text", "empty"])
-def test_a_foreign_pickle_is_one_message_and_nothing_is_written(
+def test_other_pickles_are_one_message_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, content: str
 ) -> None:
     source, target = tmp_path / "in.pt", tmp_path / "out.safetensors"
@@ -141,14 +141,14 @@ def test_a_foreign_pickle_is_one_message_and_nothing_is_written(
         if content == "class":
             monkeypatch.delattr(sys.modules[__name__], "Vanishing")
     else:
-        source.write_text("no pickle" if content == "text" else "")
+        source.write_text("not a pickle" if content == "text" else "")
     capsys.readouterr()
     assert main([str(source), str(target)]) == 2
     printed = capsys.readouterr()
     warning, *message = printed.err.strip().split("\n")
-    assert "this runs whatever code" in warning
+    assert "this runs any code" in warning
     assert len(message) == 1
-    assert f"{source}: cannot be unpickled here (" in message[0]
+    assert f"{source}: cannot be unpickled (" in message[0]
     assert {"class": "Can't get attribute 'Vanishing'", "module": "No module named 'vanishing'"}.get(
         content, "Error: "
     ) in message[0]
@@ -159,10 +159,10 @@ def test_a_foreign_pickle_is_one_message_and_nothing_is_written(
 def test_a_checkpoint_of_bare_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"ema": torch.zeros(3)}, tmp_path / "in.pt")
     assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2
-    assert "holds Tensor, not a YOLO detection network" in capsys.readouterr().err
+    assert "contains Tensor, not a YOLO detection network" in capsys.readouterr().err
 
 
-def test_a_target_that_cannot_be_written_is_one_message(
+def test_an_unwritable_target_is_one_message(
     tmp_path: Path, tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save({"model": tiny.build()}, tmp_path / "in.pt")
@@ -172,10 +172,10 @@ def test_a_target_that_cannot_be_written_is_one_message(
 
 
 @pytest.mark.parametrize("architecture", ["yolo11n", "yolo26n"])
-def test_the_rewards_work_with_it(tmp_path: Path, tiny: SimpleNamespace, architecture: str) -> None:
+def test_the_counting_rewards_work_with_yolo(tmp_path: Path, tiny: SimpleNamespace, architecture: str) -> None:
     file = tiny.write(tiny.build(architecture), tmp_path / "w.safetensors")
     options = {"detector": "yolo", "weights": str(file)}
-    images = pictures(3).float()
+    images = random_images(3).float()
     given = ImageBatch(
         images=images.requires_grad_(), prompts=("three foxes", "a cat and two birds", "4 traffic lights")
     )
@@ -187,20 +187,20 @@ def test_the_rewards_work_with_it(tmp_path: Path, tiny: SimpleNamespace, archite
         assert torch.allclose(reward(given[1:2]), scores[1:2], atol=1e-4)
         for kind in (torch.bfloat16, torch.float16):
             assert reward(ImageBatch(images=images.to(kind), prompts=given.prompts)).dtype == torch.float32
-        many = ImageBatch(images=pictures(64, 32, 32).float(), prompts=("three foxes",) * 64)
+        many = ImageBatch(images=random_images(64, 32, 32).float(), prompts=("three foxes",) * 64)
         assert reward(many).shape == (64,)
     hard = default_registry().load_reward("hard_count", options)
     assert set(hard(given).tolist()) <= {0.0, 1.0}
     with torch.inference_mode():
-        reward(ImageBatch(images=pictures(1, 40, 72).float(), prompts=("a fox",)))
+        reward(ImageBatch(images=random_images(1, 40, 72).float(), prompts=("a fox",)))
     with pytest.raises(PromptError, match=r'no class the detector knows. Did you mean "fox"'):
         reward(ImageBatch(images=images[:1], prompts=("three foxxes",)))
 
 
-def test_nothing_phones_home_and_no_settings_are_written(tmp_path: Path) -> None:
+def test_there_is_no_network_access_and_no_settings_are_written(tmp_path: Path) -> None:
     code = (
         "import os, socket\n"
-        "def refuse(*a, **k): raise AssertionError('a connection was asked for')\n"
+        "def refuse(*a, **k): raise AssertionError('network access')\n"
         "socket.socket.connect = refuse; socket.getaddrinfo = refuse\n"
         "from alignprop_ultralytics.offline import yaml_model_load\n"
         "from ultralytics.utils import ONLINE, USER_CONFIG_DIR\n"
@@ -218,12 +218,12 @@ def test_nothing_phones_home_and_no_settings_are_written(tmp_path: Path) -> None
     assert not Path(done.stdout.strip()).exists()
 
 
-def test_the_hook_module_imports_no_torch_and_no_ultralytics() -> None:
+def test_the_hook_module_imports_neither_torch_nor_ultralytics() -> None:
     code = "import sys, alignprop_ultralytics\nassert not {'torch', 'ultralytics'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_ultralytics_is_imported_in_this_distribution_only() -> None:
+def test_only_this_distribution_imports_ultralytics() -> None:
     plugins = Path(__file__).parents[2]
     offenders = [
         path
@@ -237,7 +237,7 @@ def test_ultralytics_is_imported_in_this_distribution_only() -> None:
     assert offenders == []
 
 
-def test_the_licence_is_said_first() -> None:
+def test_the_license_is_named_first() -> None:
     folder = Path(__file__).parents[1]
     assert "AGPL-3.0" in (folder / "README.md").read_text().splitlines()[0]
     assert 'license = "AGPL-3.0-only"' in (folder / "pyproject.toml").read_text()

@@ -1,4 +1,4 @@
-"""A small real text-to-image model, its world of scenes, prompt sets, a judge and weights for rewards. No torch."""
+"""A small text-to-image model with its scenes, prompt sets, a judge, and weights for rewards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,50 +22,50 @@ VARIANTS = {
     "_background": "with a place",
     "_full": "with number, style and place",
 }
-"""Ending of a prompt set's name -> what its prompts say beside the animal."""
+"""Suffix of a prompt set's name -> what its prompts contain besides the animal."""
 
 _WEIGHTS = {
     "clip": (
         ("clip_score", "pickscore", "siglip_score", "reference_similarity"),
-        "A small CLIP that reads starter scenes and their captions, and nothing else.",
+        "A small CLIP for starter scenes and their captions, and nothing else.",
         3_568_436,
         "d572cc56d6fc563b04c28d13bc1efc631139a5402568f3169c5ae3c66f14283a",
     ),
     "hpsv2": (
         ("hpsv2",),
-        "The small CLIP, trained on to prefer the picture that fits its caption; it knows no one's taste.",
+        "The small CLIP, further trained to prefer the image that matches its caption; no human preferences.",
         3_568_436,
         "be7816db3f2675ae9d5cba649e15d653b8bb45f8020c3656bf3a1a01611ada86",
     ),
     "aesthetic": (
         ("aesthetic",),
-        "Rates the composition of starter scenes by rules; no person rated them.",
+        "Scores the composition of starter scenes; trained on rules, without human ratings.",
         546_082,
         "0e5583eacf1e5d2e5f882508265d8d3c9df1f69ca2efcd7b00efbc99e9a316b0",
     ),
-    # Counting rewards look sets up by their detector's name.
+    # Counting rewards look up weight sets by the name of the detector.
     "rtdetr": (
         ("rtdetr",),
-        "A small RT-DETR that finds the 51 animals in starter scenes, and nothing else.",
+        "A small RT-DETR that detects the 51 animals in starter scenes, and nothing else.",
         4_653_712,
         "55cea23284ddd8ded8089070087fbe471fd410a93ad048287706814ac16f8288",
     ),
 }
-"""File under `weights/` -> what the set `starter` serves with it, what it is, its size in bytes and its sha256."""
+"""File in `weights/` -> names that use it in the set `starter`, summary, size in bytes, sha256."""
 
 
 def model_folder() -> Path:
-    """Return the folder of the base model: a diffusers `StableDiffusionPipeline`, 128x128 pixels, float16 weights."""
+    """Return the folder of the base model: a `StableDiffusionPipeline` for 128x128 pixels, float16 weights."""
     return Path(str(files("alignprop_starter"))) / "pipeline"
 
 
 @hookimpl
 def alignprop_register_models() -> Iterable[ModelSpec]:
-    """Offer the base model."""
+    """Return the spec of the base model."""
     return [
         ModelSpec(
             name="starter",
-            summary="51 animals in 3 art styles and 8 places, one to four of them; 128x128, runs on a laptop.",
+            summary="51 animals, one to four per image, in 3 art styles and 8 places; 128x128, runs on a laptop.",
             path="alignprop_starter:model_folder",
             resolution=128,
             demo="alignprop_starter:demo.yaml",
@@ -77,28 +77,28 @@ def alignprop_register_models() -> Iterable[ModelSpec]:
 
 @hookimpl
 def alignprop_register_prompts() -> Iterable[PromptSpec]:
-    """Offer the prompt sets: training and held-out animals, each in five variants."""
+    """Return the specs of the prompt sets: training and held-out animals, five variants each."""
     return [
         PromptSpec(
             name=f"starter/{name}{ending}",
-            summary=f"{animals} {says}.",
+            summary=f"{animals} {content}.",
             path=f"alignprop_starter:prompts/{name}{ending}.jsonl",
             size=size,
             license="Apache-2.0",
             source="https://arxiv.org/abs/2310.03739",
         )
         for name, (animals, size) in _ANIMALS.items()
-        for ending, says in VARIANTS.items()
+        for ending, content in VARIANTS.items()
     ]
 
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the judge as a measure."""
+    """Return the spec of the judge, as a measure."""
     return [
         RewardSpec(
             name="scene_accuracy",
-            summary="Whether the judge sees in a starter picture what its prompt asks for: 1 or 0.",
+            summary="1 if the starter's judge recognizes in the image what the prompt asks for, else 0.",
             factory="alignprop_starter.reward:SceneAccuracy",
             config="alignprop_starter.config:SceneAccuracyConfig",
             differentiable=False,
@@ -114,7 +114,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
 
 @hookimpl
 def alignprop_register_weights() -> Iterable[WeightsSpec]:
-    """Offer the set `starter`: small weights for other plugins' rewards, trained on rendered scenes."""
+    """Return the set `starter`: small weights for rewards of other plugins, trained on rendered scenes."""
     return [
         WeightsSpec(
             name="starter",
@@ -125,6 +125,6 @@ def alignprop_register_weights() -> Iterable[WeightsSpec]:
             source=_SOURCE,
             weights=(WeightsFile(file=f"weights/{file}.safetensors", sha256=sha256, bytes=size, license=_LICENSE),),
         )
-        for file, (served, summary, size, sha256) in _WEIGHTS.items()
-        for reward in served
+        for file, (rewards, summary, size, sha256) in _WEIGHTS.items()
+        for reward in rewards
     ]

@@ -1,4 +1,4 @@
-"""Options of the package's measures. No torch."""
+"""Options of `scene_accuracy`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,5 +13,6 @@ class SceneAccuracyConfig(RewardConfig):
     """Options of `scene_accuracy`."""
 
     attribute: Literal["species", "number", "style", "background", "all"] = Field(
-        default="species", description="What is compared with the prompt; all: everything the prompt names."
+        default="species",
+        description="Attribute compared with the prompt; `all` compares all that the prompt names.",
     )

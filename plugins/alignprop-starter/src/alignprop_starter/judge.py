@@ -1,4 +1,4 @@
-"""The judge: a small network that names the species, number, style and background of a 128x128 scene."""
+"""The judge: a small classifier of the species, number, style and background of a 128x128 scene."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ATTRIBUTES = {"species": len(SPECIES), "number": MAX_NUMBER, "style": len(STYLES
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, halving height and width."""
+    """Residual block of two 3x3 convolutions that halves height and width."""
 
     def __init__(self, inside: int, outside: int) -> None:
         super().__init__()
@@ -35,12 +35,7 @@ class _Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """Four classifiers on one trunk.
-
-    Input: images (B, 3, 128, 128) in [0, 1]; other sizes are resized (bilinear, antialiased). Output: a dictionary
-    of logits, ``species`` (B, 51), ``number`` (B, 4; class k is k + 1 animals), ``style`` (B, 3), ``background``
-    (B, 8).
-    """
+    """Four linear classifiers on a shared convolutional network."""
 
     def __init__(self, widths: tuple[int, ...] = (24, 48, 88, 112, 128)) -> None:
         super().__init__()
@@ -49,22 +44,30 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(2 * widths[-1], count) for name, count in ATTRIBUTES.items()})
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits an attribute."""
+        """Return the logits of each attribute.
+
+        Args:
+            images: (B, 3, 128, 128) in [0, 1]; other sizes are resized (bilinear, antialiased).
+
+        Returns:
+            `species` (B, 51), `number` (B, 4; class k means k + 1 animals), `style` (B, 3), `background` (B, 8).
+        """
         if images.shape[-2:] != (128, 128):
             images = F.interpolate(images, size=(128, 128), mode="bilinear", antialias=True)
         x = self.blocks(F.silu(self.stem(images * 2 - 1)))
+        # (B, 128, 8, 8) -> (B, 256): mean and maximum over positions.
         features = torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
         return {name: head(features) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def read(self, images: Tensor) -> dict[str, Tensor]:
-        """What the judge sees: (B,) class indices an attribute; ``number`` counts from 1."""
+        """Return the most likely class index of each attribute, (B,) each; `number` is the number itself, from 1."""
         seen = {name: logits.argmax(1) for name, logits in self(images).items()}
         return seen | {"number": seen["number"] + 1}
 
 
 def read_judge(path: Path, device: str = "cpu") -> Judge:
-    """Load a judge's weights (safetensors, half precision on disk) into a frozen float32 network."""
+    """Load weights (safetensors, float16 on disk) into a frozen float32 judge."""
     judge = Judge()
     judge.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in load_file(path).items()}
@@ -74,6 +77,6 @@ def read_judge(path: Path, device: str = "cpu") -> Judge:
 
 @lru_cache(maxsize=2)
 def load_judge(device: str = "cpu") -> Judge:
-    """The package's own judge."""
+    """Return the judge of this package; loaded once per device."""
     with as_file(files("alignprop_starter") / "judge" / "judge.safetensors") as path:
         return read_judge(path, device)

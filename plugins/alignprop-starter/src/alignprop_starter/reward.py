@@ -1,4 +1,4 @@
-"""The judge as a measure: does the picture show what the prompt asks for?"""
+"""`scene_accuracy`: whether the image shows what the prompt asks for, according to the judge."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _NOUNS = {plural(name): name for name in SPECIES} | {name: name for name in SPEC
 _OPEN_WORDS = frozenset(WORDS) | frozenset(STYLES) | {
     "animal", "animals", "and", "of", "with", "is", "scene", "picture", "photo", "image", "drawing", "painting"
 }  # fmt: skip
-"""Words that a prompt may hold without asking for any animal."""
+"""Words of a prompt that do not ask for an animal."""
 
 
 class SceneAccuracy(Reward):
-    """1 where the judge sees what the prompt asks for, 0 where it does not; an evaluation-only measure.
+    """1 if the judge recognizes what the prompt asks for, else 0; no gradient, for evaluation only.
 
-    A wish is read from the prompt's words; the metadata keys `animal`, `number`, `style` and `background` come before
-    them. A prompt that leaves the attribute open ("a fox" names no place) scores 1: nothing was asked, nothing is
-    wrong. A prompt whose words are none of ours ("a unicorn") does ask, and is refused where the animal counts: the
-    judge cannot see it. The judge was trained on rendered scenes; what it says of other pictures means little.
+    The expected attributes are parsed from the prompt. The metadata keys `animal`, `number`, `style` and `background`
+    take precedence. An attribute that the prompt does not name ("a fox" names no place) counts as correct. If the
+    animal is compared, a prompt with an animal that the judge does not know ("a unicorn") raises an error. The judge
+    was trained on rendered scenes, so its results on other images mean little.
     """
 
     Config = SceneAccuracyConfig
@@ -42,19 +42,19 @@ class SceneAccuracy(Reward):
         self.judge = load_judge()
 
     @property
-    def asked(self) -> tuple[str, ...]:
-        """The attributes that are compared."""
+    def compared(self) -> tuple[str, ...]:
+        """Names of the attributes that are compared."""
         return tuple(ATTRIBUTES) if self.config.attribute == "all" else (self.config.attribute,)
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raise `PromptError` if the sample asks for what the judge cannot know: "a unicorn"."""
-        for attribute in self.asked:
+        """Raise `PromptError` if the sample asks for something that the judge does not know, such as "a unicorn"."""
+        for attribute in self.compared:
             if attribute in _KEYS:
                 _check(attribute, prompt, metadata)
 
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) ones and zeros; float32, or float64 if the images are.
+        """Return ones and zeros, shape (B,); float32, or float64 if the images are float64.
 
         Raises:
             PromptError: a sample asks for an animal, style or place that the judge does not know.
@@ -65,12 +65,12 @@ class SceneAccuracy(Reward):
         for row, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
             self.check_prompt(prompt, metadata)
             wish = wish_of(prompt, metadata)
-            scores.append(float(all(_fulfilled(wish, name, seen[name][row]) for name in self.asked)))
+            scores.append(float(all(_fulfilled(wish, name, seen[name][row]) for name in self.compared)))
         return torch.tensor(scores, dtype=dtype, device=batch.images.device)
 
 
 def wish_of(prompt: str, metadata: Mapping[str, Any]) -> Wish:
-    """Return what a sample asks for: its metadata first, then the words of its prompt."""
+    """Return what a sample asks for; its metadata take precedence over the words of its prompt."""
     words = read_caption(prompt)
     return Wish(
         species=metadata.get("animal", words.species),
@@ -88,7 +88,7 @@ def _fulfilled(wish: Wish, attribute: str, seen: int) -> bool:
 
 
 def _check(attribute: str, prompt: str, metadata: Mapping[str, Any]) -> None:
-    """Refuse what the judge does not know. Of a prompt's words only the animal can be missed: others stay open."""
+    """Refuse values that the judge does not know. In prompts only animals are checked: other words are ignored."""
     key, known = _KEYS[attribute], _NAMES[attribute]
     value = metadata.get(key)
     if value is not None:

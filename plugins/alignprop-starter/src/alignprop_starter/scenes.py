@@ -1,10 +1,10 @@
-"""The starter world: seeded scenes of animals in places, with complete labels, rendered in batches on any torch device.
+"""Renders the starter's scenes: seeded batches of animals in places, with complete labels, on any torch device.
 
     scenes = render_scenes(64, seed=0)
     scenes.images      # (64, 3, 128, 128) float32 in [0, 1]
     scenes.captions()  # ["three flat foxes in a meadow", ...]
 
-All random choices are drawn on the CPU, so the same seed gives the same scenes on every device (pixels up to rounding).
+All random numbers are generated on the CPU: a seed gives the same scenes on every device, up to rounding of pixels.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 from alignprop_starter.vocabulary import BACKGROUNDS, MAX_NUMBER, SPECIES, STYLES, caption
 
 SIZE = 128
-#: Most animals a scene can hold; captions name up to four.
+#: Maximum number of animals in a scene; captions name up to four.
 MOST_ANIMALS = 6
-#: Sprites are kept at these sharpness levels (pixels across); an object uses the smallest that is at least its size.
-#: One bilinear lookup in a far larger picture would skip pixels, in a smaller one it would blur.
+#: Sprites are stored at these resolutions in pixels (mipmaps); an object uses the smallest that is at least its size.
+#: A bilinear lookup in a much larger image would alias, and in a smaller one it would blur.
 _LEVELS = (96, 76, 60, 48, 38, 30, 22)
 
-#: Props a place: (name, smallest, largest size in pixels); tall ones stand at the horizon.
+#: Objects of each place: (name, minimum and maximum size in pixels). Large ones are placed near the horizon.
 _GROUND: dict[str, tuple[tuple[str, int, int], ...]] = {
     "meadow": (
         ("tree", 36, 54),
@@ -73,14 +73,14 @@ _SKY_SLOTS, _GROUND_SLOTS, _FRONT_SLOTS = 2, 4, 1
 
 @dataclass(frozen=True)
 class Artwork:
-    """The pictures scenes are put together from, on one device.
+    """The images that scenes are composed of, on one device.
 
     Attributes:
-        sprites: (levels * sprites, 4, 96, 96) uint8, premultiplied RGBA; all sprites at the first level, then at the
-            next.
-        panoramas: (8, 3, 128, 256) RGB in [0, 1], one a place.
-        plain: the panoramas with their texture smoothed away.
-        animal: (species, style) -> index of the sprite; prop: (prop, style) -> index.
+        sprites: (levels * sprites, 4, 96, 96) uint8, premultiplied RGBA; all sprites at the first level, then all at
+            the next.
+        panoramas: (8, 3, 128, 256) RGB in [0, 1], one per place.
+        plain: the panoramas without texture (blurred).
+        animal: (51, 3) sprite index by species and style; prop: (props, 3) sprite index by prop and style.
     """
 
     sprites: Tensor
@@ -91,32 +91,32 @@ class Artwork:
 
     @property
     def count(self) -> int:
-        """How many sprites there are (each at every level)."""
+        """Number of sprites, without their levels."""
         return self.sprites.shape[0] // len(_LEVELS)
 
 
-def _read_picture(name: str, mode: str) -> Tensor:
+def _read_image(name: str, mode: str) -> Tensor:
     data = (files("alignprop_starter") / "artwork" / name).read_bytes()
     return torch.from_numpy(np.array(Image.open(BytesIO(data)).convert(mode))).permute(2, 0, 1).float() / 255
 
 
 @lru_cache(maxsize=4)
 def load_artwork(device: str = "cpu") -> Artwork:
-    """Read the package's artwork once a device."""
+    """Return the artwork of this package; loaded once per device."""
     index = json.loads((files("alignprop_starter") / "artwork" / "index.json").read_text())
     side, columns = index["sprite"], index["columns"]
-    sheet = _read_picture("sprites.webp", "RGBA")
+    sheet = _read_image("sprites.webp", "RGBA")
+    # (4, rows * side, columns * side) -> (cells, 4, side, side); the last row of the sheet can have empty cells.
     cells = sheet.unfold(1, side, side).unfold(2, side, side).permute(1, 2, 0, 3, 4).reshape(-1, 4, side, side)
     sprites = cells[: len(index["sprites"])].clone()
     assert cells.shape[0] % columns == 0
-    sprites[:, :3] *= sprites[:, 3:]
+    sprites[:, :3] *= sprites[:, 3:]  # premultiplied: interpolation must not mix in the color of transparent pixels
     levels = [sprites]
     for level in _LEVELS[1:]:
         small = F.interpolate(sprites, size=(level, level), mode="bilinear", antialias=True)
         levels.append(F.interpolate(small, size=(side, side), mode="bicubic").clamp(0, 1))
-    panoramas = (
-        _read_picture("panoramas.webp", "RGB").reshape(3, len(BACKGROUNDS), SIZE, -1).transpose(0, 1).contiguous()
-    )
+    # The sheet stacks places vertically: (3, 8 * 128, 256) -> (8, 3, 128, 256).
+    panoramas = _read_image("panoramas.webp", "RGB").reshape(3, len(BACKGROUNDS), SIZE, -1).transpose(0, 1).contiguous()
     where = {name: i for i, name in enumerate(index["sprites"])}
     return Artwork(
         sprites=torch.cat([(level * 255).round().byte() for level in levels]).to(device),
@@ -128,7 +128,7 @@ def load_artwork(device: str = "cpu") -> Artwork:
 
 
 def _smooth(panoramas: Tensor, sigma: float = 7.0) -> Tensor:
-    """Gaussian blur in both directions, around the corner in x."""
+    """Gaussian blur, circular in x."""
     reach = int(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).view(1, 1, 1, -1)
@@ -140,8 +140,8 @@ def _smooth(panoramas: Tensor, sigma: float = 7.0) -> Tensor:
 
 @lru_cache(maxsize=1)
 def heldout_combinations() -> Tensor:
-    """(51, 3, 4, 8) bool: the combinations of species, style, number - 1 and background that training never sees
-    (one in ten)."""
+    """Return a mask (51, 3, 4, 8) of the combinations of species, style, number - 1 and background that are excluded
+    from training (10%)."""
     total = len(SPECIES) * len(STYLES) * MAX_NUMBER * len(BACKGROUNDS)
     chosen = random.Random(20).sample(range(total), total // 10)
     mask = torch.zeros(total, dtype=torch.bool)
@@ -151,16 +151,17 @@ def heldout_combinations() -> Tensor:
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything that decides a batch of scenes; tensors on the CPU, first axis the scene.
+    """Complete description of a batch of scenes; CPU tensors whose first axis is the scene.
 
     Attributes:
         species, style, background: (B,) indices into `SPECIES`, `STYLES`, `BACKGROUNDS`.
-        number: (B,) how many animals, 0 to 6.
-        window: (B,) where the panorama is cropped, in multiples of 8 pixels.
-        richness: (B,) strength of the background's texture, 0 (smooth) to 1 (as drawn).
-        shade: (B, 3, 3, 3) slow brightness and colour change over the picture, as a factor.
-        sprite, x, y, size, flip: (B, slots) the objects from back to front, pixels; sprite is -1 in empty slots.
-        boxes: (B, 6, 4) the animals' boxes (left, top, right, bottom) in pixels, clipped to the picture; zeros
+        number: (B,) number of animals, 0 to 6.
+        window: (B,) left edge of the crop of the panorama, in multiples of 8 pixels.
+        richness: (B,) strength of the background's texture, from 0 (smooth) to 1 (as in the artwork).
+        shade: (B, 3, 3, 3) factors on brightness and color, (channel, y, x), interpolated over the image.
+        sprite, x, y, size, flip: (B, slots) objects from back to front: sprite index (-1 in empty slots), center and
+            size in pixels, mirrored or not.
+        boxes: (B, 6, 4) boxes of the animals (left, top, right, bottom) in pixels, clipped to the image; zeros
             beyond `number`.
     """
 
@@ -187,14 +188,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Scenes:
-    """Rendered scenes: ``images`` (B, 3, 128, 128) float32 in [0, 1] and the `Layout` that holds their labels."""
+    """Rendered scenes: `images` (B, 3, 128, 128) float32 in [0, 1], and the `Layout` with their labels."""
 
     images: Tensor
     layout: Layout
 
     def captions(self) -> list[str]:
-        """The full caption of each scene: number, style, species and background all named (numbers beyond four left
-        open)."""
+        """Return the full caption of each scene: number (up to four), style, species and background."""
         a = self.layout
         return [
             caption(SPECIES[s], n if 1 <= n <= MAX_NUMBER else None, STYLES[t], BACKGROUNDS[b], many=n != 1)
@@ -209,33 +209,35 @@ def _uniform(shape: Sequence[int], low: float | Tensor, high: float | Tensor, g:
 
 
 def _cells(number: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres and sizes (B, 6) of the animals: one large in the middle, up to four in shuffled quarters, more in
-    shuffled sixths."""
+    """Return centers x, y and sizes of the animals, (B, 6) each: one large in the center, up to four in random
+    quarters, more in random sixths of the image."""
     n = number.shape[0]
     quarters = torch.tensor([[34.0, 42.0], [94.0, 42.0], [34.0, 93.0], [94.0, 93.0], [64.0, 68.0], [64.0, 68.0]])
     sixths = torch.tensor([[24.0, 42.0], [64.0, 42.0], [104.0, 42.0], [24.0, 92.0], [64.0, 92.0], [104.0, 92.0]])
     order = torch.rand(n, MOST_ANIMALS, generator=g)
     order4 = torch.cat([order[:, :4].argsort(1), torch.tensor([[4, 5]]).expand(n, 2)], 1)
     many = (number > 4)[:, None, None]
-    centres = torch.where(many, sixths[order.argsort(1)], quarters[order4])
-    centres = torch.where((number == 1)[:, None, None], torch.tensor([64.0, 70.0]), centres)
+    # (B, 6, 2) cell centers, then a random offset that is smaller the more animals there are.
+    centers = torch.where(many, sixths[order.argsort(1)], quarters[order4])
+    centers = torch.where((number == 1)[:, None, None], torch.tensor([64.0, 70.0]), centers)
     sway = torch.tensor([0.0, 14.0, 8.0, 6.0, 6.0, 3.0, 3.0])[number][:, None, None]
-    centres = centres + sway * _uniform((n, MOST_ANIMALS, 2), -1, 1, g)
+    centers = centers + sway * _uniform((n, MOST_ANIMALS, 2), -1, 1, g)
     low = torch.tensor([0.0, 62.0, 46.0, 42.0, 40.0, 30.0, 30.0])[number][:, None]
     high = torch.tensor([0.0, 94.0, 62.0, 56.0, 54.0, 40.0, 40.0])[number][:, None]
-    return centres[..., 0], centres[..., 1], _uniform((n, MOST_ANIMALS), low, high, g)
+    return centers[..., 0], centers[..., 1], _uniform((n, MOST_ANIMALS), low, high, g)
 
 
 def _props(
     table: dict[str, tuple[tuple[str, int, int], ...]], background: Tensor, slots: int, g: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Choose props fitting each scene's place: indices into `_PROPS` and sizes in pixels, (B, slots) each."""
+    """Choose props for the place of each scene: indices into `_PROPS` and sizes in pixels, (B, slots) each."""
     longest = max(len(props) for props in table.values())
+    # (8, longest, 3): prop, minimum and maximum size; shorter lists repeat, and only their first part is used.
     grid = torch.tensor(
         [[(_PROPS.index(p[0]), p[1], p[2]) for p in (table[place] * longest)[:longest]] for place in BACKGROUNDS]
     )
     lengths = torch.tensor([len(table[place]) for place in BACKGROUNDS])[background][:, None]
-    # Neighbouring slots take different props: a sky has one sun.
+    # Neighboring slots get different props, so that a sky has one sun.
     pick = (
         (torch.rand(len(background), 1, generator=g) * lengths).long() + torch.arange(slots) * _stride(lengths, g)
     ) % lengths
@@ -244,7 +246,7 @@ def _props(
 
 
 def _stride(lengths: Tensor, g: torch.Generator) -> Tensor:
-    """Random steps 1 .. length - 1 through a table of props."""
+    """Return random steps, 1 to length - 1, through a table of props."""
     return 1 + (torch.rand(lengths.shape, generator=g) * (lengths - 1)).long()
 
 
@@ -258,20 +260,23 @@ def draw_layouts(
     style: Tensor | None = None,
     background: Tensor | None = None,
 ) -> Layout:
-    """Draw `n` scenes' layouts.
+    """Sample the layouts of `n` scenes.
 
     Args:
-        n: how many.
-        seed: same seed, same scenes.
-        split: which combinations of the four attributes to draw from: ``train`` (nine in ten), ``heldout`` (the
-            rest), ``all``.
-        species, number, style, background: (n,) integer tensors that fix an attribute (then `split` no longer
-            holds); `number` may be 0 to 6.
+        n: number of scenes.
+        seed: the same seed gives the same layouts.
+        split: combinations of the four attributes to sample from: `train` (90%), `heldout` (the rest) or `all`.
+        species, number, style, background: (n,) integer tensors that set an attribute; the combinations are then no
+            longer those of `split`. `number` can be 0 to 6.
+
+    Raises:
+        ValueError: `split` is unknown.
     """
     g = torch.Generator().manual_seed(seed)
     if split not in ("train", "heldout", "all"):
         raise ValueError(f"split is {split!r}; it must be 'train', 'heldout' or 'all'.")
     held = heldout_combinations()
+    # (combinations, 4): species, style, number - 1, background.
     allowed = {"train": ~held, "heldout": held, "all": torch.ones_like(held)}[split].nonzero()
     drawn = allowed[torch.randint(len(allowed), (n,), generator=g)]
     species = drawn[:, 0] if species is None else species
@@ -280,12 +285,13 @@ def draw_layouts(
     background = drawn[:, 3] if background is None else background
     art = load_artwork()
 
-    # How full a scene is varies from bare to crowded, so that models trained on it know both and everything between.
+    # Scenes vary from empty to crowded, so that a model can generate both and everything in between.
     fullness = torch.rand(n, generator=g)
 
     sky, sky_size = _props(_SKY, background, _SKY_SLOTS, g)
     sky_x, sky_y = _uniform(sky.shape, 6, 122, g), _uniform(sky.shape, 8, 30, g)
     ground, ground_size = _props(_GROUND, background, _GROUND_SLOTS, g)
+    # Objects stand on the ground: `base` is their lower edge. Large ones move toward the horizon.
     base = _uniform(ground.shape, 56, 116, g)
     base = torch.where(ground_size > 34, 56 + (base - 56) * 0.35, base)
     ground_x, ground_y = _uniform(ground.shape, 4, 124, g), base - ground_size / 2
@@ -302,8 +308,8 @@ def draw_layouts(
 
     half = size / 2
     boxes = torch.stack([x - half, y - half, x + half, y + half], -1).clamp(0, SIZE).masked_fill(absent[..., None], 0)
-    # Back to front: sky, then what stands on the ground by where it stands, animals after props, small things at the
-    # lower edge last.
+    # Back to front: sky, props on the ground by their lower edge, animals in front of all props, and last the small
+    # objects at the bottom of the image.
     depth = torch.cat([torch.full(sky.shape, -1000.0), base, torch.full(front.shape, 2000.0), 500 + y + half], 1)
     order = depth.argsort(1)
     everything = {
@@ -328,10 +334,11 @@ def draw_layouts(
 
 
 def paint(layout: Layout, device: str = "cpu") -> Tensor:
-    """Render layouts: (B, 3, 128, 128) float32 in [0, 1] on `device`."""
+    """Render layouts to images (B, 3, 128, 128), float32 in [0, 1], on `device`."""
     art = load_artwork(device)
     b = len(layout)
     place = layout.background.to(device)
+    # Background: a 128-pixel window of the panorama, which is periodic in x; texture is the difference to `plain`.
     columns = (layout.window[:, None] * 8 + torch.arange(SIZE)[None]) % art.panoramas.shape[-1]
     pick = columns.to(device)[:, None, None, :].expand(b, 3, SIZE, SIZE)
     plain = art.plain[place].gather(3, pick)
@@ -339,22 +346,24 @@ def paint(layout: Layout, device: str = "cpu") -> Tensor:
     shade = F.interpolate(layout.shade.to(device), size=(SIZE, SIZE), mode="bicubic", align_corners=True)
     image = (image * shade).clamp(0, 1)
 
+    # Level of detail: the lowest resolution that is at least the size of the object.
     level = (layout.size[..., None] <= torch.tensor(_LEVELS[1:])).sum(-1)
     sprite = layout.sprite + level * art.count
     pixel = torch.arange(SIZE, device=device) + 0.5
     for k in range(layout.sprite.shape[1]):
-        rows = (layout.sprite[:, k] >= 0).nonzero()[:, 0]
+        rows = (layout.sprite[:, k] >= 0).nonzero()[:, 0]  # scenes with an object in slot k
         if len(rows) == 0:
             continue
         x, y, half = (v[rows, k].to(device)[:, None] for v in (layout.x, layout.y, layout.size / 2))
         sign = torch.where(layout.flip[rows, k], -1.0, 1.0).to(device)[:, None]
+        # Sampling grid in [-1, 1] within the sprite; outside it, grid_sample returns transparent zeros.
         u = (sign * (pixel[None] - x) / half)[:, None, :].expand(-1, SIZE, -1)
         v = ((pixel[None] - y) / half)[:, :, None].expand(-1, -1, SIZE)
         stamp = F.grid_sample(
             art.sprites[sprite[rows, k].to(device)].float() / 255, torch.stack([u, v], -1), align_corners=False
         )
         rows = rows.to(device)
-        image[rows] = image[rows] * (1 - stamp[:, 3:]) + stamp[:, :3]
+        image[rows] = image[rows] * (1 - stamp[:, 3:]) + stamp[:, :3]  # alpha compositing, premultiplied
     return image.clamp(0, 1)
 
 
@@ -369,7 +378,7 @@ def render_scenes(
     style: Tensor | None = None,
     background: Tensor | None = None,
 ) -> Scenes:
-    """Draw layouts (see `draw_layouts` for the arguments) and render them."""
+    """Sample layouts and render them; see `draw_layouts` for the arguments."""
     layout = draw_layouts(n, seed, split=split, species=species, number=number, style=style, background=background)
     return Scenes(paint(layout, device), layout)
 
@@ -377,6 +386,6 @@ def render_scenes(
 def stream_scenes(
     n: int, seed: int, *, chunk: int = 256, split: str = "train", device: str = "cpu"
 ) -> Iterator[Scenes]:
-    """Render `n` scenes in chunks, each chunk with a seed of its own, for data sets larger than memory."""
+    """Render `n` scenes in chunks with a seed per chunk, for data sets larger than memory."""
     for i, start in enumerate(range(0, n, chunk)):
         yield render_scenes(min(chunk, n - start), seed * 1_000_003 + i, split=split, device=device)

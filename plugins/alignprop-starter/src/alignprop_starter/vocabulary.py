@@ -1,12 +1,14 @@
-"""The words of the starter world: animals, numbers, styles, places; captions written from them and read back. No
-torch."""
+"""Vocabulary of the starter's captions (animals, numbers, styles, places), and functions to write and parse captions.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-#: AlignProp's 45 training animals, in its order, then its 6 held-out ones.
+#: AlignProp's 45 training animals in its order, and its 6 held-out animals.
 TRAIN_ANIMALS = (
     "cat",
     "dog",
@@ -60,7 +62,7 @@ STYLES = ("3d", "flat", "noto")
 NUMBER_WORDS = ("one", "two", "three", "four")
 MAX_NUMBER = len(NUMBER_WORDS)
 
-#: Each place with the phrase that names it at a caption's end.
+#: Place -> the phrase at the end of a caption.
 PLACES = {
     "meadow": "in a meadow",
     "desert": "in the desert",
@@ -89,7 +91,7 @@ _IRREGULAR = {
 
 
 def plural(animal: str) -> str:
-    """Return the plural of an animal's name: ``mouse`` -> ``mice``, ``cat`` -> ``cats``."""
+    """Return the plural of an animal's name: "mouse" -> "mice", "cat" -> "cats"."""
     return _IRREGULAR.get(animal, animal + "s")
 
 
@@ -100,7 +102,7 @@ _NUMBERS = (
     | {str(i + 1): i + 1 for i in range(MAX_NUMBER)}
 )
 
-#: Every word a caption can hold; the tokenizer keeps each of them whole.
+#: All words of captions; each one is a single token.
 WORDS = tuple(
     sorted(
         set(_BY_NOUN)
@@ -114,7 +116,7 @@ WORDS = tuple(
 
 @dataclass(frozen=True)
 class Wish:
-    """What a caption asks for; ``None`` where it leaves the choice open."""
+    """What a caption asks for; None if it does not name the attribute."""
 
     species: str | None = None
     number: int | None = None
@@ -130,14 +132,14 @@ def caption(
     *,
     many: bool = False,
 ) -> str:
-    """Write a caption, e.g. ``three flat foxes in a meadow``, ``a fox``, ``foxes in the snow``, ``3d fox``.
+    """Write a caption, such as "three flat foxes in a meadow", "a fox", "foxes in the snow" or "3d fox".
 
     Args:
         species: one of `SPECIES`.
-        number: 1 to 4, or the word to write for it (``"one"``, ``"3"``), or None to leave it open.
+        number: 1 to 4, the word to use for it ("one", "3"), or None to not name it.
         style: one of `STYLES`, or None.
         background: one of `BACKGROUNDS`, or None.
-        many: with an open number, write the plural (two or more) rather than the bare name (any number).
+        many: if no number is named, use the plural (two or more) instead of the bare name (any number).
     """
     count = _NUMBERS[number] if isinstance(number, str) else number
     noun = plural(species) if (count or 0) > 1 or (count is None and many) else species
@@ -154,9 +156,9 @@ def caption(
 
 
 def read_caption(text: str) -> Wish:
-    """Read the wishes out of any text; words that name nothing here are passed over.
+    """Parse any text; unknown words are ignored.
 
-    The number is the last number word before the animal: in ``fox in a meadow`` the article is the meadow's.
+    The number is the last number word before the animal: in "fox in a meadow" the article belongs to the meadow.
     """
     species = number = style = background = None
     for word in re.findall(r"[a-z0-9]+", text.lower()):

@@ -1,6 +1,6 @@
-"""YOLO detectors for alignprop's counting rewards: a distribution of its own, because ultralytics is AGPL-3.0.
+"""YOLO detectors for alignprop's counting rewards, in a separate distribution because ultralytics is AGPL-3.0.
 
-Imports no torch and no ultralytics.
+Imports neither torch nor ultralytics.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _SIZES = "nsmlx"
 ARCHITECTURES = tuple(f"{family}{size}" for family in ("yolov8", "yolo11", "yolo26") for size in _SIZES) + tuple(
     f"yolov10{size}" for size in "nsmblx"
 )
-"""Detection networks of ultralytics by name."""
+"""Names of the detection architectures in ultralytics."""
 
 _GET = (
-    "Ultralytics publishes pickles; download one you trust (such as yolo11n.pt), convert it with "
-    "`python -m alignprop_ultralytics.convert yolo11n.pt yolo11n.safetensors`, and give the path as `weights`."
+    "Ultralytics publishes pickles. Download one you trust (such as yolo11n.pt), convert it with "
+    "`python -m alignprop_ultralytics.convert yolo11n.pt yolo11n.safetensors`, and set `weights` to the new file."
 )
 
 _LICENSE = "AGPL-3.0-only"
@@ -27,10 +27,10 @@ _LICENSE = "AGPL-3.0-only"
 
 @hookimpl
 def alignprop_counting_detectors() -> Iterable[DetectorSpec]:
-    """Offer YOLO by file, and by architecture for files without a header."""
-    yield _spec("yolo", "YOLO whose file says its architecture (converted, or the set `starter`).")
+    """Yield `yolo` for files that name their architecture, and every architecture for files that do not."""
+    yield _spec("yolo", "YOLO from a file that names its architecture (a converted checkpoint, or the set `starter`).")
     for name in ARCHITECTURES:
-        yield _spec(name, f"{name.replace('yolo', 'YOLO')}, trained on COCO or with a header of its own.")
+        yield _spec(name, f"{name.replace('yolo', 'YOLO')}, trained on COCO or on the classes in the file's header.")
 
 
 def _spec(name: str, summary: str) -> DetectorSpec:
@@ -46,7 +46,7 @@ def _spec(name: str, summary: str) -> DetectorSpec:
 
 @hookimpl
 def alignprop_register_weights() -> Iterable[WeightsSpec]:
-    """Offer the set `starter` for the detector `yolo`; the file says its own architecture."""
+    """Return the set `starter` for the detector `yolo`; the file names its own architecture."""
     file = WeightsFile(
         file="weights/yolo.safetensors",
         sha256="ce1fa684098b0054bf39c12a42bf7300d53c3d3ecf9863061a59b7550db78872",
@@ -56,8 +56,8 @@ def alignprop_register_weights() -> Iterable[WeightsSpec]:
     return [
         WeightsSpec(
             name="starter",
-            reward="yolo",  # counting rewards look sets up by their detector's name
-            summary="A small YOLO26 that finds the 51 animals in the starter's scenes, and nothing else.",
+            reward="yolo",  # counting rewards look up weight sets by the name of the detector
+            summary="A small YOLO26 that detects the 51 animals in the starter's scenes, and nothing else.",
             path=f"alignprop_ultralytics:{file.file}",
             license=_LICENSE,
             source="https://github.com/alignprop/alignprop/tree/main/plugins/alignprop-ultralytics",

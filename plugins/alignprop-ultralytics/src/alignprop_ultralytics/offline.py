@@ -1,7 +1,7 @@
-"""Imports ultralytics so that it neither phones home nor writes settings into the home folder.
+"""Imports ultralytics without network access and without settings files in the home folder.
 
-Every module here that needs ultralytics takes it from this one: the variables are read when ultralytics is first
-imported. Values the user has set are kept.
+Ultralytics reads these environment variables when it is first imported, so every module of this plugin imports it from
+here. Variables that the user has set are kept.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.nn.modules.head import Detect, v10Detect  # noqa: E402
 from ultralytics.nn.tasks import DetectionModel, yaml_model_load  # noqa: E402
 
-# It sets this to 1 for its own data loaders; whoever starts a process from here did not ask for that.
+# Ultralytics sets this to 1 for its data loaders, which would also limit processes that the user starts.
 if _threads is None:
     os.environ.pop("OMP_NUM_THREADS", None)
 
-# It lets Pillow try a format whose package may be missing, and a file that is no picture then raises another error.
+# Ultralytics replaces Image.open. For files that are not images, its version can raise a different error.
 Image.open = _open
 
 __all__ = ["Detect", "DetectionModel", "tasks", "ultralytics", "v10Detect", "yaml_model_load"]

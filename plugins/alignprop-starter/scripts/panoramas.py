@@ -1,8 +1,7 @@
-"""Draws one panorama a place: 256x128, periodic in x, sky above and ground below, all of it by seeded pencil strokes.
+"""Draws one panorama per place: 256x128 pixels, periodic in x, with sky and ground, from seeded shapes.
 
-Scenes crop a 128-pixel window at multiples of 8 pixels. So a picture's background is rich (blades, ripples, ridges,
-leaves), yet it
-holds little information: a small autoencoder can learn it by heart and draw it crisply.
+Scenes use 128-pixel windows at multiples of 8 pixels. Backgrounds are rich in texture (blades, ripples, ridges, leaves)
+but contain little information: a small autoencoder can memorize them and reconstruct them sharply.
 """
 
 from __future__ import annotations
@@ -17,27 +16,27 @@ from alignprop_starter.vocabulary import BACKGROUNDS
 
 WIDTH, HEIGHT, HORIZON = 256, 128, 52
 _ZOOM = 4
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class _Canvas:
-    """A picture that wraps around in x; coordinates are final pixels, drawn four times finer."""
+    """An image that is periodic in x; coordinates are final pixels, and drawing is at four times the resolution."""
 
     def __init__(self, seed: int) -> None:
         self.image = Image.new("RGB", (WIDTH * _ZOOM, HEIGHT * _ZOOM))
         self.pen = ImageDraw.Draw(self.image)
         self.rng = random.Random(seed)
 
-    def gradient(self, top: float, bottom: float, first: Colour, last: Colour) -> None:
+    def gradient(self, top: float, bottom: float, first: Color, last: Color) -> None:
         for y in range(int(top * _ZOOM), int(bottom * _ZOOM)):
             t = (y / _ZOOM - top) / (bottom - top)
             self.pen.line([(0, y), (WIDTH * _ZOOM, y)], fill=_blend(first, last, t))
 
-    def polygon(self, points: list[tuple[float, float]], fill: Colour) -> None:
+    def polygon(self, points: list[tuple[float, float]], fill: Color) -> None:
         for shift in (-WIDTH, 0, WIDTH):
             self.pen.polygon([((x + shift) * _ZOOM, y * _ZOOM) for x, y in points], fill=fill)
 
-    def line(self, points: list[tuple[float, float]], fill: Colour, width: float) -> None:
+    def line(self, points: list[tuple[float, float]], fill: Color, width: float) -> None:
         for shift in (-WIDTH, 0, WIDTH):
             self.pen.line(
                 [((x + shift) * _ZOOM, y * _ZOOM) for x, y in points],
@@ -46,14 +45,14 @@ class _Canvas:
                 joint="curve",
             )
 
-    def blob(self, x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
+    def blob(self, x: float, y: float, rx: float, ry: float, fill: Color) -> None:
         for shift in (-WIDTH, 0, WIDTH):
             self.pen.ellipse(
                 [(x + shift - rx) * _ZOOM, (y - ry) * _ZOOM, (x + shift + rx) * _ZOOM, (y + ry) * _ZOOM], fill=fill
             )
 
     def scatter(self, top: float, bottom: float, step: float) -> list[tuple[float, float, float]]:
-        """Jittered rows of (x, y, size) from far to near: denser and smaller far away."""
+        """Return jittered rows of (x, y, size) from far to near, denser and smaller in the distance."""
         places = []
         y = top
         while y < bottom:
@@ -71,7 +70,7 @@ class _Canvas:
         return sorted(places, key=lambda place: place[1])
 
     def ridge(
-        self, base: float, height: float, waves: int, fill: Colour, rough: float = 0.25, low: float = HORIZON + 1
+        self, base: float, height: float, waves: int, fill: Color, rough: float = 0.25, low: float = HORIZON + 1
     ) -> list[tuple[float, float]]:
         phases = [(self.rng.uniform(0, 2 * math.pi), waves * k, 1 / k) for k in (1, 2, 3)]
         line = []
@@ -88,28 +87,28 @@ class _Canvas:
         return self.image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
 
 
-def _blend(a: Colour, b: Colour, t: float) -> Colour:
+def _blend(a: Color, b: Color, t: float) -> Color:
     return (round(a[0] + (b[0] - a[0]) * t), round(a[1] + (b[1] - a[1]) * t), round(a[2] + (b[2] - a[2]) * t))
 
 
-def _blades(c: _Canvas, top: float, colours: list[Colour], step: float, length: float) -> None:
+def _blades(c: _Canvas, top: float, colors: list[Color], step: float, length: float) -> None:
     for x, y, size in c.scatter(top, HEIGHT + 6, step):
         lean = c.rng.uniform(-2.0, 2.0) * size
         tall = length * size * c.rng.uniform(0.7, 1.3)
-        c.polygon([(x - 0.8 * size, y), (x + 0.8 * size, y), (x + lean, y - tall)], c.rng.choice(colours))
+        c.polygon([(x - 0.8 * size, y), (x + 0.8 * size, y), (x + lean, y - tall)], c.rng.choice(colors))
 
 
-def _leaves(c: _Canvas, top: float, bottom: float, colours: list[Colour], step: float, size_px: float) -> None:
+def _leaves(c: _Canvas, top: float, bottom: float, colors: list[Color], step: float, size_px: float) -> None:
     for x, y, size in c.scatter(top, bottom, step):
         r, turn = size_px * size, c.rng.uniform(0, math.pi)
         dx, dy = r * math.cos(turn), 0.6 * r * math.sin(turn)
         c.polygon(
             [(x - dx, y - dy), (x - dy * 0.6, y + dx * 0.35), (x + dx, y + dy), (x + dy * 0.6, y - dx * 0.35)],
-            c.rng.choice(colours),
+            c.rng.choice(colors),
         )
 
 
-def _ripples(c: _Canvas, top: float, bottom: float, colours: list[Colour], gap: float, height: float) -> None:
+def _ripples(c: _Canvas, top: float, bottom: float, colors: list[Color], gap: float, height: float) -> None:
     y = top
     while y < bottom + 6:
         near = (y - top) / (bottom - top)
@@ -118,7 +117,7 @@ def _ripples(c: _Canvas, top: float, bottom: float, colours: list[Colour], gap: 
             (float(x), y + amplitude * math.sin(2 * math.pi * waves * x / WIDTH + phase))
             for x in range(0, WIDTH + 1, 2)
         ]
-        c.line(line, c.rng.choice(colours), 0.6 + 1.1 * near)
+        c.line(line, c.rng.choice(colors), 0.6 + 1.1 * near)
         y += gap * (0.4 + near)
 
 
@@ -213,9 +212,9 @@ def _mountains(c: _Canvas) -> None:
     c.gradient(HORIZON + 3, HEIGHT, (150, 146, 140), (106, 100, 96))
     for x, y, size in c.scatter(HORIZON + 5, HEIGHT + 4, 11):
         w, h = 4.6 * size * c.rng.uniform(0.7, 1.2), 3.0 * size
-        grey = c.rng.choice([(168, 164, 158), (134, 128, 124), (188, 184, 178)])
-        c.polygon([(x - w, y), (x - 0.5 * w, y - h), (x + 0.5 * w, y - h * 1.1), (x + w, y)], grey)
-        c.polygon([(x, y), (x + 0.5 * w, y - h * 1.1), (x + w, y)], _blend(grey, (50, 48, 52), 0.45))
+        gray = c.rng.choice([(168, 164, 158), (134, 128, 124), (188, 184, 178)])
+        c.polygon([(x - w, y), (x - 0.5 * w, y - h), (x + 0.5 * w, y - h * 1.1), (x + w, y)], gray)
+        c.polygon([(x, y), (x + 0.5 * w, y - h * 1.1), (x + w, y)], _blend(gray, (50, 48, 52), 0.45))
 
 
 def _night(c: _Canvas) -> None:
@@ -268,7 +267,7 @@ _PAINTERS: dict[str, Callable[[_Canvas], None]] = {
 
 
 def draw_panoramas() -> Image.Image:
-    """Return all places stacked in the order of `BACKGROUNDS`: an RGB picture of 256 x (128 * 8) pixels."""
+    """Return the panoramas stacked in the order of `BACKGROUNDS`, an RGB image of 256 x (128 * 8) pixels."""
     sheet = Image.new("RGB", (WIDTH, HEIGHT * len(BACKGROUNDS)))
     for row, place in enumerate(BACKGROUNDS):
         canvas = _Canvas(seed=row)

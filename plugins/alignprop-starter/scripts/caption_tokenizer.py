@@ -1,5 +1,4 @@
-"""Builds the tokenizer: a real CLIPTokenizer whose byte-pair merges keep every caption word whole; other text falls
-into letters."""
+"""Builds the tokenizer: a CLIPTokenizer with one token per caption word; other text is split into letters."""
 
 from __future__ import annotations
 
@@ -10,21 +9,21 @@ from transformers import CLIPTokenizer
 
 from alignprop_starter.vocabulary import WORDS
 
-#: Tokens a prompt may have, start and end marks included; longer prompts are cut. Short, so that cross-attention
-#: stays cheap.
+#: Maximum number of tokens, start and end tokens included; longer prompts are truncated. A low limit keeps
+#: cross-attention cheap.
 LENGTH = 32
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def _byte_symbols() -> list[str]:
-    """CLIP's 256 printable stand-ins for the byte values, in its own order."""
+    """Return the 256 printable characters that CLIP uses for byte values, in CLIP's order."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     missing = [b for b in range(256) if b not in printable]
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(len(missing))]
 
 
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first, until each word is one symbol."""
+    """Return byte-pair merges, most frequent pair first, until each word is a single symbol."""
     pieces = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while any(len(p) > 1 for p in pieces.values()):
@@ -34,7 +33,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
         for word, p in pieces.items():
             joined: list[str] = []
             for symbol in p:
-                # A symbol joined just now must not join again in the same pass.
+                # A symbol that was merged in this pass is not merged again.
                 if joined and (joined[-1], symbol) == best:
                     joined[-1] += symbol
                 else:
@@ -44,7 +43,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Return the tokenizer; ids: 512 byte symbols, then the merges, then start and end (which also pads)."""
+    """Return the tokenizer. Ids: 512 byte symbols, the merges, the start token, the end token (also padding)."""
     merges = learn_merges(WORDS)
     symbols = _byte_symbols()
     tokens = [*symbols, *(s + "</w>" for s in symbols), *("".join(pair) for pair in merges), START, END]

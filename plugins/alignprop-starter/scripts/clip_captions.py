@@ -1,8 +1,7 @@
-"""Captions for the starter's CLIP family: every form a caption can take, as token ids on the device, and which
-captions fit which scenes.
+"""Captions for the starter's CLIP models as token ids on the device, and which captions match which scenes.
 
-A caption need not name everything, so in a batch it often fits other scenes than its own. Nothing here guesses: what a
-caption names (its *wish*) is kept beside its tokens and compared with the scenes' labels.
+A caption does not need to name every attribute, so it can match several scenes in a batch. Matches are exact: the
+attributes that a caption names (its *wish*) are stored with its tokens and compared with the labels of the scenes.
 """
 
 from __future__ import annotations
@@ -13,41 +12,42 @@ from functools import lru_cache
 from itertools import accumulate
 
 import torch
+from clip_files import CONTEXT
 from open_clip import SimpleTokenizer
 from torch import Tensor
 
-from alignprop_starter.make.clip_files import CONTEXT
 from alignprop_starter.scenes import MOST_ANIMALS, Layout
 from alignprop_starter.vocabulary import BACKGROUNDS, MAX_NUMBER, SPECIES, STYLES, caption
 
 ATTRIBUTES = ("species", "number", "style", "background")
-SPREAD = {"species": len(SPECIES), "number": MAX_NUMBER, "style": len(STYLES), "background": len(BACKGROUNDS)}
-"""How many values of each attribute captions can name."""
+VALUES = {"species": len(SPECIES), "number": MAX_NUMBER, "style": len(STYLES), "background": len(BACKGROUNDS)}
+"""Number of values of each attribute that captions can name."""
 
 OPEN, SEVERAL = 0, MOST_ANIMALS + 1
-"""What a wish says of the number where it names none: any at all, or (a plural) two and more."""
+"""Numbers in a wish that names no number: any number, or two and more (a plural)."""
 
-#: Ways to write the number: bare name, plural, then words and digits for one to four.
+#: Forms of the number: not named (bare name, plural), then words and digits for one to four.
 _FORMS: tuple[int | str | None, ...] = (None, None, 1, 2, 3, 4, "one", "1", "2", "3", "4")
 _BEFORE = ("a photo of", "a picture of", "photo of", "an image of", "cute", "beautiful", "a drawing of", "please,")
 _AFTER = (".", "!", ", highly detailed", ", very nice", ", high quality", ", please")
-#: How often `alter` changes each attribute: the number is the hardest to see.
+#: Probabilities that `alter` changes each attribute. The number is the hardest to learn.
 _ALTERED = (0.3, 0.4, 0.15, 0.15)
 
 
 def labels(layout: Layout, device: str) -> Tensor:
-    """(4, n) int64 labels in the order of `ATTRIBUTES`; the number is the number itself, 0 to 6."""
+    """Return int64 labels (4, n) in the order of `ATTRIBUTES`; the number is the number itself, 0 to 6."""
     return torch.stack([layout.species, layout.number, layout.style, layout.background]).to(device)
 
 
 def matches(wishes: Tensor, truth: Tensor) -> Tensor:
-    """Return (C, B) bool: whether caption c fits scene b.
+    """Return a mask (C, B): whether caption c matches scene b.
 
     Args:
-        wishes: (4, C) what captions name: indices, -1 for a style or place left open, `OPEN` or `SEVERAL` for a number
-            left open.
-        truth: (4, B) labels of scenes, see `labels`. A scene without animals fits no caption.
+        wishes: (4, C) attributes that captions name: indices, -1 for a style or place that is not named, `OPEN` or
+            `SEVERAL` for a number that is not named.
+        truth: (4, B) labels of scenes, see `labels`. A scene without animals matches no caption.
     """
+    # (C, 1) against (1, B).
     species, number, style, place = wishes[:, :, None]
     is_species, is_number, is_style, is_place = truth[:, None, :]
     counted = (number == is_number) | (number == OPEN) | ((number == SEVERAL) & (is_number > 1))
@@ -62,14 +62,21 @@ def matches(wishes: Tensor, truth: Tensor) -> Tensor:
 
 
 def alter(truth: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Change one attribute of each scene's labels (4, B), the number to another from one to four; return the new
-    labels and which attribute it was, (B,)."""
+    """Change one attribute of each scene; a number becomes another one from one to four.
+
+    Args:
+        truth: (4, B) labels.
+        generator: source of randomness; by default that of the device.
+
+    Returns:
+        Changed labels (4, B), and the index of the changed attribute (B,).
+    """
     luck = torch.rand(5, truth.shape[1], device=truth.device, generator=generator)
     which = torch.zeros_like(truth[0])
     for edge in accumulate(_ALTERED[:-1]):
         which += luck[4] > edge
     changed = []
-    for i, (old, (name, count)) in enumerate(zip(truth, SPREAD.items(), strict=True)):
+    for i, (old, (name, count)) in enumerate(zip(truth, VALUES.items(), strict=True)):
         lowest = int(name == "number")
         other = (luck[i] * count).long()
         other = torch.where(other == old - lowest, (other + 1) % count, other) + lowest
@@ -78,20 +85,20 @@ def alter(truth: Tensor, generator: torch.Generator | None = None) -> tuple[Tens
 
 
 class Captions:
-    """All captions there are, tokenised: a table (species, form of the number, style or none, background or none,
-    variant) of token ids.
+    """All captions as token ids, in a table on the device.
 
-    Variant 0 is the plain caption; variant 1 has words around it that mean nothing here, most of them unknown tokens,
-    so that the model learns to pass over whatever else a prompt says.
+    The row index is (species, form of the number, style or none, background or none, variant), in row-major order.
+    Variant 0 is the plain caption. Variant 1 has other words around it, mostly unknown tokens, so that the model learns
+    to ignore the rest of a prompt.
 
     Attributes:
-        table: (rows, 32) int32 token ids in open_clip's numbering.
-        known: (n,) int64, ascending: the tokens that get an embedding of their own.
+        table: (rows, 32) int32 token ids of open_clip.
+        known: (n,) int64, ascending token ids that have their own embedding.
     """
 
     def __init__(self, device: str) -> None:
         tokenizer = SimpleTokenizer(context_length=CONTEXT)
-        # Captions share a few hundred words and the tokenizer never joins words: each is tokenised once.
+        # Captions share a few hundred words, and tokens never span words, so each word is tokenized once.
         encode = lru_cache(maxsize=None)(tokenizer.encode)
         start, end = tokenizer.sot_token_id, tokenizer.eot_token_id
         rng = random.Random(0)
@@ -113,12 +120,12 @@ class Captions:
         self.known = torch.tensor(sorted(known))
 
     def rows(self, wishes: Tensor, form: Tensor | None = None, variant: Tensor | None = None) -> Tensor:
-        """Return (C, 32) int64 token ids of captions that say just `wishes` (4, C), see `matches`.
+        """Return token ids (C, 32) of captions that name exactly the given attributes.
 
         Args:
-            wishes: the number is 1 to 4, `OPEN` or `SEVERAL`.
-            form: (C,) how a named number is written, as an index into the forms; if not given as "a" and words.
-            variant: (C,) bool: with words around it.
+            wishes: (4, C), see `matches`; the number is 1 to 4, `OPEN` or `SEVERAL`.
+            form: (C,) index of the form of a named number; by default "a" and number words.
+            variant: (C,) bool, whether other words surround the caption.
         """
         species, number, style, place = wishes
         form = number + 1 if form is None else form
@@ -128,14 +135,14 @@ class Captions:
         return self.table[row].long()
 
     def draw(self, truth: Tensor, named: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Draw a fitting caption for each scene, attributes left out at random; no waiting for the device.
+        """Sample a matching caption for each scene, with attributes omitted at random; no host synchronization.
 
         Args:
-            truth: (4, B) labels of scenes with animals; numbers beyond four are left open.
-            named: (B,) an attribute each caption must name, where it can.
+            truth: (4, B) labels of scenes with animals; numbers above four are never named.
+            named: (B,) index of an attribute that the caption must name, if it can.
 
         Returns:
-            Token ids (B, 32) and the wishes (4, B).
+            Token ids (B, 32), and wishes (4, B).
         """
         species, number, style, place = truth
         b, device = truth.shape[1], truth.device
@@ -143,7 +150,7 @@ class Captions:
         names = (luck[:4] < 0.7) | (luck[4] < 0.3)
         if named is not None:
             names |= named == torch.arange(4, device=device)[:, None]
-        # Half of the captions that name no number say the plural where it fits.
+        # Half of the captions without a number use the plural, if there are several animals.
         loose = torch.where((luck[1] > 0.85) & (number > 1), SEVERAL, OPEN)
         wishes = torch.stack(
             [
@@ -154,12 +161,12 @@ class Captions:
             ]
         )
         form = torch.where(luck[5] < 0.2, number + 6, number + 1)
-        form = torch.where((number == 1) & (luck[5] > 0.2) & (luck[5] < 0.4), 6, form)  # "one" beside "a"
+        form = torch.where((number == 1) & (luck[5] > 0.2) & (luck[5] < 0.4), 6, form)  # "one" as well as "a"
         return self.rows(wishes, form, luck[5] > 0.85), wishes
 
 
 def _around(rng: random.Random) -> tuple[str, str]:
-    """Words before and after a caption."""
+    """Return random words to put before and after a caption."""
     luck = rng.random()
     if luck < 0.4:
         return rng.choice(_BEFORE), ""

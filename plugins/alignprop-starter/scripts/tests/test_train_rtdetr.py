@@ -1,20 +1,22 @@
-"""The script that trains the starter's RT-DETR: its scenes, and its loss, which is the original's."""
+"""The training script of the starter's RT-DETR: its scenes, its loss (that of transformers), and its output."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
+pytest.importorskip("alignprop_counting", reason="alignprop-counting is not installed")
+pytest.importorskip("scipy", reason="scipy is not installed: alignprop-starter[scripts]")
+
+import train_rtdetr as training
+
 from alignprop_counting.loading import transformers_detector
 
-training: Any = pytest.importorskip("alignprop_starter.make.train_detr", reason="alignprop-starter is not installed")
 
-
-def test_labels_are_where_the_animals_are() -> None:
+def test_labels_match_the_animals() -> None:
     images, classes, boxes = training.labelled_scenes(64, 3, "cpu")
     numbers = (classes >= 0).sum(1)
     assert set(numbers.tolist()) == set(range(7))
@@ -24,7 +26,7 @@ def test_labels_are_where_the_animals_are() -> None:
     mixed = training.labelled_scenes(64, 3, "cpu", mixed=1.0)
     assert torch.equal((mixed[1] >= 0), (classes >= 0))
     assert any(len(set(row[row >= 0].tolist())) > 1 for row in mixed[1])
-    # Another species in the same place: pixels change inside the boxes, and nowhere else.
+    # Other species in the same places: pixels change inside the boxes only.
     inside = torch.zeros(64, 128, 128, dtype=torch.bool)
     for scene, row in zip(inside, boxes, strict=True):
         for left, top, right, bottom in row.tolist():
@@ -34,7 +36,7 @@ def test_labels_are_where_the_animals_are() -> None:
     assert not (changed & ~inside).any()
 
 
-def test_the_loss_is_transformers_own() -> None:
+def test_the_loss_equals_that_of_transformers() -> None:
     torch.manual_seed(0)
     config = training.configuration()
     model = training.RTDetrForObjectDetection(config).train()
@@ -53,9 +55,9 @@ def test_the_loss_is_transformers_own() -> None:
 
 
 @pytest.mark.slow
-def test_the_script_writes_a_file_that_loads_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_script_writes_a_loadable_file_and_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--seconds", "1", "--scenes", "16", "--batch", "4", "--device", "cpu", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["train_detr", *options])
+    monkeypatch.setattr("sys.argv", ["train_rtdetr", *options])
     training.main()
     detector = transformers_detector("rtdetr", tmp_path / "weights" / "rtdetr.safetensors", None)
     assert (len(detector.names), detector.image_size) == (51, 128)

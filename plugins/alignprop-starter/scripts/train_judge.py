@@ -1,4 +1,7 @@
-"""Trains the judge on rendered scenes: python -m alignprop_starter.make.train_judge [--seconds N]"""
+"""Trains the judge on rendered scenes.
+
+python plugins/alignprop-starter/scripts/train_judge.py [--seconds N]
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import Module
+from training_common import Clock, Ranks, damage, parser, render_set
 
 from alignprop_starter.judge import ATTRIBUTES, Judge, read_judge
-from alignprop_starter.make.common import Clock, Ranks, damage, parser, render_set
 from alignprop_starter.scenes import Layout
 
 
 def labels(layout: Layout, device: str) -> dict[str, Tensor]:
-    """Class indices an attribute, as the judge's heads number them."""
+    """Return the class indices of each attribute, as the judge's heads number them."""
     return {
         "species": layout.species.to(device),
         "number": layout.number.to(device) - 1,
@@ -28,7 +31,7 @@ def labels(layout: Layout, device: str) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def accuracy(judge: Module, images: Tensor, truth: dict[str, Tensor], batch: int = 256) -> dict[str, float]:
-    """Share of scenes each head names right, and of scenes where all do (``all``)."""
+    """Return the accuracy of each head, and the share of scenes for which all heads are correct (`all`)."""
     right = {name: [] for name in ATTRIBUTES}  # type: dict[str, list[Tensor]]
     for i in range(0, len(images), batch):
         for name, logits in judge(images[i : i + batch].float() / 255).items():
@@ -39,7 +42,7 @@ def accuracy(judge: Module, images: Tensor, truth: dict[str, Tensor], batch: int
 
 
 def main() -> None:
-    """Write ``judge/judge.safetensors`` and ``judge/card.json``."""
+    """Write `judge/judge.safetensors` and `judge/card.json`."""
     args = parser(__doc__, seconds=110, batch=384, rate=1.5e-3, scenes=120_000).parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -49,7 +52,7 @@ def main() -> None:
     truth = labels(layout, args.device)
     print(f"judge: {args.scenes} scenes in {time.monotonic() - began:.1f} s", flush=True)
 
-    # Not compiled: compiled, this network gave NaN from the first steps on an H100 (torch 2.11).
+    # Not compiled: with torch.compile this network returned NaN from the first steps on an H100 (torch 2.11).
     judge = Judge().to(args.device).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=args.rate, weight_decay=0.02, fused=cuda)
     clock = Clock(args.seconds, Ranks(), args.device)

@@ -1,13 +1,17 @@
-"""Trains the starter YOLO on rendered scenes: python -m alignprop_ultralytics.make_starter [--seconds N]
+"""Trains the starter YOLO on rendered scenes.
 
-The architecture is YOLO26's, narrower than its smallest size; the loss is ultralytics' own for it (both heads,
-task-aligned assignment). The loop is a plain one with everything on the device: ultralytics' trainer and data loaders
-stay out. Needs `alignprop-starter[make]`, whose scenes it renders.
+    python plugins/alignprop-ultralytics/scripts/train_yolo.py [--seconds N]
+
+The architecture is YOLO26, narrower than its smallest size, with the loss of ultralytics (both heads, task-aligned
+assignment). The training loop is plain and keeps all data on the device, without the trainer or the data loaders of
+ultralytics. The scenes come from the scripts of alignprop-starter, whose folder must be beside this one, as in the
+repository. Needs `pip install -e "plugins/alignprop-ultralytics[scripts]"`.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,19 +22,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_counting.evaluate import evaluate_detector
-from alignprop_starter.make.common import Clock, Ranks, damage, parser
-from alignprop_starter.make.train_detr import MIXED, flipped, labelled_scenes, rounded
 from alignprop_starter.scenes import SIZE
 from alignprop_starter.vocabulary import SPECIES
 from alignprop_ultralytics.detector import Yolo
 from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
 
+sys.path.append(str(Path(__file__).parents[2] / "alignprop-starter" / "scripts"))
+
+from train_rtdetr import MIXED, flipped, labelled_scenes, rounded
+from training_common import Clock, Ranks, damage, parser
+
+PACKAGE = Path(__file__).parents[1] / "src" / "alignprop_ultralytics"
 WIDTH = 0.22
-"""Width of the channels; YOLO26n, the smallest official size, has 0.25."""
+"""Width multiplier of the channels; YOLO26n, the smallest official size, has 0.25."""
 
 
 def build() -> Any:
-    """Build the network with random weights: about 2.2 million parameters, strides 8, 16, 32."""
+    """Build the network with random weights: about 2.2 million parameters, strides 8, 16 and 32."""
     yaml = yaml_model_load("yolo26n.yaml")
     yaml["scales"] = {"n": [0.5, WIDTH, 1024]}
     model = DetectionModel(yaml, nc=len(SPECIES), verbose=False)
@@ -40,7 +48,7 @@ def build() -> Any:
 
 
 def save(model: Any, file: Path) -> None:
-    """Write a weights file (float16) that says its own architecture."""
+    """Write a float16 weights file that names its architecture."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     yaml = {k: v for k, v in model.yaml.items() if k != "yaml_file"}
     names = {str(i): name for i, name in model.names.items()}
@@ -50,7 +58,15 @@ def save(model: Any, file: Path) -> None:
 
 
 def targets(classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
-    """Put labels as ultralytics' loss takes them: one row an object; boxes as centre, width, height in shares."""
+    """Convert labels to the format of the ultralytics loss: one row per object.
+
+    Args:
+        classes: (B, M), -1 where there is no object.
+        boxes: (B, M, 4) left, top, right, bottom in pixels.
+
+    Returns:
+        Image indices (n,), classes (n,), and boxes (n, 4) as center x, y, width, height relative to the image size.
+    """
     present = classes >= 0
     image, _ = present.nonzero(as_tuple=True)
     found = boxes[present]
@@ -60,7 +76,7 @@ def targets(classes: Tensor, boxes: Tensor) -> dict[str, Tensor]:
 
 def main() -> None:
     """Write ``weights/yolo.safetensors`` and ``weights/yolo.json``."""
-    args = parser(__doc__, seconds=270, batch=384, rate=2e-3, scenes=60_000).parse_args()
+    args = parser(__doc__, package=PACKAGE, seconds=270, batch=384, rate=2e-3, scenes=60_000).parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
     cuda = args.device.startswith("cuda")
@@ -79,14 +95,14 @@ def main() -> None:
     while clock.tick():
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(args.rate, warmup=200)
-        # As ultralytics does over epochs: the one-to-many head leads at first, the one-to-one head at last.
+        # As in ultralytics: the weight moves from the one-to-many head to the one-to-one head during training.
         criterion.o2m = first + (last - first) * min(clock.progress, 1.0)
         criterion.o2o = 1 - criterion.o2m
         rows = torch.randint(len(images), (args.batch,), device=args.device)
-        picture, edges = flipped(damage(images[rows].float() / 255), boxes[rows])
+        batch, edges = flipped(damage(images[rows].float() / 255), boxes[rows])
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda):
-            found = model(picture.contiguous(memory_format=torch.channels_last))
-        # Of the features the loss reads shape and type only: anchors must not be bf16.
+            found = model(batch.contiguous(memory_format=torch.channels_last))
+        # The loss reads only shape and dtype of the features; its anchors must not be bfloat16.
         heads = {
             name: {
                 "boxes": out["boxes"].float(),
@@ -107,17 +123,17 @@ def main() -> None:
     file = args.out / "weights" / "yolo.safetensors"
     save(model.eval(), file)
     del images
-    # What is judged is the file: its float16 weights in a fresh model.
+    # Evaluate the file itself, with its float16 weights, in a new model.
     from safetensors.torch import load_file
 
     fresh = build()
     fresh.load_state_dict({k: v.to(fresh.state_dict()[k].dtype) for k, v in load_file(file).items()})
     fresh = fresh.to(args.device).eval()
     unseen = labelled_scenes(min(8192, args.scenes), 5_000_000 + args.seed, args.device)
-    figures: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for head, one_to_one in (("one_to_one", True), ("one_to_many", False)):
         detector = Yolo(fresh, SPECIES, SIZE, one_to_one).eval()
-        figures[head] = {str(t): rounded(evaluate_detector(detector, *unseen, threshold=t)) for t in (0.3, 0.4, 0.5)}
+        results[head] = {str(t): rounded(evaluate_detector(detector, *unseen, threshold=t)) for t in (0.3, 0.4, 0.5)}
     card: dict[str, Any] = {
         "architecture": f"YOLO26, width {WIDTH}",
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -129,7 +145,7 @@ def main() -> None:
         "trained_on": "Rendered starter scenes with their boxes: none to six of 51 animals, 3 art styles, 8 places; in "
         f"{MIXED:.0%} of them the animals are of several species. It has seen no photograph and no other thing.",
         "unseen_scenes": len(unseen[0]),
-        "thresholds": figures,
+        "thresholds": results,
     }
     file.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")
     print("yolo:", json.dumps(card), flush=True)

@@ -1,8 +1,10 @@
-"""Trains the small open_clip model on scenes and captions: python -m alignprop_starter.make.train_clip [--seconds N]
+"""Trains the small open_clip model on scenes and captions.
 
-Loss: sigmoid (SigLIP, arXiv 2303.15343, eq. 1) over all pairs of captions and scenes in a batch, with the true matches
-as targets; half of the captions are near misses, which change one attribute of a scene. Beside it a faint ranking loss
-on pairs of compositions, so that the image embedding keeps what `train_aesthetic` reads out of it.
+    python plugins/alignprop-starter/scripts/train_clip.py [--seconds N]
+
+The loss is SigLIP's sigmoid loss (arXiv:2303.15343, eq. 1) over all pairs of captions and scenes in a batch, with the
+true matches as targets. Half of the captions are near misses, in which one attribute of a scene is changed. A ranking
+loss on pairs of compositions has a small weight, so that the image embedding retains what `train_aesthetic.py` needs.
 """
 
 from __future__ import annotations
@@ -14,21 +16,21 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clip_captions import ATTRIBUTES, VALUES, Captions, alter, labels, matches
+from clip_files import TOWERS, new_clip, normalise, read_clip, save_clip
+from compositions import Pairs, render_pairs
 from open_clip import CLIP
 from torch import Tensor, nn
+from training_common import Clock, Ranks, damage, parser
 
-from alignprop_starter.make.clip_captions import ATTRIBUTES, SPREAD, Captions, alter, labels, matches
-from alignprop_starter.make.clip_files import TOWERS, new_clip, normalise, read_clip, save_clip
-from alignprop_starter.make.common import Clock, Ranks, damage, parser
-from alignprop_starter.make.compositions import Pairs, render_pairs
 from alignprop_starter.scenes import Layout, draw_layouts, paint
 
 CANDIDATES = 100
-_MOST_SCALE = math.log(100)
+_MAX_LOG_SCALE = math.log(100)
 
 
 def render_bytes(layout: Layout, device: str, chunk: int = 2048) -> Tensor:
-    """Render to (n, 3, 128, 128) uint8 on `device`."""
+    """Render layouts to images (n, 3, 128, 128), uint8 on `device`."""
     images = torch.empty(len(layout), 3, 128, 128, dtype=torch.uint8, device=device)
     for i in range(0, len(layout), chunk):
         images[i : i + chunk] = (paint(layout[i : i + chunk], device) * 255).round().byte()
@@ -36,39 +38,40 @@ def render_bytes(layout: Layout, device: str, chunk: int = 2048) -> Tensor:
 
 
 def draw_numbers(n: int, seed: int, shares: tuple[float, ...]) -> Tensor:
-    """(n,) numbers of animals, k in proportion to ``shares[k]``."""
+    """Sample `n` numbers of animals, k with a probability proportional to `shares[k]`."""
     g = torch.Generator().manual_seed(seed)
     return torch.multinomial(torch.tensor(shares, dtype=torch.float32), n, replacement=True, generator=g)
 
 
 def sigmoid_loss(logits: Tensor, fits: Tensor) -> Tensor:
-    """SigLIP's loss: logits and truth (C, B), summed over captions, the mean over scenes."""
+    """SigLIP's loss: logits and matches (C, B), summed over captions and averaged over scenes."""
     return -F.logsigmoid(torch.where(fits, logits, -logits)).sum() / logits.shape[1]
 
 
 def prepare(images: Tensor, *, damaged: bool) -> Tensor:
-    """Bytes (B, 3, 128, 128) to a vision tower's input; `damaged` as the judge's training damages them."""
+    """Convert uint8 images (B, 3, 128, 128) to the input of the vision tower, degraded if `damaged`."""
     x = images.float() / 255
     return normalise(damage(x) if damaged else x).contiguous(memory_format=torch.channels_last)
 
 
 class Objective(nn.Module):
-    """The training loss of one batch.
+    """Training loss of one batch.
 
-    Beside the model it trains ``taste``, a linear read-out of the image embedding that ranks compositions; the file
-    does not keep it.
+    `ranking` is a linear layer on the image embedding that ranks compositions. It is trained with the model and not
+    saved.
     """
 
     def __init__(self, model: CLIP, captions: Captions, compact: Tensor, weight: float) -> None:
         super().__init__()
         self.model, self.captions, self.compact, self.weight = model, captions, compact, weight
-        self.taste = nn.Linear(model.text_projection.shape[1], 1)
+        self.ranking = nn.Linear(model.text_projection.shape[1], 1)
 
     def forward(self, images: Tensor, truth: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, Tensor]:
         """Return the sigmoid loss plus the weighted ranking loss, and the sigmoid loss alone.
 
         Args:
-            images: (B, 3, 128, 128) uint8 scenes; truth: (4, B) their labels.
+            images: (B, 3, 128, 128) uint8 scenes.
+            truth: (4, B) labels of the scenes.
             better, worse: (P, 3, 128, 128) uint8 pairs of compositions.
         """
         fitting, fitting_wishes = self.captions.draw(truth)
@@ -81,28 +84,29 @@ class Objective(nn.Module):
             told = self.model.encode_text(self.compact[torch.cat([fitting, missing])])
         seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
         b = len(images)
+        # (2 B captions, B scenes); the first B captions match their scenes, the others are near misses.
         logits = self.model.logit_scale.exp() * told @ seen[:b].T + self.model.logit_bias
         pairs = sigmoid_loss(logits, matches(wishes, truth))
-        good, bad = self.taste(seen[b:])[:, 0].chunk(2)
+        good, bad = self.ranking(seen[b:])[:, 0].chunk(2)
         return pairs + self.weight * F.softplus(bad - good).mean(), pairs
 
 
 @torch.no_grad()
 def embed_images(model: CLIP, images: Tensor, *, damaged: bool = False, batch: int = 512) -> Tensor:
-    """Unit embeddings (n, width) of byte images, in float32."""
+    """Return normalized float32 embeddings (n, width) of uint8 images."""
     parts = [model.encode_image(prepare(i, damaged=damaged), normalize=True) for i in torch.split(images, batch)]
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def embed_texts(model: CLIP, ids: Tensor, batch: int = 2048) -> Tensor:
-    """Unit embeddings (n, width) of captions' token ids (open_clip's numbering), in float32."""
+    """Return normalized float32 embeddings (n, width) of captions, given as token ids of open_clip."""
     return torch.cat([model.encode_text(i, normalize=True) for i in torch.split(ids, batch)])
 
 
 def unseen_scenes(groups: int, seed: int) -> Layout:
-    """``groups * 100`` scenes of which no two have the same four attributes."""
-    shape = [SPREAD[name] for name in ATTRIBUTES]
+    """Return the layouts of `groups * 100` scenes with pairwise different attributes."""
+    shape = [VALUES[name] for name in ATTRIBUTES]
     g = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(math.prod(shape), generator=g)[: groups * CANDIDATES]
     species, number, style, place = torch.unravel_index(chosen, shape)
@@ -110,17 +114,17 @@ def unseen_scenes(groups: int, seed: int) -> Layout:
 
 
 def share(hits: Tensor) -> float:
-    """Share of true values, to four digits."""
+    """Return the share of true values, rounded to four decimals."""
     return round(float(hits.float().mean()), 4)
 
 
 def evaluate(path: Path, captions: Captions, scenes: int, seed: int, device: str) -> dict[str, object]:
-    """What the file at `path` does on unseen scenes.
+    """Evaluate the file at `path` on unseen scenes.
 
     Returns:
-        ``text_to_image``, ``image_to_text``: share of right first choices among 100 scenes or full captions that all
-        differ; the same for ``damaged`` pictures; ``near_misses``: for each attribute the share of scenes that fit
-        their full caption better than one with this attribute changed.
+        `text_to_image`, `image_to_text`: top-1 retrieval accuracy among 100 different scenes or full captions.
+        `near_misses`: for each attribute, the share of scenes that match their full caption better than a caption with
+        another value of the attribute. The same with the suffix `_damaged` for degraded images.
     """
     torch.manual_seed(seed)
     model = read_clip(path, device)
@@ -128,9 +132,9 @@ def evaluate(path: Path, captions: Captions, scenes: int, seed: int, device: str
     truth = labels(layout, device)
     images = render_bytes(layout, device)
     told = embed_texts(model, captions.rows(truth))
-    # The other caption is the next value's: fox -> the species after it, three -> four, four -> one.
+    # Each near miss has the next value of one attribute: three -> four, four -> one, and so on.
     missed = {}
-    for i, (name, count) in enumerate(SPREAD.items()):
+    for i, (name, count) in enumerate(VALUES.items()):
         other, lowest = truth.clone(), int(name == "number")
         other[i] = (other[i] - lowest + 1) % count + lowest
         missed[name] = embed_texts(model, captions.rows(other))
@@ -149,7 +153,7 @@ def evaluate(path: Path, captions: Captions, scenes: int, seed: int, device: str
 
 
 def main() -> None:
-    """Write ``weights/clip.safetensors`` and ``weights/clip.json``."""
+    """Write `weights/clip.safetensors` and `weights/clip.json`."""
     p = parser(__doc__, seconds=240, batch=1024, rate=1.5e-3, scenes=300_000)
     p.add_argument("--tower", choices=sorted(TOWERS), default="resnet")
     p.add_argument("--composition", type=float, default=0.5, help="weight of the ranking loss on compositions")
@@ -159,7 +163,7 @@ def main() -> None:
     torch.backends.cudnn.benchmark = True
     cuda = args.device.startswith("cuda")
     began = time.monotonic()
-    # One scene in eight has more animals than captions can name: "four" must not mean "many".
+    # 12% of the scenes have more animals than captions can name, so that "four" does not become "many".
     number = draw_numbers(args.scenes, args.seed, (0, 0.22, 0.22, 0.22, 0.22, 0.06, 0.06))
     layout = draw_layouts(args.scenes, 4_000_000 + args.seed, split="all", number=number)
     images, truth = render_bytes(layout, args.device), labels(layout, args.device)
@@ -184,7 +188,7 @@ def main() -> None:
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        clip.model.logit_scale.data.clamp_(max=_MOST_SCALE)
+        clip.model.logit_scale.data.clamp_(max=_MAX_LOG_SCALE)
         total += sigmoid.detach()
         if clock.steps % 500 == 0:
             print(f"clip: step {clock.steps} progress {clock.progress:.2f} loss {total.item() / 500:.4f}", flush=True)

@@ -1,8 +1,9 @@
-"""Draws the artwork: every animal and prop in three styles, and a panorama a place, into two WebP sheets and an index.
+"""Builds the artwork: sprites of all animals and props in three styles, and a panorama per place.
 
-    python -m alignprop_starter.make.sprites [--tarballs DIR] [--out DIR]
+    python plugins/alignprop-starter/scripts/build_artwork.py [--tarballs DIR] [--out DIR]
 
-Without ``--tarballs`` the three npm packages are fetched by ``npm pack``. Needs the extra ``make`` (resvg-py).
+Writes two WebP files and an index. Without `--tarballs`, `npm pack` downloads the three npm packages. Needs resvg-py,
+which is part of the extra `scripts`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from panoramas import draw_panoramas
 from PIL import Image
+from training_common import PACKAGE
 
-from alignprop_starter.make.panoramas import draw_panoramas
 from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES
 
 SPRITE = 96
@@ -35,7 +37,7 @@ SHA256 = {
     "noto": "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
 }
 
-#: Unicode code points, in the order of `SPECIES`.
+#: Unicode code points of the animals, in the order of `SPECIES`.
 _ANIMAL_CODES = (
     "1f408",
     "1f415",
@@ -131,7 +133,7 @@ def _fetch(style: str, tarballs: Path | None, scratch: Path) -> Path:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256[style]:
         raise SystemExit(
-            f"{path}: sha256 is {found}, not {SHA256[style]}. It is not {spec} as published; fetch it again."
+            f"{path}: sha256 is {found}, not {SHA256[style]}. It differs from the published {spec}; download it again."
         )
     return path
 
@@ -154,15 +156,15 @@ def _draw_svg(icons: dict[str, Any], chars: dict[str, str], code: str) -> Image.
     return Image.open(io.BytesIO(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256))).convert("RGBA")
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    """Trim to what is visible and centre it in a square, so that a sprite's size in a scene is its true size."""
-    box = picture.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
+def _fit(image: Image.Image) -> Image.Image:
+    """Crop to the visible part and center it in a square, so that the size in a scene is the visible size."""
+    box = image.getchannel("A").point(lambda a: 255 if a > 24 else 0).getbbox()
     assert box is not None
-    picture = picture.crop(box)
-    side = max(picture.size)
+    image = image.crop(box)
+    side = max(image.size)
     square = Image.new("RGBA", (side, side))
-    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    # Resizing straight (not premultiplied) colours would bleed the invisible pixels' black into the edges.
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    # Resize premultiplied colors: otherwise the black of transparent pixels would bleed into the edges.
     inner = square.convert("RGBa").resize((SPRITE - 2, SPRITE - 2), Image.Resampling.LANCZOS).convert("RGBA")
     framed = Image.new("RGBA", (SPRITE, SPRITE))
     framed.paste(inner, (1, 1))
@@ -170,10 +172,10 @@ def _fit(picture: Image.Image) -> Image.Image:
 
 
 def main() -> None:
-    """Write ``sprites.webp``, ``panoramas.webp`` and ``index.json``."""
+    """Write `sprites.webp`, `panoramas.webp` and `index.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--tarballs", type=Path, help="folder with the three packages' .tgz files")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "artwork")
+    parser.add_argument("--tarballs", type=Path, help="folder with the .tgz files of the three packages")
+    parser.add_argument("--out", type=Path, default=PACKAGE / "artwork")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 

@@ -1,8 +1,10 @@
-"""Trains the autoencoder on rendered scenes: python -m alignprop_starter.make.train_vae [--seconds N]
+"""Trains the autoencoder on rendered scenes.
 
-Loss: L1 + MSE (times ``--mse``) + L1 of image gradients + a faint KL term. Afterwards the latents' means and spreads
-are folded into the two 1x1 convolutions at the bottleneck, so that every latent channel has mean 0 and spread 1 and
-the scaling factor is exactly 1.
+    python plugins/alignprop-starter/scripts/train_vae.py [--seconds N]
+
+The loss is L1 + MSE (times `--mse`) + L1 of image gradients + a KL term with a small weight. After training, mean and
+standard deviation of the latents are folded into the two 1x1 convolutions at the bottleneck, so that every latent
+channel has mean 0 and standard deviation 1, and the scaling factor is 1.
 """
 
 from __future__ import annotations
@@ -15,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
-
-from alignprop_starter.make.common import Clock, Ranks, parser, render_set
+from training_common import Clock, Ranks, parser, render_set
 
 CHANNELS = 8
 CONFIG = {
@@ -35,12 +36,12 @@ CONFIG = {
 
 
 def edges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of neighbouring pixels, across and down; images (B, C, H, W)."""
+    """Return the horizontal and vertical differences of neighboring pixels of images (B, C, H, W)."""
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
 
 
 class _Step(torch.nn.Module):
-    """Images in [-1, 1] to the loss, in one module so that it compiles as a whole."""
+    """Computes the loss of images (B, 3, 128, 128) in [-1, 1]; one module, so that torch.compile sees all of it."""
 
     def __init__(self, vae: AutoencoderKL, mse: float, kl: float) -> None:
         super().__init__()
@@ -61,25 +62,29 @@ class _Step(torch.nn.Module):
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, images: Tensor) -> None:
-    """Give each latent channel mean 0 and spread 1 over `images` (uint8) by rescaling the bottleneck's convolutions
-    in place."""
+    """Rescale the bottleneck's convolutions in place, so that latents of `images` have mean 0 and std 1 per channel.
+
+    Args:
+        vae: encoder output and decoder input are rescaled by opposite factors, so reconstructions do not change.
+        images: (n, 3, 128, 128) uint8.
+    """
     means = torch.cat([vae.encode(i.float() / 127.5 - 1).latent_dist.mean for i in torch.split(images, 128)]).float()
-    centre, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
+    mean, std = means.mean((0, 2, 3)), means.std((0, 2, 3))  # (8,)
     down, up = vae.quant_conv, vae.post_quant_conv
     assert down is not None
     assert up is not None
     assert down.bias is not None
     assert up.bias is not None
-    down.weight[:CHANNELS] /= spread[:, None, None, None]
-    down.bias[:CHANNELS] = (down.bias[:CHANNELS] - centre) / spread
-    down.bias[CHANNELS:] -= 2 * spread.log()
-    up.bias += up.weight[:, :, 0, 0] @ centre
-    up.weight *= spread[None, :, None, None]
+    down.weight[:CHANNELS] /= std[:, None, None, None]
+    down.bias[:CHANNELS] = (down.bias[:CHANNELS] - mean) / std
+    down.bias[CHANNELS:] -= 2 * std.log()  # the second half of the channels are log-variances
+    up.bias += up.weight[:, :, 0, 0] @ mean
+    up.weight *= std[None, :, None, None]
 
 
 @torch.no_grad()
 def psnr(vae: AutoencoderKL, images: Tensor) -> float:
-    """Mean over images (uint8) of 10 log10(1 / MSE), pixels in [0, 1], in decibels."""
+    """Return the PSNR in decibels, the mean over uint8 images of 10 log10(1 / MSE) with pixels in [0, 1]."""
     found = []
     for chunk in torch.split(images, 64):
         x = chunk.float() / 255
@@ -89,14 +94,14 @@ def psnr(vae: AutoencoderKL, images: Tensor) -> float:
 
 
 def save_half(vae: AutoencoderKL, folder: Path) -> None:
-    """Write a half-precision copy; `vae` itself stays as it is."""
+    """Save a float16 copy; `vae` is not modified."""
     half = AutoencoderKL.from_config(vae.config)
     half.load_state_dict(vae.state_dict())
     half.half().save_pretrained(folder)
 
 
 def main() -> None:
-    """Write ``pipeline/vae`` and its card."""
+    """Write `pipeline/vae` and `vae-card.json`."""
     p = parser(__doc__, seconds=330, batch=128, rate=1.2e-3, scenes=160_000)
     p.add_argument("--mse", type=float, default=2.0, help="weight of the squared error")
     p.add_argument("--kl", type=float, default=1e-7)

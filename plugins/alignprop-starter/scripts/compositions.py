@@ -1,15 +1,14 @@
-"""Pairs of pictures that differ in one choice of composition, rendered by the scene generator: the better one, and the
-same scene with a flaw added.
+"""Renders pairs of scenes that differ in one aspect of composition: a better image, and the same scene with a flaw.
 
-The five aspects, and what the worse picture has:
+The aspects, and the flaw of the worse image:
 
-- ``placement``: the animals moved to an edge or a corner and cut off there (better: whole, centred or on thirds);
-- ``harmony``: patches of clashing colours over the ground (better: one light over all of it);
-- ``contrast``: the animals faded into the ground (better: as drawn);
-- ``clutter``: seven props and more, on a rich ground (better: two or fewer);
-- ``damage``: blur, noise or 8x8 blocks (better: none).
+- `placement`: animals are moved to an edge or a corner and cut off (better: complete, centered or on thirds);
+- `harmony`: the background has patches of clashing colors (better: uniform light);
+- `contrast`: animals are blended into the background (better: opaque);
+- `clutter`: seven or more props and a strong background texture (better: two or fewer props);
+- `damage`: blur, noise or 8x8 blocks (better: none).
 
-Either picture may have other flaws too, the same in both.
+Both images of a pair can have further flaws, which are the same in both.
 """
 
 from __future__ import annotations
@@ -28,9 +27,11 @@ _OTHER_FLAWS = 0.1
 
 @dataclass(frozen=True)
 class Pairs:
-    """Attributes:
-    better, worse: (n, 3, 128, 128) uint8 on the device.
-    aspect: (n,) int64 on the device, index into `ASPECTS`.
+    """Pairs of images on the device.
+
+    Attributes:
+        better, worse: (n, 3, 128, 128) uint8.
+        aspect: (n,) int64, index into `ASPECTS`.
     """
 
     better: Tensor
@@ -40,7 +41,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class _Flaws:
-    """How the flaws of each scene would look, drawn once so that both pictures of a pair share them."""
+    """Random parameters of all flaws of each scene, shared by both images of a pair."""
 
     move: Tensor
     shade: Tensor
@@ -57,13 +58,13 @@ class _Flaws:
 
 
 def _is_animal(layout: Layout) -> Tensor:
-    """(B, slots) bool."""
-    drawn: Tensor = load_artwork().animal[layout.species, layout.style][:, None] == layout.sprite
-    return drawn
+    """Return a mask (B, slots) of the objects that are animals."""
+    mask: Tensor = load_artwork().animal[layout.species, layout.style][:, None] == layout.sprite
+    return mask
 
 
 def _flawless(n: int, g: torch.Generator) -> Layout:
-    """Scenes with few props; a single animal stands in the middle or, smaller, on one of the vertical thirds."""
+    """Return scenes with few props; a single animal is in the center or, smaller, on a vertical third."""
     number = torch.multinomial(torch.tensor([0.0, 0.55, 0.2, 0.15, 0.1]), n, replacement=True, generator=g)
     layout = draw_layouts(n, int(torch.randint(2**31, (1,), generator=g)), split="all", number=number)
     animal = _is_animal(layout)
@@ -85,7 +86,7 @@ def _draw_flaws(layout: Layout, g: torch.Generator) -> _Flaws:
     def between(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(n, *shape, generator=g)
 
-    way = torch.randint(3, (n, 1), generator=g)  # sideways, up or down, into a corner
+    way = torch.randint(3, (n, 1), generator=g)  # horizontal, vertical, or into a corner
     along = torch.cat([way != 1, way != 0], 1)
     sign = torch.where(torch.rand(n, 2, generator=g) < 0.5, -1.0, 1.0)
     props = load_artwork().prop
@@ -103,21 +104,23 @@ def _draw_flaws(layout: Layout, g: torch.Generator) -> _Flaws:
 
 
 def _rearranged(layout: Layout, flaws: _Flaws, has: Tensor) -> Layout:
-    """The flaws that are a matter of the layout: placement, harmony, clutter; `has` is (B, 5) bool. The boxes are left
-    as they were."""
+    """Apply the flaws that change the layout: placement, harmony and clutter; `has` is (B, 5) bool.
+
+    The boxes are not updated.
+    """
     placed, clashing, cluttered = has[:, :1], has[:, 1], has[:, 3:4]
     animal = _is_animal(layout)
     moved = placed & animal
 
-    def go(at: Tensor, by: Tensor) -> Tensor:
-        # No animal leaves the picture whole: at the least, half of it stays.
+    def shifted(at: Tensor, by: Tensor) -> Tensor:
+        # At least half of each animal stays in the image.
         return torch.where(moved, (at + by).clamp(0, SIZE), at)
 
     filled = cluttered & (layout.sprite < 0)
     return replace(
         layout,
-        x=torch.where(filled, flaws.prop_x, go(layout.x, flaws.move[:, :1])),
-        y=torch.where(filled, flaws.prop_y, go(layout.y, flaws.move[:, 1:])),
+        x=torch.where(filled, flaws.prop_x, shifted(layout.x, flaws.move[:, :1])),
+        y=torch.where(filled, flaws.prop_y, shifted(layout.y, flaws.move[:, 1:])),
         size=torch.where(filled, flaws.prop_size, layout.size),
         sprite=torch.where(filled, flaws.prop, layout.sprite),
         richness=torch.where(cluttered[:, 0], 1.0, layout.richness),
@@ -126,7 +129,7 @@ def _rearranged(layout: Layout, flaws: _Flaws, has: Tensor) -> Layout:
 
 
 def _damaged(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
-    """Blur, noise or blocks (kind 0, 1, 2), (B,) each."""
+    """Add blur, noise or blocks (kind 0, 1, 2) to images (B, 3, 128, 128); kind and strength are (B,)."""
     s = strength[:, None, None, None]
     blurred = F.interpolate(F.avg_pool2d(images, 4), scale_factor=4.0, mode="bilinear")
     blocks = F.interpolate(F.avg_pool2d(images, 8), scale_factor=8.0, mode="nearest")
@@ -138,10 +141,11 @@ def _damaged(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
 
 
 def _render(layout: Layout, flaws: _Flaws, has: Tensor, device: str) -> Tensor:
-    """Return (B, 3, 128, 128) uint8 with the flaws that `has` (B, 5) says."""
+    """Render images (B, 3, 128, 128), uint8, with the flaws selected by the mask `has` (B, 5)."""
     layout = _rearranged(layout, flaws, has)
     images = paint(layout, device)
     ground = paint(replace(layout, sprite=layout.sprite.masked_fill(_is_animal(layout), -1)), device)
+    # Contrast: blend with the same scene without animals.
     fade = (flaws.fade * has[:, 2]).to(device)[:, None, None, None]
     images = images + fade * (ground - images)
     hurt = has[:, 4].to(device)[:, None, None, None]
@@ -150,16 +154,16 @@ def _render(layout: Layout, flaws: _Flaws, has: Tensor, device: str) -> Tensor:
 
 
 def render_pairs(n: int, seed: int, device: str, chunk: int = 1024) -> Pairs:
-    """Render `n` pairs, aspects by turns. The noise comes from the device's own generator, all else from `seed`."""
+    """Render `n` pairs, with the aspects in turn. Pixel noise uses the device's generator, everything else `seed`."""
     g = torch.Generator().manual_seed(seed)
     layout = _flawless(n, g)
     flaws = _draw_flaws(layout, g)
     aspect = torch.arange(n) % len(ASPECTS)
     this = aspect[:, None] == torch.arange(len(ASPECTS))
     others = (torch.rand(n, len(ASPECTS), generator=g) < _OTHER_FLAWS) & ~this
-    pictures = torch.empty(2, n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
+    images = torch.empty(2, n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
     for i in range(0, n, chunk):
         part = slice(i, i + chunk)
         for side, has in enumerate((others, others | this)):
-            pictures[side, part] = _render(layout[part], flaws[part], has[part], device)
-    return Pairs(pictures[0], pictures[1], aspect.to(device))
+            images[side, part] = _render(layout[part], flaws[part], has[part], device)
+    return Pairs(images[0], images[1], aspect.to(device))

@@ -1,5 +1,4 @@
-"""The scripts that make the CLIP family's starter weights: tiny runs on the CPU, and files that give back what was
-trained."""
+"""The training scripts of the starter's CLIP models: short runs on the CPU, and files that reproduce the models."""
 
 from __future__ import annotations
 
@@ -10,14 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("open_clip", reason="the starter's CLIP models are made with open_clip: alignprop-starter[make]")
+pytest.importorskip("open_clip", reason="open_clip is not installed: alignprop-starter[scripts]")
 
+import compositions
+import train_aesthetic
+import train_clip
+import train_preference
+from clip_captions import ATTRIBUTES, OPEN, SEVERAL, VALUES, Captions, alter, labels, matches
+from clip_files import new_clip, normalise, read_clip, read_for_training, save_clip
 from open_clip import CLIP, SimpleTokenizer
 from safetensors import safe_open
 
-from alignprop_starter.make import compositions, train_aesthetic, train_clip, train_preference
-from alignprop_starter.make.clip_captions import ATTRIBUTES, OPEN, SEVERAL, SPREAD, Captions, alter, labels, matches
-from alignprop_starter.make.clip_files import new_clip, normalise, read_clip, read_for_training, save_clip
 from alignprop_starter.scenes import draw_layouts, render_scenes
 from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, read_caption
 
@@ -29,7 +31,7 @@ def captions() -> Captions:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, captions: Captions) -> Path:
-    """The three files and cards, from about twenty steps each."""
+    """The files and cards of all three scripts, after about twenty steps each."""
     out = tmp_path_factory.mktemp("made")
     with pytest.MonkeyPatch.context() as patch:
         for script in (train_clip, train_preference, train_aesthetic):
@@ -41,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, captions: Captions) -> Path
     return out / "weights"
 
 
-def test_the_scripts_write_files_under_eight_megabytes_in_all_and_cards_with_unseen_figures(folder: Path) -> None:
+def test_the_scripts_write_files_below_eight_megabytes_in_total_and_cards(folder: Path) -> None:
     assert sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 8_000_000
     clip, hpsv2, aesthetic = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("clip", "hpsv2", "aesthetic")
@@ -57,7 +59,7 @@ def test_the_scripts_write_files_under_eight_megabytes_in_all_and_cards_with_uns
 
 
 @pytest.mark.parametrize("name", ["clip", "hpsv2"])
-def test_a_file_describes_a_model_that_stock_open_clip_builds(folder: Path, name: str) -> None:
+def test_the_header_is_enough_for_open_clip_to_build_the_model(folder: Path, name: str) -> None:
     with safe_open(folder / f"{name}.safetensors", framework="pt") as file:
         header = json.loads(file.metadata()["config"])
         dtypes = {file.get_tensor(key).dtype for key in file.keys()}  # noqa: SIM118
@@ -75,26 +77,26 @@ def test_a_file_describes_a_model_that_stock_open_clip_builds(folder: Path, name
 
 
 @pytest.mark.parametrize("tower", ["resnet", "vit"])
-def test_a_saved_model_gives_the_embeddings_it_was_trained_with(tmp_path: Path, captions: Captions, tower: str) -> None:
+def test_a_saved_model_reproduces_the_embeddings(tmp_path: Path, captions: Captions, tower: str) -> None:
     clip = new_clip(tower, captions.known)
-    clip.model.half().float().eval()  # what float16 keeps
+    clip.model.half().float().eval()  # round to float16, as the file does
     path = tmp_path / "clip.safetensors"
     save_clip(clip, path)
     full, again = read_clip(path), read_for_training(path)
     again.model.eval()
     text = ["a photo of two geese at night", "xylophone 3d octopus."]
     ids = SimpleTokenizer(context_length=32)(text)
-    pictures = normalise(render_scenes(2, seed=0).images)
+    images = normalise(render_scenes(2, seed=0).images)
     with torch.no_grad():
-        expected = clip.model.encode_image(pictures), clip.model.encode_text(clip.compact[ids])
-        torch.testing.assert_close((full.encode_image(pictures), full.encode_text(ids)), expected)
+        expected = clip.model.encode_image(images), clip.model.encode_text(clip.compact[ids])
+        torch.testing.assert_close((full.encode_image(images), full.encode_text(ids)), expected)
         torch.testing.assert_close(
-            (again.model.encode_image(pictures), again.model.encode_text(again.compact[ids])), expected
+            (again.model.encode_image(images), again.model.encode_text(again.compact[ids])), expected
         )
     assert full.token_embedding.weight.shape[0] == 49_408
 
 
-def test_captions_say_what_their_wishes_say_and_fit_their_scenes(captions: Captions) -> None:
+def test_captions_agree_with_their_wishes_and_match_their_scenes(captions: Captions) -> None:
     torch.manual_seed(0)
     number = torch.arange(200) % 6 + 1
     truth = labels(draw_layouts(200, 3, number=number), "cpu")
@@ -103,14 +105,14 @@ def test_captions_say_what_their_wishes_say_and_fit_their_scenes(captions: Capti
     tokenizer = SimpleTokenizer()
     for row, (species, wished, style, place) in zip(ids.tolist(), wishes.T.tolist(), strict=True):
         text = tokenizer.decode(row[1 : row.index(tokenizer.eot_token_id)]).replace("3 d ", "3d ")
-        wish = read_caption(re.sub("^an? [a-z]+ of ", "", text))  # "a photo of foxes": the article is the photo's
+        wish = read_caption(re.sub("^an? [a-z]+ of ", "", text))  # "a photo of foxes": the article belongs to the photo
         assert wish.species == SPECIES[species], text
         assert wish.number == (None if wished in (OPEN, SEVERAL) else wished), text
         assert wish.style == (None if style < 0 else STYLES[style]), text
         assert wish.background == (None if place < 0 else BACKGROUNDS[place]), text
 
 
-def test_a_caption_fits_every_scene_that_has_what_it_names() -> None:
+def test_a_caption_matches_every_scene_that_shows_what_it_names() -> None:
     fox = SPECIES.index("fox")
     truth = torch.tensor([[fox, 2, 0, 0], [fox, 1, 1, 3], [fox, 5, 1, 3], [fox, 0, 1, 3], [fox + 1, 2, 0, 0]]).T
     wishes = torch.tensor(
@@ -120,18 +122,18 @@ def test_a_caption_fits_every_scene_that_has_what_it_names() -> None:
     assert matches(wishes, truth).int().tolist() == expected
 
 
-def test_an_altered_scene_differs_in_just_the_attribute_named() -> None:
+def test_altered_labels_differ_in_exactly_one_attribute() -> None:
     truth = labels(draw_layouts(500, 1, number=torch.arange(500) % 6 + 1), "cpu")
     other, which = alter(truth, torch.Generator().manual_seed(0))
     assert torch.equal(other != truth, which == torch.arange(4)[:, None])
     assert set(which.tolist()) == {0, 1, 2, 3}
-    for row, lowest, count in zip(other, (0, 1, 0, 0), SPREAD.values(), strict=True):
-        assert row[which == list(SPREAD.values()).index(count)].min() >= lowest
+    for row, lowest, count in zip(other, (0, 1, 0, 0), VALUES.values(), strict=True):
+        assert row[which == list(VALUES.values()).index(count)].min() >= lowest
     changed = other[1][which == 1]
     assert set(changed.tolist()) == {1, 2, 3, 4}
 
 
-def test_the_two_pictures_of_a_choice_share_all_labels_but_one() -> None:
+def test_the_images_of_a_choice_differ_in_one_label() -> None:
     choices = train_preference.render_choices(60, 5, "cpu")
     first, second = choices.truth
     assert torch.equal(first != second, choices.changed == torch.arange(4)[:, None])
@@ -140,7 +142,7 @@ def test_the_two_pictures_of_a_choice_share_all_labels_but_one() -> None:
     assert (choices.images[0] != choices.images[1]).flatten(1).any(1).all()
 
 
-def test_pairs_of_compositions_differ_and_come_from_their_seed() -> None:
+def test_pairs_of_compositions_differ_and_depend_on_the_seed() -> None:
     pairs = compositions.render_pairs(20, 7, "cpu")
     again = compositions.render_pairs(20, 7, "cpu")
     assert pairs.aspect.bincount().tolist() == [4] * 5
@@ -148,10 +150,10 @@ def test_pairs_of_compositions_differ_and_come_from_their_seed() -> None:
     damaged = compositions.ASPECTS.index("damage")
     unhurt = (pairs.aspect != damaged).nonzero()[:, 0]
     same = (pairs.worse[unhurt] == again.worse[unhurt]).flatten(1).all(1)
-    assert same.float().mean() > 0.5  # the rest have noise beside, which is not the seed's
+    assert same.float().mean() > 0.5  # the others have pixel noise, which does not depend on the seed
 
 
-def test_the_head_file_has_the_layout_of_the_original_and_scores_like_it(folder: Path) -> None:
+def test_the_head_has_the_keys_and_the_score_range_of_the_original(folder: Path) -> None:
     with safe_open(folder / "aesthetic.safetensors", framework="pt") as file:
         keys = set(file.keys())
         assert json.loads(file.metadata()["config"]) == {"clip": "starter"}
@@ -160,6 +162,6 @@ def test_the_head_file_has_the_layout_of_the_original_and_scores_like_it(folder:
     assert 1 < card["scores"][0] <= card["scores"][2] < 10
 
 
-def test_a_missing_clip_file_is_named(tmp_path: Path) -> None:
+def test_a_missing_clip_file_names_the_script(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="train_clip"):
         read_for_training(tmp_path / "clip.safetensors")

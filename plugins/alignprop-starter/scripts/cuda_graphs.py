@@ -1,30 +1,26 @@
-"""A faster way to take training steps on a GPU: flat bfloat16 weights, every kernel of a step replayed from two CUDA
-graphs, and (on request) Muon for the matrices.
+"""Fast training steps on a GPU: flat bfloat16 weights, two CUDA graphs per step, and optionally the Muon optimizer.
 
-At this size a step is thousands of small kernels, and launching them takes longer than running them.
+A step of a model this small consists of thousands of small kernels, and launching them takes longer than running them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from denoising import Denoising, models_with
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from training_common import Ranks
 from transformers import CLIPTextModel
-
-from alignprop_starter.make.common import Ranks
-
-if TYPE_CHECKING:
-    from alignprop_starter.make.train_unet import Denoising
 
 
 class FlatWeights:
-    """All weights of some modules in one float32 vector, with a bfloat16 copy that the modules compute with.
+    """All weights of several modules in one float32 vector, with a bfloat16 copy for the forward and backward passes.
 
-    The modules' parameters and gradients become views of flat buffers, so that averaging over GPUs, clipping, AdamW
-    and the running average are a handful of kernels. Convolutions keep channels-last weights.
+    Parameters and gradients of the modules become views of flat buffers, so that averaging over GPUs, clipping, AdamW
+    and the running average (EMA) need only a few kernels. Convolution weights are stored channels-last.
     """
 
     def __init__(self, modules: list[torch.nn.Module], dtype: torch.dtype, device: str) -> None:
@@ -46,7 +42,7 @@ class FlatWeights:
         self.matrices: dict[tuple[int, int], list[int]] = {}
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """The vector cut into the parameters' shapes."""
+        """Return views of a flat vector in the shapes of the parameters."""
         out, start = [], 0
         for p in self.parameters:
             piece = flat[start : start + p.numel()]
@@ -59,8 +55,12 @@ class FlatWeights:
         return out
 
     def use_muon(self, embeddings: set[int], smallest: int = 24) -> None:
-        """Let Muon update the matrices from now on, convolutions as (out, in * height * width), embeddings excepted
-        (by `id`); vectors, embeddings and very narrow matrices stay with AdamW."""
+        """Update matrices with Muon from now on; vectors, embeddings and narrow matrices keep AdamW.
+
+        Args:
+            embeddings: `id`s of parameters that keep AdamW.
+            smallest: minimum number of rows and columns; a convolution counts as (out, in * height * width).
+        """
         start = 0
         for p in self.parameters:
             shape = (p.shape[0], p[0].numel()) if p.ndim > 1 else (1, 1)
@@ -69,35 +69,41 @@ class FlatWeights:
             start += p.numel()
 
     def _orthogonalized(self, g: Tensor, momentum: float) -> list[tuple[int, Tensor]]:
-        """Muon's directions (Jordan et al. 2024): momentum made orthogonal by five Newton-Schulz steps, scaled to the
-        size AdamW's steps have (Liu et al. 2025, arXiv:2502.16982). All matrices of one shape at once."""
+        """Return Muon's update directions as (offset, flat matrix) pairs.
+
+        Five Newton-Schulz iterations orthogonalize the momentum (Jordan et al. 2024). The result is scaled to the RMS
+        of AdamW's updates (Liu et al. 2025, arXiv:2502.16982). Matrices of the same shape are processed as one batch.
+        """
         found = []
         for (rows, columns), starts in self.matrices.items():
             pieces = [slice(s, s + rows * columns) for s in starts]
             stacked = torch.stack([torch.lerp(g[i], self.first[i], momentum) for i in pieces])
             x = stacked.view(-1, rows, columns).to(torch.bfloat16 if g.is_cuda else torch.float32)
-            flat = rows > columns
-            x = x.mT if flat else x
+            # x @ x.mT is smallest if the matrix has fewer rows than columns.
+            tall = rows > columns
+            x = x.mT if tall else x
             x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
             for _ in range(5):
                 a = x @ x.mT
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * (a @ a)) @ x
-            x = (x.mT if flat else x) * (0.2 * max(rows, columns) ** 0.5)
+            x = (x.mT if tall else x) * (0.2 * max(rows, columns) ** 0.5)
             found += list(zip(starts, x.reshape(len(starts), -1), strict=True))
         return found
 
     def update(
         self, rate: Tensor, beta1: float = 0.9, beta2: float = 0.99, decay: float = 0.01, keep: float = 0.9993
     ) -> None:
-        """One step of AdamW (and Muon) from `gradient32`, clipped to norm 1, and one of the running average; nothing
-        waits for the host."""
+        """Take one optimizer step from `gradient32`, clipped to norm 1, and update the running average.
+
+        No host synchronization, so that it can be captured in a CUDA graph.
+        """
         g = self.gradient32
         g.mul_((1.0 / (g.norm() + 1e-6)).clamp(max=1.0))
         self.steps += 1
         self.first.lerp_(g, 1 - beta1)
         self.second.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        spread = (self.second / (1 - beta2**self.steps)).sqrt_().add_(1e-8)
-        direction = self.first / spread / (1 - beta1**self.steps)
+        scale = (self.second / (1 - beta2**self.steps)).sqrt_().add_(1e-8)
+        direction = self.first / scale / (1 - beta1**self.steps)
         for start, matrix in self._orthogonalized(g, beta1):
             direction[start : start + matrix.numel()] = matrix
         self.master.mul_(1 - rate * decay).sub_(direction * rate)
@@ -106,7 +112,10 @@ class FlatWeights:
 
 
 class GraphedSteps:
-    """Training steps in two halves, gradient and update, each one CUDA graph (plain calls where there is no GPU)."""
+    """Training steps in two parts, gradient and update, with one CUDA graph each; plain calls on a CPU.
+
+    The gradient is averaged over processes between both parts, outside the graphs.
+    """
 
     def __init__(
         self,
@@ -129,7 +138,7 @@ class GraphedSteps:
                 {id(p) for m in text.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
             )
         self.rate, self.total = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.halves: Sequence[Callable[[], None]] = self._capture() if cuda else (self._gradient, self._update)
+        self.parts: Sequence[Callable[[], None]] = self._capture() if cuda else (self._gradient, self._update)
 
     def _gradient(self) -> None:
         self.weights.gradient.zero_()
@@ -143,6 +152,7 @@ class GraphedSteps:
         self.weights.update(self.rate)
 
     def _capture(self) -> list[Callable[[], None]]:
+        # Warm-up on a side stream, as CUDA graph capture requires.
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -152,26 +162,24 @@ class GraphedSteps:
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
         replays: list[Callable[[], None]] = []
-        for half in (self._gradient, self._update):
+        for part in (self._gradient, self._update):
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                half()
+                part()
             replays.append(graph.replay)
-        # The rate was zero so far: only the moments have moved, on each rank by its own gradients.
-        for moved in (self.weights.first, self.weights.second, self.weights.steps, self.total):
-            moved.zero_()
+        # The learning rate was zero, so the weights are unchanged. The optimizer state is not, and it differs by rank.
+        for state in (self.weights.first, self.weights.second, self.weights.steps, self.total):
+            state.zero_()
         torch.cuda.synchronize()
         return replays
 
     def step(self, rate: float) -> None:
-        """Gradient, average over ranks, update."""
+        """Take one optimizer step with learning rate `rate`."""
         self.rate.fill_(rate)
-        self.halves[0]()
+        self.parts[0]()
         self.ranks.average([self.weights.gradient32])
-        self.halves[1]()
+        self.parts[1]()
 
     def averaged_models(self) -> tuple[UNet2DConditionModel, CLIPTextModel]:
-        """Copies with the running average of the weights."""
-        from alignprop_starter.make.train_unet import models_with
-
+        """Return copies of both models with the averaged weights."""
         return models_with(self.unet, self.text, self.weights.views(self.weights.average))

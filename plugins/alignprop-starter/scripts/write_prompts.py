@@ -1,9 +1,8 @@
-"""Writes the prompt sets: AlignProp's animals by name alone, and with number, style, place, and all three.
+"""Writes the prompt sets: AlignProp's animals by name, and with number, style, place, and all three.
 
-    python -m alignprop_starter.make.prompts [--out DIR]
+    python plugins/alignprop-starter/scripts/write_prompts.py [--out DIR]
 
-A variant walks through its values in a fixed order, so that each comes up equally often and no two neighbours share
-one.
+The values of an attribute are used in a fixed order, so that each occurs equally often and consecutive prompts differ.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ import argparse
 import json
 from pathlib import Path
 
+from training_common import PACKAGE
+
 from alignprop_starter import VARIANTS
-from alignprop_starter.make.common import PACKAGE
 from alignprop_starter.vocabulary import BACKGROUNDS, HELDOUT_ANIMALS, MAX_NUMBER, STYLES, TRAIN_ANIMALS, caption
 
 
 def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]]:
-    """Return a set's lines: prompt, animal, and what else the variant names."""
+    """Return the lines of a set: prompt, animal, and the other attributes of the variant."""
     lines = []
     for i, animal in enumerate(animals):
         wishes: dict[str, object] = {}
@@ -27,7 +27,7 @@ def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]
         if variant in ("_style", "_full"):
             wishes["style"] = STYLES[i % len(STYLES)]
         if variant in ("_background", "_full"):
-            # 5 has no factor in common with the number of places: all come up, in another order than the numbers.
+            # 5 and the number of places have no common factor: all places occur, in another order than the numbers.
             wishes["background"] = BACKGROUNDS[5 * i % len(BACKGROUNDS)]
         text = caption(animal, **wishes)  # type: ignore[arg-type]
         lines.append({"prompt": text, "animal": animal, **wishes})
@@ -35,7 +35,7 @@ def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]
 
 
 def main() -> None:
-    """Write every set."""
+    """Write all sets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=PACKAGE / "prompts")
     args = parser.parse_args()

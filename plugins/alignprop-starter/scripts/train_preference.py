@@ -1,8 +1,11 @@
-"""Trains the preference model for HPSv2's code path: python -m alignprop_starter.make.train_preference [--seconds N]
+"""Trains the preference model that the reward `hpsv2` loads.
 
-Goes on from ``weights/clip.safetensors``. As in HPSv2 (arXiv 2306.09341, eq. 1): a caption, two pictures, a softmax
-over their two scaled cosines. The preferred picture fits the caption; the other differs in one attribute that the
-caption names. The sigmoid loss of `train_clip` over the whole batch keeps the scores of different captions comparable.
+    python plugins/alignprop-starter/scripts/train_preference.py [--seconds N]
+
+Starts from `weights/clip.safetensors`. As in HPSv2 (arXiv:2306.09341, eq. 1), the loss is a softmax over the scaled
+cosine similarities of one caption with two images. The preferred image matches the caption; the other one differs in
+one attribute that the caption names. The sigmoid loss of `train_clip.py` over the batch keeps scores comparable between
+captions.
 """
 
 from __future__ import annotations
@@ -15,13 +18,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clip_captions import ATTRIBUTES, Captions, alter, labels, matches
+from clip_files import read_clip, read_for_training, save_clip
 from open_clip import CLIP
 from torch import Tensor, nn
-
-from alignprop_starter.make.clip_captions import ATTRIBUTES, Captions, alter, labels, matches
-from alignprop_starter.make.clip_files import read_clip, read_for_training, save_clip
-from alignprop_starter.make.common import Clock, Ranks, parser
-from alignprop_starter.make.train_clip import (
+from train_clip import (
     draw_numbers,
     embed_images,
     embed_texts,
@@ -30,18 +31,22 @@ from alignprop_starter.make.train_clip import (
     share,
     sigmoid_loss,
 )
+from training_common import Clock, Ranks, parser
+
 from alignprop_starter.scenes import draw_layouts
 
 _NUMBER = ATTRIBUTES.index("number")
-_MOST_SCALE = math.log(100)
+_MAX_LOG_SCALE = math.log(100)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """Attributes:
-    images: (2, n, 3, 128, 128) uint8: scenes, and for each another one with one attribute changed.
-    truth: (2, 4, n) their labels.
-    changed: (n,) which attribute it is.
+    """Pairs of scenes that differ in one attribute.
+
+    Attributes:
+        images: (2, n, 3, 128, 128) uint8, the scenes and their changed counterparts.
+        truth: (2, 4, n) labels of both.
+        changed: (n,) index of the changed attribute.
     """
 
     images: Tensor
@@ -50,9 +55,10 @@ class Choices:
 
 
 def render_choices(n: int, seed: int, device: str) -> Choices:
-    """Render `n` pairs of scenes; apart from the one attribute they share their labels, and nothing else.
+    """Render `n` pairs of scenes whose labels differ in one attribute; their layouts are independent.
 
-    The first has one to four animals. Where the number changes, the second has none, five or six in one case of five.
+    The first scene has one to four animals. If the number changes, the second one has zero, five or six animals with a
+    probability of 20%, else another number from one to four.
     """
     first = draw_layouts(n, seed, split="all", number=draw_numbers(n, seed + 3, (0, 1, 1, 1, 1)))
     g = torch.Generator().manual_seed(seed + 1)
@@ -72,7 +78,7 @@ def render_choices(n: int, seed: int, device: str) -> Choices:
 
 
 class Objective(nn.Module):
-    """The training loss of one batch of choices."""
+    """Training loss of one batch of pairs."""
 
     def __init__(self, model: CLIP, captions: Captions, compact: Tensor, weight: float) -> None:
         super().__init__()
@@ -82,7 +88,7 @@ class Objective(nn.Module):
         """Return the preference loss plus the weighted sigmoid loss, and the preference loss alone.
 
         Args:
-            images: (2, B, 3, 128, 128) uint8; truth: (2, 4, B); changed: (B,), see `Choices`.
+            images, truth, changed: a batch of B pairs, see `Choices`.
         """
         ids, wishes = self.captions.draw(truth[0], changed)
         x = prepare(images.flatten(0, 1), damaged=True)
@@ -92,14 +98,19 @@ class Objective(nn.Module):
         scale = self.model.logit_scale.exp()
         good, bad = seen.chunk(2)
         preference = F.softplus(scale * (told * (bad - good)).sum(1)).mean()
+        # (B captions, 2 B scenes): every caption with every scene, true matches as targets.
         logits = scale * told @ seen.T + self.model.logit_bias
         everything = matches(wishes, torch.cat([truth[0], truth[1]], 1))
         return preference + self.weight * sigmoid_loss(logits, everything), preference
 
 
 def evaluate(path: Path, captions: Captions, n: int, seed: int, device: str) -> dict[str, object]:
-    """Share of `n` unseen pairs in which the file's model scores the fitting picture higher, for each attribute:
-    ``full`` captions and ones that leave attributes ``open``, and full ones on ``damaged`` pictures."""
+    """Return the accuracy of the file at `path` on `n` unseen pairs, per changed attribute and over all.
+
+    Returns:
+        `full`: with full captions; `open`: with captions that omit attributes; `damaged`: with full captions and
+        degraded images.
+    """
     torch.manual_seed(seed)
     model = read_clip(path, device)
     choices = render_choices(n, seed, device)
@@ -116,9 +127,9 @@ def evaluate(path: Path, captions: Captions, n: int, seed: int, device: str) -> 
 
 
 def main() -> None:
-    """Write ``weights/hpsv2.safetensors`` and ``weights/hpsv2.json``."""
+    """Write `weights/hpsv2.safetensors` and `weights/hpsv2.json`."""
     p = parser(__doc__, seconds=180, batch=512, rate=5e-4, scenes=150_000)
-    p.add_argument("--sigmoid", type=float, default=0.2, help="weight of the sigmoid loss over the whole batch")
+    p.add_argument("--sigmoid", type=float, default=0.2, help="weight of the sigmoid loss over the batch")
     args = p.parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -146,7 +157,7 @@ def main() -> None:
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        clip.model.logit_scale.data.clamp_(max=_MOST_SCALE)
+        clip.model.logit_scale.data.clamp_(max=_MAX_LOG_SCALE)
         total += preference.detach()
         if clock.steps % 500 == 0:
             print(f"hpsv2: step {clock.steps} progress {clock.progress:.2f} loss {total.item() / 500:.5f}", flush=True)
@@ -163,9 +174,10 @@ def main() -> None:
         "batch": args.batch,
         "seconds": args.seconds,
         "pairs": args.scenes,
-        "trained_on": "Rendered starter scenes in pairs: a caption, a picture that fits it, and one that differs from "
-        "it in the number, species, style or background that the caption names; goes on from clip.safetensors. No "
-        "person's preference went into it: it knows whether a picture fits its caption, not whether people like it.",
+        "trained_on": "Pairs of rendered starter scenes: a caption, an image that matches it, and one that differs in "
+        "the number, species, style or background that the caption names. Training started from clip.safetensors. No "
+        "human preferences were used: the model scores whether an image matches its caption, not whether people like "
+        "it.",
         **evaluate(path, captions, min(8192, args.scenes), 8_000_000 + args.seed, args.device),
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")

@@ -1,7 +1,9 @@
-"""Measures the pipeline: does each attribute follow the prompt? python -m alignprop_starter.make.evaluate [--images N]
+"""Evaluates how well generated images follow their prompts, with the judge.
 
-Full prompts (number, style, species and background named), 12 DDIM steps, guidance 3, one noise a prompt, judged by
-the judge; the combinations that training never saw are reported apart. Writes ``evaluation.json`` and a picture grid.
+    python plugins/alignprop-starter/scripts/evaluate_model.py [--images N]
+
+Uses full prompts (number, style, species and background), 12 DDIM steps, guidance scale 3 and one image per prompt.
+Combinations that were excluded from training are reported separately. Writes `evaluation.json` and a grid of images.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from training_common import PACKAGE
 
 from alignprop_starter.judge import ATTRIBUTES, Judge, read_judge
-from alignprop_starter.make.common import PACKAGE
 from alignprop_starter.scenes import heldout_combinations
 from alignprop_starter.vocabulary import BACKGROUNDS, PLACES, SPECIES, STYLES, caption
 
@@ -25,7 +27,7 @@ STEPS, GUIDANCE = 12, 3.0
 
 
 def load_pipeline(root: Path, device: str) -> StableDiffusionPipeline:
-    """The pipeline under `root`, in float32."""
+    """Load the pipeline in `root`, in float32."""
     pipe = StableDiffusionPipeline.from_pretrained(root / "pipeline").to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -33,7 +35,7 @@ def load_pipeline(root: Path, device: str) -> StableDiffusionPipeline:
 
 @torch.no_grad()
 def generate(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, batch: int = 128) -> Tensor:
-    """(n, 3, 128, 128) images in [0, 1] on the CPU; the noise depends on the seed and a prompt's position alone."""
+    """Generate images (n, 3, 128, 128) in [0, 1] on the CPU; noise depends on the seed and the position only."""
     noise = torch.randn(
         len(prompts), pipe.unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(seed)
     )
@@ -52,7 +54,7 @@ def generate(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, batch
 
 @torch.no_grad()
 def verdicts(judge: Judge, images: Tensor, wished: Tensor) -> dict[str, Tensor]:
-    """For each attribute and ``all``: (n,) bool, whether the judge sees what (n, 4) `wished` indices ask for."""
+    """Return masks (n,), per attribute and for `all`: whether the judge's class is that of `wished`, (n, 4) indices."""
     device = next(judge.parameters()).device
     seen: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
     for chunk in torch.split(images, 128):
@@ -68,8 +70,16 @@ def _share(right: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _balanced(combinations: Tensor, n: int, seed: int) -> Tensor:
-    """(n, 4) rows out of `combinations` (species, style, number - 1, background), species by turns; as species,
-    number, style, background."""
+    """Choose `n` random combinations, with the species in turn.
+
+    Args:
+        combinations: (m, 4) species, style, number - 1, background.
+        n: number of rows.
+        seed: seed of the choice.
+
+    Returns:
+        (n, 4) species, number - 1, style, background: the order of the judge's attributes.
+    """
     rng = random.Random(seed)
     by_species = [[row.tolist() for row in combinations if row[0] == s] for s in range(len(SPECIES))]
     rows = [rng.choice(by_species[i % len(SPECIES)]) for i in range(n)]
@@ -81,7 +91,7 @@ def _prompt(row: list[int]) -> str:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """Put (n, 3, H, W) images side by side."""
+    """Arrange images (n, 3, H, W) in a grid."""
     n, c, h, w = images.shape
     rows = n // columns
     sheet = (
@@ -91,13 +101,13 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 def main() -> None:
-    """Print and write the figures and the grid."""
+    """Print and write the results and the grid."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--images", type=int, default=2040, help="generated images for each of the two figures")
+    parser.add_argument("--images", type=int, default=2040, help="number of images for each of the two groups")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=PACKAGE)
     parser.add_argument(
-        "--out", type=Path, default=None, help="where evaluation.json and grid.webp go; --root if not given"
+        "--out", type=Path, default=None, help="folder for evaluation.json and grid.webp (default: --root)"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()

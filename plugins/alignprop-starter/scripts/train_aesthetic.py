@@ -1,8 +1,10 @@
-"""Trains the aesthetic head on pairs of compositions: python -m alignprop_starter.make.train_aesthetic [--seconds N]
+"""Trains the aesthetic head on pairs of compositions.
 
-The head has the form of the LAION aesthetic predictor v2 (five linear layers with dropout between and no activations)
-and reads the unit image embedding of ``weights/clip.safetensors``, which stays as it is. Loss: Bradley-Terry,
--log sigmoid(better - worse). At the end the last layer is rescaled so that scores look like the original's.
+    python plugins/alignprop-starter/scripts/train_aesthetic.py [--seconds N]
+
+The head has the architecture of the LAION aesthetic predictor v2 (five linear layers with dropout and no activations).
+Its input is the normalized image embedding of `weights/clip.safetensors`, which is not modified. The loss is
+Bradley-Terry, -log sigmoid(better - worse). After training, the last layer is rescaled to the usual range of scores.
 """
 
 from __future__ import annotations
@@ -14,23 +16,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clip_files import read_clip
+from compositions import ASPECTS, render_pairs
 from open_clip import CLIP
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from train_clip import embed_images, share
+from training_common import Clock, Ranks, parser
 
-from alignprop_starter.make.clip_files import read_clip
-from alignprop_starter.make.common import Clock, Ranks, parser
-from alignprop_starter.make.compositions import ASPECTS, render_pairs
-from alignprop_starter.make.train_clip import embed_images, share
-
-#: Scores of the training pictures: their mean and spread. The original's scores of ordinary pictures look like this.
-MEAN, SPREAD = 5.5, 1.2
+#: Mean and standard deviation of scores on the training images, similar to those of the original on typical images.
+MEAN, STD = 5.5, 1.2
 _WIDTHS, _DROPOUTS = (1024, 128, 64, 16, 1), (0.2, 0.2, 0.1)
 
 
 class Head(nn.Module):
-    """(B, width) unit embeddings to (B,) scores, with the keys ``layers.{0,2,4,6,7}`` of the original."""
+    """The head, with the state keys `layers.{0,2,4,6,7}` of the original."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -42,22 +43,22 @@ class Head(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Scores."""
+        """Return the scores (B,) of normalized embeddings (B, width)."""
         scores: Tensor = self.layers(embeddings)[:, 0]
         return scores
 
 
 def read_head(path: Path, device: str = "cpu") -> Head:
-    """Read a head's file into a frozen float32 module."""
+    """Load the file of a head into a frozen float32 module."""
     with safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     head = Head(state["layers.0.weight"].shape[1])
     head.load_state_dict(state)
     return head.requires_grad_(False).eval().to(device)
 
 
 def embed_pairs(model: CLIP, n: int, seed: int, device: str, chunk: int = 8192) -> tuple[Tensor, Tensor]:
-    """Render `n` pairs and embed them: (2, n, width) better and worse, and their aspects (n,)."""
+    """Render `n` pairs; return embeddings (2, n, width) of the better and the worse images, and aspects (n,)."""
     found, aspects = [], []
     for i, start in enumerate(range(0, n, chunk)):
         pairs = render_pairs(min(chunk, n - start), seed + i, device)
@@ -68,10 +69,9 @@ def embed_pairs(model: CLIP, n: int, seed: int, device: str, chunk: int = 8192) 
 
 @torch.no_grad()
 def rescale(head: Head, embeddings: Tensor) -> None:
-    """Rescale the last layer in place so that scores of `embeddings` (n, width) have the mean `MEAN` and the spread
-    `SPREAD`."""
+    """Rescale the last layer in place, so that scores of `embeddings` (n, width) have mean `MEAN` and std `STD`."""
     scores = head(embeddings)
-    factor = SPREAD / scores.std()
+    factor = STD / scores.std()
     last = head.layers[-1]
     assert isinstance(last, nn.Linear)
     last.weight *= factor
@@ -80,8 +80,12 @@ def rescale(head: Head, embeddings: Tensor) -> None:
 
 @torch.no_grad()
 def evaluate(path: Path, model: CLIP, n: int, seed: int, device: str) -> dict[str, object]:
-    """Share of `n` unseen pairs in which the file's head scores the better picture higher, for each aspect and in
-    ``all``; the mean ``gap`` between the two; where scores lie (1st, 50th and 99th per cent)."""
+    """Evaluate the file at `path` on `n` unseen pairs.
+
+    Returns:
+        `right`: share of pairs whose better image has the higher score, per aspect and over all. `gap`: mean
+        difference of the scores, per aspect. `scores`: 1st, 50th and 99th percentile of all scores.
+    """
     torch.manual_seed(seed)
     head = read_head(path, device)
     embeddings, aspects = embed_pairs(model, n, seed, device)
@@ -98,7 +102,7 @@ def evaluate(path: Path, model: CLIP, n: int, seed: int, device: str) -> dict[st
 
 
 def main() -> None:
-    """Write ``weights/aesthetic.safetensors`` and ``weights/aesthetic.json``."""
+    """Write `weights/aesthetic.safetensors` and `weights/aesthetic.json`."""
     args = parser(__doc__, seconds=30, batch=4096, rate=1e-3, scenes=60_000).parse_args()
     torch.manual_seed(args.seed)
     cuda = args.device.startswith("cuda")
@@ -124,6 +128,7 @@ def main() -> None:
             print(f"aesthetic: step {clock.steps} progress {clock.progress:.2f} loss {loss.item():.4f}", flush=True)
 
     head.eval()
+    # Over the training images, better and worse together.
     rescale(head, embeddings.flatten(0, 1))
     path = folder / "aesthetic.safetensors"
     state = {name: value.detach().half().cpu().contiguous() for name, value in head.state_dict().items()}

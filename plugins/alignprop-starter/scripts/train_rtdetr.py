@@ -1,9 +1,11 @@
-"""Trains the starter RT-DETR on rendered scenes: python -m alignprop_starter.make.train_detr [--seconds N]
+"""Trains the starter RT-DETR on rendered scenes.
 
-The loss is RT-DETR's own (varifocal, L1 and generalised IoU after Hungarian matching, at every decoder layer and at
-the encoder's proposals), in batched form: one transfer to the matcher a step instead of several for every picture.
-Denoising queries are left out; in their place a linear layer on the encoder's feature maps, dropped after training,
-learns to name the animal at each cell, which teaches the backbone the species within the first minute.
+    python plugins/alignprop-starter/scripts/train_rtdetr.py [--seconds N]
+
+The loss is that of RT-DETR (varifocal, L1 and generalized IoU after Hungarian matching, at every decoder layer and at
+the encoder's proposals) in batched form: one transfer to the CPU matcher per step instead of several per image. There
+are no denoising queries. Instead, an auxiliary linear layer on the encoder's feature maps classifies the animal in each
+cell, from which the backbone learns the species within the first minute. It is discarded after training.
 """
 
 from __future__ import annotations
@@ -17,17 +19,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from training_common import Clock, Ranks, damage, parser
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
 from alignprop_counting.evaluate import evaluate_detector
 from alignprop_counting.transformers_detector import RtDetr
-from alignprop_starter.make.common import Clock, Ranks, damage, parser
 from alignprop_starter.scenes import MOST_ANIMALS, SIZE, Layout, draw_layouts, load_artwork, paint
 from alignprop_starter.vocabulary import SPECIES
 
 QUERIES = 24
 MIXED = 0.3
-"""Share of training scenes whose animals are of several species, so that the detector names each animal by itself."""
+"""Share of training scenes with animals of several species, so that the detector classifies each animal separately."""
 
 
 # -- scenes with boxes ------------------------------------------------------------------------------------------------
@@ -36,24 +38,24 @@ MIXED = 0.3
 def labelled_scenes(
     n: int, seed: int, device: str, *, mixed: float = 0.0, chunk: int = 2048
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Render scenes of 0 to 6 animals with their labels.
+    """Render scenes of 0 to 6 animals, with labels.
 
     Args:
-        n: how many.
-        seed: same seed, same scenes.
-        device: where they are kept.
-        mixed: share of scenes whose animals are of several species.
-        chunk: scenes rendered at a time.
+        n: number of scenes.
+        seed: the same seed gives the same scenes.
+        device: device of the results.
+        mixed: share of scenes with animals of several species.
+        chunk: number of scenes that are rendered at once.
 
     Returns:
-        images (n, 3, 128, 128) uint8, classes (n, 6) int64 with -1 where there is no animal, boxes (n, 6, 4) float32:
-        left, top, right, bottom in pixels.
+        Images (n, 3, 128, 128) uint8, classes (n, 6) int64 with -1 for absent animals, and boxes (n, 6, 4) float32
+        as left, top, right, bottom in pixels.
     """
     g = torch.Generator().manual_seed(seed)
     layout = draw_layouts(n, seed, split="all", number=torch.randint(MOST_ANIMALS + 1, (n,), generator=g))
     animal = load_artwork().animal
     own = animal[layout.species, layout.style]
-    slots = layout.sprite == own[:, None]
+    slots = layout.sprite == own[:, None]  # (n, slots): objects that are animals
     species = torch.where(
         torch.rand(n, 1, generator=g) < mixed,
         torch.randint(len(SPECIES), layout.sprite.shape, generator=g),
@@ -63,6 +65,7 @@ def labelled_scenes(
     layout = Layout(**{**vars(layout), "sprite": sprite})
     half = layout.size / 2
     edges = torch.stack([layout.x - half, layout.y - half, layout.x + half, layout.y + half], -1).clamp(0, SIZE)
+    # Move the animals to the front and keep six of the slots: (n, 6).
     first = (~slots).long().argsort(dim=1, stable=True)[:, :MOST_ANIMALS]
     classes = species.masked_fill(~slots, -1).gather(1, first)
     boxes = edges.masked_fill(~slots[..., None], 0).gather(1, first[..., None].expand(-1, -1, 4))
@@ -76,7 +79,7 @@ def labelled_scenes(
 
 
 def configuration() -> RTDetrConfig:
-    """The starter RT-DETR: 128 px, strides 8, 16, 32, about 2 million parameters."""
+    """Return the configuration of the starter RT-DETR: strides 8, 16 and 32, about 2 million parameters."""
     backbone = RTDetrResNetConfig(
         embedding_size=32,
         hidden_sizes=[32, 64, 128, 160],
@@ -107,7 +110,7 @@ def configuration() -> RTDetrConfig:
 
 
 def _pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
-    """Generalised IoU of (..., 4) boxes with (..., 4) boxes, both as centre, width, height; broadcasts."""
+    """Return the generalized IoU of boxes (..., 4) as center, width, height; broadcasts."""
     a, b = (torch.cat([x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2], -1) for x in (a, b))
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
@@ -116,7 +119,7 @@ def _pairwise_giou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes as centre, width, height; broadcasts."""
+    """Return the IoU of boxes (..., 4) as center, width, height; broadcasts."""
     a, b = (torch.cat([x[..., :2] - x[..., 2:] / 2, x[..., :2] + x[..., 2:] / 2], -1) for x in (a, b))
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - overlap
@@ -125,24 +128,26 @@ def _pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, config: RTDetrConfig) -> Tensor:
-    """Assign a query to every object, by RT-DETR's matching cost and the Hungarian algorithm.
+    """Assign a query to every object, with RT-DETR's matching cost and the Hungarian algorithm.
 
     Args:
-        logits: (L, B, Q, C) of L layers.
-        boxes: (L, B, Q, 4).
-        classes: (B, M), -1 where there is no object; objects come first.
-        targets: (B, M, 4).
-        config: the costs.
+        logits: (L, B, Q, C) class logits of L layers and Q queries.
+        boxes: (L, B, Q, 4) predicted boxes.
+        classes: (B, M), -1 for absent objects; present objects come first.
+        targets: (B, M, 4) true boxes.
+        config: contains the weights of the costs.
 
     Returns:
-        (L, B, M) the query of each object; of absent ones, 0.
+        Index of the query for each object, (L, B, M); 0 for absent objects.
     """
     p = logits.sigmoid().gather(-1, classes.clamp(min=0)[None, :, None].expand(*logits.shape[:3], -1))
     alpha, gamma = config.matcher_alpha, config.matcher_gamma
+    # Focal classification cost, L1 cost and generalized IoU cost; together (L, B, Q, M).
     kind = alpha * (1 - p) ** gamma * -(p + 1e-8).log() - (1 - alpha) * p**gamma * -(1 - p + 1e-8).log()
     place = (boxes[..., None, :] - targets[None, :, None]).abs().sum(-1)
     shape = -_pairwise_giou(boxes[..., None, :], targets[None, :, None])
     cost = config.matcher_class_cost * kind + config.matcher_bbox_cost * place + config.matcher_giou_cost * shape
+    # One transfer for all layers and images.
     costs = cost.nan_to_num(1e6, 1e6, -1e6).cpu().numpy()
     numbers = (classes >= 0).sum(1).tolist()
     found = torch.zeros(*cost.shape[:2], cost.shape[-1], dtype=torch.long)
@@ -158,7 +163,10 @@ def match(logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, confi
 def detection_loss(
     logits: Tensor, boxes: Tensor, classes: Tensor, targets: Tensor, config: RTDetrConfig
 ) -> dict[str, Tensor]:
-    """RT-DETR's loss summed over layers, as in `transformers.loss.loss_rt_detr`; arguments as `match` has them."""
+    """Return the terms of RT-DETR's loss, summed over layers, as in `transformers.loss.loss_rt_detr`.
+
+    The arguments are those of `match`.
+    """
     query = match(logits, boxes, classes, targets, config)
     layers, batch, _ = query.shape
     present = (classes >= 0)[None].expand_as(query)
@@ -167,8 +175,8 @@ def detection_loss(
     count = present[0].sum().clamp(min=1)
     iou = _pairwise_iou(chosen.detach(), goal)
 
-    # The class target of a matched query is the overlap its box reaches; of all others, zero. Absent objects all add
-    # zero to query 0, so they change nothing.
+    # Varifocal loss: the class target is the IoU of the box for matched queries, and zero for all others. Absent
+    # objects add zero to query 0.
     score = torch.zeros_like(logits)
     hit = torch.zeros_like(logits)
     where = (
@@ -191,26 +199,32 @@ def detection_loss(
 
 
 class CellNames(nn.Module):
-    """Names the animal at each cell of the encoder's feature maps; helps training, and is dropped after it."""
+    """Auxiliary classifier of the animal in each cell of the encoder's feature maps; used in training only."""
 
     def __init__(self, width: int, levels: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(nn.Conv2d(width, len(SPECIES) + 1, 1) for _ in range(levels))
 
     def loss(self, maps: list[Tensor], classes: Tensor, boxes: Tensor) -> Tensor:
-        """Cross-entropy over cells; boxes (B, M, 4) as centre, width, height in shares of the picture."""
+        """Return the mean cross-entropy over cells, summed over feature maps.
+
+        Args:
+            maps: (B, width, H, W) per level.
+            classes: (B, M), -1 for absent objects.
+            boxes: (B, M, 4) as center, width, height relative to the image size.
+        """
         total = boxes.new_zeros(())
         for head, features in zip(self.heads, maps, strict=True):
             height, width = features.shape[-2:]
             x = (torch.arange(width, device=boxes.device) + 0.5) / width
             y = (torch.arange(height, device=boxes.device) + 0.5) / height
-            centre, size = boxes[..., :2, None, None], boxes[..., 2:, None, None]
-            # The inner part of the box: at its corners there is seldom any animal.
-            inside = (((x - centre[:, :, 0]) / size[:, :, 0].clamp(min=1e-6)).abs() < 0.35) & (
-                ((y[:, None] - centre[:, :, 1]) / size[:, :, 1].clamp(min=1e-6)).abs() < 0.35
+            center, size = boxes[..., :2, None, None], boxes[..., 2:, None, None]
+            # (B, M, H, W). Only the inner part of the box: its corners rarely show the animal.
+            inside = (((x - center[:, :, 0]) / size[:, :, 0].clamp(min=1e-6)).abs() < 0.35) & (
+                ((y[:, None] - center[:, :, 1]) / size[:, :, 1].clamp(min=1e-6)).abs() < 0.35
             )
             inside &= (classes >= 0)[..., None, None]
-            # Objects come back to front, so the last one is what is seen.
+            # Objects are ordered back to front, so the last one is visible. Class len(SPECIES) means no animal.
             order = torch.arange(1, inside.shape[1] + 1, device=boxes.device)[None, :, None, None]
             top = (inside * order).amax(1)
             padded = F.pad(classes, (1, 0), value=len(SPECIES))
@@ -223,17 +237,17 @@ class CellNames(nn.Module):
 
 
 def save(model: RTDetrForObjectDetection, file: Path) -> None:
-    """Write a weights file (float16) that says its own architecture."""
+    """Write a float16 weights file that names its architecture."""
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     architecture = {"architecture": type(model).__name__, "config": json.loads(model.config.to_json_string())}
     header = {"transformers": architecture, "image_size": SIZE}
     file.parent.mkdir(parents=True, exist_ok=True)
-    # Heads that decoder layers share stand in the state under several names; a file holds each tensor once a name.
+    # Decoder layers share heads, so tensors occur under several names; safetensors does not store shared tensors.
     save_file({k: v.clone().contiguous() for k, v in state.items()}, file, {"config": json.dumps(header)})
 
 
 def flipped(images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror half of the batch; boxes (B, M, 4) as left, top, right, bottom."""
+    """Mirror half of the images (B, 3, H, W) and their boxes (B, M, 4), which are left, top, right, bottom."""
     turn = torch.rand(len(images), device=images.device) < 0.5
     images = torch.where(turn[:, None, None, None], images.flip(3), images)
     left, top, right, bottom = boxes.unbind(-1)
@@ -242,7 +256,7 @@ def flipped(images: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Write ``weights/rtdetr.safetensors`` and ``weights/rtdetr.json``."""
+    """Write `weights/rtdetr.safetensors` and `weights/rtdetr.json`."""
     args = parser(__doc__, seconds=240, batch=384, rate=8e-4, scenes=60_000).parse_args()
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
@@ -257,7 +271,7 @@ def main() -> None:
     maps: list[list[Tensor]] = []
     hook = model.model.encoder.register_forward_hook(lambda _m, _i, out: maps.append(out.last_hidden_state))
     weights = [*model.parameters(), *cells.parameters()]
-    # The helper's one layer starts from nothing and must lead: it learns ten times as fast.
+    # The auxiliary classifier has ten times the learning rate, because the backbone learns from its gradient.
     groups = [{"params": [*model.parameters()], "times": 1.0}, {"params": [*cells.parameters()], "times": 10.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.rate, weight_decay=0.02, fused=cuda)
     clock = Clock(args.seconds, Ranks(), args.device)
@@ -265,13 +279,13 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(args.rate, warmup=200) * group["times"]
         rows = torch.randint(len(images), (args.batch,), device=args.device)
-        picture, edges = flipped(damage(images[rows].float() / 255), boxes[rows])
+        batch, edges = flipped(damage(images[rows].float() / 255), boxes[rows])
         kinds = classes[rows]
         goal = torch.cat([edges[..., :2] + edges[..., 2:], 2 * (edges[..., 2:] - edges[..., :2])], -1) / (2 * SIZE)
         maps.clear()
         with torch.autocast(args.device.split(":")[0], torch.bfloat16, enabled=cuda):
-            out = model(pixel_values=picture)
-        # (B, L, ...) of the decoder's layers and, before them, the encoder's proposals.
+            out = model(pixel_values=batch)
+        # (L, B, Q, ...): the encoder's proposals first, then the decoder layers.
         logits = torch.cat([out.enc_topk_logits[:, None], out.intermediate_logits], 1).transpose(0, 1).float()
         found = torch.cat([out.enc_topk_bboxes[:, None], out.intermediate_reference_points], 1).transpose(0, 1)
         losses = detection_loss(logits, found.float(), kinds, goal, config)
@@ -289,7 +303,7 @@ def main() -> None:
     file = args.out / "weights" / "rtdetr.safetensors"
     save(model.eval(), file)
     del images
-    # What is judged is the file: its float16 weights in a fresh model.
+    # Evaluate the file itself, with its float16 weights, in a new model.
     from safetensors.torch import load_file
 
     fresh = RTDetrForObjectDetection(config)
@@ -314,7 +328,7 @@ def main() -> None:
 
 
 def rounded(values: dict[str, float]) -> dict[str, float]:
-    """The same figures to four places."""
+    """Return the values rounded to four decimals."""
     return {name: round(value, 4) for name, value in values.items()}
 
 

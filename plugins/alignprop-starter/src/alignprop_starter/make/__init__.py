@@ -1,1 +1,0 @@
-"""The scripts that made everything in this package: artwork, autoencoder, judge, denoiser, evaluation."""
