@@ -7,11 +7,11 @@ from alignprop_core import RewardSpec, hookimpl
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer `hf_classifier`."""
+    """Register `hf_classifier`."""
     return [
         RewardSpec(
             name="hf_classifier",
-            summary="Log-probability of a label under an image classifier of transformers.",
+            summary="Log-probability of a label under a transformers image classifier.",
             factory="hf_classifier.reward:HfClassifier",
             config="hf_classifier.config:HfClassifierConfig",
             api_version=1,

@@ -8,5 +8,5 @@ from alignprop_core import RewardConfig
 class HfClassifierConfig(RewardConfig):
     """Options of `hf_classifier`."""
 
-    folder: str = Field(min_length=1, description="Folder with the classifier, as save_pretrained writes it.")
-    label: str = Field(min_length=1, description="The label wanted of every picture, by name.")
+    folder: str = Field(min_length=1, description="Folder of the classifier, written by save_pretrained().")
+    label: str = Field(min_length=1, description="Target label of every image, by name.")

@@ -1,4 +1,4 @@
-"""A wished-for mean colour as a reward. Imports no torch."""
+"""Distance of the mean colour from a target colour, as a reward. Imports no torch."""
 
 from collections.abc import Iterable
 
@@ -10,16 +10,18 @@ from alignprop_core import RewardConfig, RewardSpec, hookimpl
 class MeanColourConfig(RewardConfig):
     """Options of `mean_colour`."""
 
-    colour: tuple[float, float, float] = Field(default=(0.9, 0.5, 0.2), description="Red, green and blue, 0 to 1.")
+    colour: tuple[float, float, float] = Field(
+        default=(0.9, 0.5, 0.2), description="Target colour: red, green, blue, each 0 to 1."
+    )
 
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer `mean_colour`."""
+    """Register `mean_colour`."""
     return [
         RewardSpec(
             name="mean_colour",
-            summary="The picture's mean colour is near the one wished for.",
+            summary="Negative distance of an image's mean colour from a target colour.",
             factory="mean_colour.reward:MeanColour",
             config="mean_colour:MeanColourConfig",
             api_version=1,

@@ -1,4 +1,4 @@
-"""`mean_colour` keeps the promises alignprop relies on."""
+"""`mean_colour` passes the conformance checks."""
 
 from alignprop_core.testing import RewardConformance
 
