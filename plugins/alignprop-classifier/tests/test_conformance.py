@@ -1,4 +1,4 @@
-"""The rewards keep alignprop's promises: with timm's smallest network, and the outside judge with its real weights."""
+"""The rewards pass the conformance checks with timm's smallest network and with EfficientNet-Lite's real weights."""
 
 from __future__ import annotations
 
@@ -36,6 +36,6 @@ class TestClassifierAccuracy(TestImageClassifier):
 
 
 @pytest.mark.slow  # the real network at 224 px, in float64 too
-class TestOutsideJudge(RewardConformance):
+class TestEfficientNetLite(RewardConformance):
     reward = "image_classifier"
     options = {"target": "tabby"}  # noqa: RUF012

@@ -1,4 +1,4 @@
-"""Broken files and names are one message each, with the file and the key; transformers' own preprocessing is met."""
+"""Invalid files and names give one message with the file and the key; preprocessing equals transformers'."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(**options: Any) -> ImageClassifier:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A small classifier of transformers with its preprocessing."""
+    """A small transformers classifier with its preprocessing config."""
     torch.manual_seed(0)
     config: Any = transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], id2label=dict(enumerate(LETTERS))
@@ -48,28 +48,29 @@ def change(file: Path, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("margin", range(1, 9))
-def test_the_middle_is_where_transformers_has_it(folder: Path, margin: int) -> None:
+def test_the_center_crop_equals_transformers(folder: Path, margin: int) -> None:
     side = 64 + margin
     change(folder / "preprocessor_config.json", size={"shortest_edge": side})
     ours = build(model=f"transformers/{folder}", target=0)
-    whole = int(ours.image_size / ours.crop)
+    resized = int(ours.image_size / ours.crop)
     processor: Any = transformers.CLIPImageProcessor(
-        size={"shortest_edge": whole}, crop_size={"height": 64, "width": 64}, resample=2,
+        size={"shortest_edge": resized}, crop_size={"height": 64, "width": 64}, resample=2,
         image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.2],
     )  # fmt: skip
     images = torch.rand(2, 3, side, side + 3, generator=torch.Generator().manual_seed(margin))
-    seen = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(ours.preprocess(images), seen, rtol=1e-4, atol=1e-4)
-    assert whole == side
+    inputs = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.preprocess(images), inputs, rtol=1e-4, atol=1e-4)
+    assert resized == side
 
 
-def test_a_head_of_another_size_is_one_message(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_head_of_another_size_is_one_clear_error(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(
-        WeightsError, match=r"does not fit transformers/.*classifier.*is \(10, 16\), not \(9, 16\).*options\.classes"
+        WeightsError,
+        match=r"does not fit transformers/.*classifier.*has shape \(10, 16\), expected \(9, 16\).*options\.classes",
     ):
         build(model=f"transformers/{folder}", classes=LETTERS[:9])
     build(model=f"transformers/{folder}", classes=LETTERS)
-    assert "".join(capfd.readouterr()) == ""  # neither a load report nor a bar
+    assert "".join(capfd.readouterr()) == ""  # neither a load report nor a progress bar
 
 
 @pytest.mark.parametrize(
@@ -77,36 +78,40 @@ def test_a_head_of_another_size_is_one_message(folder: Path, capfd: pytest.Captu
     [
         ("config.json", "{bad", "cannot be read as JSON"),
         ("config.json", "[]", "holds a list; it must be a mapping"),
-        ("config.json", "{}", "transformers cannot use it: ValueError: .*model_type"),
-        ("config.json", '{"model_type": "nothing"}', "transformers cannot use it: ValueError: .*nothing"),
-        ("config.json", '{"model_type": "resnet", "depths": "x"}', "transformers cannot use it|can be built from it"),
-        ("config.json", '{"model_type": "resnet", "hidden_sizes": [-1, 0]}', "can be built from it"),
+        ("config.json", "{}", "transformers cannot read this config: ValueError: .*model_type"),
+        ("config.json", '{"model_type": "nothing"}', "transformers cannot read this config: ValueError: .*nothing"),
+        (
+            "config.json",
+            '{"model_type": "resnet", "depths": "x"}',
+            "transformers cannot read this config|cannot be built from this config",
+        ),
+        ("config.json", '{"model_type": "resnet", "hidden_sizes": [-1, 0]}', "cannot be built from this config"),
         ("preprocessor_config.json", "{bad", "cannot be read as JSON"),
-        ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "image_std: every number must be more than 0"),
+        ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "image_std: every value must be greater than 0"),
         ("preprocessor_config.json", '{"image_mean": "x"}', "image_mean: "),
         ("preprocessor_config.json", '{"crop_pct": 3, "size": 100}', "crop_pct: input should be less than or equal"),
         ("preprocessor_config.json", '{"crop_pct": "x", "size": 100}', "crop_pct: ValueError"),
-        ("preprocessor_config.json", '{"size": "x"}', "size: sides are whole numbers from 1 .it is 'x'"),
-        ("preprocessor_config.json", '{"crop_size": {"height": 0}}', "crop_size: sides are whole numbers from 1"),
+        ("preprocessor_config.json", '{"size": "x"}', "size: sizes must be positive integers .got 'x'"),
+        ("preprocessor_config.json", '{"crop_size": {"height": 0}}', "crop_size: sizes must be positive integers"),
     ],
 )
-def test_broken_json_of_a_folder_is_one_message(folder: Path, file: str, text: str, message: str) -> None:
+def test_invalid_json_in_a_folder_is_one_clear_error(folder: Path, file: str, text: str, message: str) -> None:
     (folder / file).write_text(text)
     with pytest.raises(WeightsError, match=f"^{re.escape(str(folder / file))}.*({message})"):
         build(model=f"transformers/{folder}")
 
 
-def test_a_folder_with_another_file_says_what_to_do_with_it(folder: Path) -> None:
+def test_a_folder_without_model_safetensors_is_reported_with_a_remedy(folder: Path) -> None:
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(WeightsError, match=r"holds no model\.safetensors\. Fetch or copy"):
+    with pytest.raises(WeightsError, match=r"contains no model\.safetensors\. Fetch or copy"):
         build(model=f"transformers/{folder}")
     torch.save(weights, folder / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"no model\.safetensors, but pytorch_model\.bin\. Name it .* weights:"):
+    with pytest.raises(WeightsError, match=r"no model\.safetensors, but pytorch_model\.bin\. Set the option weights:"):
         build(model=f"transformers/{folder}")
     build(model=f"transformers/{folder}", weights=str(folder / "pytorch_model.bin"))
     (folder / "more.bin").touch()
-    with pytest.raises(WeightsError, match=r"but more\.bin, pytorch_model\.bin\. One file is read: save"):
+    with pytest.raises(WeightsError, match=r"but more\.bin, pytorch_model\.bin\. Only a single file can be read: save"):
         build(model=f"transformers/{folder}")
 
 
@@ -117,24 +122,24 @@ def test_a_folder_with_another_file_says_what_to_do_with_it(folder: Path) -> Non
         ("mean", "x"), ("mean", [1]), ("fit", "foo"), ("image_size", "big"), ("model", 3),
     ],
 )  # fmt: skip
-def test_a_broken_header_names_file_and_key(tmp_path: Path, key: str, value: Any) -> None:
+def test_an_invalid_header_is_reported_with_file_and_key(tmp_path: Path, key: str, value: Any) -> None:
     network = timm.create_model("test_efficientnet", num_classes=3)
-    own = {"model": "timm/test_efficientnet", "classes": ["x", "y", "z"], "image_size": 96, key: value}
+    header = {"model": "timm/test_efficientnet", "classes": ["x", "y", "z"], "image_size": 96, key: value}
     file = tmp_path / "w.safetensors"
-    safetensors.torch.save_file(network.state_dict(), file, metadata={"config": json.dumps(own)})
+    safetensors.torch.save_file(network.state_dict(), file, metadata={"config": json.dumps(header)})
     with pytest.raises(WeightsError, match=f"^{re.escape(str(file))}: its header: {key}: "):
         build(weights=str(file), target=0)
 
 
-def test_the_other_judges_file_is_refused(tmp_path: Path) -> None:
+def test_weights_of_the_other_efficientnet_lite_are_refused(tmp_path: Path) -> None:
     def tensors(name: str) -> dict[str, Any]:
-        package, _, file = alignprop_classifier.OUTSIDE_JUDGES[name].file.partition(":")
+        package, _, file = alignprop_classifier.EFFICIENTNET_LITE[name].file.partition(":")
         return load_state_dict(Path(str(resources.files(package))) / file)
 
-    small, large = (tensors(name) for name in alignprop_classifier.OUTSIDE_JUDGES)
-    strange = {**small, "_extra.weight": torch.zeros(1)}
-    for model, found in (("lite0", large), ("lite2", small), ("lite0", strange)):
-        torch.save(dict(found), tmp_path / "w.pth")
+    small, large = (tensors(name) for name in alignprop_classifier.EFFICIENTNET_LITE)
+    unknown = {**small, "_extra.weight": torch.zeros(1)}
+    for model, state in (("lite0", large), ("lite2", small), ("lite0", unknown)):
+        torch.save(dict(state), tmp_path / "w.pth")
         with pytest.raises(WeightsError, match=f"does not fit efficientnet-{model}"):
             build(model=f"efficientnet-{model}", weights=str(tmp_path / "w.pth"))
 
@@ -142,14 +147,20 @@ def test_the_other_judges_file_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "timm/resnet18.nope"}, r'no pretrained weights "nope" of resnet18\. (Did you mean|There are)'),
-        ({"target": "foks"}, r'^options\.target: The classifier has no class "foks"\. It has 1000, such as "tench"'),
-        ({"target": 5000}, r"^options\.target: .* numbered 0 to 999; there is no 5000\. Choose one of those"),
-        ({"synonyms": {"a": [5000]}}, r"^options\.synonyms\.a: .* numbered 0 to 999"),
-        ({"synonyms": {"a": "foks"}}, r'^options\.synonyms\.a: .* no class "foks"\. It has 1000'),
+        ({"model": "timm/resnet18.nope"}, r'no pretrained weights "nope" of resnet18\. (Did you mean|Available)'),
+        (
+            {"target": "foks"},
+            r'^options\.target: The classifier has no class "foks"\. It has 1000 classes, such as "tench"',
+        ),
+        (
+            {"target": 5000},
+            r"^options\.target: There is no class 5000: .* numbered 0 to 999\. Use one of these indices",
+        ),
+        ({"synonyms": {"a": [5000]}}, r"^options\.synonyms\.a: There is no class 5000: .* numbered 0 to 999"),
+        ({"synonyms": {"a": "foks"}}, r'^options\.synonyms\.a: .* no class "foks"\. It has 1000 classes'),
     ],
 )
-def test_a_wrong_name_says_what_to_write(options: dict[str, Any], message: str) -> None:
+def test_an_unknown_name_is_reported_with_a_remedy(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(**options)
 
@@ -157,7 +168,7 @@ def test_a_wrong_name_says_what_to_write(options: dict[str, Any], message: str) 
 @pytest.mark.parametrize(
     "model", ["torchvision/fcn_resnet50", "torchvision/raft_large", "torchvision/quantized_resnet50", "timm/"]
 )
-def test_what_was_typed_is_no_suggestion(model: str) -> None:
+def test_the_given_name_is_not_suggested(model: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(model=model)
     assert f'Did you mean "{model.partition("/")[2] or model}"' not in str(caught.value)

