@@ -103,7 +103,7 @@ def plugin_table(folder: Path, registry: Registry) -> str:
         where = folder.relative_to(ROOT) / name
         needed = [Requirement(line).name for line in project["dependencies"]]
         install = [f"./{folder.relative_to(ROOT) / other}" for other in needed if other in projects] + [f"./{where}"]
-        offers = "; ".join(_offers(records[name])) if name in records else _example_offers(folder / name)
+        offers = "; ".join(_offers(records[name])) if name in records else _source_offers(folder / name, project)
         link = f"[{name}](https://github.com/alignprop/alignprop/tree/main/{where})"
         cells = (link, project["description"], offers, project["license"], f"`pip install {' '.join(install)}`")
         lines.append(f"| {' | '.join(_cell(cell) for cell in cells)} |")
@@ -171,12 +171,21 @@ def _offers(record: PluginRecord) -> Iterator[str]:
             yield f"{hook.rpartition('_')[2]} {listed}{more}"
 
 
-def _example_offers(folder: Path) -> str:
-    """Return the names in an example's specs, read from its source: examples are not installed here."""
-    (module,) = folder.glob("*/__init__.py")
-    calls = [node for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
-    keywords = [keyword for call in calls for keyword in call.keywords if keyword.arg == "name"]
-    return ", ".join(f"`{k.value.value}`" for k in keywords if isinstance(k.value, ast.Constant))
+def _source_offers(folder: Path, project: dict[str, Any]) -> str:
+    """Return the names in a plugin's specs, read from its source because it is not installed here.
+
+    A distribution without an entry point, a metapackage, provides what it requires.
+    """
+    if "alignprop" not in project.get("entry-points", {}):
+        return "installs " + ", ".join(f"`{Requirement(line).name}`" for line in project["dependencies"])
+    names = []
+    for module in (*folder.glob("*/__init__.py"), *folder.glob("src/*/__init__.py")):
+        calls = [node for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+        for call in calls:
+            values = {k.arg: k.value.value for k in call.keywords if isinstance(k.value, ast.Constant)}
+            if name := values.get("name", values.get("path")):  # a command has a path and no name
+                names.append(name)
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _line(name: str, text: str) -> str:
