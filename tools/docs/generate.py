@@ -42,7 +42,6 @@ FOLDERS = {
     "examples/": "run configs, scripts, notebooks and plugins to copy",
     "docs/": "the site; decisions/ and results/ (each measurement with its command)",
     "tests/": "the core's tests and tests across distributions",
-    "tools/": "scripts that generate parts of the docs",
 }
 SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, CallbackSpec, CommandSpec, WeightsFile)
 NAMES_SHOWN = 6
