@@ -76,7 +76,7 @@ BUILD: dict[str, Callable[[], Any]] = {"rtdetr": rtdetr, "detr": detr}
 
 
 def lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a random network statistics like a trained one's, so that scores differ from place to place and image."""
+    """Give a random network the statistics of a trained one, so that scores differ between locations and images."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -101,7 +101,7 @@ def write(model: nn.Module, file: Path, image_size: int = 64) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> SimpleNamespace:
-    """What test modules need of this one, which they cannot import."""
+    """Helpers of this module for test modules, which cannot import it."""
     return SimpleNamespace(build=BUILD, names=NAMES, rtdetr=rtdetr, lively=lively, write=write)
 
 

@@ -1,4 +1,4 @@
-"""The rewards keep alignprop's promises; a tiny RT-DETR with random weights."""
+"""The rewards pass the shipped conformance checks, with a tiny RT-DETR with random weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RT-DETR and DETR here are transformers' own, with a true gradient; their files load without unpickling."""
+"""RT-DETR and DETR agree with transformers, their gradient is the derivative, their files load without unpickling."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, RTDetrConfig, RTDetrImageProcessor
 
 from alignprop_core.errors import ConfigError, PluginError, WeightsError
-from alignprop_core.registry import Registry, default_registry
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.loading import load_detector, transformers_detector
-from alignprop_counting.testing import check_detector, check_gradient_is_the_derivative, pictures
+from alignprop_counting.testing import check_detector, check_gradient_is_the_derivative, random_images
 from alignprop_counting.transformers_detector import RtDetr, TransformersDetector
 
 
@@ -32,7 +32,7 @@ def processor(name: str) -> Any:
     return DetrImageProcessor(size={"shortest_edge": 64, "longest_edge": 106}, do_pad=False)
 
 
-def test_it_passes_the_checks_of_detectors(name: str, weights: dict[str, Path]) -> None:
+def test_the_detector_checks_pass(name: str, weights: dict[str, Path]) -> None:
     check_detector(load(name, weights))
 
 
@@ -41,7 +41,7 @@ def test_predictions_are_those_of_transformers(
     name: str, weights: dict[str, Path], height: int, width: int, tiny: SimpleNamespace
 ) -> None:
     detector = load(name, weights)
-    images = (pictures(2, height, width) * 255).round().to(torch.uint8)
+    images = (random_images(2, height, width) * 255).round().to(torch.uint8)
     original = tiny.build[name]()
     original.load_state_dict(load_file(weights[name]))
     original.eval()
@@ -52,7 +52,7 @@ def test_predictions_are_those_of_transformers(
         found = detector(images.float() / 255)
     # The original resizes bytes, and rounds while it does: up to one level apart.
     assert torch.allclose(detector.preprocess(images.float() / 255), pixels, atol=1.1 / 255 / 0.224)
-    # From the same pixels the numbers are the same.
+    # From the same pixels the outputs are equal.
     same = detector.outputs(pixels)
     assert torch.equal(same.logits, outputs.logits)
     assert torch.equal(same.pred_boxes, outputs.pred_boxes)
@@ -72,7 +72,9 @@ def test_predictions_are_those_of_transformers(
                 assert torch.allclose(hard.boxes[i][kept], result["boxes"][order], atol=1e-2)
 
 
-def test_the_check_finds_the_originals_detached_path(weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_finds_the_detached_path_of_the_original(
+    weights: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     detector = load("rtdetr", weights)
     check_gradient_is_the_derivative(detector)
     monkeypatch.setattr(RtDetr, "outputs", TransformersDetector.outputs)
@@ -84,7 +86,7 @@ def test_a_saturated_softmax_stays_finite(weights: dict[str, Path]) -> None:
     detector = load("detr", weights)
     with torch.no_grad():
         detector.model.class_labels_classifier.weight.mul_(1e3)
-    images = pictures(1).float().requires_grad_()
+    images = random_images(1).float().requires_grad_()
     found = detector(images)
     assert found.probabilities.max() > 0.9999
     (gradient,) = torch.autograd.grad(found.log_odds.sum(), images)
@@ -97,7 +99,9 @@ def test_float16_files_are_computed_in_float32(tmp_path: Path, weights: dict[str
     assert {p.dtype for p in detector.parameters()} == {torch.float32}
 
 
-def test_the_file_says_architecture_names_and_size(name: str, weights: dict[str, Path], tiny: SimpleNamespace) -> None:
+def test_the_header_gives_architecture_names_and_size(
+    name: str, weights: dict[str, Path], tiny: SimpleNamespace
+) -> None:
     detector = load(name, weights)
     assert detector.names == tiny.names
     assert detector.image_size == 64
@@ -106,7 +110,7 @@ def test_the_file_says_architecture_names_and_size(name: str, weights: dict[str,
     assert not detector.training
 
 
-def test_a_config_beside_the_file_says_the_architecture(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_config_json_in_the_same_folder_gives_the_architecture(tmp_path: Path, tiny: SimpleNamespace) -> None:
     model = tiny.lively(tiny.rtdetr())
     save_file({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "model.safetensors")
     model.config.architectures = ["RTDetrForObjectDetection"]
@@ -120,7 +124,7 @@ def test_a_config_beside_the_file_says_the_architecture(tmp_path: Path, tiny: Si
 
 
 def test_a_file_of_the_other_architecture_names_the_detector(weights: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match='holds a DetrForObjectDetection; write "detector: detr"'):
+    with pytest.raises(WeightsError, match='contains a DetrForObjectDetection; write "detector: detr"'):
         transformers_detector("rtdetr", weights["detr"], None)
 
 
@@ -131,7 +135,7 @@ def test_a_head_of_the_wrong_size_is_one_clear_error(tmp_path: Path, tiny: Simpl
     state[key] = state[key][:3].clone()
     header = {"architecture": "RTDetrForObjectDetection", "config": json.loads(model.config.to_json_string())}
     save_file(state, tmp_path / "w.safetensors", {"config": json.dumps({"transformers": header})})
-    with pytest.raises(WeightsError, match=r"does not fit .*class_embed.0.weight is \(3, 32\), not \(5, 32\)"):
+    with pytest.raises(WeightsError, match=r"does not match .*class_embed.0.weight is \(3, 32\), not \(5, 32\)"):
         transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
 
 
@@ -139,31 +143,31 @@ def test_a_head_of_the_wrong_size_is_one_clear_error(tmp_path: Path, tiny: Simpl
     ("size", "reason"),
     [*((size, "Sizes of tensors must match") for size in (33, 48, 50, 100, 150)), (32, "out of range")],
 )
-def test_a_size_the_network_cannot_take_is_refused_when_it_is_loaded(
+def test_an_unsupported_image_size_is_refused_when_the_detector_loads(
     size: int, reason: str, tmp_path: Path, tiny: SimpleNamespace, weights: dict[str, Path]
 ) -> None:
     file = weights["rtdetr"]
-    if size == 32:  # 21 places
+    if size == 32:  # 21 locations
         file = tiny.write(tiny.rtdetr(num_queries=30), tmp_path / "w.safetensors")
     with pytest.raises(ConfigError) as caught:
         load_detector(DetectorConfig(weights=str(file), image_size=size), default_registry())
-    assert f"options.image_size: the detector rtdetr cannot look at pictures of {size} x {size}" in str(caught.value)
-    assert f"Give a multiple of 32 from {64 if size == 32 else 32}." in str(caught.value)
+    assert f"options.image_size: the detector rtdetr does not support images of {size} x {size}" in str(caught.value)
+    assert f"Use a multiple of 32 from {64 if size == 32 else 32}." in str(caught.value)
     assert reason in str(caught.value)
-    # Even so small a size does not trouble DETR.
+    # DETR supports all of these sizes.
     load_detector(DetectorConfig(detector="detr", weights=str(weights["detr"]), image_size=size), default_registry())
 
 
-def test_the_size_of_a_file_is_tried_too(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_the_image_size_of_a_file_is_checked_too(tmp_path: Path, tiny: SimpleNamespace) -> None:
     file = tiny.write(tiny.lively(tiny.rtdetr()), tmp_path / "w.safetensors", 100)
-    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: image_size: .* Give a multiple of 32 from 32"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(file))}: image_size: .* Use a multiple of 32 from 32"):
         load_detector(DetectorConfig(weights=str(file)), default_registry())
 
 
-def test_the_fitting_size_said_is_the_smallest_that_fits(tmp_path: Path, tiny: SimpleNamespace) -> None:
+def test_the_smallest_allowed_size_is_the_smallest_that_works(tmp_path: Path, tiny: SimpleNamespace) -> None:
     for queries in (20, 21, 22, 84, 85):
         file = tiny.write(tiny.rtdetr(num_queries=queries), tmp_path / "w.safetensors")
-        least = int(transformers_detector("rtdetr", file, None).fitting.rpartition(" ")[2])
+        least = int(transformers_detector("rtdetr", file, None).allowed_sizes.rpartition(" ")[2])
         load_detector(DetectorConfig(weights=str(file), image_size=least), default_registry())
         if least > 32:
             with pytest.raises(ConfigError, match="out of range"):
@@ -181,11 +185,11 @@ def test_the_fitting_size_said_is_the_smallest_that_fits(tmp_path: Path, tiny: S
         ({"image_size": 5}, "image_size: input should be greater than or equal to 32"),
         (
             {"transformers": {"architecture": "RTDetrForObjectDetection", "config": {"d_model": "x"}}},
-            "(its configuration is no RTDetrConfig|no RTDetrForObjectDetection can be built)",
+            "(its configuration is not a RTDetrConfig|no RTDetrForObjectDetection can be built)",
         ),
         (
             {"transformers": {"architecture": "RTDetrForObjectDetection", "config": {"d_model": -3}}},
-            "no RTDetrForObjectDetection can be built as its configuration says",
+            "no RTDetrForObjectDetection can be built from its configuration",
         ),
     ],
 )
@@ -204,11 +208,11 @@ def test_a_broken_header_is_one_message(tmp_path: Path, header: dict[str, Any], 
         ("{}", "architectures: field required"),
         ('{"architectures": "RTDetrForObjectDetection"}', "architectures: input should be a valid list"),
         ('{"architectures": []}', "architectures: list should have at least 1 item"),
-        ('{"architectures": ["Other"]}', "holds a Other; this plugin knows"),
-        ('{"architectures": ["RTDetrForObjectDetection"], "d_model": "x"}', "its configuration is no RTDetrConfig"),
+        ('{"architectures": ["Other"]}', "contains a Other; this plugin supports"),
+        ('{"architectures": ["RTDetrForObjectDetection"], "d_model": "x"}', "its configuration is not a RTDetrConfig"),
     ],
 )
-def test_a_broken_config_beside_the_file_is_one_message(tmp_path: Path, text: str, message: str) -> None:
+def test_a_broken_config_json_is_one_message(tmp_path: Path, text: str, message: str) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WeightsError, match=f"^{re.escape(str(tmp_path / 'config.json'))}: .*{message}"):
@@ -217,14 +221,14 @@ def test_a_broken_config_beside_the_file_is_one_message(tmp_path: Path, text: st
 
 def test_a_file_without_a_header_must_be_the_full_size(tmp_path: Path, tiny: SimpleNamespace) -> None:
     save_file({k: v.clone() for k, v in tiny.rtdetr().state_dict().items()}, tmp_path / "w.safetensors")
-    with pytest.raises(WeightsError, match=r"does not fit .* and \d+ more\. The configuration is"):
+    with pytest.raises(WeightsError, match=r"does not match .* and \d+ more\. The configuration is"):
         transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
 
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     header = {"transformers": {"architecture": "YolosForObjectDetection", "config": {}}}
     save_file({"x": torch.zeros(1)}, tmp_path / "w.safetensors", {"config": json.dumps(header)})
-    with pytest.raises(WeightsError, match="holds a YolosForObjectDetection; this plugin knows"):
+    with pytest.raises(WeightsError, match="contains a YolosForObjectDetection; this plugin supports"):
         transformers_detector("rtdetr", tmp_path / "w.safetensors", None)
 
 
@@ -246,7 +250,7 @@ def test_missing_default_weights_name_repository_file_and_command(
         assert f"`alignprop rewards fetch hub:{repository}/model.safetensors`" in str(caught.value)
 
 
-def test_an_unknown_detector_is_answered_with_the_nearest() -> None:
+def test_an_unknown_detector_gets_the_nearest_name() -> None:
     with pytest.raises(
         PluginError, match=r'no plugin offers|No installed plugin offers the detector "rtdtr".*"rtdetr"'
     ):
@@ -258,9 +262,7 @@ def test_an_unknown_detector_is_answered_with_the_nearest() -> None:
         load_detector(DetectorConfig(detector="yolo11n"), alone)
 
 
-def test_a_detector_two_plugins_offer_is_chosen_by_distribution(
-    weights: dict[str, Path], tiny: SimpleNamespace
-) -> None:
+def test_a_detector_of_two_plugins_is_chosen_by_distribution(weights: dict[str, Path], tiny: SimpleNamespace) -> None:
     import alignprop_counting
 
     class Other:
@@ -293,7 +295,7 @@ def test_full_size_networks_give_finite_gradients_at_the_pixels(full: str) -> No
         from alignprop_counting.transformers_detector import Detr
 
         model = DetrForObjectDetection(DetrConfig(id2label=dict(enumerate(DETR_NAMES))))
-        # Untrained, timm's residual branches end in a zero, and then most places of a feature map are never looked at.
+        # Untrained, timm's residual branches end in a zero, and then most locations of a feature map have no effect.
         for name, value in model.state_dict().items():
             if name.endswith("bn3.weight"):
                 value.fill_(1)

@@ -1,4 +1,4 @@
-"""The evaluation of detectors: known detections give known figures."""
+"""The evaluation of detectors: known detections give known results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from alignprop_counting.evaluate import evaluate_detector
 
 
 class Recited(Detector):
-    """Reports a fixed list of objects, whatever it is shown."""
+    """Reports a fixed list of objects for all images."""
 
     def __init__(self, boxes: Tensor, log_odds: Tensor) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class Recited(Detector):
 
 
 def scene() -> tuple[Tensor, Tensor, Tensor]:
-    """Two pictures: two objects of kind 0, one of kind 1."""
+    """Two images: two objects of class 0, one of class 1."""
     boxes = torch.tensor([[[0, 0, 10, 10], [20, 0, 30, 10]], [[5, 5, 15, 15], [0, 0, 0, 0]]]).float()
     return torch.zeros(2, 3, 32, 32), torch.tensor([[0, 0], [1, -1]]), boxes
 
@@ -59,11 +59,11 @@ def test_a_missed_and_a_misplaced_object_lower_the_average_precision() -> None:
     moved = boxes.clone()
     moved[0, 1] += 100
     found = evaluate_detector(Recited(moved, certain(classes)), images, classes, boxes)
-    # Kind 0: recall reaches one half at precision 1 (51 of 101 levels); kind 1 is right.
+    # Class 0: recall reaches one half at precision 1 (51 of 101 levels); class 1 is right.
     assert found["map50"] == pytest.approx((51 / 101 + 1) / 2, abs=1e-4)
 
 
-def test_an_empty_picture_counts_right_only_if_nothing_is_found() -> None:
+def test_an_empty_image_is_right_only_if_nothing_is_found() -> None:
     images, classes, boxes = scene()
     nothing = torch.full_like(classes, -1)
     assert evaluate_detector(Recited(boxes, certain(nothing)), images, nothing, boxes * 0)["hard_count_right"] == 1

@@ -62,13 +62,13 @@ def test_an_object_counts_once_however_many_boxes_it_has(copies: int) -> None:
     assert float(count(log_odds, boxes[None])) == pytest.approx(3, abs=0.02)
 
 
-def test_doubtful_boxes_on_one_object_count_as_the_best_of_them() -> None:
+def test_weak_boxes_on_one_object_count_as_the_best_of_them() -> None:
     boxes = boxes_at(*[(0.0, 0.0)] * 20)[None]
     log_odds = torch.linspace(-3, -1, 20, dtype=EXACT)[None]
     assert float(count(log_odds, boxes)) == pytest.approx(float(sharpened(log_odds.amax(), 0.5, 2.0)), rel=1e-3)
 
 
-def test_background_places_add_next_to_nothing() -> None:
+def test_background_locations_add_next_to_nothing() -> None:
     log_odds = torch.full((1, 8400), -7.0, dtype=EXACT)  # probability 0.0009
     assert float(count(log_odds, torch.zeros(1, 8400, 4, dtype=EXACT), one_to_one=True)) < 0.01
 
@@ -104,7 +104,7 @@ def test_identical_boxes_have_a_finite_gradient() -> None:
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_weights_are_between_nothing_and_all() -> None:
+def test_weights_are_between_zero_and_one() -> None:
     boxes = 50 * torch.rand(2, 30, 4)
     weights = duplicate_weights(torch.cat([boxes[..., :2], boxes[..., :2] + boxes[..., 2:]], -1), 0.5)
     assert weights.min() >= 0

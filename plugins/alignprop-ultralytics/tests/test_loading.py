@@ -193,7 +193,7 @@ def test_the_counting_rewards_work_with_yolo(tmp_path: Path, tiny: SimpleNamespa
     assert set(hard(given).tolist()) <= {0.0, 1.0}
     with torch.inference_mode():
         reward(ImageBatch(images=random_images(1, 40, 72).float(), prompts=("a fox",)))
-    with pytest.raises(PromptError, match=r'no class the detector knows. Did you mean "fox"'):
+    with pytest.raises(PromptError, match=r'no class of the detector. Did you mean "fox"'):
         reward(ImageBatch(images=images[:1], prompts=("three foxxes",)))
 
 

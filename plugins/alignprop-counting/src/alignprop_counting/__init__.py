@@ -1,6 +1,6 @@
-"""Counting objects as a reward, with a hook for detectors of other plugins. Imports no torch.
+"""Object counts as rewards, with a hook for detectors of other plugins. Imports no torch.
 
-A plugin offers a detector with
+A plugin provides a detector with
 
     from alignprop_core.hookspecs import hookimpl
     from alignprop_counting import DetectorSpec
@@ -29,12 +29,12 @@ _TRANSFORMERS = "https://github.com/huggingface/transformers"
 
 @hookspec
 def alignprop_counting_detectors() -> Iterable[DetectorSpec]:  # type: ignore[empty-body]
-    """Return the detectors this plugin offers."""
+    """Return the detectors of this plugin."""
 
 
 @hookimpl(specname=DETECTORS_HOOK)
 def alignprop_detectors_of_transformers() -> Iterable[DetectorSpec]:
-    """Offer RT-DETR and DETR."""
+    """Return RT-DETR and DETR."""
     factory = "alignprop_counting.loading:transformers_detector"
     return [
         DetectorSpec(
@@ -76,11 +76,11 @@ def _reward(name: str, summary: str, config: str, low: float, unit: str, measure
 
 @hookimpl
 def alignprop_register_rewards() -> Iterable[RewardSpec]:
-    """Offer the rewards with a gradient, and a true measure for each."""
+    """Return the differentiable rewards, and a true measure for each."""
     return [
         _reward(
             "object_count",
-            "As many objects of a class as wished for: minus the Huber distance of the soft count.",
+            "The requested number of objects of a class: minus the Huber distance of the soft count.",
             "ObjectCountConfig",
             -4.0,
             "objects",
@@ -88,7 +88,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         _reward(
             "object_presence",
-            "Objects of the wished classes are there: log-probability of the best detection.",
+            "Objects of the requested classes are present: log-probability of the best detection.",
             "PresenceConfig",
             -8.0,
             "log-probability",
@@ -96,28 +96,42 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
         ),
         _reward(
             "object_absence",
-            "Objects of unwanted classes are not there: log of 1 - probability of the best detection.",
+            "Objects of unwanted classes are absent: log of 1 - probability of the best detection.",
             "AbsenceConfig",
             -8.0,
             "log-probability",
             "hard_absence",
         ),
-        _reward("hard_count", "Whether the detector reports exactly as many objects.", "HardCountConfig", 0.0, "share"),
-        _reward("hard_presence", "Whether the detector reports the wished classes.", "PresenceConfig", 0.0, "share"),
-        _reward("hard_absence", "Whether the detector reports no unwanted class.", "AbsenceConfig", 0.0, "share"),
+        _reward(
+            "hard_count", "Whether the detector reports exactly the requested numbers.", "HardCountConfig", 0.0, "share"
+        ),
+        _reward(
+            "hard_presence",
+            "Fraction of the requested classes that the detector reports.",
+            "PresenceConfig",
+            0.0,
+            "share",
+        ),
+        _reward(
+            "hard_absence",
+            "Fraction of the unwanted classes that the detector does not report.",
+            "AbsenceConfig",
+            0.0,
+            "share",
+        ),
     ]
 
 
 @hookimpl
 def alignprop_register_prompts() -> Iterable[PromptSpec]:
-    """Offer counted objects that detectors trained on COCO know."""
+    """Return prompts for counted objects of COCO classes."""
     return [
         PromptSpec(
             name=f"counting/{name}",
-            summary=f"One to five objects of {size} classes of COCO{held}, with object and number in the metadata.",
+            summary=f"One to five objects of {size} classes of COCO{note}, with object and number in the metadata.",
             path=f"alignprop_counting:prompts/{name}.jsonl",
             size=size,
             license="Apache-2.0",
         )
-        for name, size, held in (("coco_objects", 30, ""), ("eval_coco_objects", 8, " that the first set lacks"))
+        for name, size, note in (("coco_objects", 30, ""), ("eval_coco_objects", 8, " that the first set lacks"))
     ]

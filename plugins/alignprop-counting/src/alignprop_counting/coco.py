@@ -1,4 +1,4 @@
-"""COCO's class names, for full-size files that do not bring their own. No torch."""
+"""COCO class names, for full-size files without their own. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BY_ID = (
 )
 
 DETR_NAMES = tuple(_BY_ID.split(","))
-"""91 names by COCO's own category id; ids that COCO skips are `N/A`."""
+"""91 names by COCO category id; ids that COCO skips are `N/A`."""
 
 COCO_NAMES = tuple(name for name in DETR_NAMES if name != "N/A")
-"""The 80 names in order, as RT-DETR and YOLO number them."""
+"""The 80 names in the order of RT-DETR and YOLO."""

@@ -1,4 +1,4 @@
-"""Options of the counting rewards. Importing this module imports no torch."""
+"""Options of the counting rewards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ Number = Annotated[int, Field(ge=0, le=1000)]
 
 
 class DetectorConfig(RewardConfig):
-    """Which detector looks, for what, and when it counts as seen; shared by all rewards, and so by their measures."""
+    """Which detector is used, for which classes, and when an object counts; shared by all rewards and measures."""
 
     detector: str = Field(
-        default="rtdetr", description="A detector of an installed plugin: rtdetr, detr, yolo, yolo11n, ..."
+        default="rtdetr", description="Detector of an installed plugin: rtdetr, detr, yolo, yolo11n, ..."
     )
     weights: str = Field(
         default="default", description="The detector's default file, a local path, hub:owner/name/file, or starter."
     )
     image_size: ImageSize | None = Field(
-        default=None, description="Side in pixels the detector looks at; null is the detector's own."
+        default=None, description="Side in pixels that images are resized to; null is the detector's default."
     )
     source: Literal["prompt", "metadata", "config"] = Field(
-        default="prompt", description="Where the wish is read, as far as objects and number do not fix it."
+        default="prompt",
+        description="Where the class and the number are read from, unless objects and number set them.",
     )
     objects: str | tuple[str, ...] | None = Field(
         default=None, description="Class name or names of the detector; null reads them from the source."
     )
     object_key: str = Field(default="object", description="Metadata key of the class name or names.")
-    threshold: float = Field(
-        default=0.5, gt=0, lt=1, description="Class probability above which an object counts as seen."
-    )
+    threshold: float = Field(default=0.5, gt=0, lt=1, description="Class probability above which an object counts.")
     overlap: float = Field(
         default=0.5,
         gt=0,
@@ -47,19 +46,20 @@ class DetectorConfig(RewardConfig):
         return (self.objects,) if isinstance(self.objects, str) else self.objects
 
     @model_validator(mode="after")
-    def _objects_say_something(self) -> Self:
+    def _check_objects(self) -> Self:
         if self.names == ():
-            raise ValueError("objects is an empty list; name a class, or leave it out to read it from the source")
+            raise ValueError("objects is an empty list; name a class, or omit the option to read it from the source")
         if self.source == "config" and self.names is None:
             raise ValueError("source: config needs objects (the class name or names)")
         return self
 
 
 class NumberConfig(DetectorConfig):
-    """How many objects are wished for."""
+    """How many objects are requested."""
 
     number: Number | tuple[Number, ...] | None = Field(
-        default=None, description="How many: one for all objects or one for each; null reads it from the source."
+        default=None,
+        description="Requested number: one for all objects or one for each; null reads it from the source.",
     )
     number_key: str = Field(default="number", description="Metadata key of the number or numbers.")
 
@@ -69,7 +69,7 @@ class NumberConfig(DetectorConfig):
         return (self.number,) if isinstance(self.number, int) else self.number
 
     @model_validator(mode="after")
-    def _numbers_fit_objects(self) -> Self:
+    def _check_numbers(self) -> Self:
         if self.source == "config" and self.numbers is None:
             raise ValueError("source: config needs number")
         if self.numbers is not None and len(self.numbers) != 1:
@@ -87,7 +87,9 @@ class ObjectCountConfig(NumberConfig):
         default=2.0, gt=0, le=100, description="How sharply the soft count steps at the threshold; see the README."
     )
     delta: float = Field(
-        default=0.5, gt=0, description="Objects off up to which the Huber penalty is quadratic; then it is linear."
+        default=0.5,
+        gt=0,
+        description="Error in objects up to which the Huber penalty is quadratic; beyond it is linear.",
     )
 
 
@@ -96,7 +98,7 @@ class HardCountConfig(NumberConfig):
 
     measure: Literal["exact", "error", "count"] = Field(
         default="exact",
-        description="exact: 1 if every wish is met, else 0; error: minus the mean absolute error; count: objects seen.",
+        description="exact: 1 if all counts are right, else 0; error: minus the mean absolute error; count: objects.",
     )
 
 

@@ -1,4 +1,4 @@
-"""What a detector is: class log-odds and boxes with a gradient at the pixels, and hard detections without one."""
+"""The detector interface: class log-odds and boxes with a gradient to the pixels, and hard detections without one."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-MOST_CANDIDATES = 300
-"""Most candidates an image that hard detection looks at, best first; ultralytics' and RT-DETR's own number."""
+MAX_CANDIDATES = 300
+"""Most candidates per image in hard detection, best first; the limit of ultralytics and RT-DETR."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a detector says about B images at A places (queries or anchors) and C classes.
+    """Outputs of a detector for B images at A locations (queries or anchors) and C classes.
 
     Attributes:
-        log_odds: (B, A, C) log p / (1 - p) of every class at every place, with the gradient.
-        boxes: (B, A, 4) left, top, right, bottom in pixels of the images as they were given; with the gradient.
-        one_to_one: whether the detector was trained to fire once an object. If not, one object fires at several
-            places, and counting must suppress the duplicates.
+        log_odds: (B, A, C) log p / (1 - p) of every class at every location, with the gradient.
+        boxes: (B, A, 4) left, top, right, bottom in pixels of the original images; with the gradient.
+        one_to_one: whether the detector was trained to fire once per object. If not, it fires at several locations for
+            each object, and counting must suppress the duplicates.
     """
 
     log_odds: Tensor
@@ -35,7 +35,7 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Detections:
-    """The objects a detector reports, best first; D places an image, of which the later ones may be empty.
+    """The objects a detector reports, best first; D slots per image, of which some may be empty.
 
     Attributes:
         boxes: (B, D, 4) left, top, right, bottom in pixels.
@@ -55,53 +55,54 @@ class Detections:
 class Detector(nn.Module, ABC):
     """A frozen detector.
 
-    A subclass sets the attributes and implements `forward`. It resizes and normalises as its original does, by
-    differentiable means, and takes images of any size from 32 x 32 and any floating-point type.
+    A subclass sets the attributes and implements `forward`. It resizes and normalizes like the original
+    implementation, but differentiably, and accepts images of any size from 32 x 32 and any floating-point type.
 
     Attributes:
         names: class names, in the order of the classes.
         image_size: side in pixels that images are resized to.
-        fitting: what `image_size` may be, for messages ("a multiple of 32"); empty for anything.
+        allowed_sizes: allowed values of `image_size`, for messages ("a multiple of 32"); empty if all are.
     """
 
     names: tuple[str, ...]
     image_size: int
-    fitting: str = ""
+    allowed_sizes: str = ""
 
     @abstractmethod
     def forward(self, images: Tensor) -> Predictions:
-        """Look at images (B, 3, H, W) in [0, 1]."""
+        """Run the detector on images (B, 3, H, W) in [0, 1]."""
 
     @torch.no_grad()
     def detect(self, predictions: Predictions, threshold: float, overlap: float = 0.5) -> Detections:
-        """Turn predictions into objects, as the original's own post-processing does.
+        """Turn predictions into objects, like the original post-processing.
 
-        One-to-one: the best pairs of place and class, as many as there are places and at most 300. Otherwise: the best
-        class of every place, and non-maximum suppression within each class at an intersection over union of `overlap`.
-        In both, scores above `threshold`.
+        One-to-one: the best pairs of location and class, as many as there are locations and at most 300. Otherwise: the
+        best class of every location, and non-maximum suppression within each class at an intersection over union of
+        `overlap`. In both cases only scores above `threshold` are kept.
         """
         boxes, probabilities = predictions.boxes, predictions.probabilities
         if not predictions.one_to_one:
             scores, classes = probabilities.max(-1)
             return suppress(boxes, scores, classes, threshold, overlap)
-        places, kinds = probabilities.shape[1:]
-        scores, order = probabilities.flatten(1).topk(min(places, MOST_CANDIDATES), dim=1)
-        boxes = boxes.gather(1, (order // kinds)[..., None].expand(-1, -1, 4))
-        return suppress(boxes, scores, order % kinds, threshold, None)
+        locations, num_classes = probabilities.shape[1:]
+        # (B, A, C) -> (B, A * C): one location may report several classes, as in RT-DETR's own post-processing.
+        scores, order = probabilities.flatten(1).topk(min(locations, MAX_CANDIDATES), dim=1)
+        boxes = boxes.gather(1, (order // num_classes)[..., None].expand(-1, -1, 4))
+        return suppress(boxes, scores, order % num_classes, threshold, None)
 
 
 def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
     """Return (..., N, M) for boxes (..., N, 4) and (..., M, 4); 0 where both boxes are empty."""
     low = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
     high = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    common = (high - low).clamp(min=0).prod(-1)
+    common = (high - low).clamp(min=0).prod(-1)  # (..., N, M)
     area_a, area_b = ((x[..., 2:] - x[..., :2]).clamp(min=0).prod(-1) for x in (a, b))
     together = area_a[..., :, None] + area_b[..., None, :] - common
     return common / together.clamp(min=torch.finfo(together.dtype).tiny)
 
 
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, overlap: float | None) -> Detections:
-    """Keep what scores above the threshold and, with an `overlap`, greedy non-maximum suppression within each class.
+    """Keep scores above the threshold and, with an `overlap`, apply greedy non-maximum suppression within each class.
 
     Args:
         boxes: (B, A, 4).
@@ -110,14 +111,15 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, o
         threshold: scores must be greater.
         overlap: suppress a box that overlaps a better kept one of its class by more than this; None keeps all.
     """
-    best = min(MOST_CANDIDATES, int((scores > threshold).sum(1).max())) if scores.numel() else 0
+    best = min(MAX_CANDIDATES, int((scores > threshold).sum(1).max())) if scores.numel() else 0
     scores, order = scores.topk(best, dim=1)
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     classes = classes.gather(1, order)
     keep = scores > threshold
     if overlap is not None:
         same = classes[:, :, None] == classes[:, None, :]
-        clash = (intersection_over_union(boxes, boxes) > overlap) & same
+        clash = (intersection_over_union(boxes, boxes) > overlap) & same  # (B, D, D)
+        # Greedy: whether box i is kept depends on the better boxes that were kept themselves.
         for i in range(1, best):
             keep[:, i] &= ~(clash[:, i, :i] & keep[:, :i]).any(1)
     return Detections(boxes, scores.masked_fill(~keep, 0), classes.masked_fill(~keep, -1))

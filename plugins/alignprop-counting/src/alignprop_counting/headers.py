@@ -1,4 +1,4 @@
-"""What a weights file or the JSON beside it says of a detector, checked before anything is built from it. No torch."""
+"""Schemas of weight-file headers and config.json files, validated before a model is built. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ImageSize = Annotated[int, Field(ge=32, le=4096)]
 
 
 class FileHeader(BaseModel):
-    """Base of what a file says of itself: types are strict, keys that nobody reads are let be."""
+    """Base of the headers: types are strict, unknown keys are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
@@ -22,14 +22,14 @@ class FileHeader(BaseModel):
 
 
 class Architecture(FileHeader):
-    """A network of transformers and its configuration."""
+    """A model class of transformers and its configuration."""
 
     architecture: str
     config: dict[str, Any]
 
 
 class TransformersHeader(FileHeader):
-    """A header of RT-DETR or DETR."""
+    """Header of an RT-DETR or DETR file."""
 
     transformers: Architecture | None = None
 
@@ -37,7 +37,7 @@ class TransformersHeader(FileHeader):
 class TransformersFolder(FileHeader):
     """A `config.json` of transformers."""
 
-    image_size: Any = None  # means another thing there
+    image_size: Any = None  # has another meaning there
     architectures: list[str] = Field(min_length=1)
 
 
@@ -45,16 +45,16 @@ Kind = TypeVar("Kind", bound=FileHeader)
 
 
 def checked(kind: type[Kind], values: Mapping[str, Any], where: str) -> Kind:
-    """Return the values as `kind`; `WeightsError` that names the file (`where`) and the key if they are not."""
+    """Validate the values as `kind`; the `WeightsError` names the file (`where`) and the key."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(str(part) for part in first["loc"])
-        said = first["msg"].removeprefix("Value error, ")
+        message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] == "missing" else f" (it is {_short(first['input'])})"
         raise WeightsError(
-            f"{where}: {key}: {said[0].lower()}{said[1:]}{given}. Make the file anew, or take another."
+            f"{where}: {key}: {message[0].lower()}{message[1:]}{given}. Create the file again, or use another one."
         ) from error
 
 

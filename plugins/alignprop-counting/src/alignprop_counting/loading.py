@@ -1,4 +1,4 @@
-"""From the options `detector` and `weights` to a detector."""
+"""Loads the detector that the options `detector`, `weights` and `image_size` describe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from alignprop_core.errors import ConfigError, PluginError, WeightsError, complaint
-from alignprop_core.registry import Registry, load_object
+from alignprop_core.registry.registry import Registry, load_object
 from alignprop_core.weights import find_weights, load_state_dict, quiet_transformers, read_header, read_json, verify
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[str, Any, Any, type[RtDetr] | type[Detr], tuple[str, ...
     "RTDetrForObjectDetection": ("rtdetr", RTDetrForObjectDetection, RTDetrConfig, RtDetr, COCO_NAMES),
     "DetrForObjectDetection": ("detr", DetrForObjectDetection, DetrConfig, Detr, DETR_NAMES),
 }
-"""Architecture -> detector name, model class, config class, our class, class names of the full-size model."""
+"""Architecture -> detector name, model class, config class, detector class, class names of the full-size model."""
 
 
 def load_detector(config: DetectorConfig, registry: Registry) -> Detector:
@@ -38,42 +38,44 @@ def load_detector(config: DetectorConfig, registry: Registry) -> Detector:
 
     Raises:
         PluginError: no plugin, or more than one, offers the detector, or its code is broken.
-        WeightsError: the file is missing or does not fit.
-        ConfigError: the detector cannot look at pictures of the size asked for.
+        WeightsError: the file is missing or does not match the architecture.
+        ConfigError: the detector does not support the image size.
     """
     offer = find_detector(config.detector, registry)
     spec = offer.spec
     file = _find(config.weights, spec, registry)
     factory = load_object(offer, spec.factory, "factory")
     if not callable(factory):
-        raise PluginError(f"{spec.factory} of {offer.distribution} is no function. Report this to its authors.")
+        raise PluginError(f"{spec.factory} of {offer.distribution} is not a function. Report this to its authors.")
     detector = factory(spec.name, file, config.image_size)
     if not isinstance(detector, Detector):
-        raise PluginError(f"{spec.factory} of {offer.distribution} returned no Detector. Report this to its authors.")
+        raise PluginError(
+            f"{spec.factory} of {offer.distribution} did not return a Detector. Report this to its authors."
+        )
     detector.requires_grad_(False).eval()
     _try(detector, "options.image_size" if config.image_size is not None else f"{file}: image_size", spec.name)
     return detector
 
 
 def _try(detector: Detector, key: str, name: str) -> None:
-    """Look once at a grey picture: what does not fit shows here and not in the middle of a run."""
+    """Run the detector once on a gray image, so that an unsupported size fails here and not during a run."""
     size = detector.image_size
     try:
         with torch.no_grad():
             detector(torch.full((1, 3, size, size), 0.5))
-    except Exception as error:  # the network's own complaint, whatever its type
-        fitting = f"Give {detector.fitting}. " if detector.fitting else ""
+    except Exception as error:  # networks raise different types
+        allowed = f"Use {detector.allowed_sizes}. " if detector.allowed_sizes else ""
         raise ConfigError(
-            f"{key}: the detector {name} cannot look at pictures of {size} x {size}. {fitting}({complaint(error)})"
+            f"{key}: the detector {name} does not support images of {size} x {size}. {allowed}({complaint(error)})"
         ) from error
 
 
 def _find(value: str, spec: DetectorSpec, registry: Registry) -> Path:
-    """Return the weights file an option means; `WeightsError` if it is not here."""
+    """Return the weights file of an option; `WeightsError` if it is not on this machine."""
     try:
         return _file(value, spec, registry)
     except WeightsError as error:
-        # The core finds weights for rewards and speaks of them.
+        # The core's messages name a reward.
         text = str(error).replace(f'reward "{spec.name}"', f'detector "{spec.name}"')
         text = text.replace(f'Reward "{spec.name}"', f'Detector "{spec.name}"')
         raise WeightsError(text) from error
@@ -81,14 +83,14 @@ def _find(value: str, spec: DetectorSpec, registry: Registry) -> Path:
 
 def _file(value: str, spec: DetectorSpec, registry: Registry) -> Path:
     if value != "default":
-        # Sets of weights are kept by the detector's name: all counting rewards share them.
+        # Weight sets are registered under the detector's name: all counting rewards share them.
         return find_weights(value, reward=spec.name, registry=registry)
     if not spec.weights:
         raise WeightsError(f'The detector "{spec.name}" has no default weights file. {spec.get_weights}'.strip())
     default = spec.weights[0]
     if not default.repository:
         return find_weights("default", reward=spec.name, default=default, registry=registry)
-    # Written as a file of the hub, so that the message's fetch command fetches this detector's file and no other.
+    # As a hub: value, so that the fetch command in the message fetches this detector's file only.
     hub = f"hub:{default.repository}/{default.file}"
     path = find_weights(hub, reward=spec.name, registry=registry)
     verify(path, default, f"`alignprop rewards fetch {hub}` replaces it.")
@@ -98,8 +100,8 @@ def _file(value: str, spec: DetectorSpec, registry: Registry) -> Path:
 def transformers_detector(name: str, weights: Path, image_size: int | None) -> Detector:
     """Build RT-DETR or DETR from a weights file: the factory of `rtdetr` and `detr`.
 
-    The architecture stands in the file's own header, in a `config.json` beside it (as in a folder from the hub), or is
-    the full-size one of that name.
+    The architecture comes from the file's header, else from a `config.json` in the same folder (as in a hub
+    repository), else it is the full-size one of that name.
     """
     header = checked(TransformersHeader, read_header(weights), f"{weights}: its header")
     beside = weights.with_name(CONFIG_NAME)
@@ -114,11 +116,11 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
         architecture = next(key for key, kind in _KINDS.items() if kind[0] == name)
     if architecture not in _KINDS:
         raise WeightsError(
-            f"{source}: holds a {architecture}; this plugin knows {' and '.join(_KINDS)}. Choose another file."
+            f"{source}: contains a {architecture}; this plugin supports {' and '.join(_KINDS)}. Choose another file."
         )
     found, model_class, config_class, kind, names = _KINDS[architecture]
     if found != name:
-        raise WeightsError(f'{source}: holds a {architecture}; write "detector: {found}" for it, not "{name}".')
+        raise WeightsError(f'{source}: contains a {architecture}; write "detector: {found}" for it, not "{name}".')
     with quiet_transformers():
         if values is None:
             config = config_class(id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)})
@@ -131,9 +133,9 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
 def _configuration(config_class: Any, values: dict[str, Any], source: Path) -> Any:
     try:
         return config_class.from_dict(values)
-    except Exception as error:  # whatever a wrong value leads to
+    except Exception as error:  # wrong values raise different types
         raise WeightsError(
-            f"{source}: its configuration is no {config_class.__name__}: {complaint(error)}. Fetch it anew."
+            f"{source}: its configuration is not a {config_class.__name__}: {complaint(error)}. Fetch it again."
         ) from error
 
 
@@ -150,13 +152,13 @@ def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor]
         )
     except ImportError as error:
         raise WeightsError(
-            f"{file}: its architecture needs a package that is missing: {' '.join(str(error).split())} "
+            f"{file}: its architecture needs a missing package: {' '.join(str(error).split())} "
             "For DETR with a timm backbone: pip install alignprop-counting[detr]."
         ) from error
-    except Exception as error:  # sizes that no network can be built of
+    except Exception as error:  # impossible sizes raise different types
         raise WeightsError(
-            f"{file}: no {model_class.__name__} can be built as its configuration says: {complaint(error)}. "
-            "Fetch or make the file anew."
+            f"{file}: no {model_class.__name__} can be built from its configuration: {complaint(error)}. "
+            "Fetch or create the file again."
         ) from error
     wrong = [
         *(f"{key} is {tuple(has)}, not {tuple(wanted)}" for key, has, wanted in sorted(report["mismatched_keys"])),
@@ -165,8 +167,8 @@ def _filled(model_class: Any, config: PreTrainedConfig, state: dict[str, Tensor]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(
-            f"{file}: does not fit {model_class.__name__} of its configuration: {'; '.join(wrong[:3])}{more}. "
-            "The configuration is the one in its header, else the config.json beside it (fetch that too), else the "
-            "full-size one."
+            f"{file}: does not match the {model_class.__name__} of its configuration: {'; '.join(wrong[:3])}{more}. "
+            "The configuration is the one in its header, else the config.json in the same folder (fetch that too), "
+            "else the full-size one."
         )
     return model

@@ -1,4 +1,4 @@
-"""Checks that any detector must pass, as plain functions for the tests of plugins that offer one.
+"""Checks that every detector must pass, as plain functions for the tests of plugins that provide one.
 
 from alignprop_counting.testing import check_detector
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from alignprop_counting.detector import Detector, Predictions
 
 SIZES = ((32, 32), (33, 47), (64, 40), (160, 32))
-"""Heights and widths that every detector takes."""
+"""Heights and widths that every detector accepts."""
 
 
 def check_detector(detector: Detector) -> None:
@@ -32,8 +32,8 @@ def check_detector(detector: Detector) -> None:
         check(detector)
 
 
-def pictures(count: int, height: int = 48, width: int = 56, *, seed: int = 0) -> Tensor:
-    """Return random pictures with structure at several scales: (count, 3, height, width) float64 in [0, 1]."""
+def random_images(count: int, height: int = 48, width: int = 56, *, seed: int = 0) -> Tensor:
+    """Return random images with structure at several scales: (count, 3, height, width) float64 in [0, 1]."""
     g = torch.Generator().manual_seed(seed)
     total = torch.zeros(count, 3, height, width, dtype=torch.float64)
     for cells in (2, 5, 11):
@@ -46,27 +46,27 @@ def check_shapes(detector: Detector) -> None:
     """Predictions have the documented shapes and are finite, for every size and for one image and several."""
     for height, width in SIZES:
         for count in (1, 3):
-            found = detector(pictures(count, height, width).float())
-            places, kinds = found.log_odds.shape[1:]
-            assert found.log_odds.shape == (count, places, kinds), "log_odds must be (B, A, C)"
-            assert kinds == len(detector.names), f"{kinds} classes but {len(detector.names)} names"
-            assert found.boxes.shape == (count, places, 4), "boxes must be (B, A, 4)"
+            found = detector(random_images(count, height, width).float())
+            locations, num_classes = found.log_odds.shape[1:]
+            assert found.log_odds.shape == (count, locations, num_classes), "log_odds must be (B, A, C)"
+            assert num_classes == len(detector.names), f"{num_classes} classes but {len(detector.names)} names"
+            assert found.boxes.shape == (count, locations, 4), "boxes must be (B, A, 4)"
             assert found.log_odds.isfinite().all(), f"log_odds not finite at {height}x{width}"
             assert found.boxes.isfinite().all(), f"boxes not finite at {height}x{width}"
             hard = detector.detect(found, 0.5)
             assert hard.boxes.shape == (*hard.scores.shape, 4), "boxes must be (B, D, 4)"
-            assert ((hard.scores == 0) == (hard.classes == -1)).all(), "empty places have score 0 and class -1"
-            assert not hard.scores.requires_grad, "detections carry no gradient"
+            assert ((hard.scores == 0) == (hard.classes == -1)).all(), "empty slots have score 0 and class -1"
+            assert not hard.scores.requires_grad, "detections have no gradient"
 
 
 def check_gradient_is_the_derivative(detector: Detector) -> None:
-    """The gradient at the pixels is the true slope of what is predicted, and reaches every pixel.
+    """The gradient at the pixels is the derivative of the predictions, and reaches every pixel.
 
-    Compared with central differences in float64 along random directions, for scores and for boxes apart: a path that is
-    detached somewhere leaves a gradient that is there and wrong.
+    It is compared with central differences in float64 along random directions, separately for scores and boxes: with a
+    path that is detached somewhere the gradient exists but is wrong.
     """
     exact = deepcopy(detector).double()
-    images = pictures(2)
+    images = random_images(2)
     readings: dict[str, Callable[[Predictions], Tensor]] = {
         "log_odds": lambda found: found.log_odds,
         "boxes": lambda found: found.boxes,
@@ -91,13 +91,13 @@ def check_gradient_is_the_derivative(detector: Detector) -> None:
             measured = float(((reading(ahead) - reading(behind)) * weights[name]).sum()) / (2 * size)
             slope = float((gradients[name] * way).sum())
             assert abs(slope - measured) < 1e-3 * max(abs(measured), float(gradients[name].norm())), (
-                f"the gradient of {name} says {slope:.6g} where {measured:.6g} is measured: part of it is detached"
+                f"the gradient of {name} is {slope:.6g}, differences give {measured:.6g}: part of it is detached"
             )
 
 
 def check_samples_are_independent(detector: Detector) -> None:
-    """A sample's predictions are the same alone and among others."""
-    images = pictures(3).float()
+    """A sample's predictions do not depend on the rest of the batch."""
+    images = random_images(3).float()
     with torch.no_grad():
         together, alone = detector(images), detector(images[1:2])
     assert torch.allclose(together.log_odds[1:2], alone.log_odds, rtol=1e-4, atol=1e-4), "scores depend on neighbours"
@@ -105,8 +105,8 @@ def check_samples_are_independent(detector: Detector) -> None:
 
 
 def check_types(detector: Detector) -> None:
-    """bf16, fp16 and float64 images are taken, and images are left as they are."""
-    images = pictures(1)
+    """bf16, fp16 and float64 images are accepted, and images are not modified."""
+    images = random_images(1)
     with torch.no_grad():
         reference = detector(images.float()).log_odds
         for kind in (torch.float64, torch.float16, torch.bfloat16):
@@ -121,9 +121,9 @@ def check_types(detector: Detector) -> None:
 
 
 def check_no_grad(detector: Detector) -> None:
-    """A call in no_grad mode leaves nothing behind that breaks a later backward pass."""
+    """A call in no_grad mode does not break a later backward pass."""
     with torch.no_grad():
-        detector(pictures(1, 40, 40).float())
-    images = pictures(1, 40, 40).float().requires_grad_()
+        detector(random_images(1, 40, 40).float())
+    images = random_images(1, 40, 40).float().requires_grad_()
     (gradient,) = torch.autograd.grad(detector(images).log_odds.sum(), images)
-    assert gradient.isfinite().all(), "the gradient after a call without one is not finite"
+    assert gradient.isfinite().all(), "the gradient after a call in no_grad mode is not finite"

@@ -1,7 +1,7 @@
-"""RT-DETR and DETR as detectors, with the models of `transformers`.
+"""RT-DETR and DETR as detectors, with the models of transformers.
 
 RT-DETR: Zhao et al., arXiv:2304.08069. DETR: Carion et al., arXiv:2005.12872. Both are one-to-one: trained with
-Hungarian matching, a query fires once an object.
+Hungarian matching, they fire once per object.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from alignprop_counting.detector import Detections, Detector, Predictions, suppr
 
 
 def corners(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Turn boxes (..., 4) as centre, width, height in shares of the picture into corners in pixels."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    """Turn boxes (..., 4) of center, width, height, relative to the image size, into corners in pixels."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
     scale = torch.tensor([width, height, width, height], dtype=boxes.dtype, device=boxes.device)
-    return torch.cat([centre - half, centre + half], -1) * scale
+    return torch.cat([center - half, center + half], -1) * scale
 
 
 class TransformersDetector(Detector):
-    """What both have in common: the model, its class names, its resizing.
+    """Base of both: the model, its class names, its image size.
 
     Args:
         model: `RTDetrForObjectDetection` or `DetrForObjectDetection`.
-        image_size: side in pixels; the meaning is the original image processor's.
+        image_size: side in pixels, with the meaning it has in the original image processor.
     """
 
     default_size: ClassVar[int]
@@ -52,7 +52,7 @@ class TransformersDetector(Detector):
 
 
 class _Attached(TorchFunctionMode):
-    """Makes `detach` return the tensor itself, so that the graph goes through."""
+    """Makes `detach` return the tensor itself, so that the graph is not cut."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,33 +63,34 @@ class _Attached(TorchFunctionMode):
 class RtDetr(TransformersDetector):
     """RT-DETR: class probabilities are independent (a sigmoid each).
 
-    For the sake of its own training the original detaches the queries and boxes that the encoder hands to the decoder,
-    and the boxes that a decoder layer hands to the next. Through those the pixels matter too, so here they stay
-    attached: same values, and the gradient is the derivative.
+    For its own training, the original detaches the queries and boxes that the encoder passes to the decoder, and the
+    boxes that a decoder layer passes to the next. The predictions depend on the pixels through those too, so here they
+    stay attached: the values are the same, and the gradient is the derivative.
     """
 
     default_size = 640
 
     def __init__(self, model: Any, image_size: int | None = None) -> None:
         super().__init__(model, image_size)
-        # Feature maps are doubled and joined, so sides must be whole strides; every query begins at a place of them.
+        # Feature maps are upsampled and concatenated, so sides must be multiples of the stride. Every query starts at a
+        # location of the feature maps, so there must be at least as many locations as queries.
         strides, queries = model.config.feat_strides, model.config.num_queries
         step = max(strides)
-        places = sum((step // stride) ** 2 for stride in strides)
-        self.fitting = f"a multiple of {step} from {step * math.ceil(math.sqrt(queries / places))}"
+        locations = sum((step // stride) ** 2 for stride in strides)
+        self.allowed_sizes = f"a multiple of {step} from {step * math.ceil(math.sqrt(queries / locations))}"
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Resize to a square, not keeping the aspect, bilinear with antialias; no normalisation (as the original)."""
+        """Resize to a square, bilinear with antialias; no normalization (as the original)."""
         size = (self.image_size, self.image_size)
         return F.interpolate(images.to(self._dtype), size=size, mode="bilinear", antialias=True)
 
     def outputs(self, pixels: Tensor) -> Any:
-        """Run the model on preprocessed pixels and return its own output object, nothing in it detached."""
+        """Run the model on preprocessed pixels without detaching anything and return its own output object."""
         with _Attached():
             return super().outputs(pixels)
 
     def forward(self, images: Tensor) -> Predictions:
-        """Look at images (B, 3, H, W) in [0, 1]."""
+        """Run the detector on images (B, 3, H, W) in [0, 1]."""
         outputs = self.outputs(self.preprocess(images))
         return Predictions(outputs.logits, corners(outputs.pred_boxes, *images.shape[-2:]), one_to_one=True)
 
@@ -119,7 +120,7 @@ class Detr(TransformersDetector):
         return (new_short, new_long) if height <= width else (new_long, new_short)
 
     def preprocess(self, images: Tensor) -> Tensor:
-        """Resize the shortest side to `image_size`, keeping the aspect, bilinear with antialias; ImageNet mean, std."""
+        """Resize the shortest side to `image_size`, bilinear with antialias; normalize by ImageNet mean and std."""
         size = self.resized(*images.shape[-2:])
         images = F.interpolate(images.to(self._dtype), size=size, mode="bilinear", antialias=True)
         mean, std = self.get_buffer("mean"), self.get_buffer("std")
@@ -127,9 +128,9 @@ class Detr(TransformersDetector):
         return normal
 
     def forward(self, images: Tensor) -> Predictions:
-        """Look at images (B, 3, H, W) in [0, 1]."""
+        """Run the detector on images (B, 3, H, W) in [0, 1]."""
         outputs = self.outputs(self.preprocess(images))
-        log_p = outputs.logits.log_softmax(-1)[..., :-1]
+        log_p = outputs.logits.log_softmax(-1)[..., :-1]  # (B, A, C); the last class is "no object"
         # log(1 - p) of a probability that rounds to 1 would be minus infinity.
         rest = torch.log1p(-log_p.exp().clamp(max=1 - torch.finfo(log_p.dtype).eps))
         return Predictions(log_p - rest, corners(outputs.pred_boxes, *images.shape[-2:]), one_to_one=True)
