@@ -25,6 +25,7 @@ from alignprop_core.specs import (
     CallbackSpec,
     CommandSpec,
     FamilySpec,
+    LoaderSpec,
     ModelSpec,
     PromptSpec,
     RewardSpec,
@@ -112,4 +113,16 @@ def alignprop_register_commands() -> Iterable[CommandSpec]:  # type: ignore[empt
 
     Returns:
         Any iterable of specs. A `factory` in them is imported only when the command runs or shows its own help.
+    """
+
+
+@hookspec
+def alignprop_register_loaders() -> Iterable[LoaderSpec]:  # type: ignore[empty-body]
+    """Return loaders: keys of reward entries that change where a reward comes from.
+
+    An entry such as `{name: redness, isolation: {...}}` takes its reward, its options class and its measures from the
+    loader `isolation` instead of the registry. An entry has at most one loader.
+
+    Returns:
+        Any iterable of specs. `config` and `factory` of a spec are imported only when an entry has the key.
     """

@@ -163,3 +163,17 @@ class CommandSpec(Spec):
     def name(self) -> str:
         """The path, which is what identifies a command."""
         return self.path
+
+
+class LoaderSpec(Spec):
+    """A key of reward entries that changes where a reward comes from, such as `isolation`; `summary` describes it."""
+
+    name: SnakeName = Field(description="The key in a reward entry, snake_case.")
+    config: ObjectPath = Field(
+        description='"package.config:Class", a pydantic model of the value under the key; its module imports no torch. '
+        'A field with `json_schema_extra={"format": "path"}` is a path, relative to the run config.'
+    )
+    factory: ObjectPath = Field(
+        description='"package.module:Class", called with the checked config and the registry; it returns a '
+        "`RewardLoader`. Its module imports no torch."
+    )

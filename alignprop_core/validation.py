@@ -88,7 +88,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> 
         raised = item.get("ctx", {}).get("error")
         if isinstance(raised, Problems):
             for key, message in raised.problems:
-                grouped.setdefault((*loc, *key.split(".")), []).append({"type": "ours", "msg": message})
+                path = (*loc, *(key.split(".") if key else ()))
+                grouped.setdefault(path, []).append({"type": "ours", "msg": message})
         else:
             grouped.setdefault(loc, []).append(item)
     return [Problem(path, _message(path, items, model, where)) for path, items in grouped.items()]
@@ -122,8 +123,8 @@ def _message(path: Key, items: list[Any], model: type[BaseModel], where: str) ->
     kind, context = first["type"], first.get("ctx", {})
     if kind == "ours":
         return str(first["msg"])
-    if kind == "extra_forbidden":
-        return unknown_key(path, model, where)
+    if kind in ("extra_forbidden", "unknown_key"):
+        return unknown_key(path, model, where, context.get("further", ()))
     if kind == "invalid_key":
         return "keys are text; put it in quotes."
     if kind == "missing":
@@ -194,12 +195,16 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def unknown_key(path: Key, model: type[BaseModel], where: str = "") -> str:
-    """Say that a key does not exist, and which one is probably meant: here, anywhere, or of another trainer."""
+def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Sequence[str] = ()) -> str:
+    """Say that a key does not exist, and which one is probably meant: here, anywhere, or of another trainer.
+
+    `further` are keys beside it that the model does not have as fields.
+    """
     plain = tuple("0" if isinstance(part, int) else part for part in path)
     name, parent = str(plain[-1]), dotted(plain[:-1])
     every = list(dict.fromkeys(keys_of(model)))
     siblings = [key for key in every if key.rpartition(".")[0] == parent]
+    siblings += [dotted([*plain[:-1], name]) for name in further]
     message = "unknown key."
     alike = name.lower().replace("-", "_")
     aliases = getattr(model, "aliases", {})

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.cli.extensions import problems
 
 if TYPE_CHECKING:
     from alignprop_core.registry.discovery import PluginRecord
 
-_KINDS = ("rewards", "models", "families", "prompts", "weights", "callbacks", "commands")
+_KINDS = ("rewards", "models", "families", "prompts", "weights", "callbacks", "commands", "loaders")
 _STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "incompatible": "red", "failed": "red"}
 
 
@@ -37,6 +38,8 @@ def plugins(
         typer.echo("No plugins are installed. Rewards and models come as plugins: pip install alignprop-starter")
     else:
         _print(registry.plugins, traceback)
+        for problem in problems(registry):
+            common.note(f"error: {problem}")
 
 
 def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from alignprop_core.cli import common, reward_check, reward_isolate, reward_new
+from alignprop_core.cli import common, reward_check, reward_new
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(help="The installed rewards.", no_args_is_help=True)
 app.command("check")(reward_check.check)
 app.command("new")(reward_new.new)
-app.command("isolate")(reward_isolate.isolate)
 
 
 @app.command("list")

@@ -82,7 +82,7 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
     working directory, is that. Returns names that nothing installed offers.
     """
     problems: list[Problem] = []
-    for kind, path, holder, name in list(_path_values(data)):
+    for kind, path, holder, name in list(_path_values(data, registry)):
         written = holder[name]
         start = Path() if any(path[: len(done)] == done for done in overridden) else folder
         if kind == "output":
@@ -94,8 +94,8 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
             except PluginError as error:
                 problems.append(Problem(path, str(error)))
             continue
-        if kind == "python":
-            # The path as written: a virtual environment's Python is a link, and what it leads to is another one.
+        if kind == "loader":
+            # Links are kept: a virtual environment's Python is a link, and its target belongs to another environment.
             holder[name] = os.path.abspath(start / Path(written).expanduser())
             continue
         if kind == "option":
@@ -127,7 +127,7 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
     return problems
 
 
-def _path_values(data: dict[str, Any]) -> Iterator[tuple[str, Key, Any, Any]]:
+def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str, Key, Any, Any]]:
     """Yield (kind, path, container, key) of every value that may be a path."""
 
     def section(holder: object, *names: str) -> dict[str, Any]:
@@ -151,12 +151,24 @@ def _path_values(data: dict[str, Any]) -> Iterator[tuple[str, Key, Any, Any]]:
         terms = holder.get("rewards")
         for i, term in enumerate(terms if isinstance(terms, list) else ()):
             places.append(("reward", (*place, i, "name"), term))
-            places.append(("python", (*place, i, "isolation", "python"), section(term, "isolation")))
+            for loader in (offer.name for offer in registry.loaders() if section(term, offer.name)):
+                fields = _path_fields(loader, registry)
+                places += [("loader", (*place, i, loader, key), section(term, loader)) for key in fields]
             options = section(term, "options")
             places += [("option", (*place, i, "options", key), options) for key in options]
     for kind, path, holder in places:
         if isinstance(holder, dict) and isinstance(value := holder.get(str(path[-1])), str) and value:
             yield kind, path, holder, path[-1]
+
+
+def _path_fields(loader: str, registry: Registry) -> list[str]:
+    """Return the fields of a loader's config that are marked as paths; none where its config class is not available."""
+    try:
+        fields = registry.loader_config_class(loader).model_fields.items()
+    except PluginError:
+        return []  # reported where the entry is validated
+    extras = {name: field.json_schema_extra for name, field in fields}
+    return [name for name, extra in extras.items() if isinstance(extra, dict) and extra.get("format") == "path"]
 
 
 def _is_path(written: str, start: Path) -> bool:

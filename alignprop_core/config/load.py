@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from alignprop_core.config.given import given_to_run, was_given
 from alignprop_core.config.input import apply_overrides, resolve_paths
-from alignprop_core.config.rewards import IsolationConfig
+from alignprop_core.config.rewards import loader_in
 from alignprop_core.config.sections import (
     RunConfig,
 )
@@ -121,7 +121,7 @@ def _parse(
     problems += [problem for problem in _check_rewards(data, registry, gone) if problem.path not in wrong]
     config = None
     try:
-        config = RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data, context={"registry": registry})
     except ValidationError as error:
         problems = explain(error, RunConfig) + problems
     if "rewards" not in data and not any(problem.path == ("rewards",) for problem in problems):
@@ -166,8 +166,11 @@ def _check_term(
     if name in gone and name not in registry.given and not matching(name, registry.rewards()):
         return [Problem((*place, "name"), gone[name])]
     try:
-        isolation = term.get("isolation")
-        source = registry if isolation is None else registry.elsewhere(IsolationConfig.model_validate(isolation))
+        loader = loader_in(term, registry)
+    except (InvalidConfig, PluginError):
+        return []  # the run config's own check reports it
+    try:
+        source = registry.source(loader)
         spec = source.reward(name).spec
         if trains and not spec.differentiable:
             return [
@@ -181,8 +184,6 @@ def _check_term(
         if isinstance(options, dict):
             checked = source.reward_options(name, options, where=dotted((*place, "options")))
             term["options"] = checked if isinstance(checked, dict) else checked.model_dump(mode="json")
-    except ValidationError:
-        return []  # of the isolation; the run config's own check reports it
     except InvalidConfig as error:
         return [Problem((*place, "options", *problem.path), problem.message) for problem in error.problems]
     except PluginError as error:

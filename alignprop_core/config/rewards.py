@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from alignprop_core.config.base import Section, Text
+from alignprop_core.errors import PluginError
+from alignprop_core.registry.loaders import DISTRIBUTION_OF
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import default_label
-from alignprop_core.validation import Problems
+from alignprop_core.validation import InvalidConfig, Problems
 
 
-class IsolationConfig(Section):
-    """A reward in a Python environment of its own, computed by a worker process there."""
+def loader_in(data: Mapping[str, Any], registry: Registry) -> tuple[str, BaseModel] | None:
+    """Return key and config of the loader of a reward entry that is not validated yet; unknown keys are ignored.
 
-    python: Text = Field(
-        description="The environment's Python, such as envs/hpsv2/bin/python, relative to this config; `alignprop "
-        "rewards isolate NAME` makes one."
-    )
-    device: Text = Field(
-        default="auto", description="Where the reward computes: auto is the run's device, or the CPU; cpu, cuda:N, mps."
-    )
-    timeout: float = Field(default=300.0, gt=0, description="Seconds a batch may take.")
-    start_timeout: float = Field(default=900.0, gt=0, description="Seconds until the reward must be loaded.")
-    memory_limit: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="GiB of resident memory the worker may have; null is no limit."
-    )
+    Raises:
+        InvalidConfig: the value under a loader's key is wrong.
+        PluginError: a key's loader is not available.
+    """
+    known = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+    for key, value in data.items():
+        if key in known and key not in RewardTerm.model_fields and value is not None:
+            return key, registry.loader_config(key, value)
+    return None
+
+
+@dataclass(frozen=True)
+class _Extra:
+    """A key of an entry that is not a field, on its way to being validated."""
+
+    key: str
+    value: object
+    registry: Registry
+
+    def checked(self) -> BaseModel:
+        """Return the loader's config."""
+        known = {offer.name for offer in self.registry.loaders()}
+        if self.key not in known | DISTRIBUTION_OF.keys():
+            raise PydanticCustomError("unknown_key", "unknown key", {"further": sorted(known)})
+        try:
+            return self.registry.loader_config(self.key, self.value)
+        except InvalidConfig as error:
+            raise Problems([(problem.key, problem.message) for problem in error.problems]) from None
+        except PluginError as error:
+            raise Problems([("", str(error))]) from None
+
+
+def _checked(value: object) -> object:
+    return value.checked() if isinstance(value, _Extra) else value
 
 
 class RewardTerm(Section):
     """One reward of a mix. Higher scores are better."""
+
+    # Besides its fields, an entry may have one key that a plugin's loader offers, such as `isolation`. The registry that
+    # knows these keys is `context["registry"]` of the validation, or else that of the installed plugins.
+    model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_checked)]]
 
     name: Text = Field(
         description="A reward of an installed plugin (distribution/reward where two offer the name), or a class in a "
@@ -56,9 +97,27 @@ class RewardTerm(Section):
         default="", description="Name in logs and reports; unique; the default is the reward's name."
     )
     options: dict[str, Any] = Field(default={}, description="The reward's own options: `alignprop rewards show NAME`.")
-    isolation: IsolationConfig | None = Field(
-        default=None, description="Run it in a Python environment of its own; null is in this one."
-    )
+
+    @property
+    def loader(self) -> tuple[str, BaseModel] | None:
+        """Key and config of the loader that the reward comes from; None if it is in this environment."""
+        return next(iter((self.model_extra or {}).items()), None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _find_loader(cls, data: object, info: ValidationInfo) -> object:
+        # Extra values are validated by their keys, which pydantic does not pass on: so each goes with its key.
+        if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
+            return data
+        registry = (info.context or {}).get("registry") or default_registry()
+        keys = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+        fields = {key: value for key, value in data.items() if key in cls.model_fields}
+        extra = {
+            key: _Extra(str(key), value, registry)
+            for key, value in data.items()
+            if key not in fields and (value is not None or key not in keys)
+        }
+        return {**fields, **extra}
 
     @model_validator(mode="before")
     @classmethod
@@ -80,7 +139,11 @@ class RewardTerm(Section):
     @model_validator(mode="after")
     def _term_says_something(self) -> Self:
         schedule = self.weight if isinstance(self.weight, dict) else {0: self.weight}
+        first, *further = self.model_extra or {"": None}
         problems = [
+            (key, f"does not go with {first}: a reward has one loader; keep one of the two.") for key in further
+        ]
+        problems += [
             ("weight", f"is a schedule with a point at {step}; its keys are steps done, from 0.")
             for step in schedule
             if step < 0

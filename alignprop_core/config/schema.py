@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
+
+from pydantic import BaseModel
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import PluginError
@@ -21,7 +24,7 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     Options are checked by the term's `name`. A reward whose options class cannot be imported keeps free options and
     says so in a `$comment`; a name that is not installed is refused, as `load_config` does.
     """
-    schema = RunConfig.model_json_schema()
+    schema = schema_with_loaders(registry)
     definitions: dict[str, Any] = schema["$defs"]
     term = definitions["RewardTerm"]
     rules: list[dict[str, Any]] = []
@@ -45,6 +48,41 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     return {"$schema": DIALECT, **schema, "title": "alignprop run config"}
 
 
+def schema_with_loaders(registry: Registry) -> dict[str, Any]:
+    """Return the JSON Schema of a run config with the keys of loaders in reward entries, and free options."""
+    schema = RunConfig.model_json_schema()
+    definitions: dict[str, Any] = schema["$defs"]
+    term = definitions["RewardTerm"]
+    count = Counter(offer.name for offer in registry.loaders())
+    loaders = {offer.name: offer for offer in registry.loaders() if count[offer.name] == 1}
+    for key, offer in loaders.items():
+        try:
+            value: dict[str, Any] = {
+                "$ref": f"#/$defs/{_add(f'loader__{key}', registry.loader_config_class(key), definitions)}"
+            }
+        except PluginError as error:
+            value = {"type": "object", "$comment": str(error)}
+        term["properties"][key] = {
+            "anyOf": [value, {"type": "null"}],
+            "default": None,
+            "description": offer.spec.summary,
+        }
+    if len(loaders) > 1:
+        pairs = [{a: {"type": "object"}, b: {"type": "object"}} for a, b in combinations(sorted(loaders), 2)]
+        term["not"] = {"anyOf": [{"properties": pair, "required": list(pair)} for pair in pairs]}
+    return schema
+
+
+def _add(key: str, kind: type[BaseModel], definitions: dict[str, Any]) -> str:
+    """Add a model of a plugin, and what it refers to, to the shared definitions under a key; return the key."""
+    if key not in definitions:
+        own = kind.model_json_schema(ref_template=f"#/$defs/{key}__{{model}}")
+        for inner, definition in own.pop("$defs", {}).items():
+            definitions[f"{key}__{inner}"] = definition
+        definitions[key] = own
+    return key
+
+
 def trainable(spec: RewardSpec) -> bool:
     """Whether a reward may stand in a training mix."""
     return spec.differentiable and spec.scope == "sample"
@@ -61,13 +99,8 @@ def _choosable(registry: Registry) -> Iterator[tuple[str, Offer[RewardSpec]]]:
 
 def _options(name: str, offer: Offer[RewardSpec], registry: Registry, definitions: dict[str, Any]) -> dict[str, Any]:
     """Return the rule for a term's options; what the options class refers to goes into the shared definitions."""
-    key = offer.full_name.replace("/", "__")
     try:
-        if key not in definitions:
-            own = registry.reward_config_class(name).model_json_schema(ref_template=f"#/$defs/{key}__{{model}}")
-            for inner, definition in own.pop("$defs", {}).items():
-                definitions[f"{key}__{inner}"] = definition
-            definitions[key] = own
+        key = _add(offer.full_name.replace("/", "__"), registry.reward_config_class(name), definitions)
     except PluginError as error:
         return {"$comment": str(error)}
     options = {"$ref": f"#/$defs/{key}"}

@@ -21,16 +21,17 @@ def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[R
     """
     added: list[RewardTerm] = []
     for entry in entries:
-        source = registry.of(entry.isolation)  # a measure lives where its reward does
+        source = registry.source(entry.loader)  # a measure comes from where its reward does
         for name in source.reward(entry.name).spec.evaluate_with:
             known = source.option_names(name)
             options = {key: value for key, value in entry.options.items() if key in known}
-            same = (name, options, entry.isolation)
-            if any((other.name, other.options, other.isolation) == same for other in (*entries, *added)):
+            same = (name, options, entry.loader)
+            if any((other.name, other.options, other.loader) == same for other in (*entries, *added)):
                 continue
             taken = {other.label for other in (*entries, *added)}
             label = name if name not in taken else f"{name}.{entry.label}"
-            added.append(RewardTerm(name=name, label=label, options=options, isolation=entry.isolation))
+            data = {"name": name, "label": label, "options": options, **(entry.model_extra or {})}
+            added.append(RewardTerm.model_validate(data, context={"registry": registry}))
     return added
 
 

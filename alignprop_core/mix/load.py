@@ -29,7 +29,7 @@ def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str 
             ceiling=entry.ceiling,
             floor=entry.floor,
             target=entry.target,
-            differentiable=registry.of(entry.isolation).reward(entry.name).spec.differentiable,
+            differentiable=registry.source(entry.loader).reward(entry.name).spec.differentiable,
         )
         for i, entry in enumerate(entries)
     ]
@@ -38,9 +38,9 @@ def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str 
 def _load(entry: RewardTerm, registry: Registry, key: str) -> Reward:
     try:
         with under(key) if key else nullcontext():
-            return registry.of(entry.isolation).load_reward(entry.name, entry.options)
+            return registry.source(entry.loader).load_reward(entry.name, entry.options)
     except RewardError as error:
-        if entry.isolation is None:
+        if entry.loader is None:
             raise
         named = RewardError(f'Reward "{entry.label}": {error}')
         for note in getattr(error, "__notes__", ()):

@@ -29,6 +29,7 @@ from alignprop_core.specs import (
     CallbackSpec,
     CommandSpec,
     FamilySpec,
+    LoaderSpec,
     ModelSpec,
     PromptSpec,
     RewardSpec,
@@ -48,6 +49,7 @@ SPEC_OF_HOOK: dict[str, type[Spec]] = {
     "alignprop_register_weights": WeightsSpec,
     "alignprop_register_callbacks": CallbackSpec,
     "alignprop_register_commands": CommandSpec,
+    "alignprop_register_loaders": LoaderSpec,
 }
 SLOW_IMPORT_SECONDS = 1.0
 

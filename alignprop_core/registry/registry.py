@@ -15,7 +15,7 @@ from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from alignprop_core.errors import AlignpropError, PluginError, RewardError
 from alignprop_core.registry.discovery import (
@@ -28,12 +28,14 @@ from alignprop_core.registry.discovery import (
 )
 from alignprop_core.registry.guard import PluginFailure, guarded
 from alignprop_core.registry.licenses import LicensePolicy
+from alignprop_core.registry.loaders import RewardLoader, RewardSource, missing, several
 from alignprop_core.registry.local import LocalReward, from_file, given_rewards
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
 from alignprop_core.specs import (
     CallbackSpec,
     CommandSpec,
     FamilySpec,
+    LoaderSpec,
     ModelSpec,
     PromptSpec,
     RewardConfig,
@@ -42,8 +44,6 @@ from alignprop_core.specs import (
 )
 
 if TYPE_CHECKING:
-    from alignprop_core.config.rewards import IsolationConfig
-    from alignprop_core.isolation.lookup import IsolatedRewards
     from alignprop_core.reward import Reward
 
 __all__ = ["Offer", "PluginRecord", "Registry", "default_registry", "load_object"]
@@ -107,16 +107,6 @@ class Registry:
         """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
         return self.given.get(name) or from_file(name)
 
-    def of(self, isolation: IsolationConfig | None) -> Registry | IsolatedRewards:
-        """Return what knows the rewards of an environment of their own; this registry if there is none."""
-        return self if isolation is None else self.elsewhere(isolation)
-
-    def elsewhere(self, isolation: IsolationConfig) -> IsolatedRewards:
-        """Return the rewards of another Python environment; nothing of it is imported here."""
-        from alignprop_core.isolation.lookup import IsolatedRewards
-
-        return IsolatedRewards(isolation, self.licenses)
-
     # -- what there is ------------------------------------------------------------------------------------------
 
     def offered(self, hook: str, kind: type[S]) -> tuple[Offer[S], ...]:
@@ -160,6 +150,10 @@ class Registry:
     def commands(self) -> tuple[Offer[CommandSpec], ...]:
         """Return all commands offered by plugins."""
         return self._all(CommandSpec)
+
+    def loaders(self) -> tuple[Offer[LoaderSpec], ...]:
+        """Return all loaders offered: keys of reward entries, such as `isolation`."""
+        return self._all(LoaderSpec)
 
     def _all(self, kind: type[S]) -> tuple[Offer[S], ...]:
         return self.offered(_HOOK_OF_SPEC[kind], kind)  # type: ignore[index]
@@ -218,6 +212,77 @@ class Registry:
         if what == "reward":
             message += " `alignprop rewards list` shows what is there; more rewards come with `pip install`."
         return message
+
+    # -- loaders ------------------------------------------------------------------------------------------------
+
+    def loader(self, key: str) -> Offer[LoaderSpec]:
+        """Find the loader of a reward-entry key; `PluginError` if no plugin or more than one offers it."""
+        found = [offer for offer in self.loaders() if offer.name == key]
+        if len(found) != 1:
+            raise PluginError(several(key, found) if found else missing(key, self.plugins))
+        return found[0]
+
+    def loader_config_class(self, key: str) -> type[BaseModel]:
+        """Import the config class of a loader, and not the loader; `PluginError` if it is missing or no such class."""
+        offer = self.loader(key)
+        found = load_object(offer, offer.spec.config, "config class")
+        if not (isinstance(found, type) and issubclass(found, BaseModel)):
+            raise PluginError(
+                f"{belongs(offer)}: its config class {offer.spec.config} is {_what_it_is(found)}; it must be a "
+                "pydantic model. Report this to the plugin's authors."
+            )
+        return found
+
+    def loader_config(self, key: str, value: object) -> BaseModel:
+        """Check the value under a loader's key with the loader's config class.
+
+        Raises:
+            InvalidConfig: with one problem for every wrong key.
+            PluginError: the loader or its config class is not available.
+        """
+        from alignprop_core.validation import InvalidConfig, explain
+
+        kind = self.loader_config_class(key)
+        if isinstance(value, kind):
+            return value
+        try:
+            with guarded():
+                # Strict, by way of JSON: as for options.
+                return kind.model_validate_json(json.dumps(value, default=str), strict=True)
+        except PluginFailure as failure:
+            if not isinstance(failure.__cause__, ValidationError):
+                raise _plugin_error(
+                    f"{belongs(self.loader(key))}: checking its config failed: {failure}.", failure
+                ) from failure
+            problems = explain(failure.__cause__, kind, key)
+            lines = [f"{key}{'.' if problem.path else ''}{problem.key}: {problem.message}" for problem in problems]
+            raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+
+    def source(self, loader: tuple[str, BaseModel] | None) -> RewardSource:
+        """Return what looks up the reward of an entry: its loader, or this registry if the entry has none.
+
+        Args:
+            loader: key and config, as `RewardTerm.loader` gives them.
+        """
+        return self if loader is None else self.reward_loader(*loader)
+
+    def reward_loader(self, key: str, config: BaseModel) -> RewardLoader:
+        """Import and build a loader; `PluginError` if that fails."""
+        offer = self.loader(key)
+        factory: Any = load_object(offer, offer.spec.factory, "factory")
+        try:
+            with guarded():
+                found = factory(config, self)
+        except PluginFailure as failure:
+            if isinstance(failure.__cause__, AlignpropError):
+                raise failure.__cause__ from failure.__cause__.__cause__
+            raise _plugin_error(f"{belongs(offer)}: it could not be built: {failure}.", failure) from failure
+        if not isinstance(found, RewardLoader):
+            raise PluginError(
+                f"{belongs(offer)}: {offer.spec.factory} returned an object {_what_it_is(found)} that is not a "
+                "`RewardLoader`. Report this to the plugin's authors."
+            )
+        return found
 
     # -- rewards ------------------------------------------------------------------------------------------------
 

@@ -62,12 +62,14 @@ def _times(checkpoint: Path | None) -> dict[str, Any]:
 
 def _environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
     terms = (*config.rewards, *config.evaluation.rewards)
-    isolated = {term.label: registry.elsewhere(term.isolation).origin(term.name) for term in terms if term.isolation}
-    names = [term.name for term in terms if not term.isolation]
+    loaded = [(term, *term.loader) for term in terms if term.loader]
+    isolated = {term.label: registry.reward_loader(key, value).origin(term.name) for term, key, value in loaded}
+    names = [term.name for term in terms if not term.loader]
     local = {name: found.origin for name in names if (found := registry.local(name)) is not None}
     offers = [registry.reward(name) for name in names if name not in local]
     model = registry.find_model(config.model.base)
     used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
+    used |= {registry.loader(key).distribution for _, key, _ in loaded}
     known = environment(used, [offer.spec for offer in offers])
     sources = {name: class_checksum(registry.given[name]) for name in local if name in registry.given}
     return known | {

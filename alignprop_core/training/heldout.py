@@ -190,7 +190,7 @@ def subject_of(trainer: Trainer) -> Subject:
 
 
 def _reward(entry: RewardTerm, registry: Registry) -> dict[str, Any]:
-    given = None if entry.isolation else registry.given.get(entry.name)
+    given = None if entry.loader else registry.given.get(entry.name)
     checksum = file_checksum(entry.name) if given is None else class_checksum(given)
     known = {"name": entry.name, "options": entry.options, "sha256": checksum}
     # By way of JSON, as a checkpoint keeps it: a tuple comes back as a list.

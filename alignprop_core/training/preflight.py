@@ -112,12 +112,12 @@ def check_weights(entry: RewardTerm, registry: Registry) -> None:
     by its option of that name, and is left alone.
     """
     weights = entry.options.get("weights")
-    if not isinstance(weights, str) or (entry.isolation is None and registry.local(entry.name) is not None):
+    if not isinstance(weights, str) or (entry.loader is None and registry.local(entry.name) is not None):
         return
     if weights != "default":
         check_named_file(weights, reward=entry.name)
         return
-    files = registry.of(entry.isolation).reward(entry.name).spec.weights
+    files = registry.source(entry.loader).reward(entry.name).spec.weights
     # Which of a spec's files an option chooses, or another one, only the reward knows. But where nothing chooses, and
     # all are to be fetched, and none is here, there is none to load.
     if files and all(file.repository and cached(file) is None for file in files) and _chooses_nothing(entry, registry):
@@ -128,7 +128,7 @@ def _chooses_nothing(entry: RewardTerm, registry: Registry) -> bool:
     """Whether all options but numbers, true and false are at their defaults: text may name a model or a version."""
     plain = {key: value for key, value in entry.options.items() if value is None or isinstance(value, int | float)}
     try:
-        usual = registry.of(entry.isolation).reward_options(entry.name, plain)
+        usual = registry.source(entry.loader).reward_options(entry.name, plain)
     except ConfigError:
         return False  # one that must be given is left out
     return entry.options == (usual if isinstance(usual, dict) else usual.model_dump(mode="json"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,6 @@ _MAY_DIFFER = {
     "backprop.decode_batch_size",
 }
 """What a resumed run may change: sections and keys that do not touch what is trained."""
-
-_ISOLATION = re.compile(r"rewards\.\d+\.isolation\.\w+")
-"""And where an isolated reward's environment lies, and what its worker may take: an environment may be moved."""
 
 _SHOWN = 40
 _MEND = (
@@ -110,7 +106,7 @@ def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: Ru
 def _same_files(config: RunConfig, checkpoint: Path) -> None:
     here, elsewhere = (_environment(checkpoint, key) for key in ("local_rewards", "isolated_rewards"))
     for i, term in enumerate(config.rewards):
-        origin = _mapping(elsewhere.get(term.label)).get("from") if term.isolation else here.get(term.name)
+        origin = _mapping(elsewhere.get(term.label)).get("from") if term.loader else here.get(term.name)
         known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
         # A file that is gone is said when it is to be run.
         if known is not None and now is not None and known != now:
@@ -132,10 +128,12 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _same_run(config: RunConfig, stored: Path) -> None:
     before, _ = read_yaml(stored.read_text(encoding="utf-8"), str(stored))
+    # Settings of a loader may differ as well, for example where an isolated reward's environment is.
+    settings = tuple(f"rewards.{i}.{term.loader[0]}." for i, term in enumerate(config.rewards) if term.loader)
     differing = [
         f"{key} (was {_shown(old)}, is {_shown(new)})"
         for key, old, new in _differences(before, config.model_dump(mode="json"))
-        if not (_MAY_DIFFER & {key, key.partition(".")[0]} or _ISOLATION.fullmatch(key))
+        if not (_MAY_DIFFER & {key, key.partition(".")[0]} or key.startswith(settings))
     ]
     if differing:
         several = len(differing) > 1

@@ -25,7 +25,7 @@ def score_advice(entry: RewardTerm, registry: Registry) -> str:
         entry: the term; its label is nothing a command knows.
         registry: which of the names are objects from Python, that no command can find.
     """
-    if entry.isolation is not None or entry.name in registry.given:
+    if entry.loader is not None or entry.name in registry.given:
         return ""
     try:
         usual = registry.reward_options(entry.name).model_dump(mode="json")
@@ -73,7 +73,7 @@ def try_local(
     whose = "the size the run draws" if size else "as the model's own size is not known before it loads"
     tried = f"This was a trial before training, with 1 random image of {width}x{height} pixels ({whose})."
     for i, (term, entry) in enumerate(zip(terms, entries, strict=True)):
-        if entry.isolation is None and registry.local(entry.name) is None:
+        if entry.loader is None and registry.local(entry.name) is None:
             continue
         batch = ImageBatch(images=images.clone().requires_grad_(), **first)
         try:

@@ -1,7 +1,8 @@
-"""Making an environment for a reward: the core without its heavy requirements, the plugin, its pins. No torch.
+"""Creating an environment for a reward: the core without its heavy requirements, the plugin, its pins. No torch.
 
-The plugin asks for the core and the core for diffusers, transformers, peft and more, none of which scoring needs. So
-our own distributions go in without their requirements, and what a worker and the plugin need is installed beside them.
+A plugin requires the core, and the core requires diffusers, transformers, peft and more, which scoring does not need.
+So distributions of alignprop are installed without their requirements; the requirements of the worker and of the plugin
+are installed separately.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from packaging.utils import canonicalize_name
 from alignprop_core.errors import OutputError, RunError
 from alignprop_core.registry.discovery import CORE
 
+ISOLATION = "alignprop-isolation"
+"""This distribution; worker and `describe` are part of it."""
+
 WORKER_NEEDS = ("torch", "pydantic", "pluggy", "packaging", "safetensors")
-"""What a worker needs of the core's requirements, in the versions the core asks for."""
+"""Requirements of the core that a worker needs, in the versions that the core requires."""
 
 _REQUIRES = """\
 import json, sys
@@ -45,7 +49,7 @@ def python_of(folder: Path) -> Path:
 
 
 def source_of(name: str) -> str:
-    """Return what pip installs an installed distribution from: the folder or file it came from, or `name==version`."""
+    """Return what pip can install a distribution from again: the folder or file it came from, or `name==version`."""
     found = distribution(name)
     try:
         origin = json.loads(found.read_text("direct_url.json") or "{}")
@@ -69,21 +73,21 @@ def make_environment(
     python: str = sys.executable,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Make a virtual environment for rewards; returns its Python.
+    """Create a virtual environment for rewards and return its Python interpreter.
 
     Args:
-        folder: where; must not exist, or be empty.
-        plugins: what pip takes: names, `name==version`, folders, wheels. Installed with their requirements, those on
-            the core and on other plugins (`alignprop-...`) without theirs.
-        packages: further requirements, such as the pins this is all about.
-        share: let it see this environment's packages behind its own: nothing that is here already is installed again,
-            and what is installed there is found first.
-        python: the interpreter to make it with.
+        folder: the environment's folder; it must not exist, or be empty.
+        plugins: distributions in any form that pip accepts: names, `name==version`, folders, wheels. They are installed
+            with their requirements; the core and plugins (`alignprop-...`) among these are installed without theirs.
+        packages: further requirements, such as conflicting pins.
+        share: make the packages of the current environment available as well; the new environment's own packages take
+            precedence, and what is available already is not installed again.
+        python: the interpreter to create the environment with.
         say: called with each command before it runs.
 
     Raises:
         OutputError: the folder is in use.
-        RunError: a command failed; the environment stays as it is, for a look.
+        RunError: a command failed; the environment is kept for inspection.
     """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"{folder}: exists already and is not empty. Remove it, or choose another --into.")
@@ -94,7 +98,7 @@ def make_environment(
         _see_this_environment(inner)
         ours = [plugin for plugin in plugins if not _is_here(plugin)]
     else:
-        ours = [source_of(CORE), *plugins]
+        ours = [source_of(CORE), source_of(ISOLATION), *plugins]
     if ours:
         _run([*pip, "--no-deps", *ours], say)
     needed = _needs(inner, pip, say)
@@ -105,7 +109,7 @@ def make_environment(
 
 
 def _see_this_environment(inner: Path) -> None:
-    """Write a .pth file: packages of the environment come first, this one's after."""
+    """Write a .pth file that appends this environment's packages to the path, after the new environment's own."""
     paths = json.loads(_output([str(inner), "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"]))
     here = sysconfig.get_paths()
     lines = [f"import site; site.addsitedir({here[key]!r})" for key in ("purelib", "platlib")]
@@ -123,9 +127,9 @@ def _is_here(plugin: str) -> bool:
 
 
 def _needs(inner: Path, pip: Sequence[str], say: Callable[[str], None]) -> list[str]:
-    """Install the plugins that installed ones ask for, and return everybody else's names that they ask for."""
+    """Install the plugins that installed plugins require, and return the third-party requirements of all of them."""
     wanted = [line for line in _required(inner, [CORE])[CORE] or () if _name(line) in WORKER_NEEDS]
-    asked = {CORE}
+    asked = {CORE, ISOLATION}  # of these two, only what a worker needs
     while True:
         names = json.loads(_output([str(inner), "-c", _NAMES]))
         fresh = [name for name in names if name not in asked]
@@ -165,7 +169,7 @@ def _is_ours(line: str) -> bool:
 
 
 def _from_here(line: str) -> str:
-    """Return where a plugin that is installed here came from; else the requirement as it is."""
+    """Return the source of a plugin that is installed here; otherwise the requirement itself."""
     try:
         return source_of(_name(line))
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What goes between a run and an environment of a reward: JSON documents, and errors as data. No torch."""
+"""Messages between a run and the environment of a reward: JSON documents, and errors as data. No torch."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from alignprop_core.errors import AlignpropError, PluginError, RewardError, User
 from alignprop_core.validation import InvalidConfig
 
 PROTOCOL = 1
-"""Version of these messages; a run and its workers must agree on it."""
+"""Version of these messages; a run and its workers must have the same."""
 
 _LENGTH = struct.Struct("<Q")
 
 
 def send(stream: BinaryIO, message: dict[str, Any]) -> None:
-    """Write a message: its length in eight bytes, then JSON. NaN and infinities are written as Python does."""
+    """Write a message: its length in eight bytes, then JSON. NaN and infinities are written as Python writes them."""
     data = json.dumps(message).encode("utf-8")
     stream.write(_LENGTH.pack(len(data)) + data)
     stream.flush()
 
 
 def receive(stream: BinaryIO) -> dict[str, Any] | None:
-    """Read a message; None at the end of the stream, also where it ends in the middle of one."""
+    """Read a message; None at the end of the stream, including an end in the middle of a message."""
     head = _exactly(stream, _LENGTH.size)
     data = None if head is None else _exactly(stream, _LENGTH.unpack(head)[0])
     if data is None:
@@ -45,7 +45,7 @@ def _exactly(stream: BinaryIO, size: int) -> bytes | None:
 
 
 def error_data(error: BaseException) -> dict[str, Any]:
-    """Return an error as data: its type's name, its message, and its traceback unless it is one of ours."""
+    """Return an error as data: the name of its type, its message, and the traceback of an unexpected error."""
     notes = list(getattr(error, "__notes__", ()))
     if not isinstance(error, AlignpropError):
         notes.append("".join(traceback.format_exception(error)))
@@ -56,10 +56,10 @@ def error_data(error: BaseException) -> dict[str, Any]:
 
 
 def error_from(data: dict[str, Any], where: str) -> AlignpropError:
-    """Return the error that data mean.
+    """Return the error that the data describe.
 
-    One of ours comes back as its own type with its own words; anything else as a `RewardError` that says what was
-    raised and `where`, with the traceback of the other side as a note.
+    An error of the core keeps its type and message. Any other becomes a `RewardError` with the original type, the
+    message and `where`; the traceback of the other process is a note.
     """
     kind = getattr(errors, str(data.get("type")), None)
     found: AlignpropError
@@ -76,9 +76,9 @@ def error_from(data: dict[str, Any], where: str) -> AlignpropError:
 
 
 def check_protocol(answer: dict[str, Any], where: str) -> None:
-    """Raise `PluginError` if the other side's core speaks another version of these messages."""
+    """Raise `PluginError` if the other process has another version of these messages."""
     if answer.get("protocol") != PROTOCOL:
         raise PluginError(
-            f"{where} has alignprop-core {answer.get('core', 'of an unknown version')}, which cannot work with this "
-            "one; make the environment anew: alignprop rewards isolate."
+            f"{where} has alignprop-core {answer.get('core', 'of an unknown version')}, which is not compatible with "
+            "this one; create the environment again: alignprop rewards isolate."
         )

@@ -1,9 +1,9 @@
-"""Runs in a reward's own environment: says what the reward is, and checks its options there. No torch.
+"""Runs in a reward's own environment: describes the reward and checks its options there. No torch.
 
-    python -I -m alignprop_core.isolation.describe < request.json
+    python -I -m alignprop_isolation.describe < request.json
 
-The request is {"name": ..., "options": {...} or null}; the answer, on standard output, has the spec, the JSON schema
-of the options and the options with their defaults (null if none were given to check), or an error.
+The request is {"name": ..., "options": {...} or null}. The answer, on standard output, has the spec, the JSON schema of
+the options and the options with their defaults (null if the request had none), or an error.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import sys
 from typing import Any
 
 from alignprop_core import __version__
-from alignprop_core.isolation.messages import PROTOCOL, error_data
 from alignprop_core.registry.registry import default_registry
+from alignprop_isolation.messages import PROTOCOL, error_data
 
 
 def describe(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what the reward is: distribution, version, spec, options' schema, and the options checked."""
+    """Return distribution, version, spec and options schema of a reward, and the checked options."""
     registry = default_registry()
     offer = registry.reward(name)
     kind = registry.reward_config_class(name)
@@ -38,7 +38,7 @@ def describe(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
 def main() -> None:
     """Answer the request on standard input."""
     request = json.load(sys.stdin)
-    # The answer alone goes to standard output: what a plugin's import prints, from C too, goes to standard error.
+    # Standard output is for the answer alone: what a plugin prints at import, from C too, goes to standard error.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     answer: dict[str, Any] = {"protocol": PROTOCOL, "core": __version__, "python": platform.python_version()}

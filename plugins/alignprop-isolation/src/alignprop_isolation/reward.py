@@ -1,4 +1,4 @@
-"""An isolated reward as the run sees it: a `Reward` like any other."""
+"""An isolated reward as the run uses it: a `Reward` like any other."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.errors import RewardError
-from alignprop_core.isolation.pictures import SharedPictures, shared_folder
-from alignprop_core.isolation.process import Worker, WorkerEnded
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
+from alignprop_isolation.config import IsolationConfig
+from alignprop_isolation.process import Worker, WorkerExited
+from alignprop_isolation.shared_images import SharedImages, shared_folder
 
 _log = logging.getLogger(__name__)
 
 
 class IsolatedOptions(RewardConfig):
-    """Options that the other environment has checked; their class is there."""
+    """Options that the other environment has checked; their class exists only there."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -34,17 +34,17 @@ class IsolatedOptions(RewardConfig):
 class IsolatedReward(Reward):
     """A reward that a worker process in another environment computes.
 
-    Its worker is started, and the reward loaded there, when this object is built. Each batch makes one exchange: images
-    there, scores and each image's gradient back; a backward pass multiplies that gradient and asks nothing. It has
-    first derivatives only. A worker that ends by itself is started again once a batch.
+    Building this object starts the worker and loads the reward there. Each batch is one exchange: images to the worker,
+    scores and the gradient of each image back. The backward pass multiplies that gradient and needs no exchange. Only
+    first derivatives are available. A worker that exits is restarted once per batch.
 
     Args:
         name: the reward, in that environment.
         options: its options, checked there.
-        isolation: which environment, and how long and how large its worker may be.
+        isolation: the environment, the device and the limits of the worker.
 
     Raises:
-        RewardError: it could not be loaded there (or its own error, such as `WeightsError`).
+        RewardError: the reward could not be loaded there (or its own error, such as `WeightsError`).
     """
 
     def __init__(self, name: str, options: dict[str, Any], isolation: IsolationConfig) -> None:
@@ -56,28 +56,28 @@ class IsolatedReward(Reward):
         os.close(handle)
         self._file = Path(path)
         weakref.finalize(self, _remove, self._file)
-        self._shared = SharedPictures(self._file)
+        self._shared = SharedImages(self._file)
         self._worker: Worker | None = None
         self._start()
 
     @property
     def worker(self) -> int | None:
-        """The worker's process number; None while there is none."""
+        """Process id of the worker; None if no worker is running."""
         return self._worker.pid if self._worker is not None and self._worker.alive else None
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return (B,) scores as the reward computes them there, on the images' device."""
+        """Return (B,) scores as the reward computes them there, on the device of the images."""
         if torch.is_grad_enabled() and batch.images.requires_grad:
             scores: Tensor = _Exchange.apply(batch.images, batch, self)
             return scores
         return self.exchange(batch, gradient=False)[0]
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Raise as the reward does there if it cannot read what it needs out of a prompt."""
+        """Raise what the reward raises there if it cannot use a prompt."""
         self._ask({"prompt": prompt, "metadata": dict(metadata)}, "check a prompt")
 
     def exchange(self, batch: ImageBatch, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
-        """Ask the worker for (B,) scores and, if wanted, (B, 3, H, W) gradients of each by its own image."""
+        """Return (B,) scores and, with `gradient`, (B, 3, H, W) gradients of each score by its own image."""
         images = batch.images.detach()
         shape, dtype = tuple(images.shape), images.dtype
         request = {
@@ -91,6 +91,7 @@ class IsolatedReward(Reward):
         self._shared.reserve(shape, dtype)
         self._shared.images(shape, dtype).copy_(images)
         answer = self._ask(request, "score a batch")
+        # The views are valid until the next batch, so the results are copied.
         scores = self._shared.scores(shape, dtype).to(images.device, getattr(torch, answer["dtype"]), copy=True)
         found = self._shared.gradients(shape, dtype).to(images.device, copy=True) if gradient else None
         return scores, found
@@ -114,21 +115,21 @@ class IsolatedReward(Reward):
         return worker
 
     def _ask(self, request: dict[str, Any], doing: str) -> dict[str, Any]:
-        """Ask, and once more of a new worker if this one ends by itself: it may have been killed for memory, say."""
+        """Send a request, and once more to a new worker if this one exits: it may have been killed for its memory."""
         worker = self._worker if self._worker is not None and self._worker.alive else None
         for again in (True, False):
             try:
                 return (worker or self._start()).ask(request, timeout=self.isolation.timeout, doing=doing)
-            except WorkerEnded as error:
+            except WorkerExited as error:
                 self._worker = worker = None
                 if not again:
-                    raise RewardError(f"{error}\nThat was the second time in a row.") from error
-                _log.warning("%s: %s\nIt is started again.", self.name, error)
+                    raise RewardError(f"{error}\nThis was the second time in a row.") from error
+                _log.warning("%s: %s\nThe worker is restarted.", self.name, error)
         raise AssertionError("unreachable")
 
 
 class _Exchange(torch.autograd.Function):
-    """Scores with the gradient that came along with them."""
+    """Scores, and the gradient that the worker returned with them."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, batch: ImageBatch, reward: IsolatedReward) -> Tensor:
@@ -139,6 +140,7 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None, None]:
+        # (B, 3, H, W) times the incoming (B,) gradient of the scores.
         (gradient,) = ctx.saved_tensors
         return gradient * outer.to(gradient)[:, None, None, None], None, None
 

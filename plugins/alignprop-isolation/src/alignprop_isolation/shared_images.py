@@ -1,4 +1,4 @@
-"""The memory-mapped file in which images, their gradients and scores travel between two processes."""
+"""The memory-mapped file through which two processes exchange images, gradients and scores."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 
-class SharedPictures:
+class SharedImages:
     """A file that both processes map: B images, then their gradients, then B scores.
 
     Args:
-        path: the file. Whoever `create`s it makes it larger where a batch needs that; the other maps it anew then.
+        path: the file. The run's process enlarges it (`reserve`) if a batch needs more; the worker then maps it again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,15 +39,15 @@ class SharedPictures:
             self._map = mmap.mmap(file.fileno(), 0)
 
     def images(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the (B, 3, H, W) images in the file, a view: let go of it before the next batch."""
+        """Return a view of the (B, 3, H, W) images in the file; it is valid until the next batch."""
         return self._part(shape, dtype, 0)
 
     def gradients(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the (B, 3, H, W) gradients in the file, a view."""
+        """Return a view of the (B, 3, H, W) gradients in the file."""
         return self._part(shape, dtype, _aligned(prod(shape) * dtype.itemsize))
 
     def scores(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return the (B,) scores in the file, a view in float64, which holds float32 exactly."""
+        """Return a view of the (B,) scores in the file, float64, which represents float32 exactly."""
         return self._part(shape[:1], torch.float64, 2 * _aligned(prod(shape) * dtype.itemsize))
 
     def _part(self, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
@@ -63,13 +63,13 @@ class SharedPictures:
 
 
 def shared_folder() -> str | None:
-    """Where the file lies: in memory where the system has such a folder (Linux), else in the temporary folder."""
+    """Return the folder for the file: in memory (/dev/shm on Linux), or None for the temporary folder."""
     memory = "/dev/shm"
     return memory if os.path.isdir(memory) and os.access(memory, os.W_OK) else None
 
 
 def _aligned(size: int) -> int:
-    """Round up to 64 bytes, so that every part begins where any dtype may."""
+    """Round up to 64 bytes, so that each part is aligned for every dtype."""
     return (size + 63) // 64 * 64
 
 

@@ -1,4 +1,4 @@
-"""The worker's side of scoring: one batch from the shared file, scores and gradients back into it."""
+"""Scoring in the worker: reads a batch from the shared file, writes scores and gradients back into it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from typing import Any
 
 import torch
 
-from alignprop_core.isolation.messages import error_data
-from alignprop_core.isolation.pictures import SharedPictures
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, check_scores
+from alignprop_isolation.messages import error_data
+from alignprop_isolation.shared_images import SharedImages
 
 
 class Server:
-    """A loaded reward, scoring batches.
+    """A loaded reward that scores batches.
 
     Args:
         name: the reward, in this environment.
         options: its options.
-        device: where it computes; "auto" follows the images to the run's device, if this environment has that.
+        device: where it computes; "auto" is the run's device if this environment supports it, else the CPU.
         file: the shared file.
     """
 
@@ -30,7 +30,7 @@ class Server:
         self.reward = registry.load_reward(name, options)
         self.device = device
         self.file = file
-        self.shared = SharedPictures(file)
+        self.shared = SharedImages(file)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Score a batch, or check a prompt; an error is returned as data."""
@@ -47,7 +47,7 @@ class Server:
         dtype: torch.dtype = getattr(torch, request["dtype"])
         device = self._device(request["device"])
         self.reward.to(device)
-        # A copy: a reward that wrote into its input would write into the run's file.
+        # A copy, so that a reward that writes into its input does not write into the run's file.
         images = self.shared.images(shape, dtype).clone().to(device)
         gradient = bool(request["gradient"])
         batch = ImageBatch(
@@ -56,7 +56,7 @@ class Server:
         with torch.set_grad_enabled(gradient):
             scores = check_scores(self.name, self.reward(batch), len(batch), differentiable=gradient)
             if gradient:
-                # A sample's score hangs on its own image alone, so the sum's gradient holds each score's.
+                # A score depends on its own image only, so the gradient of the sum is the gradient of each score.
                 (found,) = torch.autograd.grad(scores.sum(), images)
                 self.shared.gradients(shape, dtype).copy_(found)
         self.shared.scores(shape, dtype).copy_(scores.detach())

@@ -1,8 +1,8 @@
-"""Runs in a reward's own environment: loads it, and scores batches until standard input closes.
+"""Runs in a reward's own environment: loads the reward and scores batches until standard input closes.
 
-    python -I -m alignprop_core.isolation.worker
+    python -I -m alignprop_isolation.worker
 
-The first message names the reward, its options and the shared file; each further one is a batch in that file.
+The first message has the reward's name, its options and the shared file; each further message is a batch in that file.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from alignprop_core import __version__
-from alignprop_core.isolation.messages import PROTOCOL, error_data, receive, send
+from alignprop_isolation.messages import PROTOCOL, error_data, receive, send
 
 
 def main() -> None:
     """Serve the reward that the first message names."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process; the run decides
-    # What the reward prints, from C too, goes to standard error, not between the answers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches every process; the run handles it
+    # Standard output is for answers alone: what the reward prints, from C too, goes to standard error.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     requests: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
@@ -41,7 +41,7 @@ def main() -> None:
 
 
 def _listen(stream: BinaryIO, requests: queue.SimpleQueue[dict[str, Any]], run: int) -> None:
-    """Put every message into the queue; end the process when the run closes the stream or is gone, busy or not."""
+    """Put every message into the queue; exit when the run closes the stream or is gone, even during a batch."""
     file = None
     while (message := receive(stream)) is not None:
         file = message.get("file", file)
@@ -49,12 +49,12 @@ def _listen(stream: BinaryIO, requests: queue.SimpleQueue[dict[str, Any]], run: 
     with suppress(OSError):
         sys.stderr.flush()
         if file is not None and _orphaned(run):
-            os.unlink(file)  # a run that was killed could not
+            os.unlink(file)  # a run that was killed could not remove it
     os._exit(0)
 
 
 def _orphaned(run: int) -> bool:
-    """Whether the run's process is gone; its pipes close a moment before that shows. Always False on Windows."""
+    """Return whether the run's process is gone; its pipes close a moment earlier. Always False on Windows."""
     for _ in range(20):
         if os.getppid() != run:
             return True
@@ -69,7 +69,7 @@ def _signed(answer: dict[str, Any]) -> dict[str, Any]:
 def _load(request: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     import torch
 
-    from alignprop_core.isolation.serving import Server
+    from alignprop_isolation.serving import Server
 
     server = Server(request["name"], request["options"], request["device"], Path(request["file"]))
     return server, {"torch": torch.__version__, "differentiable": server.differentiable}

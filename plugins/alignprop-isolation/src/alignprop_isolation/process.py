@@ -1,4 +1,4 @@
-"""A worker process that holds one reward: starting it, asking it, and what happens if it does not answer. No torch."""
+"""The worker process of one reward: starting it, sending requests, timeouts, memory limit, failures. No torch."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from typing import IO, Any, BinaryIO, cast
 import psutil
 
 from alignprop_core.errors import RewardError
-from alignprop_core.isolation.messages import check_protocol, error_from, receive, send
+from alignprop_isolation.messages import check_protocol, error_from, receive, send
 
-_LOOK_EVERY = 0.2
-"""Seconds between looks at a working process: is it alive, and how much memory does it have?"""
+_CHECK_EVERY = 0.2
+"""Seconds between checks of a busy process: whether it is alive, and how much memory it uses."""
 
 GIB = 1024**3
 
 
-class WorkerEnded(RewardError):
-    """The worker's process ended by itself while it was asked something."""
+class WorkerExited(RewardError):
+    """The worker process exited while a request was pending."""
 
 
 class Worker:
-    """A process in another environment, answering one message at a time.
+    """A process in another environment that answers one message at a time.
 
-    It ends when this object is closed or collected, when this process ends in whatever way (its standard input closes),
-    and when it is too slow or too large. Ctrl-C is for the run: a worker does not listen to it.
+    It exits when this object is closed or collected, when this process exits for any reason (its standard input
+    closes), and when it exceeds a timeout or the memory limit. It ignores Ctrl-C, which the run handles.
 
     Args:
-        python: the environment's Python.
-        memory_limit: GiB of resident memory the process and its children may have; None for any.
+        python: Python interpreter of the environment.
+        memory_limit: limit on the resident memory of the process and its children in GiB; None for no limit.
     """
 
     def __init__(self, python: str, memory_limit: float | None) -> None:
         self.python = python
         self.memory_limit = memory_limit
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the process
+        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
         self._answers: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         try:
             self._process = subprocess.Popen(
-                [python, "-I", "-m", "alignprop_core.isolation.worker"],
+                [python, "-I", "-m", "alignprop_isolation.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
             )
         except OSError as error:
-            raise RewardError(f"its environment's {python} cannot be started: {error.strerror or error}.") from error
+            raise RewardError(f"its interpreter {python} cannot be started: {error.strerror or error}.") from error
         self._in = cast(BinaryIO, self._process.stdin)
         threading.Thread(
             target=_read, args=(cast(BinaryIO, self._process.stdout), self._answers), daemon=True, name="worker answers"
@@ -60,36 +60,36 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """Process id."""
         return self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def ask(self, message: dict[str, Any], *, timeout: float, doing: str) -> dict[str, Any]:
         """Send a message and return the answer.
 
         Args:
-            message: what to do.
+            message: the request.
             timeout: seconds.
-            doing: what that is, for errors: "load", "score a batch".
+            doing: what the request does, for errors: "load", "score a batch".
 
         Raises:
-            WorkerEnded: the process ended instead; asking a new one may help.
-            RewardError: it took too long or too much memory (its process is gone then), or raised.
-            UserError: as the reward raised it.
+            WorkerExited: the process exited instead of answering; a new process may succeed.
+            RewardError: the request took too long or too much memory (the process is then terminated), or raised.
+            UserError: the reward raised it.
         """
         try:
             send(self._in, message)
         except OSError:
-            raise self._ended(doing) from None
+            raise self._exited(doing) from None
         try:
             answer = self._wait(timeout, doing)
         except BaseException:
-            # Its answer would be taken for that of the next question.
-            self.close(kindly=False)
+            # A late answer would be taken for the answer to the next request.
+            self.close(wait=False)
             raise
         check_protocol(answer, self.python)
         if "error" in answer:
@@ -102,16 +102,16 @@ class Worker:
             left = end - time.monotonic()
             if left <= 0:
                 raise RewardError(
-                    f"did not {doing} within {timeout:g} s, so its worker was ended; isolation.timeout and "
-                    f"isolation.start_timeout say how long it may take.{self._last_words()}"
+                    f"did not {doing} within {timeout:g} s, so its worker was terminated; isolation.timeout and "
+                    f"isolation.start_timeout set the limits.{self._last_output()}"
                 )
             try:
-                answer = self._answers.get(timeout=min(_LOOK_EVERY, left))
+                answer = self._answers.get(timeout=min(_CHECK_EVERY, left))
             except queue.Empty:
                 self._check_memory(doing)
                 continue
             if answer is None:
-                raise self._ended(doing)
+                raise self._exited(doing)
             self._check_memory(doing)
             return answer
 
@@ -125,12 +125,12 @@ class Worker:
             return
         if used > self.memory_limit * GIB:
             raise RewardError(
-                f"took {used / GIB:.2f} GiB of memory to {doing}, more than isolation.memory_limit of "
-                f"{self.memory_limit:g} GiB, so its worker was ended. Score fewer images at a time "
+                f"used {used / GIB:.2f} GiB of memory to {doing}, more than isolation.memory_limit of "
+                f"{self.memory_limit:g} GiB, so its worker was terminated. Score fewer images at a time "
                 "(mix.reward_batch_size), or raise the limit."
             )
 
-    def _ended(self, doing: str) -> WorkerEnded:
+    def _exited(self, doing: str) -> WorkerExited:
         code = self._process.wait(timeout=10)
         how = f"exit code {code}"
         if code < 0:
@@ -138,18 +138,22 @@ class Worker:
                 how = f"signal {signal.Signals(-code).name}"
             except ValueError:
                 how = f"signal {-code}"
-        return WorkerEnded(f"its worker ended ({how}) when it was to {doing}.{self._last_words()}")
+        return WorkerExited(f"its worker exited ({how}) when asked to {doing}.{self._last_output()}")
 
-    def _last_words(self) -> str:
-        """What the process printed last, for an error message."""
+    def _last_output(self) -> str:
+        """Return the last lines that the process printed, for an error message."""
         self._log.seek(0, 2)
         self._log.seek(max(self._log.tell() - 2000, 0))
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()[-8:]
-        return "\nIt printed last:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
+        return "\nIts last output:\n" + "\n".join(f"  {line}" for line in lines) if lines else ""
 
-    def close(self, *, kindly: bool = True) -> None:
-        """End the process; kindly lets it end by itself first."""
-        if not kindly:
+    def close(self, *, wait: bool = True) -> None:
+        """End the process.
+
+        Args:
+            wait: let it exit by itself first, for a few seconds; otherwise kill it at once.
+        """
+        if not wait:
             self._process.kill()
         self._finalizer()
 
@@ -160,13 +164,13 @@ def _read(stream: BinaryIO, answers: queue.SimpleQueue[dict[str, Any] | None]) -
         with stream:
             while (message := receive(stream)) is not None:
                 answers.put(message)
-    finally:  # whatever came instead of a message, nobody waits for another
+    finally:  # also after an invalid message: there will be no further answer
         answers.put(None)
 
 
 def _end(process: subprocess.Popen[bytes], log: IO[bytes]) -> None:
     log.close()
-    # Closing standard input asks the worker to end; one that is gone already has broken the pipe.
+    # Closing standard input tells the worker to exit. The pipe of a worker that already exited is broken.
     with suppress(OSError):
         cast(BinaryIO, process.stdin).close()
     try:

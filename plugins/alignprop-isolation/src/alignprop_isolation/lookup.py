@@ -1,9 +1,10 @@
-"""Looking up a reward in an environment of its own, as the registry does in this one. No torch."""
+"""The rewards of another Python environment: the loader behind the key `isolation`. No torch."""
 
 from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
@@ -12,35 +13,35 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from alignprop_core.config.rewards import IsolationConfig
 from alignprop_core.errors import AlignpropError, PluginError
-from alignprop_core.isolation.messages import check_protocol, error_from
-from alignprop_core.registry.licenses import LicensePolicy
 from alignprop_core.registry.offers import Offer, belongs
-from alignprop_core.specs import RewardSpec
+from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import RewardConfig, RewardSpec
 from alignprop_core.validation import InvalidConfig, Problem, dotted
+from alignprop_isolation.config import IsolationConfig
+from alignprop_isolation.messages import check_protocol, error_from
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward
 
 SECONDS = 120
-"""How long `describe` may take: importing a plugin's hook module, from a cold disk too."""
+"""Time limit of `describe`, which imports the hook modules of the plugins there, possibly from a cold disk."""
 
 
 class IsolatedRewards:
-    """The rewards of another Python environment; the counterpart of `Registry` for one term.
+    """The rewards of another Python environment, for one reward entry.
 
     Args:
-        isolation: the term's settings.
-        licenses: which licences a reward may have; asked here too, whatever the other environment says.
+        isolation: the settings under `isolation` in the entry.
+        registry: the run's registry. Its license policy applies here as well.
     """
 
-    def __init__(self, isolation: IsolationConfig, licenses: LicensePolicy) -> None:
+    def __init__(self, isolation: IsolationConfig, registry: Registry) -> None:
         self.isolation = isolation
-        self.licenses = licenses
+        self.licenses = registry.licenses
 
     def reward(self, name: str) -> Offer[RewardSpec]:
-        """Find a reward there; `PluginError` if it is not offered, or the environment cannot answer."""
+        """Find a reward there; `PluginError` if it is not offered or the environment does not answer."""
         answer = self._describe(name)
         try:
             spec = RewardSpec.model_validate_json(json.dumps(answer["spec"]))
@@ -56,7 +57,7 @@ class IsolatedRewards:
         return frozenset(self._describe(name)["schema"].get("properties", {}))
 
     def origin(self, name: str) -> dict[str, Any]:
-        """Where a reward comes from, for a run's environment.json."""
+        """Return where a reward comes from, for a run's environment.json."""
         answer = self._describe(name)
         spec = self.reward(name).spec
         known = {key: answer[key] for key in ("distribution", "version", "core")}
@@ -67,11 +68,11 @@ class IsolatedRewards:
     def reward_options(
         self, name: str, options: Mapping[str, Any] | None = None, *, where: str = "options"
     ) -> dict[str, Any]:
-        """Check options in the other environment, with the reward's own options class; returns them with defaults.
+        """Check options in the other environment with the reward's own options class; return them with defaults.
 
         Raises:
             ConfigError: with one line for every wrong key.
-            PluginError: the reward cannot be had there.
+            PluginError: the reward is not available there.
         """
         try:
             found: dict[str, Any] = self._describe(name, options or {})["options"]
@@ -80,14 +81,15 @@ class IsolatedRewards:
             raise InvalidConfig(error.problems, "\n".join(lines)) from None
         return found
 
-    def load_reward(self, name: str, options: Mapping[str, Any] | None = None) -> Reward:
-        """Start a worker there that loads the reward, and return the reward that asks it. Imports torch."""
-        from alignprop_core.isolation.reward import IsolatedReward
+    def load_reward(self, name: str, options: Mapping[str, Any] | RewardConfig | None = None) -> Reward:
+        """Start a worker there that loads the reward, and return the reward that uses it. Imports torch."""
+        from alignprop_isolation.reward import IsolatedReward
 
-        return IsolatedReward(name, dict(options or {}), self.isolation)
+        given = options.model_dump(mode="json") if isinstance(options, RewardConfig) else dict(options or {})
+        return IsolatedReward(name, given, self.isolation)
 
     def _describe(self, name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        # Once a process, as plugins are discovered once a process; after an error it is asked again.
+        # Cached for the process, as the discovery of plugins is; an error is not cached.
         text = json.dumps(None if options is None else dict(options), sort_keys=True, default=str)
         return _described(self.isolation.python, name, text)
 
@@ -96,10 +98,10 @@ class IsolatedRewards:
 def _described(python: str, name: str, options: str) -> dict[str, Any]:
     if not Path(python).is_file():
         raise PluginError(
-            f"{python}: no such file; isolation.python is the Python of the reward's own environment. One is made by: "
-            f"alignprop rewards isolate {name}"
+            f"{python}: no such file; isolation.python is the Python interpreter of the reward's environment. Create "
+            f"an environment: alignprop rewards isolate {name}"
         )
-    command = [python, "-I", "-m", "alignprop_core.isolation.describe"]
+    command = [python, "-I", "-m", "alignprop_isolation.describe"]
     request = json.dumps({"name": name, "options": json.loads(options)})
     try:
         done = subprocess.run(
@@ -109,14 +111,14 @@ def _described(python: str, name: str, options: str) -> dict[str, Any]:
         raise PluginError(f"{python}: did not describe {name} within {SECONDS} s.") from None
     except OSError as error:
         raise PluginError(f"{python}: cannot be started: {error.strerror or error}.") from None
-    answer = _answer(done, python)
+    answer = _answer(done, python, name)
     check_protocol(answer, python)
     if "error" in answer:
         raise _as_error(answer["error"], python)
     return answer
 
 
-def _answer(done: subprocess.CompletedProcess[str], python: str) -> dict[str, Any]:
+def _answer(done: subprocess.CompletedProcess[str], python: str, name: str) -> dict[str, Any]:
     try:
         answer = json.loads(done.stdout)
     except ValueError:
@@ -124,14 +126,16 @@ def _answer(done: subprocess.CompletedProcess[str], python: str) -> dict[str, An
     if done.returncode == 0 and isinstance(answer, dict):
         return answer
     lines = done.stderr.strip().splitlines()
-    if any("No module named 'alignprop_core" in line for line in lines):
-        why = "alignprop-core is not installed there"
-    else:
-        why = lines[-1] if lines else f"it ended with exit code {done.returncode}"
-    error = PluginError(
-        f"{python}: cannot say what its rewards are: {why}. An environment with the core in it is made by: alignprop "
-        "rewards isolate."
-    )
+    why = lines[-1] if lines else f"it exited with code {done.returncode}"
+    advice = "alignprop rewards isolate creates an environment that can."
+    for ours in ("alignprop-isolation", "alignprop-core"):
+        if any(f"No module named '{ours.replace('-', '_')}" in line for line in lines):
+            folder = _folder(python)
+            again = shlex.join(["alignprop", "rewards", "isolate", name, "--into", folder])
+            why = f"{ours} is not installed there"
+            advice = f"Remove {folder} and create it again: {again}"
+            break
+    error = PluginError(f"{python}: cannot describe its rewards: {why.rstrip('.')}. {advice}")
     error.add_note(done.stderr)
     raise error
 
@@ -141,8 +145,13 @@ def _as_error(data: dict[str, Any], python: str) -> AlignpropError:
         problems = [Problem(tuple(found["path"]), found["message"]) for found in data["problems"]]
         return InvalidConfig(problems, data["message"])
     error = error_from(data, python)
-    # The names it lists are those of the other environment.
-    named = type(error)(f"{error} (In the environment of {os.path.dirname(os.path.dirname(python)) or python}.)")
+    # Names in the message are those of the other environment.
+    named = type(error)(f"{error} (In the environment of {_folder(python)}.)")
     for note in getattr(error, "__notes__", ()):
         named.add_note(note)
     return named
+
+
+def _folder(python: str) -> str:
+    """Return the folder of the environment that an interpreter belongs to."""
+    return os.path.dirname(os.path.dirname(python)) or python

@@ -1,0 +1,69 @@
+"""Loaders: keys of reward entries that change where a reward comes from, such as `isolation`. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from alignprop_core.registry.discovery import BLOCK_VARIABLE, PluginRecord
+from alignprop_core.registry.offers import Offer
+from alignprop_core.specs import LoaderSpec, RewardConfig, RewardSpec
+
+if TYPE_CHECKING:
+    from alignprop_core.reward import Reward
+
+DISTRIBUTION_OF = {"isolation": "alignprop-isolation"}
+"""Well-known loader keys and their distributions, so that the error for a missing one says what to install."""
+
+
+class RewardSource(Protocol):
+    """What looks up rewards by name: the registry itself, or the loader of a reward entry."""
+
+    def reward(self, name: str) -> Offer[RewardSpec]:
+        """Find a reward; `PluginError` if it is not available."""
+
+    def option_names(self, name: str) -> frozenset[str]:
+        """Return the names of a reward's options."""
+
+    def reward_options(
+        self, name: str, options: Mapping[str, Any] | None = None, *, where: str = "options"
+    ) -> RewardConfig | dict[str, Any]:
+        """Check options and return them with their defaults; `ConfigError` with one line for every wrong key."""
+
+    def load_reward(self, name: str, options: Mapping[str, Any] | RewardConfig | None = None) -> Reward:
+        """Build a reward with its options."""
+
+
+@runtime_checkable
+class RewardLoader(RewardSource, Protocol):
+    """A loader, as the `factory` of a `LoaderSpec` returns it: looks up rewards for the entries that have its key.
+
+    It is built often, so building it is cheap. Only `load_reward` may import torch.
+    """
+
+    def origin(self, name: str) -> dict[str, Any]:
+        """Return where a reward comes from, as JSON data for a run's environment.json.
+
+        The key `from`, if it has one, is a mapping with the `sha256` of the reward's Python file.
+        """
+
+
+def missing(key: str, plugins: Iterable[PluginRecord]) -> str:
+    """Return the error message for a loader key that no loaded plugin offers."""
+    home = DISTRIBUTION_OF.get(key)
+    if home is None:
+        return f'No installed plugin offers the key "{key}" of reward entries.'
+    record = next((record for record in plugins if record.distribution == home), None)
+    if record is None:
+        reason = f"which is not installed. Install it: pip install {home}"
+    elif record.status != "loaded":
+        reason = f"which is not loaded ({record.status}: {record.error})."
+    else:
+        reason = f"and version {record.version} of it does not have it. Upgrade it: pip install -U {home}"
+    return f'The key "{key}" is in the distribution {home}, {reason}'
+
+
+def several(key: str, offers: Iterable[Offer[LoaderSpec]]) -> str:
+    """Return the error message for a loader key that more than one distribution offers."""
+    names = " and ".join(f"{offer.distribution} {offer.version}" for offer in offers)
+    return f'The key "{key}" is offered by {names}. Keep one out with {BLOCK_VARIABLE}.'
