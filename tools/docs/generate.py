@@ -24,16 +24,7 @@ from pydantic import BaseModel
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.registry.discovery import SPEC_OF_HOOK, PluginRecord
 from alignprop_core.registry.registry import Registry
-from alignprop_core.specs import (
-    CallbackSpec,
-    CommandSpec,
-    FamilySpec,
-    ModelSpec,
-    PromptSpec,
-    RewardSpec,
-    WeightsFile,
-    WeightsSpec,
-)
+from alignprop_core.specs import PromptSpec, RewardSpec, WeightsFile, WeightsSpec
 from alignprop_core.testing import CHECKS
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +34,7 @@ FOLDERS = {
     "docs/": "the site; decisions/ and results/ (each measurement with its command)",
     "tests/": "the core's tests and tests across distributions",
 }
-SPECS = (RewardSpec, ModelSpec, FamilySpec, PromptSpec, WeightsSpec, CallbackSpec, CommandSpec, WeightsFile)
+SPECS = (*SPEC_OF_HOOK.values(), WeightsFile)
 NAMES_SHOWN = 6
 TREE_WIDTH = 124
 LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "exclusiveMaximum": "< {}"}

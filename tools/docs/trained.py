@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from alignprop_core.evaluation.report.pictures import open_sheet, spread
+from alignprop_report.pictures import open_sheet, spread
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images" / "trained"
 SIDE, GAP, COLUMNS = 128, 4, 6
