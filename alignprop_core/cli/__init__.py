@@ -1,7 +1,8 @@
 """The command `alignprop`: one file a command group. Command files import heavy rooms only inside a command.
 
-Adding a command is an import and one line below. A command raises `AlignpropError` where something is wrong; `main`
-turns that into one message and an exit code: 0 done, 1 the run failed, 2 the user's input is wrong, 130 interrupted.
+Adding a command is an import and one line below; plugins add theirs through `alignprop_register_commands`. A command
+raises `AlignpropError` where something is wrong; `main` turns that into one message and an exit code: 0 done, 1 the run
+failed, 2 the user's input is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from collections.abc import Sequence
 import typer
 
 from alignprop_core import __version__
-from alignprop_core.cli import demo, doctor, evaluate, lora, plugins, report, rewards, sample, schema, score, train
+from alignprop_core.cli import demo, doctor, evaluate, lora, plugins, rewards, sample, schema, score, train
+from alignprop_core.cli.extensions import ExtensibleGroup
 from alignprop_core.errors import AlignpropError
 
 app = typer.Typer(
     name="alignprop",
+    cls=ExtensibleGroup,
     help="Fine-tune text-to-image diffusion models on differentiable rewards.",
     no_args_is_help=True,
     add_completion=False,
@@ -32,7 +35,6 @@ app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
 app.command("evaluate")(evaluate.evaluate)
-app.command("report")(report.report)
 app.add_typer(rewards.app, name="rewards")
 app.add_typer(lora.app, name="lora")
 app.command("plugins")(plugins.plugins)

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
+from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -110,11 +111,11 @@ def evaluate(
                 check_prompts(terms, chosen)
             from alignprop_core._files import write_json
             from alignprop_core.cli.models import TRAINED, open_sampler
-            from alignprop_core.cli.report import draw_again, known_of
             from alignprop_core.evaluation.compare import Switch, compare
             from alignprop_core.evaluation.diversity import encoder_of
             from alignprop_core.evaluation.drift import Drift
             from alignprop_core.evaluation.sheet import before_after, save_picture
+            from alignprop_core.training.plugin_callbacks import results_written
             from alignprop_core.training.progress import progress_bar
 
             sampler = open_sampler(
@@ -138,7 +139,16 @@ def evaluate(
         from alignprop_core.cli.sweep import evaluate_curve
 
         evaluate_curve(
-            sampler, terms, chosen, evaluation, encoder, points=points, soup=soup, folder=output or run, json=json
+            sampler,
+            terms,
+            chosen,
+            evaluation,
+            encoder,
+            points=points,
+            soup=soup,
+            folder=output or run,
+            json=json,
+            registry=registry,
         )
         return
     variants: dict[str, Switch] = (
@@ -162,9 +172,9 @@ def evaluate(
         )
     folder = output or run
     if folder is not None:
-        write_json(folder / "evaluation.json", result.as_json() | known_of(folder))
+        write_json(folder / "evaluation.json", result.as_json() | _trained_step(folder))
         save_picture(before_after(result), folder / "images" / "before_after.png")
-        draw_again(folder)
+        results_written(folder, registry)
     if json:
         common.print_json(result.as_json())
         return
@@ -197,6 +207,18 @@ def _of_run(run: Path, lora: Path | None, registry: Registry) -> _Subject:
         evaluation=config.evaluation,
         heldout=config.prompts.heldout or "",
     )
+
+
+def _trained_step(folder: Path) -> dict[str, Any]:
+    """Return which step's LoRA a run has, and why it stopped, from its evaluation: a new one is of the same LoRA."""
+    path = folder / "evaluation.json"
+    if not (folder / "config.yaml").is_file() or not path.is_file():
+        return {}  # not a run, but a folder that --output names
+    try:
+        known = loads(path.read_bytes())
+    except ValueError:
+        return {}
+    return {key: known[key] for key in ("step", "stopped") if key in known} if isinstance(known, dict) else {}
 
 
 def _prompts(given: str, own: str, registry: Registry) -> PromptSet:

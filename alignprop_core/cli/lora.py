@@ -10,11 +10,12 @@ import typer
 from typer.core import TyperCommand
 
 from alignprop_core.cli import common
+from alignprop_core.cli.extensions import ExtensibleGroup
 
 if TYPE_CHECKING:
     from alignprop_core.lora.whole import WholeLora
 
-app = typer.Typer(help="Scale, mix, convert and bake LoRA files.", no_args_is_help=True)
+app = typer.Typer(cls=ExtensibleGroup, help="Scale, mix, convert and bake LoRA files.", no_args_is_help=True)
 
 _LORA = typer.Argument(help="A LoRA file of either format, a LoRA folder or a run folder.")
 _OUTPUT = typer.Option(..., help="Folder for the result: diffusers' file, and NAME.safetensors in kohya's layout.")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from alignprop_core.cli import common, reward_check, reward_new
+from alignprop_core.cli.extensions import ExtensibleGroup
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from alignprop_core.specs import RewardSpec, WeightsFile
     from alignprop_core.weights import Fetched
 
-app = typer.Typer(help="The installed rewards.", no_args_is_help=True)
+app = typer.Typer(cls=ExtensibleGroup, help="The installed rewards.", no_args_is_help=True)
 app.command("check")(reward_check.check)
 app.command("new")(reward_new.new)
 

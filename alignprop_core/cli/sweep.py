@@ -1,4 +1,4 @@
-"""What `alignprop evaluate` does with --strengths and --soup: a table, a JSON file and a plot."""
+"""What `alignprop evaluate` does with --strengths and --soup: a table and a JSON file, which plugins may plot."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from alignprop_core import lora
 from alignprop_core._files import write_json
 from alignprop_core.cli import common
 from alignprop_core.cli.models import TRAINED
-from alignprop_core.cli.report import draw_again
 from alignprop_core.config.sections import EvaluationConfig
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import UserError
 from alignprop_core.evaluation.diversity import Encoder
-from alignprop_core.evaluation.sheet import save_picture
 from alignprop_core.evaluation.sweep import curve
 from alignprop_core.lora.layers import adapter_names
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
+from alignprop_core.registry.registry import Registry
+from alignprop_core.training.plugin_callbacks import results_written
 from alignprop_core.training.progress import progress_bar
 
 _OTHER = "soup"
@@ -38,6 +38,7 @@ def evaluate_curve(
     soup: Path | None,
     folder: Path | None,
     json: bool,
+    registry: Registry,
 ) -> None:
     """Evaluate the LoRA on the sampler's model at several strengths, or at several shares of it and another."""
     denoiser = sampler.family.denoiser
@@ -80,8 +81,7 @@ def evaluate_curve(
     if folder is not None:
         files = [folder / f"{name}.json", folder / "images" / f"{name}.png"]
         write_json(files[0], data)
-        save_picture(result.picture(against="drift" if soup is None else terms[0].label), files[1])
-        draw_again(folder)
+        results_written(folder, registry)
     if json:
         common.print_json(data)
         return
@@ -89,7 +89,8 @@ def evaluate_curve(
     console.print(f"\n{data['images']} images of {len(prompts)} prompts ({prompts.name}) at each {result.name}")
     common.print_table(*result.rows())
     if files:
-        common.print_facts([("figures", str(files[0])), ("plot", str(files[1]))])
+        shown = [("results", files[0]), ("plot", files[1])]
+        common.print_facts([(what, str(path)) for what, path in shown if path.is_file()])
 
 
 def _denoiser_only(sampler: Sampler, names: Sequence[str]) -> None:

@@ -70,7 +70,10 @@ class TrainingConfig(Section):
         default=None, description="Steps between checkpoints to resume from; null is save.every."
     )
     keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints kept.")
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default=[], description="Where metrics go beside the file.")
+    trackers: list[Text] = Field(
+        default=[],
+        description="Where metrics are also logged: tensorboard, wandb, or the name of a plugin's callback.",
+    )
 
 
 class SaveConfig(Section):

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from alignprop_core._files import write_atomic
 from alignprop_core.evaluation.compare import Comparison
-from alignprop_core.evaluation.report.pictures import CELLS
+
+CELLS = "alignprop"
+"""PNG text key of a sheet's layout: where its images are, and the text below each, as JSON."""
 
 _GAP, _LINE = 10, 16
 _INK, _PAPER, _FAINT = (30, 30, 30), (255, 255, 255), (110, 110, 110)

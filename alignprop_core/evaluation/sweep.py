@@ -8,14 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from PIL import Image
-
 from alignprop_core.config.sections import EvaluationConfig
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.evaluation.compare import Comparison, Switch, compare
 from alignprop_core.evaluation.diversity import Encoder
 from alignprop_core.evaluation.drift import Drift
-from alignprop_core.evaluation.plot import Panel, draw
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
 
@@ -72,34 +69,6 @@ class Curve:
             cells.append("" if point["diversity"] is None else f"{point['diversity']:.4f}")
             table.append(cells + [f"{point['scores'][label]['mean']:.5g}" for label in labels])
         return columns, table
-
-    def picture(self, *, against: str = "drift") -> Image.Image:
-        """Draw a panel a score, its mean over drift (or over the score `against`), points marked with their value.
-
-        The bars are the 95% intervals of the difference to the first point.
-        """
-        points = self.as_json()["points"]
-        named = [f"{point[self.name]:g}" for point in points]
-        panels = []
-        for label in points[0]["scores"]:
-            if label == against:
-                continue
-            scores = [point["scores"][label] for point in points]
-            base = scores[self.points.index(self.first)]["mean"]
-            intervals = [score.get("interval") for score in scores]
-            panels.append(
-                Panel(
-                    title=label,
-                    across=against,
-                    x=[point["drift"] if against == "drift" else point["scores"][against]["mean"] for point in points],
-                    y=[score["mean"] for score in scores],
-                    bars=[
-                        None if low_high is None else (base + low_high[0], base + low_high[1]) for low_high in intervals
-                    ],
-                    names=named,
-                )
-            )
-        return draw(panels)
 
 
 def curve(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +31,12 @@ class Callback:
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         """Run when the run fails or is interrupted, before the error goes on."""
+
+    def on_results(self, folder: Path) -> None:
+        """Run after `alignprop evaluate` wrote result files into a folder, a run's or one that `--output` names.
+
+        There is no run then: only automatic callbacks of plugins are called, and no other method of theirs.
+        """
 
 
 @dataclass(frozen=True)

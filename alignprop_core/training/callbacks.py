@@ -1,8 +1,8 @@
-"""What a run does along the way, each a callback: progress, previews, LoRA files, checkpoints, trackers, evaluation."""
+"""What a run does along the way, each a callback: progress, previews, LoRA files, checkpoints, evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,8 +12,6 @@ from rich.console import Console
 from alignprop_core import lora
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.compare import Comparison
-from alignprop_core.evaluation.report.page import run_page
-from alignprop_core.evaluation.report.read import read_run
 from alignprop_core.evaluation.sheet import before_after, grid, save_picture
 from alignprop_core.training.callback import Callback, StepRecord
 from alignprop_core.training.checkpoint import save_checkpoint
@@ -159,50 +157,6 @@ class Checkpoints(Callback):
         trainer.folder.keep_newest("checkpoints/step-*", trainer.config.training.keep_checkpoints)
 
 
-class Trackers(Callback):
-    """Sends each step's figures to TensorBoard or Weights & Biases through accelerate."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-        self.trackers: list[Any] = []
-
-    def on_start(self, trainer: Trainer) -> None:
-        """Open the trackers; their files lie in the run folder."""
-        from accelerate import tracking
-
-        path = trainer.folder.path
-        if "tensorboard" in self.names:
-            self.trackers.append(tracking.TensorBoardTracker("tensorboard", logging_dir=str(path)))
-        if "wandb" in self.names:
-            self.trackers.append(tracking.WandBTracker(path.name, dir=str(path)))
-        for tracker in self.trackers:
-            start = getattr(tracker, "start", None)
-            if callable(start):
-                start()
-
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        """Log one step."""
-        values = record.as_json()
-        for label, term in record.terms.items():
-            values |= {f"{label}/{kind}": value for kind, value in term.items()}
-        values |= {f"cosine/{pair}": value for pair, value in record.cosines.items()}
-        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
-        for tracker in self.trackers:
-            tracker.log(numbers, step=record.step)
-
-    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
-        """Log an evaluation's means."""
-        values = {f"heldout/{label}": score["mean"] for label, score in figures["scores"].items()}
-        values |= {f"heldout/{key}": figures[key] for key in ("reward", "drift", "diversity")}
-        for tracker in self.trackers:
-            tracker.log({key: value for key, value in values.items() if value is not None}, step=trainer.step_number)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Close the trackers."""
-        for tracker in self.trackers:
-            tracker.finish()
-
-
 class Evaluation(Callback):
     """evaluation.json at the end: base against tuned on held-out prompts, with a before/after sheet in images/."""
 
@@ -222,32 +176,3 @@ class Evaluation(Callback):
             told = {"step": trainer.saved_step, "stopped": trainer.stop_reason}
             trainer.folder.write_json("evaluation.json", self.result.as_json() | told)
             save_picture(before_after(self.result), trainer.folder.inside("images/before_after.png"))
-
-
-class Report(Callback):
-    """report.html at the end, also of a run that failed: a page to look at. A page that fails costs no run."""
-
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Write the page."""
-        self.write(trainer)
-
-    def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """Write the page of what was done."""
-        if trainer.step_number:
-            self.write(trainer)
-
-    def write(self, trainer: Trainer) -> None:
-        """Write the page, or say why there is none."""
-        try:
-            trainer.folder.write_text("report.html", run_page(read_run(trainer.folder.path)))
-        except Exception as error:
-            self.console.print(
-                f"report.html is not written: {type(error).__name__}: {error}\nThe run's other files are whole; "
-                f"`alignprop report {trainer.folder.path}` tries again.",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from alignprop_core.config.rewards import RewardTerm
@@ -14,6 +13,7 @@ from alignprop_core.locate import find_base, find_lora, find_vae
 from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry.registry import Registry
 from alignprop_core.runs.folder import RunFolder
+from alignprop_core.training.plugin_callbacks import check_trackers
 from alignprop_core.training.resume import find_checkpoint
 from alignprop_core.weights.find import cached, check_named_file, find_weights
 
@@ -73,7 +73,7 @@ def check_inputs(
             find_lora(config.lora.init_from)
     check_rewards(config, registry)
     check_watch(config, registry)
-    check_trackers(config)
+    check_trackers(config.training.trackers, registry)
     return Inputs(prompts, heldout, checkpoint)
 
 
@@ -95,14 +95,6 @@ def check_rewards(config: RunConfig, registry: Registry) -> None:
         for i, entry in enumerate(entries):
             with under(f"{where}.{i}.options.weights"):
                 check_weights(entry, registry)
-
-
-def check_trackers(config: RunConfig) -> None:
-    """Raise `ConfigError`, with the run config's key, if a tracker's package is not installed."""
-    for i, name in enumerate(config.training.trackers):
-        if find_spec(name) is None:
-            with under(f"training.trackers.{i}"):
-                raise ConfigError(f'{name} is not installed. Install it: pip install "alignprop-core[{name}]".')
 
 
 def check_weights(entry: RewardTerm, registry: Registry) -> None:

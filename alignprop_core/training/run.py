@@ -18,23 +18,22 @@ from alignprop_core.training.callbacks import (
     LoraFiles,
     Previews,
     ProgressBar,
-    Report,
-    Trackers,
 )
 from alignprop_core.training.heldout import HeldOut
 from alignprop_core.training.measures import Measures
+from alignprop_core.training.plugin_callbacks import automatic_callbacks, named_callbacks
 from alignprop_core.training.trainer import Trainer
 
 
 def default_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:
-    """Return the callbacks of a run in their order; evaluation comes last, and the page that shows it."""
-    names = list(trainer.config.training.trackers)
-    trackers = [Trackers(names)] if names else []
+    """Return the callbacks of a run in their order; reports come after the evaluation they show."""
+    trackers = named_callbacks(trainer.config.training.trackers, trainer.registry)
+    automatic = automatic_callbacks(trainer.registry)
     progress, measures = ProgressBar(console), Measures(trainer)
     heldout = HeldOut(measures, progress.console, progress.bar)
     # Before the files: what is the best, and whether the run goes on, is known when they are written.
     files = [LoraFiles(), Checkpoints()]
-    return [Previews(), progress, heldout, *files, *trackers, Evaluation(measures), Report(progress.console)]
+    return [Previews(), progress, heldout, *files, *trackers, Evaluation(measures), *automatic]
 
 
 def run(trainer: Trainer, console: Console | None = None) -> Path:

@@ -16,7 +16,6 @@ from torch import Tensor
 from alignprop_core import lora
 from alignprop_core.cli import run
 from alignprop_core.errors import LoraError
-from alignprop_core.evaluation.plot import Panel, draw, ticks
 from alignprop_core.lora.formats import Factors
 from alignprop_core.lora.merging import truncated
 from tests.support.tiny import tiny_sd
@@ -298,11 +297,3 @@ def test_soup_curve_is_the_mix_of_weight_changes(evaluated: Callable[..., dict[s
 def test_curve_mistakes_have_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert run(["evaluate", *arguments]) == 2
     assert words in capsys.readouterr().err
-
-
-def test_plots_of_one_point_and_of_equal_values_are_drawn() -> None:
-    panel = Panel("score", "drift", [0.0], [1.0], [None], ["0"])
-    assert draw([panel, Panel("other", "drift", [0, 1], [2, 2], [None, (1.5, 2.5)], ["0", "1"])]).size == (840, 300)
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert ticks(-0.013, 0.011) == pytest.approx([-0.01, -0.005, 0, 0.005, 0.01])
-    assert ticks(3, 3) == [3]

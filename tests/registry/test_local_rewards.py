@@ -491,8 +491,8 @@ def test_a_run_on_objects_says_at_the_command_line_what_to_do(
     import yaml
 
     from alignprop_core.cli import run as command
-    from alignprop_core.evaluation.report.page import run_page
-    from alignprop_core.evaluation.report.read import read_run
+    from alignprop_report.page import run_page
+    from alignprop_report.read import read_run
 
     (folder / "run.yaml").write_text(yaml.safe_dump({**data(), "rewards": [{"name": "mine"}]}))
     made = train(folder / "run.yaml", registry=registry(), rewards={"mine": Redness()})

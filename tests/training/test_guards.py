@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import alignprop_report
 from alignprop_core import lora
 from alignprop_core.config.sections import GuardsConfig, RunConfig
 from alignprop_core.errors import ConfigError, RewardError, RunError
@@ -66,7 +67,7 @@ class Plugin:
 
 def registry() -> Registry:
     toys = SimpleNamespace(alignprop_register_rewards=toy_rewards.alignprop_register_rewards)
-    return Registry.from_plugins({"toy-rewards": toys, "guards": Plugin()})
+    return Registry.from_plugins({"toy-rewards": toys, "guards": Plugin(), "alignprop-report": alignprop_report})
 
 
 @pytest.fixture

@@ -334,11 +334,18 @@ def test_figures_reach_weights_and_biases(make: Callable[..., RunConfig], monkey
 def test_a_tracker_that_is_not_installed_is_said_before_anything_is_written(
     make: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignprop_core.training.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("alignprop_core.training.plugin_callbacks.find_spec", lambda name: None)
     config = make(training__trackers=["wandb"])
     with pytest.raises(
         ConfigError, match=r'trackers\.0: wandb is not installed.*pip install "alignprop-core\[wandb\]"'
     ):
+        train(config)
+    assert not Path(config.output).exists()
+
+
+def test_an_unknown_tracker_is_reported_before_anything_is_written(make: Callable[..., RunConfig]) -> None:
+    config = make(training__trackers=["tensorboard", "wandbb"])
+    with pytest.raises(ConfigError, match=r'trackers\.1: .*"wandbb"\. Did you mean "wandb"\? There are: .*pip install'):
         train(config)
     assert not Path(config.output).exists()
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
-from alignprop_core.evaluation.report.axes import figure
-from alignprop_core.evaluation.report.read import Run, label_of, mapping, mappings, number, pick
+from alignprop_report.axes import figure
+from alignprop_report.read import Run, label_of, mapping, mappings, number, pick
 
 _TOLD = 4
 """Measures the sentence at the top names at most."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from alignprop_core.evaluation.report import curves
-from alignprop_core.evaluation.report.axes import figure
-from alignprop_core.evaluation.report.chart import Chart, draw
-from alignprop_core.evaluation.report.markup import Child, Markup, element, facts, joined, table
-from alignprop_core.evaluation.report.pictures import Album, Cell, Sheet, open_sheet, previews, spread
-from alignprop_core.evaluation.report.read import Run, mapping, number, pick
-from alignprop_core.evaluation.report.words import Change, changes, drift_of, role, signed, spread_change
+from alignprop_report import curves
+from alignprop_report.axes import figure
+from alignprop_report.chart import Chart, draw
+from alignprop_report.markup import Child, Markup, element, facts, joined, table
+from alignprop_report.pictures import Album, Cell, Sheet, open_sheet, previews, spread
+from alignprop_report.read import Run, mapping, number, pick
+from alignprop_report.words import Change, changes, drift_of, role, signed, spread_change
 
 STEPS_SHOWN, PROMPTS_SHOWN, PAIRS_SHOWN, DROPPED_SHOWN = 7, 8, 12, 20
 Later = Callable[[], Markup]

@@ -12,10 +12,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from alignprop_core.evaluation.report.axes import figure
-from alignprop_core.evaluation.report.markup import Child, Markup, code, element, facts, joined, table
-from alignprop_core.evaluation.report.read import Run, label_of, mapping, mappings, number, pick
-from alignprop_core.evaluation.report.words import minutes
+from alignprop_report.axes import figure
+from alignprop_report.markup import Child, Markup, code, element, facts, joined, table
+from alignprop_report.read import Run, label_of, mapping, mappings, number, pick
+from alignprop_report.words import minutes
 
 _NONCOMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only|OpenRAIL-?NC", re.IGNORECASE)
 _DIFFUSERS = "pytorch_lora_weights.safetensors"

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import OutputError
-from alignprop_core.evaluation.report import about, parts
-from alignprop_core.evaluation.report.markup import Child, Markup, element, joined
-from alignprop_core.evaluation.report.pictures import Album
-from alignprop_core.evaluation.report.read import Run
-from alignprop_core.evaluation.report.words import result, standing
+from alignprop_report import about, parts
+from alignprop_report.markup import Child, Markup, element, joined
+from alignprop_report.pictures import Album
+from alignprop_report.read import Run
+from alignprop_report.words import result, standing
 
 GENERATOR = "alignprop report"
 """What a page says it was made by; only such a file is ever replaced by another page."""
@@ -69,7 +69,7 @@ def write_page(path: Path, page: str) -> None:
 
 def document(title: str, head: Sequence[Child], sections: Sequence[Markup | None]) -> str:
     """Return a whole page; its policy lets it load nothing and run nothing, and take no style but its own."""
-    style = files("alignprop_core.evaluation.report").joinpath("style.css").read_text(encoding="utf-8")
+    style = files("alignprop_report").joinpath("style.css").read_text(encoding="utf-8")
     digest = b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
     shown = [part for part in sections if part]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from alignprop_core.evaluation.report.chart import Chart, Line, Mark
-from alignprop_core.evaluation.report.read import Run, mapping, mappings, number, pick
+from alignprop_report.chart import Chart, Line, Mark
+from alignprop_report.read import Run, mapping, mappings, number, pick
 
 TRAINING, HELD_OUT = "training", "held out"
 REGULARIZED, LEARNING_RATE, GRADIENT = "pull to the base model", "learning rate", "gradient norm of the adapters"

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignprop_core.evaluation.report import about, curves, parts
-from alignprop_core.evaluation.report.axes import figure
-from alignprop_core.evaluation.report.chart import Chart, Line
-from alignprop_core.evaluation.report.markup import Child, Markup, element, joined, table
-from alignprop_core.evaluation.report.page import document, warnings
-from alignprop_core.evaluation.report.pictures import Album, Cell, open_sheet
-from alignprop_core.evaluation.report.read import Run, mapping, pick
-from alignprop_core.evaluation.report.words import changes, drift_of, result, signed, spread_change, standing
+from alignprop_report import about, curves, parts
+from alignprop_report.axes import figure
+from alignprop_report.chart import Chart, Line
+from alignprop_report.markup import Child, Markup, element, joined, table
+from alignprop_report.page import document, warnings
+from alignprop_report.pictures import Album, Cell, open_sheet
+from alignprop_report.read import Run, mapping, pick
+from alignprop_report.words import changes, drift_of, result, signed, spread_change, standing
 
 _BESIDE = 3
 """Pictures of a prompt that are small enough to have another prompt's beside them."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from alignprop_core.evaluation.plot import ticks
-from alignprop_core.evaluation.report.markup import Markup, element, joined
+from alignprop_report.markup import Markup, element, joined
+from alignprop_report.plot import ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 12, 10, 34
 

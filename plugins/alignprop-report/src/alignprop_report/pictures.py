@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image, features
 
-from alignprop_core.evaluation.report.markup import Markup, element
-from alignprop_core.evaluation.report.read import mapping, mappings, number
+from alignprop_report.markup import Markup, element
+from alignprop_report.read import mapping, mappings, number
 
 CELLS = "alignprop"
 """Under this key a sheet's PNG says where its pictures are, and what stands below each."""

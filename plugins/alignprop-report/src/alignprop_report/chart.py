@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from alignprop_core.evaluation.report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, figure, grid
-from alignprop_core.evaluation.report.markup import Markup, element, joined
+from alignprop_report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes, figure, grid
+from alignprop_report.markup import Markup, element, joined
 
 BUCKETS = 200
 """Points a line has at most: further steps are joined, and the band shows how far they spread."""

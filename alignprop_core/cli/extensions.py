@@ -1,0 +1,166 @@
+"""Commands of plugins: listed in the help, imported only when they run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from alignprop_core.cli import common
+from alignprop_core.errors import PluginError
+
+if TYPE_CHECKING:
+    from alignprop_core.registry.offers import Offer
+    from alignprop_core.registry.registry import Registry
+    from alignprop_core.specs import CommandSpec
+
+DISTRIBUTION_OF = {"report": "alignprop-report", "rewards isolate": "alignprop-isolation"}
+"""Well-known commands of plugins, so that a missing one is answered with what to install."""
+
+
+class ExtensibleGroup(TyperGroup):
+    """A command group that plugins can add commands to; installed plugins are looked up only where they matter."""
+
+    _joined = False
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the names of all commands, those of plugins last."""
+        from alignprop_core.registry.registry import default_registry
+
+        self._join(ctx)
+        if ctx.parent is None:
+            for problem in problems(default_registry()):
+                common.note(f"error: {problem}")
+        return super().list_commands(ctx)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """Return a command; None if there is none of that name.
+
+        Raises:
+            PluginError: it belongs to a well-known distribution that is not installed or not loaded.
+        """
+        if cmd_name not in self.commands:
+            self._join(ctx)
+            path = " ".join([*_words(ctx), cmd_name])
+            if cmd_name not in self.commands and path in DISTRIBUTION_OF:
+                raise PluginError(_missing(path))
+        return super().get_command(ctx, cmd_name)
+
+    def _join(self, ctx: Any) -> None:
+        """Add the commands of plugins, without importing them."""
+        from alignprop_core.registry.registry import default_registry
+
+        if self._joined:
+            return
+        self._joined = True
+        before = _words(ctx)
+        found: dict[str, list[Offer[CommandSpec]]] = {}
+        for offer in default_registry().commands():
+            words = offer.spec.path.split()
+            if words[: len(before)] == before and len(words) > len(before) and words[len(before)] not in self.commands:
+                found.setdefault(words[len(before)], []).append(offer)
+        for name, offers in sorted(found.items()):
+            depth = {len(offer.spec.path.split()) for offer in offers}
+            if depth == {len(before) + 1} or len(depth) > 1:
+                self.add_command(LazyCommand(name, offers))
+            else:
+                text = f"Commands of {' and '.join(dict.fromkeys(offer.distribution for offer in offers))}."
+                self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True))
+
+
+class LazyCommand(TyperCommand):
+    """A plugin's command that is imported when it runs or shows its own help.
+
+    Args:
+        name: its last word.
+        offers: what plugins offer under that path; more than one is an error when it runs.
+    """
+
+    def __init__(self, name: str, offers: list[Offer[CommandSpec]]) -> None:
+        self.offers = offers
+        text = offers[0].spec.summary if len(offers) == 1 else f"Not available: {_conflict(offers)}"
+        super().__init__(name, help=text)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Import the command and parse its arguments."""
+        return self.load().make_context(info_name, args, parent=parent, **extra)
+
+    def load(self) -> Any:
+        """Import the command.
+
+        Raises:
+            PluginError: several plugins offer it, it cannot be imported, or it is not a command function.
+        """
+        from alignprop_core.registry.guard import PluginFailure, guarded
+        from alignprop_core.registry.offers import belongs
+        from alignprop_core.registry.registry import load_object
+
+        if len(self.offers) > 1:
+            raise PluginError(_conflict(self.offers))
+        (offer,) = self.offers
+        function: Any = load_object(offer, offer.spec.factory, "function")
+        app = typer.Typer(add_completion=False)
+        try:
+            with guarded():
+                app.command(self.name)(function)
+                return typer.main.get_command(app)
+        except PluginFailure as failure:
+            error = PluginError(f"{belongs(offer)}: {offer.spec.factory} is not a command function: {failure}.")
+            error.add_note(failure.traceback)
+            raise error from failure.__cause__
+
+
+def problems(registry: Registry) -> Iterator[str]:
+    """Yield a sentence for each command that is not available: the core or another plugin has its path."""
+    from alignprop_core import cli
+
+    core: Any = typer.main.get_command(cli.app)
+    free = []
+    for offer in registry.commands():
+        words = offer.spec.path.split()
+        place = core.commands.get(words[0])
+        if isinstance(place, TyperGroup) and len(words) > 1:
+            place = place.commands.get(words[1])
+        if place is None:
+            free.append(offer)
+        else:
+            name = f"{offer.distribution} {offer.version}"
+            yield f'The command "{offer.spec.path}" of {name} is not available: alignprop-core has a command there.'
+    for path in sorted({offer.spec.path for offer in free}):
+        same = [offer for offer in free if offer.spec.path == path]
+        inside = [offer for offer in free if offer.spec.path.startswith(f"{path} ")]
+        if len(same) > 1 or inside:
+            yield _conflict([*same, *inside])
+
+
+def _conflict(offers: list[Offer[CommandSpec]]) -> str:
+    from alignprop_core.registry.discovery import BLOCK_VARIABLE
+
+    names = " and ".join(dict.fromkeys(f"{offer.distribution} {offer.version}" for offer in offers))
+    path = min((offer.spec.path for offer in offers), key=len)
+    return f'The command "{path}" is offered by {names}. Keep one out with {BLOCK_VARIABLE}.'
+
+
+def _missing(path: str) -> str:
+    from alignprop_core.registry.registry import default_registry
+
+    home = DISTRIBUTION_OF[path]
+    record = next((record for record in default_registry().plugins if record.distribution == home), None)
+    if record is None:
+        reason = f"which is not installed. Install it: pip install {home}"
+    elif record.status != "loaded":
+        reason = f"which is not loaded ({record.status}: {record.error})."
+    else:
+        reason = f"and version {record.version} of it does not have it. Upgrade it: pip install -U {home}"
+    return f"The command `alignprop {path}` is in the distribution {home}, {reason}"
+
+
+def _words(ctx: Any) -> list[str]:
+    """Return the words that lead to a group: none for the root."""
+    words: list[str] = []
+    while ctx.parent is not None:
+        words.insert(0, ctx.info_name)
+        ctx = ctx.parent
+    return words

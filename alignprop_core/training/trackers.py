@@ -1,0 +1,67 @@
+"""TensorBoard and Weights & Biases: one record per step, through accelerate. No torch at import."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignprop_core.training.callback import Callback, StepRecord
+
+if TYPE_CHECKING:
+    from alignprop_core.training.trainer import Trainer
+
+
+class Tracker(Callback, ABC):
+    """Logs each step and each evaluation to one of accelerate's trackers."""
+
+    @abstractmethod
+    def open(self, folder: Path) -> Any:
+        """Return accelerate's tracker; it writes its files to the run folder."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the tracker."""
+        self.tracker = self.open(trainer.folder.path)
+        # Newer versions of accelerate separate building a tracker from starting it.
+        if callable(start := getattr(self.tracker, "start", None)):
+            start()
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """Log one step."""
+        values = record.as_json()
+        for label, term in record.terms.items():
+            values |= {f"{label}/{kind}": value for kind, value in term.items()}
+        values |= {f"cosine/{pair}": value for pair, value in record.cosines.items()}
+        numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
+        self.tracker.log(numbers, step=record.step)
+
+    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
+        """Log an evaluation's means."""
+        values = {f"heldout/{label}": score["mean"] for label, score in figures["scores"].items()}
+        values |= {f"heldout/{key}": figures[key] for key in ("reward", "drift", "diversity")}
+        self.tracker.log({key: value for key, value in values.items() if value is not None}, step=trainer.step_number)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Close the tracker."""
+        self.tracker.finish()
+
+
+class TensorBoard(Tracker):
+    """Event files in the run folder."""
+
+    def open(self, folder: Path) -> Any:
+        """Return accelerate's TensorBoard tracker."""
+        from accelerate.tracking import TensorBoardTracker
+
+        return TensorBoardTracker("tensorboard", logging_dir=str(folder))
+
+
+class WandB(Tracker):
+    """A Weights & Biases run named after the run folder."""
+
+    def open(self, folder: Path) -> Any:
+        """Return accelerate's Weights & Biases tracker."""
+        from accelerate.tracking import WandBTracker
+
+        return WandBTracker(folder.name, dir=str(folder))
