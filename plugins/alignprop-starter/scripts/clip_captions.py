@@ -1,7 +1,7 @@
 """Captions for the starter's CLIP models as token ids on the device, and which captions match which scenes.
 
 A caption does not need to name every attribute, so it can match several scenes in a batch. Matches are exact: the
-attributes that a caption names (its *wish*) are stored with its tokens and compared with the labels of the scenes.
+attributes that a caption names (its *request*) are stored with its tokens and compared with the labels of the scenes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VALUES = {"species": len(SPECIES), "number": MAX_NUMBER, "style": len(STYLES), "
 """Number of values of each attribute that captions can name."""
 
 OPEN, SEVERAL = 0, MOST_ANIMALS + 1
-"""Numbers in a wish that names no number: any number, or two and more (a plural)."""
+"""Numbers in a request that names no number: any number, or two and more (a plural)."""
 
 #: Forms of the number: not named (bare name, plural), then words and digits for one to four.
 _FORMS: tuple[int | str | None, ...] = (None, None, 1, 2, 3, 4, "one", "1", "2", "3", "4")
@@ -39,16 +39,16 @@ def labels(layout: Layout, device: str) -> Tensor:
     return torch.stack([layout.species, layout.number, layout.style, layout.background]).to(device)
 
 
-def matches(wishes: Tensor, truth: Tensor) -> Tensor:
+def matches(requests: Tensor, truth: Tensor) -> Tensor:
     """Return a mask (C, B): whether caption c matches scene b.
 
     Args:
-        wishes: (4, C) attributes that captions name: indices, -1 for a style or place that is not named, `OPEN` or
+        requests: (4, C) attributes that captions name: indices, -1 for a style or place that is not named, `OPEN` or
             `SEVERAL` for a number that is not named.
         truth: (4, B) labels of scenes, see `labels`. A scene without animals matches no caption.
     """
     # (C, 1) against (1, B).
-    species, number, style, place = wishes[:, :, None]
+    species, number, style, place = requests[:, :, None]
     is_species, is_number, is_style, is_place = truth[:, None, :]
     counted = (number == is_number) | (number == OPEN) | ((number == SEVERAL) & (is_number > 1))
     fits: Tensor = (
@@ -119,22 +119,22 @@ class Captions:
         self.table = torch.tensor([row + [0] * (CONTEXT - len(row)) for row in rows], dtype=torch.int32, device=device)
         self.known = torch.tensor(sorted(known))
 
-    def rows(self, wishes: Tensor, form: Tensor | None = None, variant: Tensor | None = None) -> Tensor:
+    def rows(self, requests: Tensor, form: Tensor | None = None, variant: Tensor | None = None) -> Tensor:
         """Return token ids (C, 32) of captions that name exactly the given attributes.
 
         Args:
-            wishes: (4, C), see `matches`; the number is 1 to 4, `OPEN` or `SEVERAL`.
+            requests: (4, C), see `matches`; the number is 1 to 4, `OPEN` or `SEVERAL`.
             form: (C,) index of the form of a named number; by default "a" and number words.
             variant: (C,) bool, whether other words surround the caption.
         """
-        species, number, style, place = wishes
+        species, number, style, place = requests
         form = number + 1 if form is None else form
         form = torch.where(number == OPEN, 0, torch.where(number == SEVERAL, 1, form))
         row = ((species * len(_FORMS) + form) * (len(STYLES) + 1) + style + 1) * (len(BACKGROUNDS) + 1) + place + 1
         row = row * 2 if variant is None else row * 2 + variant.long()
         return self.table[row].long()
 
-    def draw(self, truth: Tensor, named: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def sample(self, truth: Tensor, named: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sample a matching caption for each scene, with attributes omitted at random; no host synchronization.
 
         Args:
@@ -142,7 +142,7 @@ class Captions:
             named: (B,) index of an attribute that the caption must name, if it can.
 
         Returns:
-            Token ids (B, 32), and wishes (4, B).
+            Token ids (B, 32), and requests (4, B).
         """
         species, number, style, place = truth
         b, device = truth.shape[1], truth.device
@@ -152,7 +152,7 @@ class Captions:
             names |= named == torch.arange(4, device=device)[:, None]
         # Half of the captions without a number use the plural, if there are several animals.
         loose = torch.where((luck[1] > 0.85) & (number > 1), SEVERAL, OPEN)
-        wishes = torch.stack(
+        requests = torch.stack(
             [
                 species,
                 torch.where(names[1] & (number <= MAX_NUMBER), number, loose),
@@ -162,7 +162,7 @@ class Captions:
         )
         form = torch.where(luck[5] < 0.2, number + 6, number + 1)
         form = torch.where((number == 1) & (luck[5] > 0.2) & (luck[5] < 0.4), 6, form)  # "one" as well as "a"
-        return self.rows(wishes, form, luck[5] > 0.85), wishes
+        return self.rows(requests, form, luck[5] > 0.85), requests
 
 
 def _around(rng: random.Random) -> tuple[str, str]:

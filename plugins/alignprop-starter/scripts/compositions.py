@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignprop_starter.scenes import SIZE, Layout, draw_layouts, load_artwork, paint
+from alignprop_starter.scenes import SIZE, Layout, load_artwork, render_layouts, sample_layouts
 
 ASPECTS = ("placement", "harmony", "contrast", "clutter", "damage")
 _OTHER_FLAWS = 0.1
@@ -66,7 +66,7 @@ def _is_animal(layout: Layout) -> Tensor:
 def _flawless(n: int, g: torch.Generator) -> Layout:
     """Return scenes with few props; a single animal is in the center or, smaller, on a vertical third."""
     number = torch.multinomial(torch.tensor([0.0, 0.55, 0.2, 0.15, 0.1]), n, replacement=True, generator=g)
-    layout = draw_layouts(n, int(torch.randint(2**31, (1,), generator=g)), split="all", number=number)
+    layout = sample_layouts(n, int(torch.randint(2**31, (1,), generator=g)), split="all", number=number)
     animal = _is_animal(layout)
     kept = torch.rand(animal.shape, generator=g) < 0.25
     side = torch.where(torch.rand(n, 1, generator=g) < 0.5, 43.0, 85.0)
@@ -80,7 +80,7 @@ def _flawless(n: int, g: torch.Generator) -> Layout:
     )
 
 
-def _draw_flaws(layout: Layout, g: torch.Generator) -> _Flaws:
+def _sample_flaws(layout: Layout, g: torch.Generator) -> _Flaws:
     n, slots = layout.sprite.shape
 
     def between(low: float, high: float, *shape: int) -> Tensor:
@@ -143,8 +143,8 @@ def _damaged(images: Tensor, kind: Tensor, strength: Tensor) -> Tensor:
 def _render(layout: Layout, flaws: _Flaws, has: Tensor, device: str) -> Tensor:
     """Render images (B, 3, 128, 128), uint8, with the flaws selected by the mask `has` (B, 5)."""
     layout = _rearranged(layout, flaws, has)
-    images = paint(layout, device)
-    ground = paint(replace(layout, sprite=layout.sprite.masked_fill(_is_animal(layout), -1)), device)
+    images = render_layouts(layout, device)
+    ground = render_layouts(replace(layout, sprite=layout.sprite.masked_fill(_is_animal(layout), -1)), device)
     # Contrast: blend with the same scene without animals.
     fade = (flaws.fade * has[:, 2]).to(device)[:, None, None, None]
     images = images + fade * (ground - images)
@@ -157,7 +157,7 @@ def render_pairs(n: int, seed: int, device: str, chunk: int = 1024) -> Pairs:
     """Render `n` pairs, with the aspects in turn. Pixel noise uses the device's generator, everything else `seed`."""
     g = torch.Generator().manual_seed(seed)
     layout = _flawless(n, g)
-    flaws = _draw_flaws(layout, g)
+    flaws = _sample_flaws(layout, g)
     aspect = torch.arange(n) % len(ASPECTS)
     this = aspect[:, None] == torch.arange(len(ASPECTS))
     others = (torch.rand(n, len(ASPECTS), generator=g) < _OTHER_FLAWS) & ~this

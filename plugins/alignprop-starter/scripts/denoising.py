@@ -101,7 +101,7 @@ class Captions:
             return rng.choice(_FILLERS)
         return "".join(rng.choice(string.ascii_lowercase) for _ in range(rng.randint(2, 7)))
 
-    def draw(self, species: Tensor, number: Tensor, style: Tensor, background: Tensor) -> Tensor:
+    def sample(self, species: Tensor, number: Tensor, style: Tensor, background: Tensor) -> Tensor:
         """Sample a matching caption for each scene, with attributes omitted at random; return token ids (B, 32).
 
         Each argument is (B,): class indices, and numbers of animals from 1 to 4. 10% of the captions are empty, for
@@ -149,7 +149,7 @@ class Denoising:
         b, device = self.batch, self.device
         rows = torch.randint(len(self.latents), (b,), device=device)
         z = self.latents[rows].float()
-        ids = self.captions.draw(*self.labels[:, rows])
+        ids = self.captions.sample(*self.labels[:, rows])
         u = (torch.arange(b, device=device) + torch.rand(b, device=device)) / b
         t = (1000 * u**self.skew).long().clamp(0, 999)
         a, s = self.bars[t].sqrt()[:, None, None, None], (1 - self.bars[t]).sqrt()[:, None, None, None]

@@ -53,14 +53,14 @@ def generate(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, batch
 
 
 @torch.no_grad()
-def verdicts(judge: Judge, images: Tensor, wished: Tensor) -> dict[str, Tensor]:
-    """Return masks (n,), per attribute and for `all`: whether the judge's class is that of `wished`, (n, 4) indices."""
+def verdicts(judge: Judge, images: Tensor, requested: Tensor) -> dict[str, Tensor]:
+    """Return masks (n,), per attribute and for `all`: whether the judge's class equals `requested`, (n, 4) indices."""
     device = next(judge.parameters()).device
     seen: dict[str, list[Tensor]] = {name: [] for name in ATTRIBUTES}
     for chunk in torch.split(images, 128):
         for name, logits in judge(chunk.to(device)).items():
             seen[name].append(logits.argmax(1).cpu())
-    right = {name: torch.cat(parts) == wished[:, i] for i, (name, parts) in enumerate(seen.items())}
+    right = {name: torch.cat(parts) == requested[:, i] for i, (name, parts) in enumerate(seen.items())}
     right["all"] = torch.stack(list(right.values())).all(0)
     return right
 
@@ -130,8 +130,8 @@ def main() -> None:
             }
         print(name, json.dumps(report[name]), flush=True)
     bare = [SPECIES[i % len(SPECIES)] for i in range(args.images // 2)]
-    wished = torch.tensor([[SPECIES.index(s), 0, 0, 0] for s in bare])
-    bare_right = verdicts(judge, generate(pipe, bare, args.seed + 1), wished)["species"]
+    requested = torch.tensor([[SPECIES.index(s), 0, 0, 0] for s in bare])
+    bare_right = verdicts(judge, generate(pipe, bare, args.seed + 1), requested)["species"]
     report["bare_names_species"] = round(float(bare_right.float().mean()), 4)
     print("bare names:", report["bare_names_species"], flush=True)
     (out / "evaluation.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -141,12 +141,13 @@ def main() -> None:
         "batch": args.batch,
         "seconds": args.seconds,
         "pairs": args.scenes,
-        "trained_on": "Pairs of rendered starter scenes that differ in one choice of composition: animals whole, "
-        "centred or on thirds, against cut off at an edge or corner; one light over the ground against patches of "
-        "clashing colours; animals as drawn against faded into the ground; few props against many; no damage against "
-        "blur, noise or blocks. Which one is better was decided by these rules. No person rated anything, it has seen "
-        "no photograph, and it is no measure of beauty. It reads the image embedding of clip.safetensors, whose tower "
-        "was itself trained with a small weight on pairs of the same kind (other scenes).",
+        "trained_on": "Pairs of rendered starter scenes that differ in one aspect of composition: animals that are "
+        "complete, centered or on thirds, against animals that are cut off at an edge or corner; uniform light against "
+        "patches of clashing colors; opaque animals against animals that are blended into the background; few props "
+        "against many; no damage against blur, noise or blocks. These rules decided which image is better. There are "
+        "no human ratings and no photographs in the training data, and the score is not a measure of beauty. The input "
+        "is the image embedding of clip.safetensors, whose image tower was itself trained, with a small weight, on "
+        "pairs of the same kind (other scenes).",
         **evaluate(path, tower, min(8000, args.scenes), 9_500_000 + args.seed * 1000, args.device),
     }
     path.with_suffix(".json").write_text(json.dumps(card, indent=2) + "\n")

@@ -23,7 +23,7 @@ from open_clip import CLIP
 from torch import Tensor, nn
 from training_common import Clock, Ranks, damage, parser
 
-from alignprop_starter.scenes import Layout, draw_layouts, paint
+from alignprop_starter.scenes import Layout, render_layouts, sample_layouts
 
 CANDIDATES = 100
 _MAX_LOG_SCALE = math.log(100)
@@ -33,11 +33,11 @@ def render_bytes(layout: Layout, device: str, chunk: int = 2048) -> Tensor:
     """Render layouts to images (n, 3, 128, 128), uint8 on `device`."""
     images = torch.empty(len(layout), 3, 128, 128, dtype=torch.uint8, device=device)
     for i in range(0, len(layout), chunk):
-        images[i : i + chunk] = (paint(layout[i : i + chunk], device) * 255).round().byte()
+        images[i : i + chunk] = (render_layouts(layout[i : i + chunk], device) * 255).round().byte()
     return images
 
 
-def draw_numbers(n: int, seed: int, shares: tuple[float, ...]) -> Tensor:
+def sample_numbers(n: int, seed: int, shares: tuple[float, ...]) -> Tensor:
     """Sample `n` numbers of animals, k with a probability proportional to `shares[k]`."""
     g = torch.Generator().manual_seed(seed)
     return torch.multinomial(torch.tensor(shares, dtype=torch.float32), n, replacement=True, generator=g)
@@ -74,20 +74,23 @@ class Objective(nn.Module):
             truth: (4, B) labels of the scenes.
             better, worse: (P, 3, 128, 128) uint8 pairs of compositions.
         """
-        fitting, fitting_wishes = self.captions.draw(truth)
+        fitting, fitting_requests = self.captions.sample(truth)
         near, changed = alter(truth)
-        missing, missing_wishes = self.captions.draw(near, changed)
-        wishes = torch.cat([fitting_wishes, missing_wishes], 1)
+        missing, missing_requests = self.captions.sample(near, changed)
+        requests = torch.cat([fitting_requests, missing_requests], 1)
         x = torch.cat([prepare(images, damaged=True), prepare(torch.cat([better, worse]), damaged=False)])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            seen = self.model.encode_image(x)
-            told = self.model.encode_text(self.compact[torch.cat([fitting, missing])])
-        seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
+            image_features = self.model.encode_image(x)
+            text_features = self.model.encode_text(self.compact[torch.cat([fitting, missing])])
+        image_features, text_features = (
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+        )
         b = len(images)
         # (2 B captions, B scenes); the first B captions match their scenes, the others are near misses.
-        logits = self.model.logit_scale.exp() * told @ seen[:b].T + self.model.logit_bias
-        pairs = sigmoid_loss(logits, matches(wishes, truth))
-        good, bad = self.ranking(seen[b:])[:, 0].chunk(2)
+        logits = self.model.logit_scale.exp() * text_features @ image_features[:b].T + self.model.logit_bias
+        pairs = sigmoid_loss(logits, matches(requests, truth))
+        good, bad = self.ranking(image_features[b:])[:, 0].chunk(2)
         return pairs + self.weight * F.softplus(bad - good).mean(), pairs
 
 
@@ -110,7 +113,7 @@ def unseen_scenes(groups: int, seed: int) -> Layout:
     g = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(math.prod(shape), generator=g)[: groups * CANDIDATES]
     species, number, style, place = torch.unravel_index(chosen, shape)
-    return draw_layouts(len(chosen), seed, species=species, number=number + 1, style=style, background=place)
+    return sample_layouts(len(chosen), seed, species=species, number=number + 1, style=style, background=place)
 
 
 def share(hits: Tensor) -> float:
@@ -131,7 +134,7 @@ def evaluate(path: Path, captions: Captions, scenes: int, seed: int, device: str
     layout = unseen_scenes(max(1, min(48, scenes // CANDIDATES)), seed)
     truth = labels(layout, device)
     images = render_bytes(layout, device)
-    told = embed_texts(model, captions.rows(truth))
+    text_features = embed_texts(model, captions.rows(truth))
     # Each near miss has the next value of one attribute: three -> four, four -> one, and so on.
     missed = {}
     for i, (name, count) in enumerate(VALUES.items()):
@@ -139,15 +142,15 @@ def evaluate(path: Path, captions: Captions, scenes: int, seed: int, device: str
         other[i] = (other[i] - lowest + 1) % count + lowest
         missed[name] = embed_texts(model, captions.rows(other))
     right = torch.arange(CANDIDATES, device=device)
-    groups = (-1, CANDIDATES, told.shape[1])
+    groups = (-1, CANDIDATES, text_features.shape[1])
     report: dict[str, object] = {"unseen_scenes": len(layout), "candidates": CANDIDATES}
     for ending, damaged in (("", False), ("_damaged", True)):
-        seen = embed_images(model, images, damaged=damaged)
-        cosines = told.view(groups) @ seen.view(groups).transpose(1, 2)
+        image_features = embed_images(model, images, damaged=damaged)
+        cosines = text_features.view(groups) @ image_features.view(groups).transpose(1, 2)
         report[f"text_to_image{ending}"] = share(cosines.argmax(2) == right)
         report[f"image_to_text{ending}"] = share(cosines.argmax(1) == right)
         report[f"near_misses{ending}"] = {
-            name: share(((told - other) * seen).sum(1) > 0) for name, other in missed.items()
+            name: share(((text_features - other) * image_features).sum(1) > 0) for name, other in missed.items()
         }
     return report
 
@@ -164,8 +167,8 @@ def main() -> None:
     cuda = args.device.startswith("cuda")
     began = time.monotonic()
     # 12% of the scenes have more animals than captions can name, so that "four" does not become "many".
-    number = draw_numbers(args.scenes, args.seed, (0, 0.22, 0.22, 0.22, 0.22, 0.06, 0.06))
-    layout = draw_layouts(args.scenes, 4_000_000 + args.seed, split="all", number=number)
+    number = sample_numbers(args.scenes, args.seed, (0, 0.22, 0.22, 0.22, 0.22, 0.06, 0.06))
+    layout = sample_layouts(args.scenes, 4_000_000 + args.seed, split="all", number=number)
     images, truth = render_bytes(layout, args.device), labels(layout, args.device)
     pairs: Pairs = render_pairs(max(args.scenes // 8, 10), 5_000_000 + args.seed, args.device)
     captions = Captions(args.device)
@@ -182,8 +185,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = clock.rate(args.rate, warmup=300)
         rows = torch.randint(len(images), (args.batch,), device=args.device)
-        some = torch.randint(len(pairs.aspect), (max(args.batch // 8, 1),), device=args.device)
-        loss, sigmoid = objective(images[rows], truth[:, rows], pairs.better[some], pairs.worse[some])
+        pair_rows = torch.randint(len(pairs.aspect), (max(args.batch // 8, 1),), device=args.device)
+        loss, sigmoid = objective(images[rows], truth[:, rows], pairs.better[pair_rows], pairs.worse[pair_rows])
         optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -23,17 +23,17 @@ from clip_files import read_clip, read_for_training, save_clip
 from open_clip import CLIP
 from torch import Tensor, nn
 from train_clip import (
-    draw_numbers,
     embed_images,
     embed_texts,
     prepare,
     render_bytes,
+    sample_numbers,
     share,
     sigmoid_loss,
 )
 from training_common import Clock, Ranks, parser
 
-from alignprop_starter.scenes import draw_layouts
+from alignprop_starter.scenes import sample_layouts
 
 _NUMBER = ATTRIBUTES.index("number")
 _MAX_LOG_SCALE = math.log(100)
@@ -60,13 +60,13 @@ def render_choices(n: int, seed: int, device: str) -> Choices:
     The first scene has one to four animals. If the number changes, the second one has zero, five or six animals with a
     probability of 20%, else another number from one to four.
     """
-    first = draw_layouts(n, seed, split="all", number=draw_numbers(n, seed + 3, (0, 1, 1, 1, 1)))
+    first = sample_layouts(n, seed, split="all", number=sample_numbers(n, seed + 3, (0, 1, 1, 1, 1)))
     g = torch.Generator().manual_seed(seed + 1)
     other, changed = alter(labels(first, "cpu"), g)
     far = torch.tensor([0, 5, 6])[torch.randint(3, (n,), generator=g)]
     other[_NUMBER] = torch.where((changed == _NUMBER) & (torch.rand(n, generator=g) < 0.2), far, other[_NUMBER])
     species, number, style, place = other
-    second = draw_layouts(n, seed + 2, species=species, number=number, style=style, background=place)
+    second = sample_layouts(n, seed + 2, species=species, number=number, style=style, background=place)
     images = torch.empty(2, n, 3, 128, 128, dtype=torch.uint8, device=device)
     for side, layout in enumerate((first, second)):
         images[side] = render_bytes(layout, device)
@@ -90,17 +90,20 @@ class Objective(nn.Module):
         Args:
             images, truth, changed: a batch of B pairs, see `Choices`.
         """
-        ids, wishes = self.captions.draw(truth[0], changed)
+        ids, requests = self.captions.sample(truth[0], changed)
         x = prepare(images.flatten(0, 1), damaged=True)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
-            seen, told = self.model.encode_image(x), self.model.encode_text(self.compact[ids])
-        seen, told = F.normalize(seen.float(), dim=-1), F.normalize(told.float(), dim=-1)
+            image_features, text_features = self.model.encode_image(x), self.model.encode_text(self.compact[ids])
+        image_features, text_features = (
+            F.normalize(image_features.float(), dim=-1),
+            F.normalize(text_features.float(), dim=-1),
+        )
         scale = self.model.logit_scale.exp()
-        good, bad = seen.chunk(2)
-        preference = F.softplus(scale * (told * (bad - good)).sum(1)).mean()
+        good, bad = image_features.chunk(2)
+        preference = F.softplus(scale * (text_features * (bad - good)).sum(1)).mean()
         # (B captions, 2 B scenes): every caption with every scene, true matches as targets.
-        logits = scale * told @ seen.T + self.model.logit_bias
-        everything = matches(wishes, torch.cat([truth[0], truth[1]], 1))
+        logits = scale * text_features @ image_features.T + self.model.logit_bias
+        everything = matches(requests, torch.cat([truth[0], truth[1]], 1))
         return preference + self.weight * sigmoid_loss(logits, everything), preference
 
 
@@ -114,13 +117,13 @@ def evaluate(path: Path, captions: Captions, n: int, seed: int, device: str) -> 
     torch.manual_seed(seed)
     model = read_clip(path, device)
     choices = render_choices(n, seed, device)
-    loose, _ = captions.draw(choices.truth[0], choices.changed)
+    loose, _ = captions.sample(choices.truth[0], choices.changed)
     full = captions.rows(choices.truth[0])
     report: dict[str, object] = {"unseen_pairs": n}
     for name, ids, damaged in (("full", full, False), ("open", loose, False), ("damaged", full, True)):
-        told = embed_texts(model, ids)
+        text_features = embed_texts(model, ids)
         good, bad = (embed_images(model, images, damaged=damaged) for images in choices.images)
-        right = (told * (good - bad)).sum(1) > 0
+        right = (text_features * (good - bad)).sum(1) > 0
         shares = {a: share(right[choices.changed == i]) for i, a in enumerate(ATTRIBUTES)}
         report[name] = shares | {"all": share(right)}
     return report

@@ -24,7 +24,7 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetCon
 
 from alignprop_counting.evaluate import evaluate_detector
 from alignprop_counting.transformers_detector import RtDetr
-from alignprop_starter.scenes import MOST_ANIMALS, SIZE, Layout, draw_layouts, load_artwork, paint
+from alignprop_starter.scenes import MOST_ANIMALS, SIZE, Layout, load_artwork, render_layouts, sample_layouts
 from alignprop_starter.vocabulary import SPECIES
 
 QUERIES = 24
@@ -52,7 +52,7 @@ def labelled_scenes(
         as left, top, right, bottom in pixels.
     """
     g = torch.Generator().manual_seed(seed)
-    layout = draw_layouts(n, seed, split="all", number=torch.randint(MOST_ANIMALS + 1, (n,), generator=g))
+    layout = sample_layouts(n, seed, split="all", number=torch.randint(MOST_ANIMALS + 1, (n,), generator=g))
     animal = load_artwork().animal
     own = animal[layout.species, layout.style]
     slots = layout.sprite == own[:, None]  # (n, slots): objects that are animals
@@ -71,7 +71,7 @@ def labelled_scenes(
     boxes = edges.masked_fill(~slots[..., None], 0).gather(1, first[..., None].expand(-1, -1, 4))
     images = torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
     for i in range(0, n, chunk):
-        images[i : i + chunk] = (paint(layout[i : i + chunk], device) * 255).round().byte()
+        images[i : i + chunk] = (render_layouts(layout[i : i + chunk], device) * 255).round().byte()
     return images, classes.to(device), boxes.to(device)
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from alignprop_starter.scenes import Layout, draw_layouts, paint
+from alignprop_starter.scenes import Layout, render_layouts, sample_layouts
 
 PACKAGE = Path(__file__).parents[1] / "src" / "alignprop_starter"
 """Source folder of the package; scripts write weights, prompts and artwork there by default."""
@@ -93,10 +93,10 @@ class Clock:
 
 def render_set(n: int, seed: int, device: str, *, split: str, chunk: int = 2048) -> tuple[Tensor, Layout]:
     """Render `n` scenes to images (n, 3, 128, 128), uint8 on `device`, and return them with their layout."""
-    layout = draw_layouts(n, seed, split=split)
+    layout = sample_layouts(n, seed, split=split)
     images = torch.empty(n, 3, 128, 128, dtype=torch.uint8, device=device)
     for i in range(0, n, chunk):
-        images[i : i + chunk] = (paint(layout[i : i + chunk], device) * 255).round().byte()
+        images[i : i + chunk] = (render_layouts(layout[i : i + chunk], device) * 255).round().byte()
     return images, layout
 
 

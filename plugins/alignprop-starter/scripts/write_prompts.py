@@ -21,16 +21,16 @@ def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]
     """Return the lines of a set: prompt, animal, and the other attributes of the variant."""
     lines = []
     for i, animal in enumerate(animals):
-        wishes: dict[str, object] = {}
+        requests: dict[str, object] = {}
         if variant in ("_number", "_full"):
-            wishes["number"] = 1 + i % MAX_NUMBER
+            requests["number"] = 1 + i % MAX_NUMBER
         if variant in ("_style", "_full"):
-            wishes["style"] = STYLES[i % len(STYLES)]
+            requests["style"] = STYLES[i % len(STYLES)]
         if variant in ("_background", "_full"):
             # 5 and the number of places have no common factor: all places occur, in another order than the numbers.
-            wishes["background"] = BACKGROUNDS[5 * i % len(BACKGROUNDS)]
-        text = caption(animal, **wishes)  # type: ignore[arg-type]
-        lines.append({"prompt": text, "animal": animal, **wishes})
+            requests["background"] = BACKGROUNDS[5 * i % len(BACKGROUNDS)]
+        text = caption(animal, **requests)  # type: ignore[arg-type]
+        lines.append({"prompt": text, "animal": animal, **requests})
     return lines
 
 

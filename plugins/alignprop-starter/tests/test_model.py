@@ -37,8 +37,8 @@ def test_images_show_the_animal_of_the_prompt(pipe: Any) -> None:
     out = pipe(PROMPTS, latents=noise, num_inference_steps=12, guidance_scale=3.0, output_type="pt")
     assert out.images.shape == (len(PROMPTS), 3, 128, 128)
     seen = load_judge().read(out.images.float())
-    wished = [read_caption(prompt) for prompt in PROMPTS]
-    species = [SPECIES[i] == wish.species for i, wish in zip(seen["species"].tolist(), wished, strict=True)]
+    requested = [read_caption(prompt) for prompt in PROMPTS]
+    species = [SPECIES[i] == request.species for i, request in zip(seen["species"].tolist(), requested, strict=True)]
     assert sum(species) >= 3
 
 

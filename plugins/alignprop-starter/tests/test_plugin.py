@@ -14,9 +14,9 @@ from alignprop_core.prompts import load_prompts
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch
 from alignprop_starter import alignprop_register_prompts, model_folder
-from alignprop_starter.reward import wish_of
+from alignprop_starter.reward import request_of
 from alignprop_starter.scenes import render_scenes
-from alignprop_starter.vocabulary import HELDOUT_ANIMALS, TRAIN_ANIMALS, Wish, read_caption
+from alignprop_starter.vocabulary import HELDOUT_ANIMALS, TRAIN_ANIMALS, Request, read_caption
 
 SETS = [spec.name for spec in alignprop_register_prompts()]
 
@@ -37,7 +37,7 @@ def test_prompts_match_their_metadata(name: str) -> None:
     assert len(prompts) == registry.prompt_set(name).spec.size
     for prompt, metadata in zip(prompts.prompts, prompts.metadata, strict=True):
         seen = read_caption(prompt)
-        assert seen == wish_of("", metadata), prompt
+        assert seen == request_of("", metadata), prompt
     animals = HELDOUT_ANIMALS if "eval_" in name else TRAIN_ANIMALS
     assert tuple(metadata["animal"] for metadata in prompts.metadata) == animals
 
@@ -61,8 +61,8 @@ def test_scene_accuracy_is_one_for_the_right_caption_and_zero_for_a_wrong_one() 
     reward = registry.load_reward("scene_accuracy", {"attribute": "species"})
     wrong = ["a cat" if read_caption(caption).species != "cat" else "a dog" for caption in right]
     assert reward(ImageBatch(images=scenes.images, prompts=wrong)).mean() <= 0.1
-    open_wish = reward(ImageBatch(images=scenes.images, prompts=["in the snow"] * 32))
-    assert torch.equal(open_wish, torch.ones(32)), "attributes that the prompt does not name count as correct"
+    open_request = reward(ImageBatch(images=scenes.images, prompts=["in the snow"] * 32))
+    assert torch.equal(open_request, torch.ones(32)), "attributes that the prompt does not name count as correct"
 
 
 @pytest.mark.parametrize("attribute", ["species", "all"])
@@ -96,7 +96,7 @@ def test_attributes_that_a_prompt_does_not_name_are_accepted() -> None:
 
 
 def test_metadata_take_precedence_over_words() -> None:
-    assert wish_of("three foxes", {"animal": "cat"}) == Wish("cat", 3, None, None)
+    assert request_of("three foxes", {"animal": "cat"}) == Request("cat", 3, None, None)
 
 
 def test_unknown_attribute_is_named() -> None:

@@ -7,14 +7,14 @@ import torch
 
 from alignprop_starter import model_folder
 from alignprop_starter.judge import ATTRIBUTES, load_judge
-from alignprop_starter.scenes import Scenes, draw_layouts, heldout_combinations, render_scenes
+from alignprop_starter.scenes import Scenes, heldout_combinations, render_scenes, sample_layouts
 from alignprop_starter.vocabulary import (
     BACKGROUNDS,
     MAX_NUMBER,
     SPECIES,
     STYLES,
     WORDS,
-    Wish,
+    Request,
     caption,
     plural,
     read_caption,
@@ -48,14 +48,14 @@ def test_parsing_a_full_caption_returns_its_attributes() -> None:
         for number in range(1, MAX_NUMBER + 1):
             for style in STYLES:
                 for background in BACKGROUNDS:
-                    assert read_caption(caption(animal, number, style, background)) == Wish(
+                    assert read_caption(caption(animal, number, style, background)) == Request(
                         animal, number, style, background
                     )
 
 
 def test_the_article_of_a_place_is_not_a_number() -> None:
-    assert read_caption("fox in a meadow") == Wish("fox", None, None, "meadow")
-    assert read_caption("nothing we know") == Wish()
+    assert read_caption("fox in a meadow") == Request("fox", None, None, "meadow")
+    assert read_caption("nothing we know") == Request()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_scenes_are_images_with_labels(scenes: Scenes) -> None:
 
 def test_given_attributes_are_used_with_up_to_six_animals() -> None:
     number = torch.arange(7)
-    layout = draw_layouts(7, seed=3, number=number, style=torch.full((7,), 2))
+    layout = sample_layouts(7, seed=3, number=number, style=torch.full((7,), 2))
     assert torch.equal(layout.number, number)
     assert set(layout.style.tolist()) == {2}
     assert torch.equal((layout.boxes[..., 2] > 0).sum(1), number)
@@ -96,14 +96,14 @@ def test_training_scenes_contain_no_heldout_combination() -> None:
     held = heldout_combinations()
     assert held.float().mean() == pytest.approx(0.1, abs=0.002)
     for split, expected in (("train", False), ("heldout", True)):
-        a = draw_layouts(2000, seed=5, split=split)
+        a = sample_layouts(2000, seed=5, split=split)
         found = held[a.species, a.style, a.number - 1, a.background]
         assert torch.equal(found, torch.full((2000,), expected))
 
 
 def test_an_unknown_split_is_named_in_the_error() -> None:
     with pytest.raises(ValueError, match="validation"):
-        draw_layouts(1, seed=0, split="validation")
+        sample_layouts(1, seed=0, split="validation")
 
 
 def test_the_judge_classifies_unseen_scenes(scenes: Scenes) -> None:

@@ -23,7 +23,7 @@ def test_the_autoencoder_reconstructs_unseen_scenes_with_their_detail(pipe: Any)
 
 def test_images_follow_every_word_of_their_prompts(pipe: Any) -> None:
     """The target is 80% for all four attributes; the measured value is 98%, so 34 images suffice."""
-    wished = [(i * 3 % len(SPECIES), i % 4, i % 3, i % 8) for i in range(34)]
-    prompts = [caption(SPECIES[a], n + 1, STYLES[s], BACKGROUNDS[b]) for a, n, s, b in wished]
-    right = verdicts(load_judge(), generate(pipe, prompts, seed=11, batch=17), torch.tensor(wished))
+    requested = [(i * 3 % len(SPECIES), i % 4, i % 3, i % 8) for i in range(34)]
+    prompts = [caption(SPECIES[a], n + 1, STYLES[s], BACKGROUNDS[b]) for a, n, s, b in requested]
+    right = verdicts(load_judge(), generate(pipe, prompts, seed=11, batch=17), torch.tensor(requested))
     assert right["all"].float().mean() >= 0.85

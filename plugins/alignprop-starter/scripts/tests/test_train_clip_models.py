@@ -20,7 +20,7 @@ from clip_files import new_clip, normalise, read_clip, read_for_training, save_c
 from open_clip import CLIP, SimpleTokenizer
 from safetensors import safe_open
 
-from alignprop_starter.scenes import draw_layouts, render_scenes
+from alignprop_starter.scenes import render_scenes, sample_layouts
 from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, read_caption
 
 
@@ -96,34 +96,35 @@ def test_a_saved_model_reproduces_the_embeddings(tmp_path: Path, captions: Capti
     assert full.token_embedding.weight.shape[0] == 49_408
 
 
-def test_captions_agree_with_their_wishes_and_match_their_scenes(captions: Captions) -> None:
+def test_captions_agree_with_their_requests_and_match_their_scenes(captions: Captions) -> None:
     torch.manual_seed(0)
     number = torch.arange(200) % 6 + 1
-    truth = labels(draw_layouts(200, 3, number=number), "cpu")
-    ids, wishes = captions.draw(truth)
-    assert matches(wishes, truth).diagonal().all()
+    truth = labels(sample_layouts(200, 3, number=number), "cpu")
+    ids, requests = captions.sample(truth)
+    assert matches(requests, truth).diagonal().all()
     tokenizer = SimpleTokenizer()
-    for row, (species, wished, style, place) in zip(ids.tolist(), wishes.T.tolist(), strict=True):
+    for row, (species, requested, style, place) in zip(ids.tolist(), requests.T.tolist(), strict=True):
         text = tokenizer.decode(row[1 : row.index(tokenizer.eot_token_id)]).replace("3 d ", "3d ")
-        wish = read_caption(re.sub("^an? [a-z]+ of ", "", text))  # "a photo of foxes": the article belongs to the photo
-        assert wish.species == SPECIES[species], text
-        assert wish.number == (None if wished in (OPEN, SEVERAL) else wished), text
-        assert wish.style == (None if style < 0 else STYLES[style]), text
-        assert wish.background == (None if place < 0 else BACKGROUNDS[place]), text
+        # In "a photo of foxes" the article belongs to the photo.
+        request = read_caption(re.sub("^an? [a-z]+ of ", "", text))
+        assert request.species == SPECIES[species], text
+        assert request.number == (None if requested in (OPEN, SEVERAL) else requested), text
+        assert request.style == (None if style < 0 else STYLES[style]), text
+        assert request.background == (None if place < 0 else BACKGROUNDS[place]), text
 
 
 def test_a_caption_matches_every_scene_that_shows_what_it_names() -> None:
     fox = SPECIES.index("fox")
     truth = torch.tensor([[fox, 2, 0, 0], [fox, 1, 1, 3], [fox, 5, 1, 3], [fox, 0, 1, 3], [fox + 1, 2, 0, 0]]).T
-    wishes = torch.tensor(
+    requests = torch.tensor(
         [[fox, OPEN, -1, -1], [fox, SEVERAL, -1, -1], [fox, 2, -1, -1], [fox, OPEN, 1, 3], [fox, 1, 0, -1]]
     ).T
     expected = [[1, 1, 1, 0, 0], [1, 0, 1, 0, 0], [1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]]
-    assert matches(wishes, truth).int().tolist() == expected
+    assert matches(requests, truth).int().tolist() == expected
 
 
 def test_altered_labels_differ_in_exactly_one_attribute() -> None:
-    truth = labels(draw_layouts(500, 1, number=torch.arange(500) % 6 + 1), "cpu")
+    truth = labels(sample_layouts(500, 1, number=torch.arange(500) % 6 + 1), "cpu")
     other, which = alter(truth, torch.Generator().manual_seed(0))
     assert torch.equal(other != truth, which == torch.arange(4)[:, None])
     assert set(which.tolist()) == {0, 1, 2, 3}

@@ -14,7 +14,7 @@ from alignprop_core.errors import PromptError
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_starter.config import SceneAccuracyConfig
 from alignprop_starter.judge import ATTRIBUTES, load_judge
-from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, WORDS, Wish, plural, read_caption
+from alignprop_starter.vocabulary import BACKGROUNDS, SPECIES, STYLES, WORDS, Request, plural, read_caption
 
 _NAMES: Mapping[str, tuple[str, ...]] = {"species": SPECIES, "style": STYLES, "background": BACKGROUNDS}
 _KEYS = {"species": "animal", "style": "style", "background": "background"}
@@ -64,15 +64,15 @@ class SceneAccuracy(Reward):
         scores = []
         for row, (prompt, metadata) in enumerate(zip(batch.prompts, batch.metadata, strict=True)):
             self.check_prompt(prompt, metadata)
-            wish = wish_of(prompt, metadata)
-            scores.append(float(all(_fulfilled(wish, name, seen[name][row]) for name in self.compared)))
+            request = request_of(prompt, metadata)
+            scores.append(float(all(_fulfilled(request, name, seen[name][row]) for name in self.compared)))
         return torch.tensor(scores, dtype=dtype, device=batch.images.device)
 
 
-def wish_of(prompt: str, metadata: Mapping[str, Any]) -> Wish:
+def request_of(prompt: str, metadata: Mapping[str, Any]) -> Request:
     """Return what a sample asks for; its metadata take precedence over the words of its prompt."""
     words = read_caption(prompt)
-    return Wish(
+    return Request(
         species=metadata.get("animal", words.species),
         number=metadata.get("number", words.number),
         style=metadata.get("style", words.style),
@@ -80,8 +80,8 @@ def wish_of(prompt: str, metadata: Mapping[str, Any]) -> Wish:
     )
 
 
-def _fulfilled(wish: Wish, attribute: str, seen: int) -> bool:
-    wanted = getattr(wish, attribute)
+def _fulfilled(request: Request, attribute: str, seen: int) -> bool:
+    wanted = getattr(request, attribute)
     if wanted is None:
         return True
     return bool(seen == wanted if attribute == "number" else _NAMES[attribute][seen] == wanted)

@@ -250,7 +250,7 @@ def _stride(lengths: Tensor, g: torch.Generator) -> Tensor:
     return 1 + (torch.rand(lengths.shape, generator=g) * (lengths - 1)).long()
 
 
-def draw_layouts(
+def sample_layouts(
     n: int,
     seed: int,
     *,
@@ -278,11 +278,11 @@ def draw_layouts(
     held = heldout_combinations()
     # (combinations, 4): species, style, number - 1, background.
     allowed = {"train": ~held, "heldout": held, "all": torch.ones_like(held)}[split].nonzero()
-    drawn = allowed[torch.randint(len(allowed), (n,), generator=g)]
-    species = drawn[:, 0] if species is None else species
-    style = drawn[:, 1] if style is None else style
-    number = drawn[:, 2] + 1 if number is None else number
-    background = drawn[:, 3] if background is None else background
+    chosen = allowed[torch.randint(len(allowed), (n,), generator=g)]
+    species = chosen[:, 0] if species is None else species
+    style = chosen[:, 1] if style is None else style
+    number = chosen[:, 2] + 1 if number is None else number
+    background = chosen[:, 3] if background is None else background
     art = load_artwork()
 
     # Scenes vary from empty to crowded, so that a model can generate both and everything in between.
@@ -333,7 +333,7 @@ def draw_layouts(
     )
 
 
-def paint(layout: Layout, device: str = "cpu") -> Tensor:
+def render_layouts(layout: Layout, device: str = "cpu") -> Tensor:
     """Render layouts to images (B, 3, 128, 128), float32 in [0, 1], on `device`."""
     art = load_artwork(device)
     b = len(layout)
@@ -378,9 +378,9 @@ def render_scenes(
     style: Tensor | None = None,
     background: Tensor | None = None,
 ) -> Scenes:
-    """Sample layouts and render them; see `draw_layouts` for the arguments."""
-    layout = draw_layouts(n, seed, split=split, species=species, number=number, style=style, background=background)
-    return Scenes(paint(layout, device), layout)
+    """Sample layouts and render them; see `sample_layouts` for the arguments."""
+    layout = sample_layouts(n, seed, split=split, species=species, number=number, style=style, background=background)
+    return Scenes(render_layouts(layout, device), layout)
 
 
 def stream_scenes(

@@ -115,7 +115,7 @@ WORDS = tuple(
 
 
 @dataclass(frozen=True)
-class Wish:
+class Request:
     """What a caption asks for; None if it does not name the attribute."""
 
     species: str | None = None
@@ -155,7 +155,7 @@ def caption(
     return " ".join(words)
 
 
-def read_caption(text: str) -> Wish:
+def read_caption(text: str) -> Request:
     """Parse any text; unknown words are ignored.
 
     The number is the last number word before the animal: in "fox in a meadow" the article belongs to the meadow.
@@ -170,4 +170,4 @@ def read_caption(text: str) -> Wish:
             style = word
         elif word in PLACES:
             background = word
-    return Wish(species, number if species else None, style, background)
+    return Request(species, number if species else None, style, background)
