@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from alignprop_core.config.rewards import IsolationConfig
-from alignprop_core.isolation.install import make_environment
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
+from alignprop_isolation.config import IsolationConfig
+from alignprop_isolation.install import make_environment
+from alignprop_isolation.lookup import IsolatedRewards
 
 CASES = [
     ("jpeg_compressibility", {}, 8, 128),
@@ -48,7 +49,7 @@ def main() -> None:
     registry = default_registry()
     with tempfile.TemporaryDirectory() as folder:
         python = make_environment(Path(folder) / "environment", [], share=True)
-        there = registry.elsewhere(IsolationConfig(python=str(python)))
+        there = IsolatedRewards(IsolationConfig(python=str(python)), registry)
         rows = []
         for name, options, size, side in CASES:
             start = time.perf_counter()

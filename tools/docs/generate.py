@@ -21,7 +21,7 @@ import yaml
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.schema import schema_with_loaders
 from alignprop_core.registry.discovery import SPEC_OF_HOOK, PluginRecord
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import PromptSpec, RewardSpec, WeightsFile, WeightsSpec
@@ -41,8 +41,8 @@ LIMITS = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}", "e
 
 
 def config_tables() -> str:
-    """Return a table for every section of the run config."""
-    schema = RunConfig.model_json_schema()
+    """Return a table for every section of the run config, with the loader keys of this repository's plugins."""
+    schema = schema_with_loaders(Registry.discover({}))
     return "\n".join(_section("", schema, schema["$defs"], {}))
 
 
