@@ -26,13 +26,13 @@ class ExtensibleGroup(TyperGroup):
     _joined = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands, those of plugins last."""
+        """Return the names of all commands, those of plugins last; conflicts are reported on standard error."""
         from alignprop_core.registry.registry import default_registry
 
-        self._join(ctx)
-        if ctx.parent is None:
-            for problem in problems(default_registry()):
+        if ctx.parent is None and not self._joined:
+            for problem in problems(default_registry(), self):
                 common.note(f"error: {problem}")
+        self._join(ctx)
         return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
@@ -112,15 +112,12 @@ class LazyCommand(TyperCommand):
             raise error from failure.__cause__
 
 
-def problems(registry: Registry) -> Iterator[str]:
-    """Yield a sentence for each command that is not available: the core or another plugin has its path."""
-    from alignprop_core import cli
-
-    core: Any = typer.main.get_command(cli.app)
+def problems(registry: Registry, core: TyperGroup) -> Iterator[str]:
+    """Yield a sentence for each command that is not available, because the core or another plugin has its path."""
     free = []
     for offer in registry.commands():
         words = offer.spec.path.split()
-        place = core.commands.get(words[0])
+        place: Any = core.commands.get(words[0])
         if isinstance(place, TyperGroup) and len(words) > 1:
             place = place.commands.get(words[1])
         if place is None:
@@ -133,6 +130,15 @@ def problems(registry: Registry) -> Iterator[str]:
         inside = [offer for offer in free if offer.spec.path.startswith(f"{path} ")]
         if len(same) > 1 or inside:
             yield _conflict([*same, *inside])
+
+
+def core_commands() -> TyperGroup:
+    """Return the root group with the core's commands alone."""
+    from alignprop_core import cli
+
+    core = typer.main.get_command(cli.app)
+    assert isinstance(core, TyperGroup)
+    return core
 
 
 def _conflict(offers: list[Offer[CommandSpec]]) -> str:

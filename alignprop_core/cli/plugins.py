@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from alignprop_core.cli import common
-from alignprop_core.cli.extensions import problems
+from alignprop_core.cli.extensions import core_commands, problems
 
 if TYPE_CHECKING:
     from alignprop_core.registry.discovery import PluginRecord
@@ -38,7 +38,7 @@ def plugins(
         typer.echo("No plugins are installed. Rewards and models come as plugins: pip install alignprop-starter")
     else:
         _print(registry.plugins, traceback)
-        for problem in problems(registry):
+        for problem in problems(registry, core_commands()):
             common.note(f"error: {problem}")
 
 

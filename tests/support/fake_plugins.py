@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent, indent
 
 HEAD = """\
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.specs import FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsSpec
+from alignprop_core.specs import (
+    CallbackSpec, CommandSpec, FamilySpec, ModelSpec, PromptSpec, RewardSpec, WeightsSpec
+)
 
 """
 
@@ -56,6 +59,7 @@ def install(
     entry_points: str | None = None,
     reward: str = REWARD,
     config: str = CONFIG,
+    files: Mapping[str, str] | None = None,
 ) -> str:
     """Write a distribution into a folder that is on sys.path and return its package's name.
 
@@ -68,6 +72,7 @@ def install(
         entry_points: text of entry_points.txt, if not one entry point that names the package.
         reward: source of its reward module.
         config: source of its options module.
+        files: sources of further modules, by file name.
     """
     package = distribution.replace("-", "_").lower()
     source = module if module is not None else rewards_hook(f"return [{reward_spec(package, package)}]")
@@ -76,6 +81,8 @@ def install(
     (home / "__init__.py").write_text(source)
     (home / "config.py").write_text(config)
     (home / "reward.py").write_text(reward.replace("{package}", package))
+    for name, text in (files or {}).items():
+        (home / name).write_text(text)
     info = folder / f"{package}-{version}.dist-info"
     info.mkdir()
     needs = "".join(f"Requires-Dist: {line}\n" for line in requires)
