@@ -10,9 +10,10 @@ REFERENCE := build/reference
 ISOLATED  := build/isolated
 
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
-# Those that others depend on come first: older pips look for an unpublished requirement only among what came before.
+# Those that others depend on come first, the metapackage last: older pips look for an unpublished requirement only among what came before.
 FIRST    := plugins/alignprop-clip plugins/alignprop-counting
-PLUGINS  := $(FIRST) $(filter-out $(FIRST),$(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml)))
+LAST     := plugins/alignprop
+PLUGINS  := $(FIRST) $(filter-out $(FIRST) $(LAST),$(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))) $(LAST)
 SOURCES  := alignprop_core $(wildcard $(addsuffix /src,$(PLUGINS)))
 
 # One OpenMP thread a test: on two busy cores, threads that wait for each other turn 0.1 s into 13 s.

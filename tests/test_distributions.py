@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
-from tests.support.fresh import PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
+from alignprop_core.registry.registry import Registry
+from tests.support.fresh import METAPACKAGE, PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
 
 CORE = "alignprop-core"
 OURS = [CORE, *PLUGINS]
@@ -121,7 +123,7 @@ def test_a_plugin_alone_passes_its_tests(plugin: str, tmp_path: Path, wheel: Cal
     environment, ours = environment_of([plugin], tmp_path / "environment", wheel)
     work = outside_the_repository(plugin, tmp_path / "outside")
     assert_consistent(environment, work)
-    assert installed(environment, work) == dict.fromkeys(ours - {CORE}, "loaded")
+    assert installed(environment, work) == dict.fromkeys(ours - {CORE, METAPACKAGE}, "loaded")
     # Before its tests' packages are there: rewards need nothing but what a user gets.
     environment.run(["python", "-W", "error", "-c", LOAD], work)
 
@@ -157,7 +159,7 @@ def test_all_plugins_live_together(tmp_path: Path, wheel: Callable[[str], Path])
     work = tmp_path / "work"
     work.mkdir()
     assert_consistent(environment, work)
-    assert installed(environment, work) == dict.fromkeys(PLUGINS, "loaded")
+    assert installed(environment, work) == dict.fromkeys(set(PLUGINS) - {METAPACKAGE}, "loaded")
     rewards = json.loads(environment.run("alignprop rewards list --json", work).stdout)
     assert [reward["name"] for reward in rewards if reward["conflict"]] == []
     environment.run(["python", "-W", "error", "-c", LOAD], work)
@@ -193,14 +195,20 @@ def listing_seconds(environment: FreshEnvironment, cwd: Path) -> float:
     return min(seconds)
 
 
+def test_the_metapackage_requires_the_core_the_report_and_the_apache_licensed_rewards() -> None:
+    registry = Registry.discover({})
+    records = {record.distribution: record for record in registry.plugins if record.distribution in PLUGINS}
+    rewards = {name for name, record in records.items() if record.names("rewards") and record.license == "Apache-2.0"}
+    facts = tomllib.loads((ROOT / "plugins" / METAPACKAGE / "pyproject.toml").read_text())["project"]
+    assert {Requirement(line).name for line in facts["dependencies"]} == rewards | {CORE, "alignprop-report"}
+
+
 def test_the_plugins_versions_and_ranges_go_together() -> None:
     """Every plugin takes this core and these siblings: else one pip command cannot install them."""
     facts = {
         name: tomllib.loads((path / "pyproject.toml").read_text())["project"]
         for name, path in [(CORE, ROOT), *((name, ROOT / "plugins" / name) for name in PLUGINS)]
     }
-    from packaging.requirements import Requirement
-
     for name, project in facts.items():
         extras = [line for lines in project.get("optional-dependencies", {}).values() for line in lines]
         for line in [*project["dependencies"], *extras]:

@@ -22,7 +22,11 @@ from alignprop_core.testing import fixtures
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PROJECTS = sorted([*ROOT.glob("plugins/*/pyproject.toml"), *ROOT.glob("examples/plugins/*/pyproject.toml")])
+PROJECTS = sorted(
+    path
+    for path in [*ROOT.glob("plugins/*/pyproject.toml"), *ROOT.glob("examples/plugins/*/pyproject.toml")]
+    if "[project.entry-points.alignprop]" in path.read_text(encoding="utf-8")
+)
 REFERENCE = (DOCS / "plugin-reference.md").read_text(encoding="utf-8")
 
 

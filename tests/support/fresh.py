@@ -24,6 +24,9 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = sorted(path.name for path in (ROOT / "plugins").iterdir() if (path / "pyproject.toml").is_file())
+METAPACKAGE = "alignprop"
+"""Among them, but not a plugin: it only requires others and has no entry point."""
+
 _OURS = re.compile(r"(_*editable_*)?_*(impl_)?alignprop", re.IGNORECASE)
 _PIP = """\
 import sys

@@ -84,6 +84,7 @@ def check_table() -> str:
 def plugin_table(folder: Path, registry: Registry) -> str:
     """Return a table of the distributions in a folder: description, what they provide, license, install command."""
     projects = {path.parent.name: _project(path) for path in sorted(folder.glob("*/pyproject.toml"))}
+    projects = {name: project for name, project in projects.items() if "entry-points" in project}  # no metapackage
     records = {record.distribution: record for record in registry.plugins}
     lines = [
         "| plugin | description | provides | license | install from a checkout |",
