@@ -184,6 +184,52 @@ def test_all_plugins_live_together(tmp_path: Path, wheel: Callable[[str], Path])
     assert not (work / "run").exists()
 
 
+WORKER = """\
+import sys
+import torch
+from alignprop_core.registry.registry import default_registry
+from alignprop_core.reward import ImageBatch
+from alignprop_isolation.config import IsolationConfig
+from alignprop_isolation.lookup import IsolatedRewards
+
+def scored(reward):
+    images = torch.rand(3, 3, 16, 17, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    scores = reward(ImageBatch(images=images))
+    return scores, torch.autograd.grad(scores.sum(), images)[0]
+
+here = default_registry()
+there = IsolatedRewards(IsolationConfig(python=sys.argv[1]), here)
+assert there.reward("jpeg_compressibility").version == "0.1.0"
+options = there.reward_options("jpeg_compressibility", {"quality": 80})
+reward = there.load_reward("jpeg_compressibility", options)
+assert all(map(torch.equal, scored(reward), scored(here.load_reward("jpeg_compressibility", options))))
+reward.close()
+"""
+"""Scores in the environment with this interpreter, and in this one: they are equal."""
+
+DESCRIBE = """\
+import sys
+from alignprop_isolation.describe import describe
+describe("jpeg_compressibility", {})
+print(*sys.modules)
+"""
+
+
+def test_an_isolated_reward_needs_no_heavy_package(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    """Beside core, worker and plugin, its environment has only what a worker, torch and the plugin require."""
+    light = FreshEnvironment(
+        tmp_path / "light", needed_by(["torch", "pydantic", "pluggy", "packaging", "safetensors", "pillow"], {})
+    )
+    heavy = {"diffusers", "transformers", "peft", "accelerate", "typer", "yaml", "rich", "huggingface_hub", "psutil"}
+    assert not heavy & {link.name for link in (light.folder / "third-party").iterdir()}
+    wheels = [str(wheel(name)) for name in (CORE, "alignprop-isolation", "alignprop-jpeg")]
+    light.run(["pip", "install", "--no-deps", *wheels], tmp_path)
+    full, _ = environment_of(["alignprop-isolation", "alignprop-jpeg"], tmp_path / "full", wheel)
+    full.run(["python", "-W", "error", "-c", WORKER, str(light.bin / "python")], tmp_path)
+    loaded = set(light.run(["python", "-I", "-c", DESCRIBE], tmp_path).stdout.split())
+    assert not loaded & {"torch", "numpy"}
+
+
 def listing_seconds(environment: FreshEnvironment, cwd: Path) -> float:
     """Return the processor time of `alignprop rewards list`, the best of four: wall time on a machine not busy."""
     seconds = []

@@ -26,7 +26,16 @@ from tests.support.fresh import PLUGINS, ROOT, metadata_of, needed_by
 
 PROJECTS = {"alignprop-core": ROOT, **{name: ROOT / "plugins" / name for name in PLUGINS}}
 # What reads the workspace's files or makes environments of its own.
-NOT_THESE = ["distributions", "fresh_installs", "new_reward", "isolation", "docs", "plugin_docs", "rooms"]
+NOT_THESE = [
+    "distributions",
+    "fresh_installs",
+    "new_reward",
+    "environments",
+    "isolated_hpsv2",
+    "docs",
+    "plugin_docs",
+    "rooms",
+]
 NOT_THESE += ["example_plugins", "examples"]
 # What thirty steps gain hangs on the tiny model's random weights, and those on the versions of torch and transformers.
 NOT_THIS = "tests/training/test_mix_training.py::test_balanced_raises_both_where_sum_lets_the_large_one_win"

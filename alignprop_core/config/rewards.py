@@ -67,10 +67,10 @@ def _checked(value: object) -> object:
 class RewardTerm(Section):
     """One reward of a mix. Higher scores are better."""
 
-    # Besides its fields, an entry may have one key that a plugin's loader offers, such as `isolation`. The registry that
-    # knows these keys is `context["registry"]` of the validation, or else that of the installed plugins.
+    # Besides its fields, an entry may have one key of a loader that a plugin offers, such as `isolation`. The registry
+    # with these keys is `context["registry"]` of the validation, or else that of the installed plugins.
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
-    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_checked)]]
+    __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_checked)]] = Field(init=False)
 
     name: Text = Field(
         description="A reward of an installed plugin (distribution/reward where two offer the name), or a class in a "

@@ -29,7 +29,7 @@ def isolate(
         "--share",
         help="Use the packages of the current environment as well, so that torch is not installed twice.",
     ),
-    python: str = typer.Option(sys.executable, help="Interpreter to create it with; the default is the current one."),
+    python: str | None = typer.Option(None, help="Interpreter to create it with; the default is the current one."),
 ) -> None:
     """Create a Python environment for a reward, and print its entry for a run config.
 
@@ -53,7 +53,7 @@ def isolate(
             plugin or [one if share else source_of(one) for one in offered],
             packages=package,
             share=share,
-            python=python,
+            python=python or sys.executable,
             say=common.note,
         )
     inner = python_of(folder)

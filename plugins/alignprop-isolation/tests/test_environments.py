@@ -1,0 +1,54 @@
+"""Creating environments for rewards."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from alignprop_core.cli import run
+from alignprop_core.errors import OutputError, RunError
+from alignprop_isolation.install import make_environment, python_of
+
+
+def test_an_environment_does_not_overwrite_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "mine.txt").touch()
+    with pytest.raises(OutputError, match="exists already and is not empty"):
+        make_environment(tmp_path / "own", [])
+    with pytest.raises(RunError, match=r"(?s)failed with exit code.*no-such-package"):
+        make_environment(tmp_path / "new", [str(tmp_path / "no-such-package")], share=True)
+
+
+@pytest.mark.skipif(find_spec("alignprop_jpeg") is None, reason="alignprop-jpeg is not installed")
+def test_the_command_creates_an_environment_that_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["rewards", "isolate", "jpeg_compressibility", "--share"]) == 0
+    printed = capsys.readouterr().out
+    assert "jpeg_compressibility of alignprop-jpeg" in printed
+    (term,) = yaml.safe_load(printed[printed.index("rewards:") :])["rewards"]
+    assert Path(term["isolation"]["python"]) == python_of(Path("isolated/jpeg_compressibility"))
+    assert Path(term["isolation"]["python"]).exists()
+    assert run(["rewards", "isolate", "jpeg_compresibility"]) == 2
+
+
+def test_the_command_takes_a_class_in_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "from alignprop_core import Reward\n\n\nclass Mine(Reward):\n"
+        "    def score(self, batch):\n        return batch.images.mean((1, 2, 3))\n"
+    )
+    assert run(["rewards", "isolate", "./mine.py:Mine", "--share", "--into", "own"]) == 0
+    (term,) = yaml.safe_load((printed := capsys.readouterr().out)[printed.index("rewards:") :])["rewards"]
+    assert term == {"name": "./mine.py:Mine", "isolation": {"python": str(python_of(Path("own")))}}
+    # The packages of this environment are there, its own come first.
+    code = "import alignprop_isolation, sys; print(sys.prefix)"
+    prefix = subprocess.check_output([python_of(Path("own")), "-I", "-c", code], text=True).strip()
+    assert Path(prefix) == tmp_path / "own"
