@@ -22,10 +22,10 @@ _PUBLIC = {
     "load_config": "alignprop_core.config.load",
     "load_prompts": "alignprop_core.prompts",
     "Sampler": "alignprop_core.diffusion.sampler",
-    "StepRecord": "alignprop_core.training.callback",
+    "StepStats": "alignprop_core.mix.stats",
     "Trainer": "alignprop_core.training.trainer",
     "hookimpl": "alignprop_core.hookspecs",
-    "train": "alignprop_core.training.run",
+    "train": "alignprop_core.training.train",
 }
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from alignprop_core.config.sections import RunConfig as RunConfig
     from alignprop_core.diffusion.sampler import Sampler as Sampler
     from alignprop_core.hookspecs import hookimpl as hookimpl
+    from alignprop_core.mix.stats import StepStats as StepStats
     from alignprop_core.prompts import load_prompts as load_prompts
     from alignprop_core.registry.registry import Registry as Registry
     from alignprop_core.registry.registry import default_registry as default_registry
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
     from alignprop_core.specs import RewardConfig as RewardConfig
     from alignprop_core.specs import RewardSpec as RewardSpec
     from alignprop_core.training.callback import Callback as Callback
-    from alignprop_core.training.callback import StepRecord as StepRecord
-    from alignprop_core.training.run import train as train
+    from alignprop_core.training.train import train as train
     from alignprop_core.training.trainer import Trainer as Trainer
 
 __all__ = ["__version__", *_PUBLIC]

@@ -1,4 +1,4 @@
-"""Picture files as people see them, for scoring and for rewards that look at pictures of their own. No torch."""
+"""Image files as people see them, and images of tensors. Imports torch only for tensors it is given."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from alignprop_core.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from numpy import uint8
     from numpy.typing import NDArray
     from PIL import Image
 
 
-def read_picture(path: Path) -> NDArray[uint8]:
+def read_image(path: Path) -> NDArray[uint8]:
     """Return a picture file as (H, W, 3) RGB bytes: upright, 16-bit grey brought to 8, transparency laid on white.
 
     Raises:
@@ -47,3 +48,12 @@ def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
     if values.min() < 0 or values.max() > 65535:
         raise UserError(f"{path} has 32-bit pixels, whose range is not known. Save it with 8 bits a channel.")
     return Image.fromarray((values / 257).round().astype("uint8"))
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """Return one image, (3, H, W), float in [0, 1] or uint8, as a PIL image."""
+    from PIL import Image
+
+    if image.is_floating_point():
+        image = (image.detach().float().clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())

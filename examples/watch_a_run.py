@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from alignprop_core import Callback, StepRecord, Trainer, train
+from alignprop_core import Callback, StepStats, Trainer, train
 
 
 class BestSoFar(Callback):
@@ -17,11 +17,11 @@ class BestSoFar(Callback):
     def __init__(self) -> None:
         self.best = float("-inf")
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         """Compare this step's reward with the best one."""
-        if record.reward > self.best:
-            self.best = record.reward
-            print(f"step {record.step}: best reward so far, {record.reward:.4g}")
+        if stats.reward > self.best:
+            self.best = stats.reward
+            print(f"step {stats.step}: best reward so far, {stats.reward:.4g}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ SHORT = [
     "training.steps=2",
     "training.batch_size=2",
     "sampling.steps=4",
-    "samples.every=null",
+    "previews.prompts=[]",
     "evaluation.at_end=false",
     "training.device=cpu",
 ]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alignprop_core.errors import UserError
-from alignprop_core.images import read_picture
+from alignprop_core.images import read_image
 
 
 def test_pictures_are_turned_upright(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise: what is stored left is seen above
     stored.save(tmp_path / "turned.png", exif=exif)
-    picture = read_picture(tmp_path / "turned.png")
+    picture = read_image(tmp_path / "turned.png")
     assert picture.shape == (40, 20, 3)
     assert picture[0, 0].tolist() == [0, 0, 255]
     assert picture[-1, 0].tolist() == [255, 0, 0]
@@ -26,26 +26,26 @@ def test_pictures_are_turned_upright(tmp_path: Path) -> None:
 
 def test_transparency_lies_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (5, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png") == 255).all()
+    assert (read_image(tmp_path / "clear.png") == 255).all()
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
 def test_sixteen_bit_grey_keeps_its_greys(ending: str, tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(levels * 257).save(tmp_path / f"deep.{ending}")
-    assert (read_picture(tmp_path / f"deep.{ending}") == levels[:, :, None]).all()
+    assert (read_image(tmp_path / f"deep.{ending}") == levels[:, :, None]).all()
 
 
 @pytest.mark.parametrize("values", [np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70_000, np.int32)])
 def test_pixels_of_unknown_range_are_refused(values: np.ndarray, tmp_path: Path) -> None:
     Image.fromarray(values).save(tmp_path / "odd.tif")
     with pytest.raises(UserError, match=r"odd\.tif has .* pixels, whose range is not known\. Save it with 8 bits"):
-        read_picture(tmp_path / "odd.tif")
+        read_image(tmp_path / "odd.tif")
 
 
 def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("not a picture")
     with pytest.raises(UserError, match=r"no\.png is no picture that can be read"):
-        read_picture(tmp_path / "no.png")
+        read_image(tmp_path / "no.png")
     with pytest.raises(UserError, match=r"gone\.png: no such picture"):
-        read_picture(tmp_path / "gone.png")
+        read_image(tmp_path / "gone.png")

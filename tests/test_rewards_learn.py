@@ -68,7 +68,7 @@ def test_the_batch_scores_higher_after_a_few_steps(case: str, tmp_path: Path) ->
         }
     )
     trainer = Trainer(config)
-    noise = trainer.sampler.noise(seed=0, step=0, indices=range(len(PROMPTS)))
+    noise = trainer.sampler.noise(PROMPTS, seed=0, step=0)
     metadata: list[dict[str, Any]] = [{} for _ in PROMPTS]
     totals = []
     for _ in range(STEPS):

@@ -188,7 +188,7 @@ def test_no_lora_file_executes_what_it_hides(suffix: str, tmp_path: Path) -> Non
 
 def test_no_checkpoint_executes_what_it_hides(tmp_path: Path) -> None:
     """Resuming reads files of a run folder, which somebody may have sent: none is unpickled."""
-    from alignprop_core.training.run import train
+    from alignprop_core.training.train import train
 
     run, mark = train_two_steps("jpeg_compressibility", tmp_path), tmp_path / "mark"
     checkpoint = max((run / "checkpoints").iterdir())

@@ -30,17 +30,16 @@ def demo(
     offer = registry.model(model)
     if not offer.spec.demo:
         with_demo = [other.spec.name for other in registry.models() if other.spec.demo]
-        raise PluginError(f'Model "{model}" brings no demo; these do: {", ".join(with_demo) or "none"}.')
+        raise PluginError(f'Model "{model}" has no demo; these have one: {", ".join(with_demo) or "none"}.')
     package, _, file = offer.spec.demo.partition(":")
     with as_file(files(package) / file) as path:
         settings = load_config(path, [*(overrides or []), f"output={output}"], registry=registry)
     with common.status("loading rewards and model"):
         from alignprop_core.training.trainer import Trainer
 
-        trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings))
-    from alignprop_core.training.run import run
-
-    folder = run(trainer, common.console(stderr=True))
+        console = common.console(stderr=True)
+        trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings), console=console)
+    folder = trainer.train()
     finish(trainer, folder)
     common.print_facts([("before and after", str(folder / "images" / "before_after.png"))])
 

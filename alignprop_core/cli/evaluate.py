@@ -2,39 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import count
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from alignprop_core.cli import common
 
 if TYPE_CHECKING:
-    from alignprop_core.config.model import ModelLora
     from alignprop_core.config.rewards import RewardTerm
-    from alignprop_core.config.sections import EvaluationConfig
+    from alignprop_core.config.sections import RunConfig
     from alignprop_core.prompts import PromptSet
     from alignprop_core.registry.registry import Registry
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Subject:
-    """What is evaluated: the model with its LoRA, and what its own run evaluates it with."""
-
-    model: str
-    lora: Path | None
-    vae: str | None = None
-    frozen: Sequence[ModelLora] = ()
-    precision: Literal["no", "fp16", "bf16"] = "no"
-    sampling: Mapping[str, object] = field(default_factory=dict)
-    rewards: Sequence[RewardTerm] = ()
-    evaluation: EvaluationConfig | None = None
-    heldout: str = ""
 
 
 def evaluate(
@@ -65,12 +48,13 @@ def evaluate(
 ) -> None:
     """Evaluate a run, or a model with a LoRA, on held-out prompts; or a whole curve of strengths or shares."""
     common.quiet_libraries()
-    from alignprop_core.cli.inputs import check_model_options, reward_entries, sampling_settings
+    from alignprop_core.cli.inputs import check_model_options, model_of_run, reward_entries, sampling_settings
     from alignprop_core.config.load import located
     from alignprop_core.config.sections import EvaluationConfig
     from alignprop_core.errors import UserError, under
     from alignprop_core.locate import find_lora
     from alignprop_core.registry.registry import default_registry
+    from alignprop_core.training.preflight import check_rewards
 
     if (run is None) == (not model):
         raise UserError("Give a run folder, or --model M with --lora DIR.")
@@ -80,16 +64,23 @@ def evaluate(
         raise UserError("--strengths and --soup need a LoRA: give a run folder, or --lora DIR beside --model.")
     points = _points(strengths, soup is not None)
     registry = default_registry()
+    config: RunConfig | None = None
+    known: dict[str, Any] = {"model": model, "lora": lora}
     with nullcontext() if run is None else located(run / "config.yaml"):
-        subject = _Subject(model=model, lora=lora) if run is None else _of_run(run, lora, registry)
-        chosen = _prompts(prompts, subject.heldout, registry)
-        entries = _with_further(subject.rewards, reward_entries(reward, option, registry))
+        if run is not None:
+            config, known = model_of_run(run, lora, registry)
+            check_rewards(config, registry)
+        chosen = _prompts(prompts, (config and config.prompts.heldout) or "", registry)
+        own = [] if config is None else [*config.rewards, *config.evaluation.rewards]
+        entries = _with_further(own, reward_entries(reward, option, registry))
         if not entries:
             raise UserError("There is nothing to measure: give --reward NAME.")
         changes = {"steps": steps, "guidance_scale": guidance_scale}
-        sampling = sampling_settings({**subject.sampling, **{k: v for k, v in changes.items() if v is not None}})
+        sampling = sampling_settings(
+            {**(config.sampling.model_dump() if config else {}), **{k: v for k, v in changes.items() if v is not None}}
+        )
         changes = {"images_per_prompt": images_per_prompt, "seed": seed}
-        evaluation = (subject.evaluation or EvaluationConfig()).model_copy(
+        evaluation = (config.evaluation if config else EvaluationConfig()).model_copy(
             update={k: v for k, v in changes.items() if v is not None}
         )
         if run is None:
@@ -102,78 +93,30 @@ def evaluate(
         with under("--device"):
             where = choose_device(device)
         with common.status("loading rewards and model"):
-            from alignprop_core import lora as adapters
-            from alignprop_core.evaluation.measures import measure_entries
-            from alignprop_core.mix.load import check_prompts, load_terms
+            from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
 
-            terms = load_terms([*entries, *measure_entries(entries, registry)], registry)
-            with under("--prompts" if prompts else "prompts.heldout"):
-                check_prompts(terms, chosen)
+            key = "--prompts" if prompts else "prompts.heldout"
+            terms = evaluation_terms(entries, chosen, registry, device=where, prompts_key=key)
             from alignprop_core._files import write_json
-            from alignprop_core.cli.models import TRAINED, open_sampler
-            from alignprop_core.evaluation.compare import Switch, compare
-            from alignprop_core.evaluation.diversity import encoder_of
-            from alignprop_core.evaluation.drift import Drift
-            from alignprop_core.evaluation.sheet import before_after, save_picture
+            from alignprop_core.diffusion.sampler import Sampler
+            from alignprop_core.evaluation.compare import Switch
+            from alignprop_core.evaluation.sheet import before_after, save_image
             from alignprop_core.training.plugin_callbacks import results_written
-            from alignprop_core.training.progress import progress_bar
 
-            sampler = open_sampler(
-                subject.model,
-                sampling,
-                device=where,
-                registry=registry,
-                lora_path=subject.lora,
-                mixed_precision=subject.precision,
-                vae=subject.vae,
-                frozen=subject.frozen,
-            )
-            for term in terms:
-                term.reward.to(sampler.device)
-
-    def base() -> AbstractContextManager[object]:
-        return adapters.disabled(sampler.family.denoiser, name=TRAINED)
-
-    encoder = encoder_of(evaluation.diversity_encoder, terms)
+            sampler = Sampler.load(**known, sampling=sampling, device=where, registry=registry)
+    evaluator = Evaluator(sampler, terms, chosen, evaluation)
     if points:
-        from alignprop_core.cli.sweep import evaluate_curve
+        from alignprop_core.cli.sweep import evaluate_sweep
 
-        evaluate_curve(
-            sampler,
-            terms,
-            chosen,
-            evaluation,
-            encoder,
-            points=points,
-            soup=soup,
-            folder=output or run,
-            json=json,
-            registry=registry,
-        )
+        evaluate_sweep(evaluator, points=points, soup=soup, folder=output or run, json=json, registry=registry)
         return
-    variants: dict[str, Switch] = (
-        {"model": nullcontext} if subject.lora is None else {"base": base, "tuned": nullcontext}
-    )
-    with progress_bar(common.console(stderr=True)) as bar:
-        total = len(variants) * len(chosen) * evaluation.images_per_prompt
-        task = bar.add_task("evaluating", total=total, figures="")
-        drift = None
-        if subject.lora is not None:
-            drift = Drift(sampler, chosen.prompts, base, seed=evaluation.seed, batch_size=evaluation.batch_size)
-        result = compare(
-            sampler,
-            terms,
-            chosen,
-            evaluation,
-            variants,
-            encoder=encoder,
-            drift=drift,
-            advance=lambda images: bar.advance(task, images),
-        )
+    tuned = known["lora"] is not None
+    variants: dict[str, Switch] = {"base": evaluator.base, "tuned": nullcontext} if tuned else {"model": nullcontext}
+    result = evaluator.evaluate(variants, drift=tuned)
     folder = output or run
     if folder is not None:
         write_json(folder / "evaluation.json", result.as_json() | _trained_step(folder))
-        save_picture(before_after(result), folder / "images" / "before_after.png")
+        save_image(before_after(result), folder / "images" / "before_after.png")
         results_written(folder, registry)
     if json:
         common.print_json(result.as_json())
@@ -183,30 +126,7 @@ def evaluate(
     print_comparison(result)
     if folder is not None:
         sheet = folder / "images" / "before_after.png"
-        common.print_facts([("figures", str(folder / "evaluation.json")), ("sheet", str(sheet))])
-
-
-def _of_run(run: Path, lora: Path | None, registry: Registry) -> _Subject:
-    from alignprop_core.config.load import load_config
-    from alignprop_core.locate import find_lora
-    from alignprop_core.training.preflight import check_model, check_rewards
-
-    config = load_config(run / "config.yaml", registry=registry)
-    lora = run / "lora" if lora is None else lora
-    find_lora(lora)
-    check_model(config, registry)
-    check_rewards(config, registry)
-    return _Subject(
-        model=config.model.base,
-        lora=lora,
-        vae=config.model.vae,
-        frozen=config.model.loras,
-        precision=config.training.mixed_precision,
-        sampling=config.sampling.model_dump(),
-        rewards=[*config.rewards, *config.evaluation.rewards],
-        evaluation=config.evaluation,
-        heldout=config.prompts.heldout or "",
-    )
+        common.print_facts([("results", str(folder / "evaluation.json")), ("sheet", str(sheet))])
 
 
 def _trained_step(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From options of commands to checked settings, before torch is imported: a mistake is said at once."""
+"""From options of commands to checked settings, before torch is imported: a mistake is reported at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from alignprop_core.config.input import apply_overrides
+from alignprop_core.config.load import load_config
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import UserError, under
 from alignprop_core.locate import find_base, find_lora
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
-from alignprop_core.training.preflight import check_weights
+from alignprop_core.training.preflight import check_model, check_weights
 from alignprop_core.validation import explain
 
 
@@ -26,6 +28,30 @@ def check_model_options(model: str, lora: Path | None, registry: Registry) -> No
     if lora is not None:
         with under("--lora"):
             find_lora(lora)
+
+
+def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunConfig, dict[str, Any]]:
+    """Return a run's config, and its model with its LoRA as keywords for `Sampler.load`.
+
+    Args:
+        run: the run folder.
+        lora: a LoRA to use instead of the run's result.
+        registry: where names are looked up.
+
+    Raises:
+        UserError: there is no such run, or its model or LoRA is missing.
+    """
+    config = load_config(run / "config.yaml", registry=registry)
+    lora = run / "lora" if lora is None else lora
+    find_lora(lora)
+    check_model(config, registry)
+    return config, {
+        "model": config.model.base,
+        "lora": lora,
+        "vae": config.model.vae,
+        "frozen": config.model.loras,
+        "mixed_precision": config.training.mixed_precision,
+    }
 
 
 def sampling_settings(values: Mapping[str, Any]) -> SamplingConfig:
@@ -70,7 +96,7 @@ def _entry(name: str, changes: Sequence[str], registry: Registry) -> RewardTerm:
     label = default_label(name)
     values, _ = apply_overrides({}, changes)
     checked = registry.reward_options(name, values, where=f"--option {label}")
-    entry = RewardTerm(name=name, options=checked.model_dump(mode="json"))
+    entry = RewardTerm.model_validate({"name": name, "options": checked.model_dump(mode="json")})
     with under(f"--option {label}.weights"):
         check_weights(entry, registry)
     return entry

@@ -1,9 +1,11 @@
-"""`alignprop sample`: pictures from a model, with or without a LoRA."""
+"""`alignprop sample`: images from a model, with or without a LoRA."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -11,70 +13,99 @@ from alignprop_core.cli import common
 
 
 def sample(
-    prompts: list[str] = typer.Argument(help="What to draw; one picture a prompt and seed."),
-    model: str = typer.Option(help="A registered model, a hub id, a diffusers folder or a .safetensors file."),
-    lora: Path | None = typer.Option(None, help="A LoRA folder or file, or a run folder."),
+    prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one image per prompt and seed."),
+    run: Path | None = typer.Option(None, help="A run folder: its model, LoRA and sampling settings."),
+    model: str = typer.Option(
+        "", help="Instead of a run: a registered model, a hub id, a diffusers folder or a .safetensors file."
+    ),
+    lora: Path | None = typer.Option(None, help="A LoRA file or folder; with --run, instead of the run's result."),
+    prompts_from: str = typer.Option("", "--prompts", help="More prompts: a registered set or a file."),
+    compare: bool = typer.Option(False, "--compare", help="Also generate each image without the LoRA, side by side."),
     strength: float = typer.Option(1.0, help="Strength of the LoRA; 0 is the base model."),
-    steps: int = typer.Option(50, help="Denoising steps."),
-    guidance_scale: float = typer.Option(7.5, help="Classifier-free guidance; 1 is off."),
-    negative_prompt: str = typer.Option("", help="What to lead away from."),
-    width: int | None = typer.Option(None, help="Pixels; the model's own if left out."),
-    height: int | None = typer.Option(None, help="Pixels; the model's own if left out."),
-    seed: int = typer.Option(0, help="The first seed; each further picture of a prompt takes the next."),
-    count: int = typer.Option(1, min=1, help="Pictures of each prompt."),
+    steps: int | None = typer.Option(None, help="Denoising steps; the run's own, or 50."),
+    guidance_scale: float | None = typer.Option(
+        None, help="Classifier-free guidance, 1 is off; the run's own, or 7.5."
+    ),
+    negative_prompt: str | None = typer.Option(None, help="Negative prompt; the run's own, or empty."),
+    width: int | None = typer.Option(None, help="Width in pixels; the run's or the model's own if left out."),
+    height: int | None = typer.Option(None, help="Height in pixels; the run's or the model's own if left out."),
+    seed: int = typer.Option(0, help="The first seed; each further image of a prompt takes the next."),
+    count: int = typer.Option(1, min=1, help="Images per prompt."),
     device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
-    output: Path = typer.Option(Path("samples"), help="Folder for the pictures."),
+    output: Path = typer.Option(Path("samples"), help="Folder for the images."),
 ) -> None:
-    """Draw pictures; the same seed gives the picture diffusers gives for it."""
+    """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
-    from alignprop_core.cli.inputs import check_model_options, sampling_settings
-    from alignprop_core.errors import under
+    from alignprop_core.cli.inputs import check_model_options, model_of_run, sampling_settings
+    from alignprop_core.errors import UserError, under
+    from alignprop_core.prompts import load_prompts
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
-    settings = sampling_settings(
-        {
-            "steps": steps,
-            "guidance_scale": guidance_scale,
-            "negative_prompt": negative_prompt,
-            "width": width,
-            "height": height,
-        }
-    )
-    check_model_options(model, lora, registry)
+    if (run is None) == (not model):
+        raise UserError("Give --run RUN, or --model M with an optional --lora F.")
+    texts = list(prompts or [])
+    if prompts_from:
+        with under("--prompts"):
+            texts += load_prompts(prompts_from, registry).prompts
+    if not texts:
+        raise UserError("Give at least one prompt, or --prompts FILE.")
+    if compare and run is None and lora is None:
+        raise UserError("--compare needs a LoRA: give --run RUN or --lora F.")
+    given: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+    }
+    known: dict[str, Any] = {"model": model, "lora": lora}
+    own: dict[str, Any] = {}
+    if run is not None:
+        config, known = model_of_run(run, lora, registry)
+        own = config.sampling.model_dump()
+    settings = sampling_settings(own | {key: value for key, value in given.items() if value is not None})
+    if run is None:
+        check_model_options(model, lora, registry)
     from alignprop_core.devices import choose_device
 
     with under("--device"):
         where = choose_device(device)
     with common.status("loading the model"):
-        from alignprop_core.cli.models import open_sampler
+        from alignprop_core.diffusion.sampler import Sampler
 
-        sampler = open_sampler(model, settings, device=where, registry=registry, lora_path=lora, strength=strength)
+        sampler = Sampler.load(**known, sampling=settings, device=where, registry=registry, strength=strength)
 
     import torch
 
     from alignprop_core._files import safe_name
-    from alignprop_core.evaluation.sheet import save_picture, to_picture
-    from alignprop_core.training.progress import progress_bar
+    from alignprop_core.evaluation.progress import progress_bar
+    from alignprop_core.evaluation.sheet import save_image, side_by_side
 
+    variants: list[Any] = [sampler.without_lora, nullcontext] if compare else [nullcontext]
+    names = distinct([safe_name(text, longest=60) for text in texts])
+    # Distinct from the base model's images, which would otherwise be overwritten.
+    tuned = "-lora" if strength == 1 else f"-lora-{strength:g}"
+    suffix = "-compare" if compare else "" if known["lora"] is None else tuned
+    output.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    names = unlike([safe_name(prompt, longest=60) for prompt in prompts])
     with progress_bar(common.console(stderr=True)) as bar, torch.no_grad():
-        task = bar.add_task("drawing", total=len(prompts) * count, figures="")
-        for name, prompt in zip(names, prompts, strict=True):
+        task = bar.add_task("sampling", total=len(texts) * count * len(variants), status="")
+        for name, text in zip(names, texts, strict=True):
             for number in range(seed, seed + count):
-                image = sampler([prompt], generator=torch.Generator().manual_seed(number))[0]
-                file = output / f"{name}-{number}.png"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                save_picture(to_picture(image), file)
-                files.append(file)
-                bar.advance(task)
+                images = []
+                for switch in variants:
+                    with switch():
+                        images += sampler([text], seed=number, output="pil")
+                    bar.advance(task)
+                files.append(output / f"{name}-{number}{suffix}.png")
+                save_image(side_by_side(images), files[-1])
     for file in files:
         common.console().print(str(file), soft_wrap=True)
 
 
-def unlike(names: Sequence[str]) -> list[str]:
-    """Return file names, each different: prompts that differ in signs, or far behind, have the same one."""
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return file names, each different: prompts that differ in punctuation, or only near their end, are alike."""
     seen: dict[str, int] = {}
     found = []
     for name in names:

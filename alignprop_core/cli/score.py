@@ -26,7 +26,7 @@ def score(
     common.quiet_libraries()
     from alignprop_core.cli.inputs import reward_entries
     from alignprop_core.errors import RewardError, UserError, under
-    from alignprop_core.images import read_picture
+    from alignprop_core.images import read_image
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
@@ -35,7 +35,7 @@ def score(
     for entry, spec in zip(entries, specs, strict=True):
         if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
-    pictures = [read_picture(path) for path in images]
+    pictures = [read_image(path) for path in images]
 
     import torch
 

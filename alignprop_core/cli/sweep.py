@@ -1,4 +1,4 @@
-"""What `alignprop evaluate` does with --strengths and --soup: a table and a JSON file, which plugins may plot."""
+"""`alignprop evaluate --strengths` and `--soup`: a table and a JSON file, which plugins may plot."""
 
 from __future__ import annotations
 
@@ -11,28 +11,19 @@ from torch import nn
 from alignprop_core import lora
 from alignprop_core._files import write_json
 from alignprop_core.cli import common
-from alignprop_core.cli.models import TRAINED
-from alignprop_core.config.sections import EvaluationConfig
-from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.sampler import LOADED, Sampler
 from alignprop_core.errors import UserError
-from alignprop_core.evaluation.diversity import Encoder
-from alignprop_core.evaluation.sweep import curve
+from alignprop_core.evaluation.evaluator import Evaluator
+from alignprop_core.evaluation.sweep import sweep
 from alignprop_core.lora.layers import adapter_names
-from alignprop_core.mix.term import Term
-from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.plugin_callbacks import results_written
-from alignprop_core.training.progress import progress_bar
 
 _OTHER = "soup"
 
 
-def evaluate_curve(
-    sampler: Sampler,
-    terms: Sequence[Term],
-    prompts: PromptSet,
-    config: EvaluationConfig,
-    encoder: Encoder,
+def evaluate_sweep(
+    evaluator: Evaluator,
     *,
     points: Sequence[float],
     soup: Path | None,
@@ -40,15 +31,16 @@ def evaluate_curve(
     json: bool,
     registry: Registry,
 ) -> None:
-    """Evaluate the LoRA on the sampler's model at several strengths, or at several shares of it and another."""
+    """Evaluate the LoRA on the evaluator's model at several strengths, or at several shares of it and another."""
+    sampler, prompts = evaluator.sampler, evaluator.prompts
     denoiser = sampler.family.denoiser
     if soup is not None:
         lora.attach_frozen(sampler.family.pipeline, soup, 0.0, _OTHER)
-    names = [TRAINED] if soup is None else [TRAINED, _OTHER]
+    names = [LOADED] if soup is None else [LOADED, _OTHER]
     _denoiser_only(sampler, names)
 
-    def put(point: float) -> None:
-        lora.set_strength(denoiser, point if soup is None else 1 - point, name=TRAINED)
+    def apply(point: float) -> None:
+        lora.set_strength(denoiser, point if soup is None else 1 - point, name=LOADED)
         if soup is not None:
             lora.set_strength(denoiser, point, name=_OTHER)
 
@@ -59,22 +51,8 @@ def evaluate_curve(
                 off.enter_context(lora.disabled(denoiser, name=name))
             yield
 
-    with progress_bar(common.console(stderr=True)) as bar:
-        total = len({*points, 0.0}) * len(prompts) * config.images_per_prompt
-        task = bar.add_task("evaluating", total=total, figures="")
-        result = curve(
-            sampler,
-            terms,
-            prompts,
-            config,
-            name="strength" if soup is None else "share",
-            points=points,
-            first=0.0,
-            put=put,
-            base=base,
-            encoder=encoder,
-            advance=lambda images: bar.advance(task, images),
-        )
+    what = "strength" if soup is None else "share"
+    result = sweep(evaluator, name=what, points=points, first=0.0, apply=apply, base=base)
     name = "strengths" if soup is None else "soup"
     data = result.as_json() | ({} if soup is None else {"soup": str(soup)})
     files = []
@@ -94,8 +72,8 @@ def evaluate_curve(
 
 
 def _denoiser_only(sampler: Sampler, names: Sequence[str]) -> None:
-    """Refuse LoRAs that change a text encoder: its encodings are kept, and would not follow the strength."""
+    """Refuse LoRAs that change a text encoder: its encodings are cached and would not follow the strength."""
     for component, module in sampler.family.pipeline.components.items():
         changed = isinstance(module, nn.Module) and module is not sampler.family.denoiser
         if changed and adapter_names(module) & set(names):
-            raise UserError(f"This LoRA also changes the {component}; curves are for LoRAs of the denoiser alone.")
+            raise UserError(f"This LoRA also changes the {component}; sweeps work for LoRAs of the denoiser alone.")

@@ -37,33 +37,30 @@ def train(
     settings = load_config(config, overrides or [], registry=registry)
     where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
     with located(config, overrides or []):
-        # The trainer checks the same; but its libraries take many seconds to import, and torch alone a few.
-        check_inputs(settings, registry, resume=where, edited=edited)
+        # Before the trainer's libraries, whose import takes many seconds.
+        inputs = check_inputs(settings, registry, resume=where, edited=edited)
         from alignprop_core.devices import device_and_dtype
 
         device_and_dtype(settings.training.device, settings.training.mixed_precision)
         with common.status("loading rewards and model"):
-            from alignprop_core.training.measures import Measures
-            from alignprop_core.training.run import run
             from alignprop_core.training.trainer import Trainer
 
-            trainer = Trainer(settings, registry=registry, resume=where, edited=edited)
+            console = common.console(stderr=True)
+            trainer = Trainer(settings, registry=registry, edited=edited, inputs=inputs, console=console)
         if dry_run:
-            if trainer.heldout is not None:
-                Measures(trainer).load()
             common.print_facts(_facts(trainer))
             common.console().print("Everything loads. Nothing was trained or written.")
             return
         try:
-            folder = run(trainer, common.console(stderr=True))
+            folder = trainer.train()
         except RunError as error:
-            if trainer.state.is_main_process:
+            if trainer.processes.is_main_process:
                 error.add_note(_what_is_left(trainer))
             raise
-    if trainer.state.is_main_process:
+    if trainer.processes.is_main_process:
         finish(trainer, folder)
-    if trainer.state.num_processes > 1:
-        trainer.state.destroy_process_group()
+    if trainer.processes.num_processes > 1:
+        trainer.processes.destroy_process_group()
 
 
 def _facts(trainer: Trainer) -> list[tuple[str, str]]:
@@ -107,11 +104,8 @@ def _what_is_left(trainer: Trainer) -> str:
 
 def finish(trainer: Trainer, folder: Path) -> None:
     """Print what a run made: the evaluation, if there was one, why it stopped early, and where its files are."""
-    from alignprop_core.training.callbacks import Evaluation
-
-    for callback in trainer.callbacks:
-        if isinstance(callback, Evaluation) and callback.result is not None:
-            print_comparison(callback.result)
+    if trainer.comparison is not None:
+        print_comparison(trainer.comparison)
     stopped = (
         [] if trainer.stop_reason is None else [("stopped", f"at step {trainer.step_number}: {trainer.stop_reason}")]
     )

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 ALIASES: dict[str, str] = {
+    # Earlier names of this project.
+    "targets": "lora.target_modules",
+    "rank_stabilized": "lora.use_rslora",
+    "checkpoint_every": "save.state_every",
+    "keep_checkpoints": "save.state_keep",
+    "samples": "previews",
+    "at_start": "previews (always before the first step)",
+    "guards": "early_stopping (and optimizer.spike_threshold)",
+    "watch": "early_stopping.monitor",
+    "lower_is_better": "early_stopping.mode: min",
+    "keep_best": "early_stopping.restore_best",
+    "drift_limit": "early_stopping.max_drift",
+    "diversity_floor": "early_stopping.min_diversity",
+    "explosion": "optimizer.spike_threshold",
+    "max_dropped_steps": "optimizer.max_skipped_steps",
+    # Other trainers.
     "lr": "optimizer.learning_rate",
     "learning_rate": "optimizer.learning_rate",
     "train_learning_rate": "optimizer.learning_rate",
@@ -29,9 +48,7 @@ ALIASES: dict[str, str] = {
     "lora_r": "lora.rank",
     "r": "lora.rank",
     "dim": "lora.rank",
-    "use_rslora": "lora.rank_stabilized",
-    "target_modules": "lora.targets",
-    "lora_target_modules": "lora.targets",
+    "lora_target_modules": "lora.target_modules",
     "num_inference_steps": "sampling.steps",
     "sample_num_steps": "sampling.steps",
     "num_steps": "sampling.steps",
@@ -54,7 +71,7 @@ ALIASES: dict[str, str] = {
     "ema_decay": "optimizer.ema_decay",
     "kl_weight": "regularization.weight",
     "kl_coeff": "regularization.weight",
-    "early_stopping_patience": "guards.patience",
+    "early_stopping_patience": "early_stopping.patience",
     "max_train_steps": "training.steps",
     "max_steps": "training.steps",
     "num_train_steps": "training.steps",
@@ -74,18 +91,18 @@ ALIASES: dict[str, str] = {
     "log_with": "training.trackers",
     "report_to": "training.trackers",
     "tracker": "training.trackers",
-    "checkpointing_steps": "training.checkpoint_every",
+    "checkpointing_steps": "save.state_every",
     "save_freq": "save.every",
     "save_steps": "save.every",
     "save_every_n_steps": "save.every",
     "save_every_n_epochs": "save.every",
-    "checkpoints_total_limit": "training.keep_checkpoints",
-    "num_checkpoint_limit": "training.keep_checkpoints",
-    "sample_every_n_steps": "samples.every",
-    "validation_steps": "samples.every",
+    "checkpoints_total_limit": "save.state_keep",
+    "num_checkpoint_limit": "save.state_keep",
+    "sample_every_n_steps": "previews.every",
+    "validation_steps": "previews.every",
     "validation_prompts": "prompts.heldout",
     "validation_prompt": "prompts.heldout",
-    "sample_prompts": "prompts.heldout",
+    "sample_prompts": "previews.prompts",
     "prompt_fn": "prompts.train",
     "prompt_file": "prompts.train",
     "eval_prompt_fn": "prompts.heldout",
@@ -126,3 +143,36 @@ ALIASES: dict[str, str] = {
     "seed": "training.seed",
 }
 """Keys of other trainers (TRL, AlignProp's own code, kohya's sd-scripts, diffusers' examples), and ours for each."""
+
+_MOVED = {
+    "lora.targets": "lora.target_modules",
+    "lora.rank_stabilized": "lora.use_rslora",
+    "training.checkpoint_every": "save.state_every",
+    "training.keep_checkpoints": "save.state_keep",
+    "samples.every": "previews.every",
+    "guards.watch": "early_stopping.monitor",
+    "guards.patience": "early_stopping.patience",
+    "guards.keep_best": "early_stopping.restore_best",
+    "guards.drift_limit": "early_stopping.max_drift",
+    "guards.diversity_floor": "early_stopping.min_diversity",
+    "guards.explosion": "optimizer.spike_threshold",
+    "guards.max_dropped_steps": "optimizer.max_skipped_steps",
+}
+
+
+def upgraded(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the resolved config of an old run folder with today's names; one that has them already is unchanged."""
+    if "samples" not in config or "guards" not in config:
+        return config
+    new = deepcopy(config)
+    for old_key, new_key in _MOVED.items():
+        (section, key), (target, name) = old_key.split("."), new_key.split(".")
+        if key in new[section]:
+            new.setdefault(target, {})[name] = new[section].pop(key)
+    samples, guards = new.pop("samples"), new.pop("guards")
+    new["previews"]["seeds"] = [samples["seed"]]
+    stopping = new["early_stopping"]
+    stopping["mode"] = "min" if guards["lower_is_better"] else "max"
+    if stopping["monitor"] == "reward":
+        stopping["monitor"] = "total"
+    return new

@@ -1,10 +1,13 @@
-"""What the run config's sections are made of: their base class, common types, and several problems reported at once."""
+"""Base class and common types of the run config's sections."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from alignprop_core.validation import InvalidConfig, dotted, explain
 
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 """A width or height: whole blocks of the smallest factor by which an autoencoder shrinks an image."""
@@ -18,3 +21,22 @@ class Section(BaseModel):
     """Common behaviour of all sections."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+S = TypeVar("S", bound=Section)
+
+
+def as_section(kind: type[S], value: S | Mapping[str, Any] | None, where: str) -> S:
+    """Return a section given from Python: as it is, from a mapping of its keys, or its defaults for None.
+
+    Raises:
+        ConfigError: a key or value is wrong; one line for each, with the key's path below `where`.
+    """
+    if isinstance(value, kind):
+        return value
+    try:
+        return kind.model_validate(dict(value or {}))
+    except ValidationError as error:
+        problems = explain(error, kind, where)
+        lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
+        raise InvalidConfig(problems, "\n".join(lines)) from error

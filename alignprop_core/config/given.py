@@ -19,7 +19,7 @@ def with_given(config: RunConfig, registry: Registry) -> RunConfig:
     """
     named = {entry.name for entry in (*config.rewards, *config.evaluation.rewards)}
     added = [
-        RewardTerm(name=name, options=registry.reward_options(name).model_dump(mode="json"))
+        RewardTerm.model_validate({"name": name, "options": registry.reward_options(name).model_dump(mode="json")})
         for name in registry.given
         if name not in named
     ]

@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.given import given_to_run, was_given
 from alignprop_core.config.input import apply_overrides, resolve_paths
 from alignprop_core.config.rewards import loader_in
@@ -56,6 +57,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Re
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}.") from error
     data, lines = read_yaml(text, str(path))
+    if path.name == "config.yaml" and (path.parent / "environment.json").is_file() and isinstance(data, dict):
+        data = upgraded(data)
     return _parse(data, lines, source=str(path), overrides=overrides, registry=registry, folder=path.parent)
 
 

@@ -119,10 +119,10 @@ class LoraConfig(Section):
 
     rank: int = Field(default=8, ge=1, description="Rank of the weight changes.")
     alpha: Positive | None = Field(default=None, description="Scale: the change is alpha / rank * B A; null is rank.")
-    targets: Annotated[list[Text], Field(min_length=1)] | None = Field(
+    target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
         default=None, description="Layers to adapt, by name ending; null is the family's attention projections."
     )
-    rank_stabilized: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
     init_from: Text | None = Field(
         default=None,
         description="Go on from this LoRA: a folder or a .safetensors file; null starts at zero.",

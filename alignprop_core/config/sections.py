@@ -40,6 +40,14 @@ class OptimizerConfig(Section):
         description="Saved LoRAs, previews and evaluations use an exponential moving average of the adapters with this "
         "decay (lower in the first steps); null uses the adapters as they are.",
     )
+    spike_threshold: Annotated[float, Field(gt=1)] | None = Field(
+        default=1000.0,
+        description="A step is skipped when its gradient norm exceeds this many times the median of the last 32 steps; "
+        "null skips only steps that are not finite.",
+    )
+    max_skipped_steps: int = Field(
+        default=3, ge=1, description="The run fails when this many steps in a row had to be skipped."
+    )
 
 
 class RegularizationConfig(Section):
@@ -66,10 +74,6 @@ class TrainingConfig(Section):
     device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = Field(
         default="auto", description="auto, cpu, cuda, cuda:N or mps."
     )
-    checkpoint_every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Steps between checkpoints to resume from; null is save.every."
-    )
-    keep_checkpoints: int = Field(default=1, ge=1, description="Newest checkpoints kept.")
     trackers: list[Text] = Field(
         default=[],
         description="Where metrics are also logged: tensorboard, wandb, or the name of a plugin's callback.",
@@ -77,23 +81,35 @@ class TrainingConfig(Section):
 
 
 class SaveConfig(Section):
-    """LoRA files along the way."""
+    """Files along the way: LoRA files and complete training states."""
 
     every: Annotated[int, Field(ge=1)] | None = Field(
-        default=10, description="Steps between files; null: only at the end."
+        default=10, description="Optimizer steps between LoRA files; null saves one at the end only."
     )
-    keep: Annotated[int, Field(ge=1)] | None = Field(default=8, description="Newest files kept; null keeps all.")
+    keep: Annotated[int, Field(ge=1)] | None = Field(
+        default=8, description="Number of newest LoRA files to keep; null keeps all."
+    )
+    state_every: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Optimizer steps between checkpoints to resume from; null uses save.every."
+    )
+    state_keep: int = Field(default=1, ge=1, description="Number of newest checkpoints to keep.")
 
 
-class SamplesConfig(Section):
-    """Preview pictures along the way."""
+class PreviewsConfig(Section):
+    """Preview images, generated before the first step, along the way, and after the last step."""
 
     every: Annotated[int, Field(ge=1)] | None = Field(
-        default=10, description="Steps between previews; null draws none."
+        default=10, description="Optimizer steps between previews; null generates them at the start and the end only."
     )
-    at_start: bool = Field(default=True, description="Also before the first step.")
-    seed: Seed = Field(default=42, description="Noise of the previews, the same every time.")
-    count: int = Field(default=4, ge=1, description="Pictures each time.")
+    seeds: list[Seed] = Field(default=[42], description="Seeds; each preview prompt is generated once per seed.")
+    prompts: list[Text] | None = Field(
+        default=None,
+        description="Prompts of the previews; null uses the first four held-out (or training) prompts, an empty list "
+        "generates no previews.",
+    )
+    negative_prompt: str | None = Field(
+        default=None, description="Negative prompt of the previews; null uses sampling.negative_prompt."
+    )
 
 
 class EvaluationConfig(Section):
@@ -106,8 +122,8 @@ class EvaluationConfig(Section):
     at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
     every: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
-        description="Steps between evaluations while training, which `guards` go by; also before the first step and "
-        "after the last (needs prompts.heldout). null makes none.",
+        description="Steps between evaluations while training, which early_stopping uses; also before the first step "
+        "and after the last (needs prompts.heldout). null evaluates at the end only.",
     )
     diversity_encoder: Text | None = Field(
         default=None,
@@ -116,39 +132,31 @@ class EvaluationConfig(Section):
     )
 
 
-class GuardsConfig(Section):
-    """What keeps a run from over-optimising, and from bad steps."""
+class EarlyStoppingConfig(Section):
+    """When a run stops before its last step, and which LoRA is its result (needs evaluation.every)."""
 
-    watch: Text = Field(
-        default="reward",
-        description="Held-out score to go by: reward (the mix's total), or the label of a term, an evaluation reward "
-        "or a true measure.",
+    monitor: Text = Field(
+        default="total",
+        description="Held-out score to monitor: total (the mix's weighted sum), or the label of a term, of an "
+        "evaluation reward or of a true measure.",
     )
-    lower_is_better: bool = Field(
-        default=False, description="The watched score is better when it is lower (a measure such as a file size)."
+    mode: Literal["max", "min"] = Field(
+        default="max", description="max: higher is better. min: lower is better, for a measure such as a file size."
     )
     patience: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Stop after this many evaluations in a row without a new best; null never stops."
     )
-    keep_best: bool = Field(
-        default=False, description="The run's LoRA is that of the best evaluation, not that of the last step."
-    )
-    drift_limit: Positive | None = Field(
+    max_drift: Positive | None = Field(
         default=None,
-        description="Stop when the drift from the base model is above this; such an evaluation is never the best.",
+        description="Stop when the drift from the base model exceeds this; such an evaluation is never the best.",
     )
-    diversity_floor: Annotated[float, Field(gt=0, le=1)] | None = Field(
+    min_diversity: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None,
-        description="Stop when diversity is below this share of what it was at the first evaluation; such an "
+        description="Stop when diversity falls below this fraction of its value at the first evaluation; such an "
         "evaluation is never the best.",
     )
-    explosion: Annotated[float, Field(gt=1)] | None = Field(
-        default=1000.0,
-        description="A step whose gradient norm is above this times the median of the last 32 steps is dropped; null "
-        "drops only what is not finite.",
-    )
-    max_dropped_steps: int = Field(
-        default=3, ge=1, description="The run fails when this many steps in a row had to be dropped."
+    restore_best: bool = Field(
+        default=False, description="The run's LoRA is that of the best evaluation instead of the last step."
     )
 
 
@@ -184,14 +192,14 @@ class RunConfig(Section):
     mix: MixConfig = MixConfig()
     training: TrainingConfig = TrainingConfig()
     save: SaveConfig = SaveConfig()
-    samples: SamplesConfig = SamplesConfig()
+    previews: PreviewsConfig = PreviewsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
-    guards: GuardsConfig = GuardsConfig()
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
     output: Text = Field(description="Run folder to write; must not hold a run yet.")
 
     @model_validator(mode="after")
     def _possible_together(self) -> Self:
-        problems = _more_steps_than_there_are(self) + _labels_used_twice(self) + _guards_without_evaluation(self)
+        problems = _more_steps_than_there_are(self) + _labels_used_twice(self) + _evaluation_is_possible(self)
         if problems:
             raise Problems(problems)
         return self
@@ -213,28 +221,25 @@ def _more_steps_than_there_are(config: RunConfig) -> list[tuple[str, str]]:
     return problems
 
 
-def _guards_without_evaluation(config: RunConfig) -> list[tuple[str, str]]:
-    evaluation, guards, problems = config.evaluation, config.guards, []
+def _evaluation_is_possible(config: RunConfig) -> list[tuple[str, str]]:
+    evaluation, stopping, problems = config.evaluation, config.early_stopping, []
     if evaluation.every is not None and config.prompts.heldout is None:
         problems.append(("evaluation.every", "there is nothing to evaluate on; set prompts.heldout."))
     if evaluation.every is None:
-        problems += [
-            (f"guards.{key}", "goes by evaluations while training; set evaluation.every.")
-            for key in ("patience", "drift_limit", "diversity_floor")
-            if getattr(guards, key) is not None
-        ]
-        if guards.keep_best:
-            problems.append(("guards.keep_best", "goes by evaluations while training; set evaluation.every."))
-    if guards.diversity_floor is not None and evaluation.images_per_prompt < 2:
-        problems.append(
-            ("guards.diversity_floor", "needs pairs of images of one prompt; set evaluation.images_per_prompt to 2.")
-        )
+        needs = "needs evaluations while training; set evaluation.every."
+        for key in ("patience", "max_drift", "min_diversity"):
+            if getattr(stopping, key) is not None:
+                problems.append((f"early_stopping.{key}", needs))
+        if stopping.restore_best:
+            problems.append(("early_stopping.restore_best", needs))
+    if stopping.min_diversity is not None and evaluation.images_per_prompt < 2:
+        message = "needs pairs of images of one prompt; set evaluation.images_per_prompt to 2."
+        problems.append(("early_stopping.min_diversity", message))
     encoder = evaluation.diversity_encoder
     labels = [term.label for term in (*config.rewards, *evaluation.rewards)]
     if encoder is not None and encoder not in labels:
-        problems.append(
-            ("evaluation.diversity_encoder", f'"{encoder}" is no term\'s label; the labels are {", ".join(labels)}.')
-        )
+        message = f'"{encoder}" is not the label of a term; the labels are {", ".join(labels)}.'
+        problems.append(("evaluation.diversity_encoder", message))
     return problems
 
 

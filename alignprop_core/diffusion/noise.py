@@ -1,42 +1,42 @@
 """All randomness of a batch, from (seed, step, global sample index) alone.
 
-So a resumed run is the run, and so is one on another number of processes or with other chunk sizes: a sample's noise
-does not depend on which batch, chunk or process it is computed in.
+A sample's noise does not depend on the batch, chunk or process it is computed in, so a run is reproduced exactly
+when it is resumed, or repeated with other chunk sizes or another number of processes.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from alignprop_core.diffusion.truncation import Plan
-
 
 @dataclass(frozen=True)
 class Noise:
-    """Everything random about one batch of B samples and T steps.
+    """The noise of a batch of B samples and T denoising steps.
 
     Attributes:
         initial: (B, C, h, w), standard normal.
+        seed: the seed it was drawn from.
+        step: the training step it was drawn for.
         steps: (T, B, C, h, w) for schedulers that add noise (eta > 0), else None.
         lv: (n, B, C, h, w) for DRaFT-LV, else None.
-        plan: the batch's cut.
     """
 
     initial: Tensor
-    plan: Plan
+    seed: int = 0
+    step: int = 0
     steps: Tensor | None = None
     lv: Tensor | None = None
 
     def __getitem__(self, index: slice) -> Noise:
-        """Return the noise of a part of the batch; the cut stays the batch's."""
-        return Noise(
+        """Return the noise of a part of the batch."""
+        return replace(
+            self,
             initial=self.initial[index],
-            plan=self.plan,
             steps=None if self.steps is None else self.steps[:, index],
             lv=None if self.lv is None else self.lv[:, index],
         )
@@ -45,7 +45,7 @@ class Noise:
 def seeded(seed: int, *key: int | str) -> torch.Generator:
     """Return a CPU generator whose state depends on the seed and the key alone.
 
-    The key is hashed, so that neighbouring steps or samples have unrelated streams.
+    The key is hashed, so that neighboring steps or samples have unrelated streams.
     """
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -57,21 +57,21 @@ def sample_noise(
     seed: int,
     step: int,
     indices: Sequence[int],
-    plan: Plan,
     scheduler_steps: int = 0,
+    lv_samples: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Noise:
     """Draw the noise of the samples with these global indices.
 
-    Drawn on the CPU in float32, so every device sees the same numbers.
+    Drawn on the CPU in float32, so every device gets the same numbers.
 
     Args:
         shape: (C, h, w) of one latent.
         seed: the run's seed.
         step: the training step.
         indices: global sample index of each sample within the step.
-        plan: the batch's cut.
         scheduler_steps: T if the scheduler adds noise at every step, else 0.
+        lv_samples: number of DRaFT-LV samples of each final latent.
         dtype: dtype of the result.
     """
 
@@ -80,11 +80,12 @@ def sample_noise(
             torch.randn((count, *shape), generator=seeded(seed, purpose, step, index), dtype=torch.float32)
             for index in indices
         ]
-        return torch.stack(rows, dim=1).to(dtype)
+        return torch.stack(rows, dim=1).to(dtype)  # (count, B, C, h, w)
 
     return Noise(
         initial=draw("initial", 1)[0],
-        plan=plan,
+        seed=seed,
+        step=step,
         steps=draw("steps", scheduler_steps) if scheduler_steps else None,
-        lv=draw("lv", plan.lv_samples) if plan.lv_samples else None,
+        lv=draw("lv", lv_samples) if lv_samples else None,
     )

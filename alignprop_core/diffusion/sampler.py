@@ -1,38 +1,49 @@
-"""The differentiable sampler: prompts and noise to images, and a gradient at the images back to the adapters.
+"""The differentiable sampler: from prompts and noise to images, and from a gradient at the images to the adapters.
 
-Three parts, so that decoder and reward never hold their activations together with the denoiser's:
+Three parts, so that decoder and rewards never hold their activations together with the denoiser's:
 
+    noise = sampler.noise(prompts, seed=0, step=0)
     out = sampler.sample(prompts, noise)            # graph through the kept steps, ends at the final latents
-    images = sampler.decode(out.latents[i:j])       # graph through the decoder, a chunk at a time
-    sampler.backward(out, grad_latents)             # sends dL/dlatents on through the kept steps
+    images = sampler.decode(out.latents[i:j])       # graph through the decoder, one chunk at a time
+    sampler.backward(out, grad_latents)             # backpropagates dL/dlatents through the kept steps
 
-`sampler(prompts, generator=g)` does it in one graph.
+`sampler(prompts, seed=0)` does all of it in one graph.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.config.base import as_section
+from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
+from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.cpu import Forwards, doubling_forwards, effective_forwards, replaced
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 from alignprop_core.diffusion.noise import Noise, sample_noise, seeded
 from alignprop_core.diffusion.regularization import squared_difference
-from alignprop_core.diffusion.truncation import Plan, draw_plan
+from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import RunError
-from alignprop_core.lora import disabled
+from alignprop_core.images import to_pil
+from alignprop_core.lora import adapters
+from alignprop_core.lora.layers import adapter_names
+from alignprop_core.registry.registry import Registry, default_registry
+
+LOADED = "lora"
+"""Name of the adapter that holds the finished LoRA of `Sampler.load`."""
 
 _CACHED_PROMPTS = 512
 _MEMORY_SHARE = 0.6
@@ -47,13 +58,13 @@ class SampleOutput:
         latents: (R, C, h, w), the end of the denoising graph. R is B, or B * (1 + n) with n LV samples: first the B
             samples, then n further sets of B.
         sample_index: R integers: which of the B prompts a row belongs to.
-        kept_steps: step numbers that keep their gradient; empty if gradients are off.
+        sample_weights: (R,), the weight of a row within its sample; they add up to 1 for each of the B prompts.
         aux: scalar losses that arise while sampling, summed over the B samples; `backward` adds their gradient.
     """
 
     latents: Tensor
     sample_index: tuple[int, ...]
-    kept_steps: tuple[int, ...]
+    sample_weights: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -105,45 +116,151 @@ class Sampler:
         # Sums of weights are exact in full precision only; they pay on CPUs.
         self._sums_weights = self.device.type == "cpu" and self._half is None
         self.scheduler = self.family.scheduler(self.device)
-        self._conditionings: OrderedDict[str, Conditioning] = OrderedDict()
+        self._conditionings: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
+        self._lora_is_on = True
         self._graph_bytes: dict[str, int] = {}
+
+    @classmethod
+    def load(
+        cls,
+        model: Any = "starter",
+        *,
+        rank: int | None = None,
+        adapter: LoraConfig | None = None,
+        seed: int = 0,
+        lora: str | Path | None = None,
+        strength: float = 1.0,
+        sampling: SamplingConfig | Mapping[str, Any] | None = None,
+        backprop: BackpropConfig | Mapping[str, Any] | None = None,
+        regularization: float = 0.0,
+        vae: str | None = None,
+        frozen: Sequence[ModelLora] = (),
+        device: str | torch.device = "auto",
+        mixed_precision: str = "no",
+        registry: Registry | None = None,
+    ) -> Sampler:
+        """Load a model, attach a trainable adapter or a finished LoRA, and return its sampler.
+
+        Args:
+            model: a registered model, a hub id, a diffusers folder, a .safetensors file, or a loaded pipeline.
+            rank: attach a trainable adapter of this rank; short for `adapter=LoraConfig(rank=rank)`.
+            adapter: attach a trainable adapter with these settings.
+            seed: decides the adapter's initial values.
+            lora: apply a LoRA (a file, a LoRA folder or a run folder), frozen.
+            strength: factor on the weight change of `lora`.
+            sampling: steps, guidance, size; keys of the `sampling` section.
+            backprop: strategy, checkpointing; keys of the `backprop` section.
+            regularization: weight of the squared difference to the base model's predictions.
+            vae: another autoencoder: a diffusers folder or a hub id.
+            frozen: LoRAs that belong to the base model.
+            device: auto, cpu, cuda, cuda:N or mps; ignored for a loaded pipeline.
+            mixed_precision: no, fp16 or bf16; ignored for a loaded pipeline.
+            registry: where registered models and families are looked up; the installed plugins if None.
+
+        Raises:
+            ConfigError: a key or value in `sampling` or `backprop` is wrong.
+            ModelError, LoraError: the model or the LoRA cannot be loaded.
+        """
+        registry = registry or default_registry()
+        settings = as_section(SamplingConfig, sampling, "sampling")
+        truncating = as_section(BackpropConfig, backprop, "backprop")
+        pipeline = model
+        if isinstance(model, str | Path):
+            place = device if isinstance(device, torch.device) else choose_device(device)
+            dtype = network_dtype(mixed_precision, place)
+            pipeline = load_pipeline(str(model), registry=registry, device=place, dtype=dtype, vae=vae)
+        family = family_for(pipeline, settings, [offer.spec for offer in registry.families()])
+        for number, extra in enumerate(frozen):
+            adapters.attach_frozen(pipeline, extra.path, extra.strength, f"frozen_{number}")
+        if lora is not None:
+            adapters.attach_frozen(pipeline, lora, strength, LOADED)
+        adapter = LoraConfig(rank=rank) if rank is not None else adapter
+        if adapter is not None:
+            adapters.attach(
+                family.denoiser,
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                target_modules=adapter.target_modules,
+                use_rslora=adapter.use_rslora,
+                init_from=adapter.init_from,
+                seed=seed,
+            )
+        return cls(pipeline, settings, truncating, family=family, regularization=regularization)
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """Return the parameters of the trainable adapter: A and B of each layer, in module order."""
+        return adapters.parameters(self.family.denoiser)
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Switch the trainable adapter and the LoRA of `load` off inside the block; the base model's own stay on."""
+        parts = [part for part in self.family.pipeline.components.values() if isinstance(part, torch.nn.Module)]
+        before, self._lora_is_on = self._lora_is_on, False
+        try:
+            with ExitStack() as stack:
+                for part in parts:
+                    for name in adapter_names(part) & {adapters.ADAPTER, LOADED}:
+                        stack.enter_context(adapters.disabled(part, name=name))
+                yield
+        finally:
+            self._lora_is_on = before
 
     # -- randomness ---------------------------------------------------------------------------------------------
 
-    def plan(self, *, seed: int, step: int) -> Plan:
-        """Draw the cut of training step `step`; the same on every process and for every chunk of the batch."""
-        return draw_plan(self.backprop, self.scheduler.steps, seeded(seed, "cut", step))
+    def truncation(self, *, seed: int, step: int) -> Truncation:
+        """Draw the truncation of training step `step`; the same on every process and for every chunk of the batch."""
+        return draw_truncation(self.backprop, self.scheduler.steps, seeded(seed, "cut", step))
 
-    def noise(self, *, seed: int, step: int, indices: Sequence[int]) -> Noise:
-        """Draw all randomness of the samples with these global indices at training step `step`."""
+    def noise(
+        self, prompts: Sequence[str], *, seed: int = 0, step: int = 0, indices: Sequence[int] | None = None
+    ) -> Noise:
+        """Draw all randomness of B samples.
+
+        Args:
+            prompts: B prompts; only their number matters.
+            seed: the run's seed.
+            step: the training step.
+            indices: global index of each sample within the step; 0 to B - 1 if None. A process that computes a part of
+                a batch passes its samples' indices.
+        """
         return sample_noise(
             self.family.latent_shape(),
             seed=seed,
             step=step,
-            indices=indices,
-            plan=self.plan(seed=seed, step=step),
+            indices=range(len(prompts)) if indices is None else indices,
             scheduler_steps=self.scheduler.steps if self.scheduler.needs_noise else 0,
+            lv_samples=self.backprop.lv_samples,
             dtype=self.dtype,
         )
 
     # -- the three parts ----------------------------------------------------------------------------------------
 
-    def sample(self, prompts: Sequence[str], noise: Noise) -> SampleOutput:
+    def sample(
+        self,
+        prompts: Sequence[str],
+        noise: Noise,
+        truncation: Truncation | None = None,
+        *,
+        negative_prompt: str | None = None,
+    ) -> SampleOutput:
         """Denoise; the graph covers the kept steps and ends at the final latents.
 
         Args:
             prompts: B strings.
             noise: the batch's randomness, from `noise()`.
+            truncation: the steps that keep their gradient; drawn from the noise's seed and step if None. With gradients
+                off there are none.
+            negative_prompt: for these samples; `sampling.negative_prompt` if None.
         """
-        conditioning = self.conditioning(prompts)
-        plan = noise.plan if torch.is_grad_enabled() else None
+        conditioning = self.conditioning(prompts, negative_prompt)
+        plan = (truncation or self.truncation(seed=noise.seed, step=noise.step)) if torch.is_grad_enabled() else None
         checkpointing = plan is not None and self._checkpoint_steps(plan, len(prompts))
         latents = noise.initial.to(self.device, self.dtype)
         step_noise = None if noise.steps is None else noise.steps.to(self.device, self.dtype)
         state = self.scheduler.initial_state()
         forwards = self._denoiser_forwards(with_graph=plan is not None)
         regularized = plan is not None and self.regularization > 0
-        with disabled(self.family.denoiser) if regularized else nullcontext():
+        with adapters.disabled(self.family.denoiser) if regularized else nullcontext():
             base_forwards = self._denoiser_forwards(with_graph=False) if regularized else {}
         penalties: list[Tensor] = []
         for i in range(self.scheduler.steps):
@@ -155,7 +272,7 @@ class Sampler:
                 if keep and regularized:
                     base = partial(self._network, step=i, conditioning=conditioning, forwards=base_forwards)
                     penalties.append(
-                        squared_difference(seen, prediction, base, partial(disabled, self.family.denoiser))
+                        squared_difference(seen, prediction, base, partial(adapters.disabled, self.family.denoiser))
                     )
                 if plan is not None and i == plan.stop_at:
                     latents = self.scheduler.clean(latents, prediction, i)
@@ -169,7 +286,7 @@ class Sampler:
         return SampleOutput(
             latents=latents,
             sample_index=tuple(range(len(prompts))) * copies,
-            kept_steps=() if plan is None else plan.kept,
+            sample_weights=latents.new_full((latents.shape[0],), 1 / copies),
             aux={"regularization": self.regularization * torch.stack(penalties).mean()} if penalties else {},
         )
 
@@ -187,45 +304,75 @@ class Sampler:
         return clipped
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
-        """Send a gradient at the final latents, (R, C, h, w), and aux_scale times that of the aux terms on into the
-        adapters' `.grad`."""
+        """Backpropagate through the kept steps into the adapters' `.grad`.
+
+        Args:
+            out: what `sample` returned.
+            grad_latents: dL/dlatents, (R, C, h, w).
+            aux_scale: factor on the gradient of the aux losses.
+        """
         if not out.latents.requires_grad:
             raise RunError(
                 "The sample carries no gradient: no parameter of the denoiser is trainable, or sampling ran with "
-                "gradients off. Attach a LoRA first (alignprop_core.lora.attach)."
+                "gradients off. Load the sampler with a trainable adapter: Sampler.load(model, rank=8)."
             )
         terms = list(out.aux.values())
         torch.autograd.backward(
             [out.latents, *terms], [grad_latents, *(torch.full_like(term, aux_scale) for term in terms)]
         )
 
-    def __call__(self, prompts: Sequence[str], *, generator: torch.Generator) -> Tensor:
-        """Sample and decode in one graph; the generator is used as the diffusers pipeline would use it.
+    def __call__(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        generator: torch.Generator | None = None,
+        output: Literal["tensor", "pil"] = "tensor",
+    ) -> Any:
+        """Sample and decode in one graph, with the noise that the diffusers pipeline draws from the same generator.
+
+        Args:
+            prompts: B strings.
+            seed: seed of the generator; also of the truncation.
+            generator: the generator itself, instead of a seed.
+            output: "tensor" or "pil".
 
         Returns:
-            (R, 3, H, W) images in [0, 1].
+            (R, 3, H, W) images in [0, 1] with their graph, R = B but for LV samples; or a list of B PIL images, without
+            a graph.
         """
+        generator = generator or torch.Generator().manual_seed(seed)
         shape = (len(prompts), *self.family.latent_shape())
 
-        def draw() -> Tensor:
-            noise: Tensor = randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype)
-            return noise
+        def draw(count: int) -> Tensor:
+            drawn = [
+                randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype) for _ in range(count)
+            ]
+            return torch.stack(drawn)
 
-        plan = self.plan(seed=generator.initial_seed(), step=0)
-        initial = draw()
-        steps = torch.stack([draw() for _ in range(self.scheduler.steps)]) if self.scheduler.needs_noise else None
-        lv = torch.stack([draw() for _ in range(plan.lv_samples)]) if plan.lv_samples else None
-        return self.decode(self.sample(prompts, Noise(initial=initial, plan=plan, steps=steps, lv=lv)).latents)
+        initial = draw(1)[0]
+        with_graph = output == "tensor" and torch.is_grad_enabled()
+        noise = Noise(
+            initial=initial,
+            seed=generator.initial_seed(),
+            steps=draw(self.scheduler.steps) if self.scheduler.needs_noise else None,
+            lv=draw(self.backprop.lv_samples) if with_graph and self.backprop.lv_samples else None,
+        )
+        with torch.set_grad_enabled(with_graph):
+            images = self.decode(self.sample(prompts, noise).latents)
+        return images if output == "tensor" else [to_pil(image) for image in images]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def conditioning(self, prompts: Sequence[str]) -> Conditioning:
+    def conditioning(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Conditioning:
         """Encode prompts, each on its own and only once, so that a prompt's encoding does not depend on its batch."""
-        for prompt in prompts:
-            if prompt not in self._conditionings:
-                self._conditionings[prompt] = self.family.encode([prompt])
-            self._conditionings.move_to_end(prompt)
-        batch = Conditioning.cat([self._conditionings[prompt] for prompt in prompts])
+        negative = self.sampling.negative_prompt if negative_prompt is None else negative_prompt
+        keys = [(prompt, negative, self._lora_is_on) for prompt in prompts]
+        for key in keys:
+            if key not in self._conditionings:
+                self._conditionings[key] = self.family.encode([key[0]], negative)
+            self._conditionings.move_to_end(key)
+        batch = Conditioning.cat([self._conditionings[key] for key in keys])
         while len(self._conditionings) > _CACHED_PROMPTS:
             self._conditionings.popitem(last=False)
         return batch
@@ -282,7 +429,7 @@ class Sampler:
             rows.append(self.scheduler.step(renoised, prediction, last, self.scheduler.initial_state(), None)[0])
         return torch.cat(rows)
 
-    def _checkpoint_steps(self, plan: Plan, batch: int) -> bool:
+    def _checkpoint_steps(self, plan: Truncation, batch: int) -> bool:
         if self.backprop.checkpoint_steps != "auto":
             return self.backprop.checkpoint_steps
         if "step" not in self._graph_bytes:
@@ -292,7 +439,7 @@ class Sampler:
             self._graph_bytes["step"] = graph_bytes(
                 lambda: self._network(latent, 0, conditioning, {}), [self.family.denoiser]
             )
-        needed = self._graph_bytes["step"] * batch * (len(plan.kept) + plan.lv_samples)
+        needed = self._graph_bytes["step"] * batch * (len(plan.kept) + self.backprop.lv_samples)
         return needed > _MEMORY_SHARE * available_bytes(self.device)
 
     def _set_decoder_checkpointing(self, latents: Tensor) -> None:

@@ -16,7 +16,7 @@ UNKNOWN_SIZE = (512, 512)
 """Height and width of the trial's picture where the model's own are not known before it loads: Stable Diffusion's."""
 
 
-def drawn_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> tuple[int, int] | None:
+def image_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> tuple[int, int] | None:
     """Return (height, width) of a run's images in pixels; loads no model.
 
     Args:

@@ -108,7 +108,7 @@ def compare(
     for start in range(0, len(jobs), config.batch_size):
         part = jobs[start : start + config.batch_size]
         texts = [prompts.prompts[prompt] for prompt, _ in part]
-        noise = sampler.noise(seed=config.seed, step=0, indices=[index for _, index in part])
+        noise = sampler.noise(texts, seed=config.seed, step=0, indices=[index for _, index in part])
         for name, switch in variants.items():
             with switch(), torch.no_grad():
                 images = sampler.decode(sampler.sample(texts, noise).latents)

@@ -50,7 +50,7 @@ class Drift:
     def _walk(self, prompts: list[str], indices: list[int], seed: int) -> None:
         """Denoise with the base model and keep latents and predictions of the chosen steps."""
         sampler = self.sampler
-        noise = sampler.noise(seed=seed, step=0, indices=indices)
+        noise = sampler.noise(prompts, seed=seed, step=0, indices=indices)
         latents = noise.initial.to(sampler.device, sampler.dtype)
         added = None if noise.steps is None else noise.steps.to(sampler.device, sampler.dtype)
         state = sampler.scheduler.initial_state()

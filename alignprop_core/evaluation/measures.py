@@ -9,8 +9,8 @@ from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError, did_you_mean, under
 from alignprop_core.registry.registry import Registry
 
-TOTAL = "reward"
-"""What `guards.watch` calls the mix's total."""
+TOTAL = "total"
+"""What `early_stopping.monitor` calls the mix's weighted sum."""
 
 
 def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[RewardTerm]:
@@ -35,13 +35,14 @@ def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[R
     return added
 
 
-def check_watch(config: RunConfig, registry: Registry) -> None:
-    """Raise `ConfigError` if `guards.watch` names nothing that evaluations measure; loads nothing."""
+def check_monitor(config: RunConfig, registry: Registry) -> None:
+    """Raise `ConfigError` if `early_stopping.monitor` names nothing that evaluations measure; loads nothing."""
     entries = [*config.rewards, *config.evaluation.rewards]
     labels = [TOTAL, *(entry.label for entry in (*entries, *measure_entries(entries, registry)))]
-    if config.guards.watch not in labels:
-        with under("guards.watch"):
+    monitor = config.early_stopping.monitor
+    if monitor not in labels:
+        with under("early_stopping.monitor"):
             raise ConfigError(
-                f'"{config.guards.watch}" is measured by no evaluation; these are: {", ".join(labels)}.'
-                f"{did_you_mean(config.guards.watch, labels)}"
+                f'no evaluation measures "{monitor}". Choose one of: {", ".join(labels)}.'
+                f"{did_you_mean(monitor, labels)}"
             )

@@ -8,13 +8,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from alignprop_core._files import write_atomic
 from alignprop_core.evaluation.compare import Comparison
+from alignprop_core.images import to_pil
 
 CELLS = "alignprop"
 """PNG text key of a sheet's layout: where its images are, and the text below each, as JSON."""
@@ -25,25 +25,18 @@ _SMALLEST = 192
 """Pictures narrower than this are enlarged by a whole factor, so that a small model's pictures can be looked at."""
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """Turn one image, (3, H, W), float in [0, 1] or uint8, into a PIL picture."""
-    if image.dtype != torch.uint8:
-        image = (image.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a picture whole or not at all; the format follows the file's ending."""
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image atomically; the format follows the file's suffix."""
     buffer = io.BytesIO()
-    told = PngInfo()
-    if CELLS in picture.info:
-        told.add_itxt(CELLS, picture.info[CELLS])
-    picture.save(buffer, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix, "PNG"), pnginfo=told)
+    info = PngInfo()
+    if CELLS in image.info:
+        info.add_itxt(CELLS, image.info[CELLS])
+    image.save(buffer, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix, "PNG"), pnginfo=info)
     write_atomic(path, buffer.getvalue())
 
 
 def _enlarged(image: Tensor) -> Image.Image:
-    picture = to_picture(image)
+    picture = to_pil(image)
     factor = max(1, -(-_SMALLEST // picture.width))
     return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
@@ -55,6 +48,16 @@ def _fitted(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.Imag
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
+    """Return images of one height in a row, left to right."""
+    sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height), _PAPER)
+    x = 0
+    for image in images:
+        sheet.paste(image, (x, 0))
+        x += image.width
+    return sheet
 
 
 def grid(images: Sequence[Tensor], captions: Sequence[str], columns: int = 4) -> Image.Image:

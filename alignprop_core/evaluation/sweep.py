@@ -1,24 +1,20 @@
-"""Curves of what an adapter does: its strength, or the shares of two, against rewards, drift and diversity."""
+"""Sweeps over the strength of a LoRA, or over the shares of two: rewards against drift and diversity."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from alignprop_core.config.sections import EvaluationConfig
-from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.evaluation.compare import Comparison, Switch, compare
-from alignprop_core.evaluation.diversity import Encoder
+from alignprop_core.evaluation.compare import Comparison, Switch
 from alignprop_core.evaluation.drift import Drift
-from alignprop_core.mix.term import Term
-from alignprop_core.prompts import PromptSet
+from alignprop_core.evaluation.evaluator import Evaluator
 
 
 @dataclass(frozen=True)
-class Curve:
+class Sweep:
     """An evaluation at several points.
 
     Attributes:
@@ -71,45 +67,35 @@ class Curve:
         return columns, table
 
 
-def curve(
-    sampler: Sampler,
-    terms: Sequence[Term],
-    prompts: PromptSet,
-    config: EvaluationConfig,
+def sweep(
+    evaluator: Evaluator,
     *,
     name: str,
     points: Sequence[float],
     first: float,
-    put: Callable[[float], None],
-    base: Callable[[], AbstractContextManager[object]],
-    encoder: Encoder,
-    advance: Callable[[int], object] = lambda images: None,
-) -> Curve:
-    """Evaluate the model at several points, all at the same noise.
+    apply: Callable[[float], None],
+    base: Switch,
+) -> Sweep:
+    """Evaluate the model at several points, all with the same noise.
 
     Args:
-        sampler: the sampler; its adapters are what `put` changes.
-        terms: what to report; labels are unique.
-        prompts: held-out prompts.
-        config: images per prompt, batch size, seed.
+        evaluator: the evaluator; the adapters of its sampler are what `apply` changes.
         name: what is varied.
-        points: its values; `first` is added where it is missing.
+        points: its values; `first` is added if it is missing.
         first: the point that all others are paired with.
-        put: sets the adapters for a point.
+        apply: sets the adapters for a point.
         base: opens a context without the adapters, for drift.
-        encoder: measures diversity.
-        advance: called with the number of images just done.
     """
     ordered = tuple(sorted({*points, first}))
 
     @contextmanager
     def at(point: float) -> Iterator[None]:
-        put(point)
+        apply(point)
         yield
 
     variants: dict[str, Switch] = {f"{p:g}": partial(at, p) for p in (first, *(p for p in ordered if p != first))}
     if len(variants) != len(ordered):
-        raise ValueError("points that look alike to six digits")
-    drift = Drift(sampler, prompts.prompts, base, seed=config.seed, batch_size=config.batch_size)
-    result = compare(sampler, terms, prompts, config, variants, encoder=encoder, drift=drift, advance=advance)
-    return Curve(name, ordered, first, result)
+        raise ValueError("points that are equal to six digits")
+    config = evaluator.config
+    drift = Drift(evaluator.sampler, evaluator.prompts.prompts, base, seed=config.seed, batch_size=config.batch_size)
+    return Sweep(name, ordered, first, evaluator.evaluate(variants, drift=drift))

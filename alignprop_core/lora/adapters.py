@@ -49,8 +49,8 @@ def attach(
     *,
     rank: int,
     alpha: float | None = None,
-    targets: Sequence[str] | None = None,
-    rank_stabilized: bool = False,
+    target_modules: Sequence[str] | None = None,
+    use_rslora: bool = False,
     init_from: str | Path | None = None,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -61,9 +61,9 @@ def attach(
         denoiser: the network to adapt; linear and convolution layers can be.
         rank: inner size of the factors.
         alpha: the change is scaled by alpha / rank; None means alpha = rank.
-        targets: names of layers, or ends of names at a dot (`to_q`, `mid_block.attentions.0.proj_in`);
+        target_modules: names of layers, or ends of names at a dot (`to_q`, `mid_block.attentions.0.proj_in`);
             None means `DEFAULT_TARGETS`.
-        rank_stabilized: scale by alpha / sqrt(rank) instead.
+        use_rslora: scale by alpha / sqrt(rank) instead.
         init_from: a LoRA folder or file to go on from, in either format: the weight change starts as the file's.
             Target layers the file does not name start at no change.
         seed: A is drawn from this and the layer's name alone, uniform in +-1/sqrt(inputs); B is zero. The global
@@ -79,14 +79,14 @@ def attach(
         raise LoraError(f"lora.alpha is {alpha}: it must be above 0; leave it out for alpha = rank.")
     if ADAPTER in adapter_names(denoiser):
         raise LoraError("This model carries a trainable adapter already. Build a fresh model, or train the one it has.")
-    names = find_targets(denoiser, DEFAULT_TARGETS if targets is None else targets)
+    names = find_targets(denoiser, DEFAULT_TARGETS if target_modules is None else target_modules)
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 
     denoiser.requires_grad_(False)
     config = LoraConfig(
         r=rank,
         lora_alpha=rank if alpha is None else alpha,
-        use_rslora=rank_stabilized,
+        use_rslora=use_rslora,
         target_modules=names,
     )
     inject(denoiser, config, ADAPTER, dtype, trainable=True)
@@ -197,7 +197,9 @@ def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, layer in attached(denoiser, ADAPTER):
         own |= {f"{name}.lora_A": layer.lora_A[ADAPTER].weight, f"{name}.lora_B": layer.lora_B[ADAPTER].weight}
     if odd := sorted(own.keys() ^ tensors.keys()):
-        raise LoraError(f"The saved adapter has other layers than this one ({odd[0]}): lora.targets were different.")
+        raise LoraError(
+            f"The saved adapter has other layers than this one ({odd[0]}): lora.target_modules were different."
+        )
     for key, parameter in own.items():
         if parameter.shape != tensors[key].shape:
             raise LoraError(
@@ -287,6 +289,7 @@ def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequenc
     if missing := [name for name in start if name not in set(names)]:
         wanted = ", ".join(sorted({ending(name) for name in start}))
         raise LoraError(
-            f"lora.init_from: {path} changes {missing[0]}, which lora.targets leave out. Set lora.targets=[{wanted}]."
+            f"lora.init_from: {path} changes {missing[0]}, which lora.target_modules does not contain. Set "
+            f"lora.target_modules=[{wanted}]."
         )
     return start

@@ -108,12 +108,12 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
     """Full names of the layers that the targets name, in module order."""
     known = adaptable(model)
     if not targets:
-        raise LoraError("lora.targets is empty: name layers, or leave it out for the attention projections.")
+        raise LoraError("lora.target_modules is empty: name layers, or leave it out for the attention projections.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in known):
             ends = sorted({ending(name) for name in known})
             raise LoraError(
-                f'lora.targets: this model has no linear or convolution layer named "{target}".'
+                f'lora.target_modules: this model has no linear or convolution layer named "{target}".'
                 f"{did_you_mean(target, [*ends, *known])} It has: {', '.join(ends)}."
             )
     return [name for name in known if any(name == t or name.endswith(f".{t}") for t in targets)]

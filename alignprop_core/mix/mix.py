@@ -1,73 +1,44 @@
-"""Many rewards to one direction: sum, normalized, balanced and pcgrad."""
+"""Many rewards combined into one gradient at the images: sum, normalized, balanced and pcgrad."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from alignprop_core.config.rewards import MixConfig
-from alignprop_core.mix.combine import project_conflicts, weighted_sum
-from alignprop_core.mix.figures import Figures, StepFigures
+from alignprop_core.mix.conflicts import project_conflicts, weighted_sum
 from alignprop_core.mix.offload import Offload
 from alignprop_core.mix.running import Running, one_over
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.mix.term import Term
 from alignprop_core.reward import ImageBatch
 
-Pull = Callable[[Tensor], Tensor]
-"""Takes a gradient at the images to the place where terms are balanced, such as the latents they were decoded from."""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """What a mix made of a batch; tensors are detached.
-
-    Attributes:
-        raw: label -> (B,), scores as the rewards gave them.
-        weighted: label -> (B,), what each term contributes to the total.
-        total: (B,), the mix's objective a sample.
-    """
-
-    raw: Mapping[str, Tensor]
-    weighted: Mapping[str, Tensor]
-    total: Tensor
-
-
-@dataclass(frozen=True)
-class Direction:
-    """Where to go, and how it came about.
-
-    Attributes:
-        gradient: direction of ascent, (B, 3, H, W) at the images, or in the shape the `pull` gave.
-        scores: detached scores.
-        figures: sums for the step's log and the running figures.
-    """
-
-    gradient: Tensor
-    scores: Scores
-    figures: Figures
+Pullback = Callable[[Tensor], Tensor]
+"""Maps a gradient at the images to the place where terms are balanced, such as the latents they were decoded from."""
 
 
 class Mix:
-    """Rewards with weights, combined to one direction.
+    """Weighted rewards, combined into one gradient.
 
-    A term counts c_k = its score within its limits (`Term.counted`). With factors f_k, constants in a step, the
-    objective of an image is the sum of f_k * c_k, and the direction its gradient:
+    A term contributes c_k, its clipped score (`Term.clipped`). With factors f_k that are constant within a step, the
+    objective of an image is the sum of f_k * c_k, and the mix's gradient is the objective's:
 
         sum         f_k = weight
         normalized  f_k = weight / running standard deviation of the raw scores
         balanced    f_k = weight / running root mean square of the batch gradient norm of the raw score
-        pcgrad      balanced, then each term's gradient without what pulls against another's; a direction that is the
-                    gradient of no objective (the logged total is that of balanced)
+        pcgrad      balanced, then each term's gradient without the part that conflicts with another's; the result is
+                    the gradient of no objective (the logged total is that of balanced)
 
-    Running figures are those of the steps before, so that a step's factors are known before its first image and no
-    chunking or number of processes changes them; `update` takes in a step, `unmeasured` says that there is none yet.
-    They are held above `scale_floor` times their highest value: a term whose gradient fades is not blown up for ever.
+    Running statistics come from earlier steps, so a step's factors are known before its first image and do not depend
+    on chunking or the number of processes; `update` adds a step, `needs_calibration` is true until there is one. They
+    are kept above `scale_floor` times their highest value, so that a term whose gradient fades is not scaled up
+    without limit.
 
-    With one term, every mode gives the direction of `sum` times a positive number, except for `per_sample`, which
-    brings each image's gradient to one size.
+    With one term, every mode gives the gradient of `sum` times a positive number, except for `per_sample`, which
+    scales each image's gradient to the same norm.
 
     Args:
         terms: at least one; labels are unique.
@@ -82,18 +53,18 @@ class Mix:
         self.running = {term.label: Running() for term in self.terms}
 
     @property
-    def labels(self) -> list[str]:
+    def labels(self) -> tuple[str, ...]:
         """Labels of the terms in their order."""
-        return [term.label for term in self.terms]
+        return tuple(term.label for term in self.terms)
 
     @property
     def at_latent(self) -> bool:
-        """Whether terms are balanced where `pull` leads, instead of at the images."""
+        """Whether terms are balanced where `pullback` leads, instead of at the images."""
         return self.config.balance_at == "latent" and self.config.combine in ("balanced", "pcgrad")
 
     @property
-    def unmeasured(self) -> bool:
-        """Whether a step's figures have to be taken in by `update` before the factors have a meaning."""
+    def needs_calibration(self) -> bool:
+        """Whether `update` must see a step's statistics before the factors have a meaning."""
         return self.config.combine != "sum" and not all(running.mass for running in self.running.values())
 
     def to(self, device: torch.device | str) -> Mix:
@@ -107,103 +78,95 @@ class Mix:
         return self
 
     def factors(self, step: int = 0) -> list[float]:
-        """Return f_k, what each term's counted score is multiplied with after `step` optimizer steps.
+        """Return f_k, the factor of each term's clipped score after `step` optimizer steps.
 
-        With `per_sample` these are the factors before each image's own size is taken into account.
+        With `per_sample` these are the factors before each image's own gradient norm is taken into account.
         """
         weights = [term.weight_at(step) for term in self.terms]
         if self.config.combine == "sum":
             return weights
-        floor, found = self.config.scale_floor, []
+        found = []
         for term, weight in zip(self.terms, weights, strict=True):
             running = self.running[term.label]
-            spread, gradient = running.spread, running.gradient
-            if self.config.combine == "normalized":
-                found.append(weight * one_over(spread, running.highest_spread, floor))
-            else:
-                found.append(weight * one_over(gradient, running.highest_gradient, floor))
+            size, highest = (
+                (running.std, running.highest_std)
+                if self.config.combine == "normalized"
+                else (running.gradient, running.highest_gradient)
+            )
+            found.append(weight * one_over(size, highest, self.config.scale_floor))
         return found
 
-    @torch.no_grad()
-    def score(self, batch: ImageBatch, *, step: int = 0) -> Scores:
-        """Score a batch without gradients; totals use the factors of `step` (without `per_sample`)."""
-        raw = torch.stack([self._raw(term, batch) for term in self.terms], dim=1)
-        counted = torch.stack([term.counted(raw[:, i])[0] for i, term in enumerate(self.terms)], dim=1)
-        return self._scores(raw, counted * torch.tensor(self.factors(step), device=raw.device, dtype=raw.dtype))
+    def gradient(
+        self, batch: ImageBatch, sample_weights: Tensor, *, step: int = 0, pullback: Pullback | None = None
+    ) -> tuple[Tensor, StepStats]:
+        """Return the gradient of the objective, and the batch's statistics.
 
-    def direction(
-        self, batch: ImageBatch, sample_weights: Tensor, *, step: int = 0, pull: Pull | None = None
-    ) -> Direction:
-        """Return the direction of ascent, the scores and the figures.
-
-        Each reward is scored and differentiated once (once a micro-batch), `pull` is called once a term.
+        Each reward is scored and differentiated once (once per micro-batch); `pullback` is called once per term.
 
         Args:
-            batch: images without a graph of their own, (B, 3, H, W).
+            batch: B images without a graph of their own, (B, 3, H, W).
             sample_weights: (B,), each sample's share of the objective; the shares of a whole step add up to 1.
             step: optimizer steps done.
-            pull: needed for `balance_at: latent` and used only there.
+            pullback: needed for `balance_at: latent` and used only there.
+
+        Returns:
+            The gradient (direction of ascent), (B, 3, H, W) or in the shape that `pullback` gives; and the statistics.
         """
         shares = sample_weights.to(batch.images)
         parts = [self._differentiate(term, batch, shares) for term in self.terms]
-        raw = torch.stack([score for score, _ in parts], dim=1)
-        at_image = torch.stack([gradient for _, gradient in parts], dim=1)
+        raw = torch.stack([score for score, _ in parts], dim=1)  # (B, K)
+        at_image = torch.stack([gradient for _, gradient in parts], dim=1)  # (B, K, 3, H, W)
         del parts
-        counts = [term.counted(raw[:, i]) for i, term in enumerate(self.terms)]
-        counted, slopes = (torch.stack(columns, dim=1) for columns in zip(*counts, strict=True))
+        # Clipping is a function of the score alone, so it enters afterwards, as a slope (B, K) of 1, 0 or -1.
+        counts = [term.clipped(raw[:, i]) for i, term in enumerate(self.terms)]
+        clipped, slopes = (torch.stack(columns, dim=1) for columns in zip(*counts, strict=True))
         place, image_squares = at_image, None
         if self.at_latent:
-            if pull is None:
-                raise ValueError("balance_at: latent needs `pull`")
+            if pullback is None:
+                raise ValueError("balance_at: latent needs `pullback`")
             image_squares = at_image.flatten(2).square().sum(2) * slopes.square()
-            place = torch.stack([pull(at_image[:, i]) for i in range(len(self.terms))], dim=1)
+            place = torch.stack([pullback(at_image[:, i]) for i in range(len(self.terms))], dim=1)
         flat = place.flatten(2)
+        # All that follows needs only the products of the K gradients, so no large tensor is made twice.
         products = torch.bmm(flat, flat.transpose(1, 2))  # (B, K, K), of the raw scores' gradients
         sizes = products.diagonal(dim1=1, dim2=2)
-        counted_products = products * slopes.unsqueeze(1) * slopes.unsqueeze(2)
-        factors = self._factors_of_samples(step, sizes, shares)
+        clipped_products = products * slopes.unsqueeze(1) * slopes.unsqueeze(2)
+        factors = self._factors_of_samples(step, sizes, shares)  # (B, K)
         reached = factors * slopes
         scaled_products = products * reached.unsqueeze(1) * reached.unsqueeze(2)
         if self.config.combine == "pcgrad":
             multiples = project_conflicts(scaled_products)
         else:
             multiples = torch.eye(len(self.terms)).to(scaled_products).expand_as(scaled_products)
-        whole = multiples.sum(1)
-        scores = self._scores(raw, counted * factors.to(counted))
-        return Direction(
-            gradient=weighted_sum(place, whole * reached),
-            scores=scores,
-            figures=self._figures(
-                scores=scores,
-                counted_slopes=slopes,
-                factors=factors,
-                sizes=sizes,
-                image_squares=counted_products.diagonal(dim1=1, dim2=2) if image_squares is None else image_squares,
-                along=torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole),
-                gram=counted_products.sum(0),
-            ),
-        )
+        whole = multiples.sum(1)  # (B, K): how much of each scaled gradient the result contains
+        stats = self._stats(raw, clipped, slopes, factors)
+        stats.per_term("size_square").copy_(sizes.sum(0))
+        if image_squares is None:
+            image_squares = clipped_products.diagonal(dim1=1, dim2=2)
+        stats.per_term("image_square").copy_(image_squares.sum(0))
+        stats.per_term("share").copy_(torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole))
+        stats.gram.copy_(clipped_products.sum(0))
+        return weighted_sum(place, whole * reached), stats
 
-    def update(self, figures: StepFigures) -> None:
-        """Take a whole step's figures, of all its batches and processes, into the running ones."""
-        for label, running in self.running.items():
-            score, square = figures.score[label], figures.score_square[label]
-            running.add(score, square, figures.gradient_square[label], self.config.decay)
+    def update(self, stats: StepStats) -> None:
+        """Add a whole step's statistics, of all its batches and processes, to the running ones."""
+        for label, moments in stats.moments().items():
+            self.running[label].add(*moments, self.config.decay)
 
     def why_idle(self, step: int) -> str:
-        """Return why a step in which no image moves under any term does nothing."""
+        """Return why a step in which no image has a gradient changes nothing."""
         if not any(term.weight_at(step) for term in self.terms):
             return "every weight is 0 at this step"
         if not any(self.factors(step)):
-            return "no term has a spread or gradient by which it could be scaled"
-        return "every image is at the limit (ceiling, floor or target) of every term"
+            return "no term has a standard deviation or gradient to be scaled by"
+        return "every image is at the ceiling, floor or target of every term"
 
     def state(self) -> dict[str, dict[str, float]]:
-        """Return the running figures for a checkpoint."""
+        """Return the running statistics for a checkpoint."""
         return {label: running.as_json() for label, running in self.running.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Put back what `state` gave; terms that are not in it start anew."""
+        """Restore what `state` returned; terms that are not in it start anew."""
         for label in self.running:
             self.running[label] = Running.from_json(state[label]) if label in state else Running()
 
@@ -224,57 +187,29 @@ class Mix:
                 gradients.append(gradient)
         return torch.cat(scores), torch.cat(gradients)
 
-    def _raw(self, term: Term, batch: ImageBatch) -> Tensor:
-        size = self.config.reward_batch_size or len(batch)
-        with term.placed():
-            return torch.cat([term.score(batch[i : i + size]) for i in range(0, len(batch), size)])
-
     def _factors_of_samples(self, step: int, sizes: Tensor, shares: Tensor) -> Tensor:
         """Return factors, (B, K), from the squared gradient norms (B, K)."""
         if not self.config.per_sample:
             return torch.tensor(self.factors(step), device=sizes.device, dtype=sizes.dtype).expand_as(sizes)
-        # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) a sample.
+        # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) per sample.
         usual = shares.to(sizes).sqrt().unsqueeze(1)
         weights = torch.tensor([term.weight_at(step) for term in self.terms], device=sizes.device, dtype=sizes.dtype)
         highest = [self.running[term.label].highest_gradient for term in self.terms]
         least = self.config.scale_floor * torch.tensor(highest, device=sizes.device, dtype=sizes.dtype) * usual
-        held = torch.maximum(sizes.clamp(min=0).sqrt(), least)
-        return torch.where(least > 0, weights * usual / torch.where(least > 0, held, 1), 0)
+        norms = torch.maximum(sizes.clamp(min=0).sqrt(), least)
+        return torch.where(least > 0, weights * usual / torch.where(least > 0, norms, 1), 0)
 
-    def _scores(self, raw: Tensor, weighted: Tensor) -> Scores:
-        return Scores(
-            raw=dict(zip(self.labels, raw.unbind(1), strict=True)),
-            weighted=dict(zip(self.labels, weighted.unbind(1), strict=True)),
-            total=weighted.sum(1),
-        )
-
-    def _figures(
-        self,
-        *,
-        scores: Scores,
-        counted_slopes: Tensor,
-        factors: Tensor,
-        sizes: Tensor,
-        image_squares: Tensor,
-        along: Tensor,
-        gram: Tensor,
-    ) -> Figures:
-        zeros = Figures.zeros(len(self.terms), sizes.device)
-        raw = torch.stack(list(scores.raw.values()), dim=1).to(zeros.raw)
-        still = counted_slopes == 0
-        sums = Figures(
-            images=torch.tensor(float(len(raw))),
-            moving=(~still & (factors != 0)).sum(),
-            total=scores.total.to(zeros.raw).sum(),
-            raw=raw.sum(0),
-            raw_square=raw.square().sum(0),
-            weighted=torch.stack(list(scores.weighted.values()), dim=1).to(zeros.raw).sum(0),
-            factor=factors.to(zeros.raw).sum(0),
-            held=still.to(zeros.raw).sum(0),
-            size_square=sizes.to(zeros.raw).sum(0),
-            image_square=image_squares.to(zeros.raw).sum(0),
-            along=along,
-            gram=gram,
-        )
-        like = {name: value.to(zeros.raw) for name, value in vars(sums).items()}
-        return Figures(**like)
+    def _stats(self, raw: Tensor, clipped: Tensor, slopes: Tensor, factors: Tensor) -> StepStats:
+        """Return the statistics of the scores, all (B, K); those of the gradients are left at zero."""
+        stats = StepStats.zeros(self.labels, factors.device)
+        exact = raw.to(stats.sums)
+        weighted = (clipped * factors.to(clipped)).to(stats.sums)
+        stats.scalar("images").fill_(float(len(raw)))
+        stats.scalar("moving").copy_(((slopes != 0) & (factors != 0)).sum())
+        stats.scalar("total").copy_(weighted.sum())
+        stats.per_term("raw").copy_(exact.sum(0))
+        stats.per_term("raw_square").copy_(exact.square().sum(0))
+        stats.per_term("weighted").copy_(weighted.sum(0))
+        stats.per_term("factor").copy_(factors.to(stats.sums).sum(0))
+        stats.per_term("saturated").copy_((slopes == 0).sum(0))
+        return stats

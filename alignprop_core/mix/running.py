@@ -1,4 +1,4 @@
-"""Running figures of a term's scores and gradient, by which a mix brings terms to a common size."""
+"""Running statistics of a term's scores and gradient, used to bring the terms of a mix to a common scale."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 OUTLIER = 10.0
-"""How many times its usual size a step's gradient may count as, unless the step before was as large."""
+"""Limit on one step's gradient, as a multiple of the running one, unless the step before was as large."""
 
 
 @dataclass
 class Running:
-    """Exponentially decaying means over the steps of a run, each step's figure being that of its whole batch.
+    """Exponentially decaying means over the steps of a run; each step enters with the statistics of its whole batch.
 
-    Sums are kept undivided with the sum of their weights, so the first steps count in full (as in Adam's correction).
+    Sums are stored undivided beside the sum of their weights, which corrects the bias of the first steps as Adam does.
 
     Attributes:
         mass: sum of the weights, 1 - decay^n after n steps.
         score: decaying sum of the step means of the raw scores.
         score_square: of their squares.
         gradient_square: of the squared batch gradient norm.
-        highest_spread: the largest standard deviation there has been.
-        highest_gradient: the largest root mean square of the gradient norm there has been.
-        outliers: how many steps up to now, in a row, had a gradient over `OUTLIER` times the usual.
+        highest_std: the largest running standard deviation so far.
+        highest_gradient: the largest running root mean square of the gradient norm so far.
+        outliers: number of consecutive latest steps with a gradient above `OUTLIER` times the running one.
     """
 
     mass: float = 0.0
     score: float = 0.0
     score_square: float = 0.0
     gradient_square: float = 0.0
-    highest_spread: float = 0.0
+    highest_std: float = 0.0
     highest_gradient: float = 0.0
     outliers: float = 0.0
 
     @property
-    def spread(self) -> float:
+    def std(self) -> float:
         """Running standard deviation of the raw scores; 0 before the first step."""
         if not self.mass:
             return 0.0
         mean, square = self.score / self.mass, self.score_square / self.mass
         variance = square - mean * mean
-        # Below the rounding of the two means there is no spread, only noise.
+        # Below the rounding error of the two means the difference is noise.
         return math.sqrt(variance) if variance > 1e-12 * square else 0.0
 
     @property
@@ -50,10 +50,10 @@ class Running:
         return math.sqrt(self.gradient_square / self.mass) if self.mass else 0.0
 
     def add(self, score: float, score_square: float, gradient_square: float, decay: float) -> None:
-        """Take in one step's figures; those of a step with anything that is not finite are left out."""
+        """Add one step's statistics; a step with anything that is not finite is ignored."""
         if not all(math.isfinite(value) for value in (score, score_square, gradient_square)):
             return
-        # One wild step must not mute a term for the rest of the run, which `highest_gradient` would; two are a change.
+        # One outlier must not mute a term for the rest of the run through `highest_gradient`; two in a row are real.
         limit = (OUTLIER * self.gradient) ** 2
         self.outliers = self.outliers + 1 if 0 < limit < gradient_square else 0.0
         if self.outliers == 1:
@@ -62,7 +62,7 @@ class Running:
         self.score = decay * self.score + (1 - decay) * score
         self.score_square = decay * self.score_square + (1 - decay) * score_square
         self.gradient_square = decay * self.gradient_square + (1 - decay) * gradient_square
-        self.highest_spread = max(self.highest_spread, self.spread)
+        self.highest_std = max(self.highest_std, self.std)
         self.highest_gradient = max(self.highest_gradient, self.gradient)
 
     def as_json(self) -> dict[str, float]:
@@ -72,10 +72,11 @@ class Running:
     @classmethod
     def from_json(cls, state: Mapping[str, float]) -> Running:
         """Return what `as_json` wrote."""
-        return cls(**{name: float(value) for name, value in state.items()})
+        # `highest_spread` is the name in checkpoints of earlier versions.
+        return cls(**{name.replace("spread", "std"): float(value) for name, value in state.items()})
 
 
 def one_over(size: float, highest: float, floor: float) -> float:
-    """Return 1 / max(size, floor * highest): what brings a term to size 1; 0 where there never was any size."""
-    held = max(size, floor * highest)
-    return 1 / held if held > 0 else 0.0
+    """Return 1 / max(size, floor * highest): the factor that scales a term to 1; 0 if all were zero so far."""
+    scale = max(size, floor * highest)
+    return 1 / scale if scale > 0 else 0.0

@@ -113,27 +113,23 @@ class Term:
             words = f"{type(error).__name__}: {error}{raised_at(error)}"
             raise RewardError(f'Reward "{self.label}" {what} {words}') from error
 
-    def counted(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what raw scores count for, and the slope of that.
+    def clipped(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the clipped scores, and their derivative by the raw scores.
 
         Args:
             scores: (B,) raw scores.
 
         Returns:
-            (B,): -|score - target| with a target, else the score held within [floor, ceiling]; and (B,): its
-            derivative by the score: 1, 0 (at a limit) or, above a target, -1.
+            (B,): -|score - target| with a target, else the score clipped to [floor, ceiling]; and (B,): its derivative
+            by the score: 1, 0 (saturated) or, above a target, -1.
         """
         if self.target is not None:
             return -(scores - self.target).abs(), torch.sign(self.target - scores)
-        held = scores
+        clipped = scores
         free = torch.ones_like(scores, dtype=torch.bool)
         if self.ceiling is not None:
-            held, free = held.clamp(max=self.ceiling), free & (scores < self.ceiling)
+            clipped, free = clipped.clamp(max=self.ceiling), free & (scores < self.ceiling)
         if self.floor is not None:
-            held, free = held.clamp(min=self.floor), free & (scores > self.floor)
-        # What is not finite stays so: a limit must not hide a broken score.
-        return torch.where(scores.isnan(), scores, held), free.to(scores)
-
-    def weighted(self, scores: Tensor, step: int = 0) -> Tensor:
-        """Return the weight after `step` steps times what raw scores count for, (B,); no mode's scale is in it."""
-        return self.weight_at(step) * self.counted(scores)[0]
+            clipped, free = clipped.clamp(min=self.floor), free & (scores > self.floor)
+        # NaN stays NaN: clipping must not hide a broken score.
+        return torch.where(scores.isnan(), scores, clipped), free.to(scores)

@@ -31,7 +31,7 @@ def train_two_steps(
     Returns:
         The run folder: metrics.jsonl has two lines, lora/ the adapters.
     """
-    from alignprop_core.training.run import train
+    from alignprop_core.training.train import train
 
     registry = registry or default_registry()
     tiny_pipeline("stable_diffusion").save_pretrained(folder / "model")

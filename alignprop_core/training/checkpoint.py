@@ -68,11 +68,29 @@ def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> Path:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder; raises `UserError` naming the file that is missing or broken."""
     try:
+        state = json.loads((folder / STATE).read_text())
         return Checkpoint(
             adapter=load_file(folder / ADAPTER),
             optimizer=load_file(folder / OPTIMIZER),
-            state=json.loads((folder / STATE).read_text()),
+            state=_upgraded(state) if "guarding" in state else state,
             extra=load_file(folder / EXTRA) if (folder / EXTRA).is_file() else {},
         )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder} is no complete checkpoint: {error}. Choose another with --resume DIR.") from error
+        raise UserError(f"{folder} is not a complete checkpoint: {error}. Choose another with --resume DIR.") from error
+
+
+def _upgraded(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state with today's names; before 0.1 it was written with others."""
+    guarding = state.pop("guarding")
+    steps, stopping = guarding["steps"], guarding["heldout"]
+    if (basis := stopping.pop("subject", None)) is not None:
+        basis = {"images": basis["pictures"], "diversity": basis["diversity"], "monitored": {}}
+    return state | {
+        "step_check": {**steps, "skipped": steps["dropped"]},
+        "early_stopping": {
+            **{key: value for key, value in stopping.items() if key != "spreads"},
+            "stds": stopping["spreads"],
+            "basis": basis,
+        },
+        "ema_updates": guarding["averaged"],
+    }

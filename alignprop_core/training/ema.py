@@ -1,4 +1,4 @@
-"""A moving average of the adapters: what is saved and evaluated, while the adapters themselves train on."""
+"""Exponential moving average (EMA) of the adapters, which is saved and evaluated in their place."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
-    """The average of parameters over a run's steps: average = d * average + (1 - d) * parameters.
+class EMA:
+    """Exponential moving average of parameters: average = d * average + (1 - d) * parameters.
 
     d is the smaller of `decay` and (1 + n) / (10 + n) after n updates, so that the first steps, with B still near zero,
-    are soon forgotten. A and B of one run are averaged each by itself: they move together and by little. LoRAs of
-    different runs must never be mixed so (`alignprop lora mix`).
+    lose their weight soon. A and B are averaged separately, which is right within one run, where they change together
+    and slowly; LoRAs of different runs must not be merged like this (use `alignprop lora merge`).
 
     Args:
-        parameters: what to average; the average starts as they are.
+        parameters: the parameters to average; the average starts at their values.
         decay: in (0, 1).
     """
 
@@ -29,7 +29,7 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters' present values in."""
+        """Add the parameters' present values."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for value, parameter in zip(self.values, self.parameters, strict=True):
             value.lerp_(parameter, 1 - decay)
@@ -37,7 +37,7 @@ class Average:
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """Let the parameters hold the average inside the block."""
+        """Give the parameters the averaged values inside the block."""
         own = [parameter.detach().clone() for parameter in self.parameters]
         try:
             self.copy_to_parameters()
@@ -46,7 +46,7 @@ class Average:
             self._copy(own)
 
     def copy_to_parameters(self) -> None:
-        """Let the parameters hold the average from here on."""
+        """Give the parameters the averaged values."""
         self._copy(self.values)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -55,7 +55,7 @@ class Average:
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Put back what `tensors` gave, and the number of updates it had had."""
+        """Restore what `tensors` returned, and the number of updates."""
         for i, value in enumerate(self.values):
             value.copy_(tensors[str(i)])
         self.updates = updates

@@ -8,7 +8,7 @@ from pathlib import Path
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError, under
-from alignprop_core.evaluation.measures import check_watch
+from alignprop_core.evaluation.measures import check_monitor
 from alignprop_core.locate import find_base, find_lora, find_vae
 from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry.registry import Registry
@@ -72,7 +72,7 @@ def check_inputs(
         with under("lora.init_from"):
             find_lora(config.lora.init_from)
     check_rewards(config, registry)
-    check_watch(config, registry)
+    check_monitor(config, registry)
     check_trackers(config.training.trackers, registry)
     return Inputs(prompts, heldout, checkpoint)
 

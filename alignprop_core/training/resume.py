@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_core._files import read_table
+from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
@@ -21,14 +22,14 @@ STATE = "state.json"
 _MAY_DIFFER = {
     "output",
     "save",
-    "samples",
+    "previews",
     "evaluation",
-    "guards",
+    "early_stopping",
+    "optimizer.spike_threshold",
+    "optimizer.max_skipped_steps",
     "training.steps",
     "training.device",
     "training.trackers",
-    "training.checkpoint_every",
-    "training.keep_checkpoints",
     "backprop.sample_batch_size",
     "backprop.decode_batch_size",
 }
@@ -128,6 +129,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _same_run(config: RunConfig, stored: Path) -> None:
     before, _ = read_yaml(stored.read_text(encoding="utf-8"), str(stored))
+    before = upgraded(before)
     # Settings of a loader may differ as well, for example where an isolated reward's environment is.
     settings = tuple(f"rewards.{i}.{term.loader[0]}." for i, term in enumerate(config.rewards) if term.loader)
     differing = [

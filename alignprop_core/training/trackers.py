@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.callback import Callback
 
 if TYPE_CHECKING:
+    from alignprop_core.mix.stats import StepStats
     from alignprop_core.training.trainer import Trainer
 
 
@@ -27,19 +28,19 @@ class Tracker(Callback, ABC):
         if callable(start := getattr(self.tracker, "start", None)):
             start()
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         """Log one step."""
-        values = record.as_json()
-        for label, term in record.terms.items():
+        values = stats.as_json()
+        for label, term in stats.terms.items():
             values |= {f"{label}/{kind}": value for kind, value in term.items()}
-        values |= {f"cosine/{pair}": value for pair, value in record.cosines.items()}
+        values |= {f"cosine/{pair}": value for pair, value in stats.cosines.items()}
         numbers = {key: value for key, value in values.items() if isinstance(value, (int, float)) and key != "step"}
-        self.tracker.log(numbers, step=record.step)
+        self.tracker.log(numbers, step=stats.step)
 
-    def on_evaluation(self, trainer: Trainer, figures: Mapping[str, Any]) -> None:
+    def on_evaluation(self, trainer: Trainer, results: Mapping[str, Any]) -> None:
         """Log an evaluation's means."""
-        values = {f"heldout/{label}": score["mean"] for label, score in figures["scores"].items()}
-        values |= {f"heldout/{key}": figures[key] for key in ("reward", "drift", "diversity")}
+        values = {f"heldout/{label}": score["mean"] for label, score in results["scores"].items()}
+        values |= {f"heldout/{key}": results[key] for key in ("total", "drift", "diversity")}
         self.tracker.log({key: value for key, value in values.items() if value is not None}, step=trainer.step_number)
 
     def on_end(self, trainer: Trainer) -> None:

@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor
+from rich.console import Console
+from torch import Tensor, nn
 
 from alignprop_core import lora
 from alignprop_core.config.given import with_given
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
-from alignprop_core.diffusion.families.find import family_for
-from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.size import drawn_size
+from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
-from alignprop_core.mix.figures import StepFigures
+from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
 from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.reward import Reward
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
-from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint
+from alignprop_core.training.early_stopping import EarlyStopping
+from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
-from alignprop_core.training.gradient import StepGradient
-from alignprop_core.training.gradient import choose_prompts as choose_prompts
-from alignprop_core.training.guarding import Guarding
-from alignprop_core.training.preflight import check_inputs
+from alignprop_core.training.optimizer import Optimizer
+from alignprop_core.training.preflight import Inputs, check_inputs
 from alignprop_core.training.resume import check_objects
+from alignprop_core.training.standard import standard_callbacks
+from alignprop_core.training.step import StepGradient
+from alignprop_core.training.step_check import StepCheck
 from alignprop_core.training.trial import score_advice, try_local
-from alignprop_core.training.updates import Updates
+
+if TYPE_CHECKING:
+    from alignprop_core.evaluation.compare import Comparison
 
 
 @dataclass
@@ -57,11 +63,21 @@ class Trainer:
         config: the run config.
         registry: installed plugins; discovered if None.
         rewards: reward objects by name, beside those of plugins; what the config does not mention gets weight 1.
-        callbacks: watchers beside the built-in ones.
-        resume: a run folder or checkpoint to go on from.
-        edited: go on although the code of a reward was changed since, as after mending it.
+        callbacks: called after the standard callbacks.
+        resume: a run folder or checkpoint to resume from.
+        edited: resume even if a reward's code has changed, for example after a bug fix.
         overwrite: replace an earlier run in the output folder.
+        inputs: what `preflight.check_inputs` returned, if it has run already.
         pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
+        console: where progress is shown; standard error if None.
+
+    Attributes:
+        callbacks: the standard callbacks, which write the run folder, then those given.
+        ema: the adapters' moving average (`optimizer.ema_decay`), or None.
+        early_stopping: what is known from the evaluations so far.
+        best: the best evaluated adapters so far, as `lora.state` returns them, or None.
+        comparison: base against tuned on held-out prompts, after the end of a run that evaluates.
+        stop_reason: why the run stopped before its last step, or None.
     """
 
     def __init__(
@@ -74,68 +90,89 @@ class Trainer:
         resume: Path | None = None,
         edited: bool = False,
         overwrite: bool = False,
+        inputs: Inputs | None = None,
         pipeline: Any = None,
+        console: Console | None = None,
     ) -> None:
         self.registry = (registry or default_registry()).with_rewards(rewards or {})
         self.config = config = with_given(config, self.registry)
-        self.callbacks = list(callbacks)
-        self.state = PartialState(cpu=config.training.device == "cpu")
+        self.processes = PartialState(cpu=config.training.device == "cpu")
         self.device, self.dtype = device_and_dtype(config.training.device, config.training.mixed_precision)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.output = Path(config.output)
         self._overwrite = overwrite
-        inputs = check_inputs(
+        inputs = inputs or check_inputs(
             config, self.registry, resume=resume, edited=edited, overwrite=overwrite, loads_model=pipeline is None
         )
+        self._resumed_from = inputs.checkpoint
         if inputs.checkpoint is not None and not edited:
             check_objects(inputs.checkpoint, self.registry.given, config)
         checkpoint = None if inputs.checkpoint is None else load_checkpoint(inputs.checkpoint)
         self.prompts, self.heldout = inputs.prompts, inputs.heldout
         self.mix = Mix(load_terms(config.rewards, self.registry, where="rewards"), config.mix).to(self.device)
-        with under("prompts.train"):
-            check_prompts(self.mix.terms, self.prompts)
-        if self.heldout is not None:
-            with under("prompts.heldout"):
-                check_prompts(self.mix.terms, self.heldout)
-        size = drawn_size(config, self.registry, pipeline)
+        for key, prompts in (("prompts.train", self.prompts), ("prompts.heldout", self.heldout)):
+            if prompts is not None:
+                with under(key):
+                    check_prompts(self.mix.terms, prompts)
+        size = image_size(config, self.registry, pipeline)
         try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device, size=size)
-        self.pipeline = pipeline or load_pipeline(
-            config.model.base,
-            registry=self.registry,
-            device=self.device,
-            dtype=self.dtype,
-            vae=config.model.vae,
-        )
-        plugins = [offer.spec for offer in self.registry.families()]
-        family = family_for(self.pipeline, config.sampling, plugins)
-        self.denoiser = family.denoiser
-        for number, extra in enumerate(config.model.loras):
-            lora.attach_frozen(self.pipeline, extra.path, extra.strength, f"frozen_{number}")
-        self.parameters = lora.attach(
-            self.denoiser,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            targets=config.lora.targets,
-            rank_stabilized=config.lora.rank_stabilized,
-            init_from=config.lora.init_from,
+        evaluates = self.heldout is not None and (config.evaluation.at_end or config.evaluation.every is not None)
+        reported = self._evaluation_terms() if evaluates else None
+        self.sampler = Sampler.load(
+            pipeline or config.model.base,
+            adapter=config.lora,
             seed=config.training.seed,
+            sampling=config.sampling,
+            backprop=config.backprop,
+            regularization=config.regularization.weight,
+            vae=config.model.vae,
+            frozen=config.model.loras,
+            device=self.device,
+            mixed_precision=config.training.mixed_precision,
+            registry=self.registry,
         )
-        self.sampler = Sampler(
-            self.pipeline, config.sampling, config.backprop, family=family, regularization=config.regularization.weight
-        )
-        self.updates = Updates(config, self.parameters, self.device, self.dtype)
-        self.gradient = StepGradient(config, self.sampler, self.mix, self.prompts, self.updates, self.state)
+        self.parameters = self.sampler.trainable_parameters()
+        self.optimizer = Optimizer(config, self.parameters, self.device, self.dtype)
+        self.gradient = StepGradient(config, self.sampler, self.mix, self.prompts, self.optimizer, self.processes)
         advice = {entry.label: score_advice(entry, self.registry) for entry in config.rewards}
-        self.guarding = Guarding(config, self.parameters, advice)
+        self.step_check = StepCheck(config.optimizer, advice)
+        self.ema = None if config.optimizer.ema_decay is None else EMA(self.parameters, config.optimizer.ema_decay)
+        self.early_stopping = EarlyStopping(config.early_stopping)
+        self.best: dict[str, Tensor] | None = None
+        self.evaluator: Evaluator | None = None
+        if reported is not None and self.heldout is not None:
+            remember = config.evaluation.at_end
+            self.evaluator = Evaluator(self.sampler, reported, self.heldout, config.evaluation, remember=remember)
+        self.comparison: Comparison | None = None
         self.stop_reason: str | None = None
         self._adopted_step: int | None = None
         self.progress = _Progress()
         self._folder: RunFolder | None = None
-        self._resumed_from = inputs.checkpoint
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.optimizer, self.schedule, self.scaler = self.updates.optimizer, self.updates.schedule, self.updates.scaler
+        self.callbacks = [*standard_callbacks(self, console), *callbacks]
+
+    def _evaluation_terms(self) -> list[Any]:
+        assert self.heldout is not None
+        return evaluation_terms(
+            [*self.config.rewards, *self.config.evaluation.rewards],
+            self.heldout,
+            self.registry,
+            device=self.device,
+            loaded=self.mix.terms,
+            where="evaluation.rewards",
+        )
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline that is trained."""
+        return self.sampler.family.pipeline
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that carries the adapter."""
+        return self.sampler.family.denoiser
 
     @property
     def denoiser_name(self) -> str:
@@ -149,10 +186,14 @@ class Trainer:
 
     @property
     def folder(self) -> RunFolder:
-        """The open run folder; there is one while `train()` runs."""
+        """The open run folder, while `train()` runs."""
         if self._folder is None:
-            raise RunError("The run folder exists only once train() has begun.")
+            raise RunError("The run folder exists only after train() has started.")
         return self._folder
+
+    def as_saved(self) -> AbstractContextManager[None]:
+        """Give the adapters the values that are saved and evaluated: their moving average where there is one."""
+        return nullcontext() if self.ema is None else self.ema.swapped_in()
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
@@ -162,28 +203,28 @@ class Trainer:
         Raises:
             RunError: a reward or a gradient is not finite, or a reward broke its contract. Everything saved stays.
         """
-        main = self.state.is_main_process
-        # Every process checks that the folder is free when it is built: none may make it before all are.
-        self.state.wait_for_everyone()
+        main = self.processes.is_main_process
+        # Every process checks when it is built that the folder is free: none may create it before all have.
+        self.processes.wait_for_everyone()
         callbacks = self.callbacks if main else []
         self._folder = self._open() if main else RunFolder(self.output, lock=None)
         try:
             for callback in callbacks:
                 callback.on_start(self)
-            while self.progress.step < self.config.training.steps and not self._stops():
-                record = self.step()
+            while self.progress.step < self.config.training.steps and not self._should_stop():
+                stats = self.step()
                 if main:
-                    self.folder.append_metrics(record.as_json())
+                    self.folder.append_metrics(stats.as_json())
                 for callback in callbacks:
-                    callback.on_step(self, record)
-                self.guarding.steps.check()
-            self.guarding.steps.check(ended=True)
+                    callback.on_step(self, stats)
+                self.step_check.raise_if_failing()
+            self.step_check.raise_if_failing(ended=True)
             if main and self.stop_reason is not None:
                 self.folder.append_metrics({"step": self.progress.step, STOPPED: self.stop_reason})
-            self._settle()
+            self._finish()
             for callback in callbacks:
                 callback.on_end(self)
-            self.state.wait_for_everyone()
+            self.processes.wait_for_everyone()
         except BaseException as error:
             for callback in callbacks:
                 callback.on_error(self, error)
@@ -202,46 +243,34 @@ class Trainer:
             overwrite=self._overwrite,
         )
 
-    def step(self) -> StepRecord:
-        """Do one optimizer step."""
+    def step(self) -> StepStats:
+        """Do one optimizer step and return its statistics."""
         started = time.perf_counter()
         step = self.progress.step
-        self.updates.clear()
-        first = self.mix.unmeasured  # its images are made twice: once to learn the terms' sizes
-        if first:
-            self.progress.reward_queries += self.gradient.learn_sizes(step)
-        taken = self.gradient.take(step)
-        figures, grad_norm = taken.figures, taken.grad_norm
-        idle = None if figures.moving else self.mix.why_idle(step)
-        rate, overflow = self.updates.rate, self.updates.overflow_expected
-        norms = {label: norm for label, term in figures.terms.items() if (norm := term["grad_norm"]) is not None}
-        dropped = self.guarding.steps.judge(step + 1, figures.score, grad_norm, overflow_expected=overflow, terms=norms)
-        self._update(figures, learn=not first and dropped is None, dropped=dropped is not None)
-        return StepRecord(
-            step=step + 1,
-            reward=figures.reward,
-            terms=figures.terms,
-            grad_norm=grad_norm,
-            learning_rate=rate,
-            kept_steps=len(self.sampler.plan(seed=self.config.training.seed, step=step).kept),
-            reward_queries=self.progress.reward_queries,
-            seconds=time.perf_counter() - started,
-            peak_memory=peak_memory(self.device),
-            cosines=figures.cosines,
-            idle=idle,
-            regularization=taken.regularization,
-            dropped=dropped,
-        )
+        self.optimizer.zero_grad()
+        calibrated = self.mix.needs_calibration  # then the step's images are generated twice
+        if calibrated:
+            self.progress.reward_queries += self.gradient.calibrate(step)
+        stats = self.gradient.compute(step)
+        stats.step, stats.learning_rate = step + 1, self.optimizer.lr
+        stats.idle = None if stats.moving else self.mix.why_idle(step)
+        overflow = self.optimizer.overflow_expected
+        stats.skipped = self.step_check.reason_to_skip(step + 1, stats, overflow_expected=overflow)
+        self._update(stats, learn=not calibrated)
+        stats.reward_queries = self.progress.reward_queries
+        stats.seconds = time.perf_counter() - started
+        stats.peak_memory = peak_memory(self.device)
+        return stats
 
-    def _update(self, figures: StepFigures, *, learn: bool, dropped: bool) -> None:
+    def _update(self, stats: StepStats, *, learn: bool) -> None:
         self.progress.updating = True
-        changed = self.updates.apply(moves=figures.moving and not dropped)
-        if changed and self.guarding.average is not None:
-            self.guarding.average.update()
+        changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
+        if changed and self.ema is not None:
+            self.ema.update()
         self.progress.step += 1
-        self.progress.reward_queries += figures.images
-        if learn:
-            self.mix.update(figures)
+        self.progress.reward_queries += stats.images
+        if learn and stats.skipped is None:
+            self.mix.update(stats)
         self.progress.updating = False
 
     @property
@@ -256,7 +285,7 @@ class Trainer:
         self.stop_reason = reason
 
     def adopt(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Take these adapters, of an earlier step, for the run's result; only after the last step."""
+        """Make these adapters, of an earlier step, the run's result; only after the last step."""
         lora.load_state(self.denoiser, tensors)
         self._adopted_step = step
 
@@ -265,18 +294,18 @@ class Trainer:
         """Step of the adapters that are saved now: the run's own, or the best one's once that is adopted."""
         return self.progress.step if self._adopted_step is None else self._adopted_step
 
-    def _stops(self) -> bool:
+    def _should_stop(self) -> bool:
         """Whether a callback ended the run; callbacks run on the main process, and all stop together."""
-        if self.state.num_processes > 1:
+        if self.processes.num_processes > 1:
             reason = [self.stop_reason]
             torch.distributed.broadcast_object_list(reason, src=0)
             self.stop_reason = reason[0]
         return self.stop_reason is not None
 
-    def _settle(self) -> None:
-        """After the last step: the adapters become what is saved, for good."""
-        if self.guarding.average is not None:
-            self.guarding.average.copy_to_parameters()
+    def _finish(self) -> None:
+        """After the last step: the adapters permanently take the values that are saved."""
+        if self.ema is not None:
+            self.ema.copy_to_parameters()
         self._adopted_step = self.progress.step
 
     # -- state --------------------------------------------------------------------------------------------------
@@ -286,17 +315,29 @@ class Trainer:
         state = {
             "step": self.progress.step,
             "reward_queries": self.progress.reward_queries,
-            **self.updates.as_json(),
+            **self.optimizer.as_json(),
             "mix": self.mix.state(),
-            "guarding": self.guarding.as_json(),
+            "step_check": self.step_check.as_json(),
+            "early_stopping": self.early_stopping.as_json(),
+            "ema_updates": 0 if self.ema is None else self.ema.updates,
         }
-        return Checkpoint(lora.state(self.denoiser), self.updates.tensors(), state, self.guarding.tensors())
+        parts = {"average": {} if self.ema is None else self.ema.tensors(), "best": self.best or {}}
+        extra = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
+        return Checkpoint(lora.state(self.denoiser), self.optimizer.tensors(), state, extra)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
         lora.load_state(self.denoiser, checkpoint.adapter)
-        self.updates.load(checkpoint.state, checkpoint.optimizer)
-        self.mix.load_state(checkpoint.state.get("mix", {}))
-        self.progress.step = int(checkpoint.state["step"])
-        self.progress.reward_queries = int(checkpoint.state["reward_queries"])
-        if "guarding" in checkpoint.state:
-            self.guarding.load(checkpoint.state["guarding"], checkpoint.extra)
+        self.optimizer.load(state, checkpoint.optimizer)
+        self.mix.load_state(state["mix"])
+        self.progress.step = int(state["step"])
+        self.progress.reward_queries = int(state["reward_queries"])
+        self.step_check.load(state["step_check"])
+        self.early_stopping.load(state["early_stopping"])
+        parts: dict[str, dict[str, Tensor]] = {"average": {}, "best": {}}
+        for key, value in checkpoint.extra.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = value
+        self.best = parts["best"] or None
+        if self.ema is not None:
+            self.ema.load(parts["average"], int(state["ema_updates"]))

@@ -60,7 +60,7 @@ def try_local(
         registry: where they were looked up.
         prompts: the run's; the first one is used.
         device: where the rewards are.
-        size: (height, width) in pixels, as `drawn_size` tells; None is `UNKNOWN_SIZE`.
+        size: (height, width) in pixels, as `image_size` tells; None is `UNKNOWN_SIZE`.
         where: key of the entries in the run config.
 
     Raises:

@@ -192,7 +192,7 @@ class OurSide:
     def noise(self, kept: int) -> Any:
         """Return the randomness of the batch."""
         sampler = self.sampler(kept, last_alpha="own")
-        return sampler.noise(seed=self.settings.seed, step=0, indices=range(len(PROMPTS)))
+        return sampler.noise(PROMPTS, seed=self.settings.seed, step=0)
 
     def gradient(self, score: Score, noise: Any, kept: int, *, last_alpha: str, hard_clip: bool) -> Result:
         """Return the gradient; `hard_clip` drops the gradient of saturated pixels, as TRL's clamp does."""

@@ -35,7 +35,7 @@ def config(model: Path, tmp_path: Path) -> Callable[..., Path]:
             "sampling": {"steps": 2, "guidance_scale": 1.0},
             "rewards": [{"name": "jpeg_compressibility"}],
             "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
-            "samples": {"every": None},
+            "previews": {"prompts": []},
             "output": str(tmp_path / "run"),
         }
         path = tmp_path / "config.yaml"

@@ -27,7 +27,7 @@ from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import WeightsSpec
 from alignprop_core.training.resume import find_checkpoint
-from alignprop_core.training.run import train
+from alignprop_core.training.train import train
 from alignprop_core.training.trainer import Trainer
 from tests.support import toy_rewards
 
@@ -64,7 +64,7 @@ def data(tiny_model: Path, tmp_path: Path) -> dict[str, Any]:
         "sampling": {"steps": 2, "guidance_scale": 1.0},
         "rewards": [{"name": "jpeg_compressibility"}],
         "training": {"steps": 1, "batch_size": 2, "device": "cpu"},
-        "samples": {"every": None},
+        "previews": {"prompts": []},
         "output": str(tmp_path / "run"),
     }
 

@@ -33,7 +33,7 @@ def tuned(tiny_sd: Callable[..., Any], **options: Any) -> tuple[Any, list[nn.Par
 
 def gradient(sampler: Sampler, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
     """Images, and the adapters' gradient of a function in which every pixel counts differently."""
-    out = sampler.sample(PROMPTS, sampler.noise(seed=1, step=0, indices=range(2)))
+    out = sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=1, step=0))
     latents = out.latents.detach().requires_grad_()
     images = sampler.decode(latents)
     weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
@@ -59,7 +59,7 @@ def gradient(sampler: Sampler, parameters: list[nn.Parameter]) -> tuple[Tensor, 
 def test_images_and_gradients_are_those_of_the_layers_own_forwards(
     tiny_sd: Callable[..., Any], backprop: dict[str, Any]
 ) -> None:
-    pipe, parameters = tuned(tiny_sd, rank_stabilized=True)
+    pipe, parameters = tuned(tiny_sd, use_rslora=True)
     sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=3.0), BackpropConfig.model_validate(backprop))
     assert effective_forwards(pipe.unet)
     assert doubling_forwards(pipe.unet)
@@ -88,7 +88,7 @@ def test_frozen_adapters_and_strengths_are_in_the_sum(tiny_sd: Callable[..., Any
 def test_every_batch_has_the_adapters_of_the_moment(tiny_sd: Callable[..., Any]) -> None:
     pipe, parameters = tuned(tiny_sd)
     sampler = Sampler(pipe, SamplingConfig(steps=2), BackpropConfig(strategy="full"))
-    noise = sampler.noise(seed=0, step=0, indices=[0])
+    noise = sampler.noise(["fox"], seed=0, step=0)
     with torch.no_grad():
         before = sampler.sample(["fox"], noise).latents
         parameters[1].add_(0.3)

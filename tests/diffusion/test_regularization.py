@@ -12,6 +12,7 @@ from torch import Tensor
 from alignprop_core import lora
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.truncation import Truncation
 
 PROMPTS = ["a fox", "two owls"]
 STEPS = 4
@@ -34,10 +35,10 @@ def gradients(parameters: list[torch.nn.Parameter]) -> Tensor:
     return flat
 
 
-def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any) -> tuple[Tensor, Tensor]:
+def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Truncation) -> tuple[Tensor, Tensor]:
     """The chain and the penalty with nothing clever: every prediction with its graph, the base model's too."""
     here, there = Sampler(pipe, sampling), Sampler(base, sampling)
-    one, two, plan = here.conditioning(PROMPTS), there.conditioning(PROMPTS), noise.plan
+    one, two = here.conditioning(PROMPTS), there.conditioning(PROMPTS)
     latents, penalties, state = noise.initial, [], here.scheduler.initial_state()
     for i in range(STEPS):
         t = here.scheduler.timesteps[i]
@@ -73,9 +74,9 @@ def test_the_gradient_is_that_of_plain_autograd(
     assert sampler._sums_weights
     sampler._sums_weights = sums_weights
     for step in range(2):
-        noise = sampler.noise(seed=3, step=step, indices=range(2))
+        noise = sampler.noise(PROMPTS, seed=3, step=step)
         ascent = torch.randn(noise.initial.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        latents, penalty = plain(pipe, base, sampling, noise)
+        latents, penalty = plain(pipe, base, sampling, noise, sampler.truncation(seed=3, step=step))
         ((latents * ascent).sum() + 0.5 * WEIGHT * penalty).backward()
         expected = gradients(parameters)
 
@@ -95,7 +96,7 @@ def test_the_gradient_survives_a_network_that_recomputes_itself(tiny_sd: Callabl
             pipe.unet.enable_gradient_checkpointing()
             pipe.unet.train()  # diffusers recomputes in training mode only; nothing here behaves otherwise in it
         sampler = Sampler(pipe, sampling, BackpropConfig(strategy="full"), regularization=WEIGHT)
-        out = sampler.sample(PROMPTS, sampler.noise(seed=3, step=0, indices=range(2)))
+        out = sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=3, step=0))
         sampler.backward(out, torch.zeros_like(out.latents))
         found.append(gradients(parameters))
     assert found[0].norm() > 0
@@ -106,7 +107,7 @@ def test_adapters_at_zero_have_no_penalty_and_chunks_add_up(tiny_sd: Callable[..
     pipe = tiny_sd().to(torch.float64)
     fresh = lora.attach(pipe.unet, rank=3, dtype=torch.float64)
     sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=2.0), regularization=WEIGHT)
-    noise = sampler.noise(seed=3, step=1, indices=range(2))
+    noise = sampler.noise(PROMPTS, seed=3, step=1)
     assert sampler.sample(PROMPTS, noise).aux["regularization"].detach() < 1e-20
     with torch.no_grad():
         for parameter in fresh[1::2]:
@@ -126,5 +127,5 @@ def test_frozen_loras_belong_to_the_base_model(tiny_sd: Callable[..., Any], tmp_
     lora.attach_frozen(pipe, tmp_path / "other.safetensors", dtype=torch.float64)
     lora.attach(pipe.unet, rank=3, dtype=torch.float64)
     sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=2.0), regularization=WEIGHT)
-    out = sampler.sample(PROMPTS, sampler.noise(seed=3, step=1, indices=range(2)))
+    out = sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=3, step=1))
     assert out.aux["regularization"].detach() < 1e-20

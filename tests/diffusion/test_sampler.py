@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.noise import Noise, seeded
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.truncation import STRATEGIES, Plan, draw_plan
+from alignprop_core.diffusion.truncation import STRATEGIES, Truncation, draw_truncation
 from alignprop_core.errors import ConfigError, ModelError, RunError
 
 PROMPTS = ["a fox", "three owls on a blue hill", "b"]
@@ -113,9 +114,8 @@ def test_other_image_sizes(pipe: Any) -> None:
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise) -> Tensor:
+def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise, plan: Truncation) -> Tensor:
     """The definition, written naively: diffusers' scheduler and UNet, no prefix, no checkpoint, detach by hand."""
-    plan = noise.plan
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sampling.steps)
     count = len(PROMPTS)
@@ -163,19 +163,19 @@ def test_gradient_equals_plain_autograd(
     backprop = BackpropConfig(checkpoint_steps=checkpointing, checkpoint_decoder=checkpointing, **SETTINGS[name])
     sampler = Sampler(pipe, sampling, backprop)
     for step in range(3):
-        noise = sampler.noise(seed=7, step=step, indices=range(len(PROMPTS)))
-        expected_images = plain_autograd(pipe, sampling, noise)
+        noise = sampler.noise(PROMPTS, seed=7, step=step)
+        truncation = sampler.truncation(seed=7, step=step)
+        expected_images = plain_autograd(pipe, sampling, noise, truncation)
         objective(expected_images).backward()
         expected = gradients(parameters)
 
-        out = sampler.sample(PROMPTS, noise)
+        out = sampler.sample(PROMPTS, noise)  # draws the same truncation from the noise's seed and step
         leaf = out.latents.detach().requires_grad_()
         images = sampler.decode(leaf)
         torch.testing.assert_close(images, expected_images, atol=1e-6, rtol=0)
         objective(images).backward()
         assert leaf.grad is not None
         sampler.backward(out, leaf.grad)
-        assert out.kept_steps == noise.plan.kept
         actual = gradients(parameters)
         assert expected.norm() > 0
         # Alphas are float32 in diffusers' tables; sums taken in another order differ in the last bits only.
@@ -186,7 +186,7 @@ def test_chunks_change_nothing(pipe: Any) -> None:
     pipe = pipe.to(torch.float64)
     parameters = trainable(pipe)
     sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5), BackpropConfig(strategy="uniform"))
-    noise = sampler.noise(seed=1, step=5, indices=range(3))
+    noise = sampler.noise(PROMPTS, seed=1, step=5)
 
     def run(parts: list[slice], decode_chunk: int) -> tuple[Tensor, Tensor]:
         images, start = [], 0
@@ -216,7 +216,7 @@ def test_prefix_really_has_no_graph(pipe: Any) -> None:
     grad_calls: list[bool] = []
     pipe.unet.register_forward_hook(lambda *_: grad_calls.append(torch.is_grad_enabled()))
     sampler = Sampler(pipe, SamplingConfig(steps=6), BackpropConfig(strategy="last_k", k=2, checkpoint_steps=False))
-    sampler.sample(PROMPTS, sampler.noise(seed=0, step=0, indices=range(3)))
+    sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=0, step=0))
     assert grad_calls == [False] * 4 + [True] * 2
 
 
@@ -237,7 +237,7 @@ def test_backward_without_a_trainable_parameter_says_so(pipe: Any) -> None:
     for module in (pipe.unet, pipe.vae):
         module.requires_grad_(False)
     sampler = Sampler(pipe, SamplingConfig(steps=2))
-    out = sampler.sample(["fox"], sampler.noise(seed=0, step=0, indices=[0]))
+    out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
     with pytest.raises(RunError, match="no parameter of the denoiser is trainable"):
         sampler.backward(out, torch.ones_like(out.latents))
 
@@ -251,7 +251,7 @@ def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: 
     def unet_calls(available: int) -> int:
         monkeypatch.setattr("alignprop_core.diffusion.sampler.available_bytes", lambda device: available)
         sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="full"))
-        out = sampler.sample(["fox"], sampler.noise(seed=0, step=0, indices=[0]))
+        out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
         calls.clear()
         sampler.backward(out, torch.ones_like(out.latents))
         return len(calls)
@@ -263,7 +263,7 @@ def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: 
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def plans() -> Iterator[tuple[str, int, Plan]]:
+def plans() -> Iterator[tuple[str, int, Truncation]]:
     extreme = {
         "last_k": [{}, {"k": 1}, {"k": 999}],
         "uniform": [{}],
@@ -279,7 +279,7 @@ def plans() -> Iterator[tuple[str, int, Plan]]:
             config = BackpropConfig(strategy=strategy, **option)  # type: ignore[arg-type]
             for steps in (1, 2, 12, 50):
                 for seed in range(40):
-                    yield strategy, steps, draw_plan(config, steps, seeded(seed, "cut", 0))
+                    yield strategy, steps, draw_truncation(config, steps, seeded(seed, "cut", 0))
 
 
 def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
@@ -291,30 +291,30 @@ def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
 
 
 def test_uniform_draws_every_length_and_gaussian_its_mean() -> None:
-    lengths = [len(draw_plan(BackpropConfig(strategy="uniform"), 12, seeded(s)).kept) for s in range(1200)]
+    lengths = [len(draw_truncation(BackpropConfig(strategy="uniform"), 12, seeded(s)).kept) for s in range(1200)]
     assert set(lengths) == set(range(1, 13))
     assert abs(sum(lengths) / len(lengths) - 6.5) < 0.3
     config = BackpropConfig(strategy="gaussian", mean=6.0, std=1.5)
-    drawn = [len(draw_plan(config, 12, seeded(s)).kept) for s in range(1200)]
+    drawn = [len(draw_truncation(config, 12, seeded(s)).kept) for s in range(1200)]
     assert abs(sum(drawn) / len(drawn) - 6.0) < 0.2
 
 
 def test_drtune_can_choose_every_step_and_spaces_them_evenly() -> None:
     seen = set()
     for seed in range(300):
-        plan = draw_plan(BackpropConfig(strategy="drtune", k=5), 12, seeded(seed))
+        plan = draw_truncation(BackpropConfig(strategy="drtune", k=5), 12, seeded(seed))
         assert len({b - a for a, b in zip(plan.kept, plan.kept[1:], strict=False)}) == 1
         assert plan.detach_input
         seen |= set(plan.kept)
     assert seen == set(range(12))
 
 
-def test_a_cut_is_drawn_once_a_batch(pipe: Any) -> None:
+def test_the_truncation_is_drawn_once_per_batch(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=12), BackpropConfig(strategy="bernoulli"))
-    noise = sampler.noise(seed=0, step=3, indices=range(3))
-    assert noise[0:1].plan is noise.plan
-    assert sampler.noise(seed=0, step=3, indices=[17]).plan == noise.plan
-    assert len({sampler.plan(seed=0, step=s).kept for s in range(20)}) > 10
+    noise = sampler.noise(PROMPTS, seed=0, step=3)
+    assert (noise[0:1].seed, noise[0:1].step) == (0, 3), "the truncation depends on nothing else"
+    assert sampler.truncation(seed=0, step=3) == sampler.truncation(seed=0, step=3)
+    assert len({sampler.truncation(seed=0, step=s).kept for s in range(20)}) > 10
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------
@@ -323,9 +323,9 @@ def test_a_cut_is_drawn_once_a_batch(pipe: Any) -> None:
 def test_noise_depends_on_seed_step_and_global_index_alone(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=3, eta=1.0), BackpropConfig(strategy="last_k", lv_samples=2))
     torch.manual_seed(1)
-    whole = sampler.noise(seed=5, step=2, indices=range(6))
+    whole = sampler.noise(PROMPTS * 2, seed=5, step=2)
     torch.manual_seed(2)
-    part = sampler.noise(seed=5, step=2, indices=[4, 1])
+    part = sampler.noise(PROMPTS[:2], seed=5, step=2, indices=[4, 1])
     for mine, theirs in ((part.initial, whole.initial[[4, 1]]),):
         assert torch.equal(mine, theirs)
     assert part.steps is not None
@@ -335,7 +335,7 @@ def test_noise_depends_on_seed_step_and_global_index_alone(pipe: Any) -> None:
     assert torch.equal(part.steps, whole.steps[:, [4, 1]])
     assert torch.equal(part.lv, whole.lv[:, [4, 1]])
     for other in ({"seed": 6, "step": 2}, {"seed": 5, "step": 3}):
-        assert not torch.equal(sampler.noise(indices=range(6), **other).initial, whole.initial)
+        assert not torch.equal(sampler.noise(PROMPTS * 2, **other).initial, whole.initial)
     flat = whole.initial.flatten(1)
     assert (torch.corrcoef(flat) - torch.eye(6)).abs().max() < 0.5
 
@@ -347,22 +347,23 @@ def test_a_prompts_encoding_does_not_depend_on_its_batch(pipe: Any) -> None:
         assert torch.equal(b.conditioning([prompt]).positive["encoder_hidden_states"][0], together[i])
 
 
-def test_a_prompt_longer_than_the_text_encoder_reads_is_cut_as_diffusers_does_and_said_once(pipe: Any) -> None:
+def test_a_prompt_longer_than_the_text_encoder_reads_is_cut_as_in_diffusers_with_one_warning(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=2, guidance_scale=1.0))
     long = "a fox in the snow " * 100
-    with pytest.warns(UserWarning, match=r"\d+ tokens and the base model reads 77.*said once") as said:
+    with pytest.warns(UserWarning, match=r"\d+ tokens, and the base model reads 77.*shown once") as shown:
         ours = sampler.conditioning([long, long + "at night"]).positive["encoder_hidden_states"]
-    assert len(said) == 1
+    assert len(shown) == 1
     assert torch.equal(ours[0], pipe.encode_prompt([long], "cpu", 1, False)[0][0])
     assert torch.equal(ours[0], ours[1])
 
 
-def test_lv_rows_say_which_prompt_they_belong_to(pipe: Any) -> None:
+def test_lv_rows_name_the_prompt_they_belong_to(pipe: Any) -> None:
     trainable(pipe)
     sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="last_k", lv_samples=2))
-    noise = sampler.noise(seed=0, step=0, indices=range(3))
+    noise = sampler.noise(PROMPTS, seed=0, step=0)
     out = sampler.sample(PROMPTS, noise)
     assert out.sample_index == (0, 1, 2) * 3
+    assert torch.equal(out.sample_weights, torch.full((9,), 1 / 3))
     assert out.latents.shape[0] == 9
     with torch.no_grad():
         assert sampler.sample(PROMPTS, noise).latents.shape[0] == 3
@@ -399,11 +400,9 @@ def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: 
     pipe = tiny_sd().to("cuda", dtype)
     trainable(pipe)
     sampler = Sampler(pipe, SamplingConfig(steps=4, eta=0.5), BackpropConfig(strategy="uniform"))
-    noise = sampler.noise(seed=0, step=0, indices=range(3))
+    noise = sampler.noise(PROMPTS, seed=0, step=0)
     sampler.sample(PROMPTS, noise)  # encodes prompts and measures a step, once
-    noise = Noise(
-        initial=noise.initial.cuda(), plan=noise.plan, steps=noise.steps.cuda() if noise.steps is not None else None
-    )
+    noise = replace(noise, initial=noise.initial.cuda(), steps=None if noise.steps is None else noise.steps.cuda())
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")

@@ -14,7 +14,7 @@ from alignprop_core.config.sections import RunConfig
 from alignprop_core.evaluation.diversity import diversity, encoder_of
 from alignprop_core.mix.load import load_terms
 from alignprop_core.registry.registry import default_registry
-from alignprop_core.training.run import train
+from alignprop_core.training.train import train
 from tests.support import ROOT
 
 pytest.importorskip("alignprop_starter")

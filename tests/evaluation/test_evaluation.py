@@ -268,7 +268,7 @@ def test_drift_is_the_relative_change_of_the_guided_prediction(tiny_sd: Callable
     drift = Drift(sampler, prompts, base, seed=9, batch_size=2)
     moved, whole = 0.0, 0.0
     with base():
-        noise = sampler.noise(seed=9, step=0, indices=range(3))
+        noise = sampler.noise(PROMPTS, seed=9, step=0)
         latents = noise.initial
         inputs = []
         for i in range(6):

@@ -28,7 +28,7 @@ from tests.support.tiny import tiny_sd
 SCALES = [
     pytest.param({"rank": 4}, id="alpha-is-rank"),
     pytest.param({"rank": 4, "alpha": 11.0}, id="alpha-unlike-rank"),
-    pytest.param({"rank": 3, "alpha": 5.0, "rank_stabilized": True}, id="rank-stabilised"),
+    pytest.param({"rank": 3, "alpha": 5.0, "use_rslora": True}, id="rank-stabilised"),
 ]
 CONV_TARGETS = [*lora.DEFAULT_TARGETS, "conv1", "conv_shortcut", "proj_in", "ff.net.0.proj"]
 
@@ -109,7 +109,7 @@ def test_the_seed_alone_decides_the_start() -> None:
     one, two, other = start(1, 10), start(1, 20), start(2, 10)
     assert all(torch.equal(one[key], two[key]) for key in one)
     assert not any(torch.equal(one[key], other[key]) for key in one if key.endswith("lora_A"))
-    fewer = start(1, 10, targets=["to_k"])
+    fewer = start(1, 10, target_modules=["to_k"])
     assert fewer
     assert all(torch.equal(one[key], fewer[key]) for key in fewer), "a layer's start depends on its own name only"
     a = one["mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A"]
@@ -191,7 +191,7 @@ def test_state_goes_back_exactly_and_refuses_what_does_not_fit() -> None:
     randomize(unet, seed=6)
     lora.load_state(unet, saved)
     assert all(torch.equal(saved[key], value) for key, value in lora.state(unet).items())
-    with pytest.raises(LoraError, match=r"lora\.targets"):
+    with pytest.raises(LoraError, match=r"lora\.target_modules"):
         lora.load_state(unet, dict(list(saved.items())[2:]))
     other = tiny_sd().unet
     lora.attach(other, rank=2)
@@ -205,7 +205,7 @@ def test_state_goes_back_exactly_and_refuses_what_does_not_fit() -> None:
 @pytest.mark.parametrize("options", SCALES)
 def test_both_files_hold_the_live_weight_change(options: dict[str, Any], tmp_path: Path) -> None:
     unet = tiny_sd().unet
-    lora.attach(unet, **options, dtype=torch.float64, targets=CONV_TARGETS)
+    lora.attach(unet, **options, dtype=torch.float64, target_modules=CONV_TARGETS)
     randomize(unet)
     lora.save(unet, tmp_path, name="style", dtype=torch.float64)
     expected = live_change(unet)
@@ -259,7 +259,7 @@ def test_plain_diffusers_draws_the_same_images_from_either_file(
 ) -> None:
     pipeline = tiny_sd()
     base = draw(pipeline)
-    lora.attach(pipeline.unet, **options, targets=targets)
+    lora.attach(pipeline.unet, **options, target_modules=targets)
     randomize(pipeline.unet)
     tuned = draw(pipeline)
     assert (tuned - base).abs().max() > 1e-3
@@ -277,7 +277,7 @@ def test_plain_diffusers_draws_the_same_images_from_either_file(
 
 def test_headers_say_what_the_file_is(tmp_path: Path) -> None:
     unet = tiny_sd().unet
-    lora.attach(unet, rank=4, alpha=11.0, rank_stabilized=True)
+    lora.attach(unet, rank=4, alpha=11.0, use_rslora=True)
     randomize(unet)
     lora.save(unet, tmp_path, name="style", metadata={"modelspec.author": "me", "modelspec.title": "My style"})
     with safe_open(tmp_path / "style.safetensors", framework="pt") as file:
@@ -389,7 +389,7 @@ def test_flattened_names_can_be_taken_apart_again(build: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["", lora.DIFFUSERS_NAME, "style.safetensors"])
-@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"alpha": 3.0, "rank_stabilized": True}], ids=["plain", "rslora"])
+@pytest.mark.parametrize("options", [{"alpha": 8.0}, {"alpha": 3.0, "use_rslora": True}], ids=["plain", "rslora"])
 def test_init_from_goes_on_from_the_same_change(file: str, options: dict[str, Any], trained: Path) -> None:
     expected = changes_of(trained)
     pipeline = tiny_sd()
@@ -406,7 +406,7 @@ def test_init_from_goes_on_from_the_same_change(file: str, options: dict[str, An
 
 def test_init_from_leaves_layers_the_file_does_not_name_at_no_change(trained: Path) -> None:
     unet = tiny_sd().unet
-    lora.attach(unet, rank=4, init_from=trained, targets=[*lora.DEFAULT_TARGETS, "proj_in"])
+    lora.attach(unet, rank=4, init_from=trained, target_modules=[*lora.DEFAULT_TARGETS, "proj_in"])
     changes = live_change(unet)
     assert_same({n: c for n, c in changes.items() if "proj_in" not in n}, changes_of(trained), 1e-6)
     assert all(c.abs().max() == 0 for n, c in changes.items() if "proj_in" in n)
@@ -416,8 +416,8 @@ def test_init_from_says_what_to_set_where_it_does_not_fit(trained: Path) -> None
     unet = tiny_sd().unet
     with pytest.raises(LoraError, match=r"set lora\.rank=4"):
         lora.attach(unet, rank=8, init_from=trained)
-    with pytest.raises(LoraError, match=r"Set lora\.targets=\[to_k, to_out\.0, to_q, to_v\]"):
-        lora.attach(unet, rank=4, init_from=trained, targets=["to_q"])
+    with pytest.raises(LoraError, match=r"Set lora\.target_modules=\[to_k, to_out\.0, to_q, to_v\]"):
+        lora.attach(unet, rank=4, init_from=trained, target_modules=["to_q"])
     with pytest.raises(LoraError, match="another base model"):
         lora.attach(tiny_sd(cross_attention_dim=16).unet, rank=4, init_from=trained)
     assert len(lora.attach(unet, rank=4, init_from=trained)) == 64, "a refusal leaves the model untouched"
@@ -500,7 +500,7 @@ def test_a_text_encoder_part_is_never_dropped_in_silence(tmp_path: Path) -> None
     with pytest.raises(LoraError, match="also changes the text_encoder"):
         lora.attach_frozen(unet, folder, 1.0, "x")
     with pytest.raises(LoraError, match=r"List it under model\.loras"):
-        lora.attach(unet, rank=2, init_from=folder, targets=["to_q"])
+        lora.attach(unet, rank=2, init_from=folder, target_modules=["to_q"])
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -511,9 +511,9 @@ def test_an_unknown_target_names_the_nearest() -> None:
     with pytest.raises(
         LoraError, match=r'no linear or convolution layer named "to_qq"\. Did you mean "to_q"\?.*to_out\.0'
     ):
-        lora.attach(unet, rank=4, targets=["to_k", "to_qq"])
+        lora.attach(unet, rank=4, target_modules=["to_k", "to_qq"])
     with pytest.raises(LoraError, match="empty"):
-        lora.attach(unet, rank=4, targets=[])
+        lora.attach(unet, rank=4, target_modules=[])
     with pytest.raises(LoraError, match=r"lora\.rank is 0"):
         lora.attach(unet, rank=0)
     with pytest.raises(LoraError, match=r"lora\.alpha"):

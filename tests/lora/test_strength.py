@@ -21,10 +21,12 @@ from alignprop_core.lora.merging import truncated
 from tests.support.tiny import tiny_sd
 
 
-def make_lora(folder: Path, *, rank: int = 4, seed: int = 5, targets: list[str] | None = None, **options: Any) -> Path:
+def make_lora(
+    folder: Path, *, rank: int = 4, seed: int = 5, target_modules: list[str] | None = None, **options: Any
+) -> Path:
     """Write a LoRA of the tiny model with a random change."""
     unet = tiny_sd().unet
-    lora.attach(unet, rank=rank, targets=targets, seed=seed, **options)
+    lora.attach(unet, rank=rank, target_modules=target_modules, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lora.parameters(unet)[1::2]:
@@ -68,7 +70,7 @@ def test_scale_writes_both_formats(tmp_path: Path) -> None:
 
 def test_mix_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> None:
     one = make_lora(tmp_path / "one", rank=4, alpha=11.0)
-    two = make_lora(tmp_path / "two", rank=3, seed=6, targets=["to_q", "conv1"], rank_stabilized=True)
+    two = make_lora(tmp_path / "two", rank=3, seed=6, target_modules=["to_q", "conv1"], use_rslora=True)
     arguments = ["lora", "mix", str(one), str(two / "two.safetensors"), "--weights", "0.7,-1.5"]
     assert run([*arguments, "--output", str(tmp_path / "soup")]) == 0
     first, second = changes(one), changes(two)
@@ -155,7 +157,7 @@ def test_convert_carries_text_encoders_and_headers_along(tmp_path: Path) -> None
 
 
 def test_baked_model_draws_what_the_lora_draws(tiny_model: Path, tmp_path: Path) -> None:
-    one = make_lora(tmp_path / "one", targets=["to_q", "to_k", "conv1"])
+    one = make_lora(tmp_path / "one", target_modules=["to_q", "to_k", "conv1"])
     arguments = ["lora", "bake", str(one), "--model", str(tiny_model), "--strength", "0.8"]
     assert run([*arguments, "--output", str(tmp_path / "baked")]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alignprop_core.config.rewards import MixConfig
 from alignprop_core.errors import RewardError
-from alignprop_core.mix.combine import project_conflicts
-from alignprop_core.mix.figures import Figures, StepFigures
-from alignprop_core.mix.mix import Direction, Mix
+from alignprop_core.mix import stats as stats_module
+from alignprop_core.mix.conflicts import project_conflicts
+from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.running import Running
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.mix.term import Term
 from alignprop_core.reward import ImageBatch, Reward
 from tests.support.toy_rewards import BatchMean, NoGradient, Redness, RednessConfig
@@ -51,10 +52,17 @@ def terms(gain: float = 1000.0) -> list[Term]:
 
 
 def learned(mix: Mix, size: int = 4, seed: int = 0) -> Mix:
-    """Let a mix take in one step."""
-    figures = mix.direction(batch(size, seed), equal(size), pull=lambda gradient: gradient).figures
-    mix.update(StepFigures.read(figures, mix.labels))
+    """Show a mix one step."""
+    mix.update(mix.gradient(batch(size, seed), equal(size), pullback=lambda gradient: gradient)[1])
     return mix
+
+
+def of_each_sample(mix: Mix, whole: ImageBatch, shares: Tensor) -> list[StepStats]:
+    """Return the statistics of every sample alone."""
+    return [
+        mix.gradient(whole[i : i + 1], shares[i : i + 1], pullback=lambda gradient: gradient)[1]
+        for i in range(len(whole))
+    ]
 
 
 MODES: list[dict[str, Any]] = [
@@ -71,25 +79,27 @@ def name_of(mode: dict[str, Any]) -> str:
     return "-".join(str(value) for value in mode.values())
 
 
-# -- the direction is the gradient of the logged total ----------------------------------------------------------------
+# -- the gradient is that of the logged total ----------------------------------------------------------------
 
 
-def test_direction_is_the_gradient_of_the_logged_weighted_total() -> None:
+def test_gradient_is_the_gradient_of_the_logged_weighted_total() -> None:
     limited = [
         Term("redness", Redness(RednessConfig(gain=1000.0)), weight=0.7, ceiling=20.0),
         Term("contrast", Contrast(), weight=-2.0),
     ]
     shares = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
-    found = Mix(limited).direction(batch(), shares)
+    mix = Mix(limited)
+    gradient, _ = mix.gradient(batch(), shares)
     images = batch().images.requires_grad_()
     leaf = ImageBatch(images=images, prompts=["x"] * 4, metadata=[{}] * 4)
     redness, contrast = (term.reward(leaf) for term in limited)
     total = 0.7 * redness.clamp(max=20.0) - 2.0 * contrast
     (shares * total).sum().backward()
-    torch.testing.assert_close(found.gradient, images.grad)
-    torch.testing.assert_close(found.scores.total, total.detach())
-    weighted = found.scores.weighted
-    torch.testing.assert_close(weighted["redness"] + weighted["contrast"], found.scores.total)
+    torch.testing.assert_close(gradient, images.grad)
+    for stats, expected in zip(of_each_sample(mix, batch(), shares), total.tolist(), strict=True):
+        assert stats.total == pytest.approx(expected, rel=1e-12)
+        weighted = [term["weighted"] for term in stats.terms.values()]
+        assert sum(value or 0.0 for value in weighted) == pytest.approx(stats.total, rel=1e-12)
     assert (redness > 20).any(), "the ceiling is tried"
     assert (redness < 20).any(), "and so is what lies below it"
 
@@ -97,18 +107,22 @@ def test_direction_is_the_gradient_of_the_logged_weighted_total() -> None:
 @pytest.mark.parametrize("mode", [mode for mode in ALL if mode["combine"] != "pcgrad"], ids=name_of)
 def test_the_gradient_is_that_of_the_logged_total_in_every_mode_that_has_one(mode: dict[str, Any]) -> None:
     mix = learned(Mix(terms(), MixConfig(**mode)), seed=1)
-    found = mix.direction(batch(), equal(), pull=lambda gradient: gradient)
+    gradient, logged = mix.gradient(batch(), equal(), pullback=lambda gradient: gradient)
     images = batch().images.requires_grad_()
     leaf = ImageBatch(images=images, prompts=["x"] * 4, metadata=[{}] * 4)
     scores = {term.label: term.reward(leaf) for term in mix.terms}
-    factors = {label: found.scores.weighted[label] / scores[label].detach() for label in mix.labels}
+    each = of_each_sample(mix, batch(), equal())
+    factors = {
+        label: torch.tensor([stats.terms[label]["weighted"] for stats in each], dtype=torch.float64)
+        / scores[label].detach()
+        for label in mix.labels
+    }
     total = sum(factors[label] * scores[label] for label in mix.labels)
     assert isinstance(total, Tensor)
-    torch.testing.assert_close(total.detach(), found.scores.total)
+    torch.testing.assert_close(total.detach(), torch.tensor([stats.total for stats in each], dtype=torch.float64))
     (equal() * total).sum().backward()
-    torch.testing.assert_close(found.gradient, images.grad)
-    logged = StepFigures.read(found.figures, mix.labels)
-    assert logged.reward == pytest.approx(float(total.detach().mean()))
+    torch.testing.assert_close(gradient, images.grad)
+    assert logged.total == pytest.approx(float(total.detach().mean()))
     for label in mix.labels:
         assert logged.terms[label]["factor"] == pytest.approx(float(factors[label].mean()))
         assert logged.terms[label]["weighted"] == pytest.approx(float((factors[label] * scores[label]).detach().mean()))
@@ -132,33 +146,33 @@ def test_normalized_divides_by_the_spread_and_balanced_by_the_gradient() -> None
 
 
 @pytest.mark.parametrize("mode", MODES, ids=name_of)
-def test_with_one_term_every_mode_gives_the_direction_of_sum(mode: dict[str, Any]) -> None:
-    plain = Mix(terms()[:1]).direction(batch(), equal()).gradient
-    found = learned(Mix(terms()[:1], MixConfig(**mode)), seed=1).direction(batch(), equal()).gradient
+def test_with_one_term_every_mode_gives_the_gradient_of_sum(mode: dict[str, Any]) -> None:
+    plain = Mix(terms()[:1]).gradient(batch(), equal())[0]
+    found = learned(Mix(terms()[:1], MixConfig(**mode)), seed=1).gradient(batch(), equal())[0]
     ratio = found.norm() / plain.norm()
     torch.testing.assert_close(found, plain * ratio)
 
 
 def test_per_sample_brings_every_image_to_one_size() -> None:
     mix = learned(Mix(terms()[2:], MixConfig(combine="balanced", per_sample=True)))
-    norms = mix.direction(batch(), equal()).gradient.flatten(1).norm(dim=1)
+    norms = mix.gradient(batch(), equal())[0].flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.full_like(norms, 1.5 / 2))  # weight / sqrt(4 images)
-    assert Mix(terms()[2:]).direction(batch(), equal()).gradient.flatten(1).norm(dim=1).std() > 1e-4
+    assert Mix(terms()[2:]).gradient(batch(), equal())[0].flatten(1).norm(dim=1).std() > 1e-4
 
 
 @pytest.mark.parametrize("combine", ["normalized", "balanced", "pcgrad"])
 def test_units_do_not_matter(combine: str) -> None:
     config = MixConfig.model_validate({"combine": combine})
-    large, small = (learned(Mix(terms(gain), config)).direction(batch(), equal()) for gain in (1000.0, 1.0))
-    torch.testing.assert_close(large.gradient, small.gradient)
-    plain = [Mix(terms(gain)).direction(batch(), equal()).gradient for gain in (1000.0, 1.0)]
+    large, small = (learned(Mix(terms(gain), config)).gradient(batch(), equal())[0] for gain in (1000.0, 1.0))
+    torch.testing.assert_close(large, small)
+    plain = [Mix(terms(gain)).gradient(batch(), equal())[0] for gain in (1000.0, 1.0)]
     assert torch.cosine_similarity(plain[0].flatten(), plain[1].flatten(), dim=0) < 0.9, "under sum they do"
 
 
 def test_balanced_gives_each_term_its_weights_share() -> None:
     two = [Term("redness", Redness(RednessConfig(gain=1000.0))), Term("contrast", Contrast(), weight=3.0)]
     mix = learned(Mix(two, MixConfig(combine="balanced")))
-    norms = [Mix([term]).direction(batch(), equal()).gradient.norm() for term in two]
+    norms = [Mix([term]).gradient(batch(), equal())[0].norm() for term in two]
     assert mix.factors()[0] * norms[0] == pytest.approx(1.0)
     assert mix.factors()[1] * norms[1] / 3 == pytest.approx(3.0)
 
@@ -168,14 +182,14 @@ def test_chunks_and_micro_batches_change_nothing(mode: dict[str, Any]) -> None:
     mix = learned(Mix(terms(), MixConfig(**mode)), seed=1)
     micro = learned(Mix(terms(), MixConfig(**mode, reward_batch_size=3)), seed=1)
 
-    def direct(chosen: Mix, part: slice) -> Direction:
-        return chosen.direction(batch()[part], equal()[part], pull=lambda gradient: gradient)
+    def direct(chosen: Mix, part: slice) -> tuple[Tensor, StepStats]:
+        return chosen.gradient(batch()[part], equal()[part], pullback=lambda gradient: gradient)
 
     whole = direct(mix, slice(0, 4))
     parts = [direct(mix, slice(0, 1)), direct(mix, slice(1, 4))]
-    torch.testing.assert_close(torch.cat([part.gradient for part in parts]), whole.gradient)
-    torch.testing.assert_close((parts[0].figures + parts[1].figures).flat(), whole.figures.flat())
-    torch.testing.assert_close(direct(micro, slice(0, 4)).gradient, whole.gradient)
+    torch.testing.assert_close(torch.cat([gradient for gradient, _ in parts]), whole[0])
+    torch.testing.assert_close((parts[0][1] + parts[1][1]).sums, whole[1].sums)
+    torch.testing.assert_close(direct(micro, slice(0, 4))[0], whole[0])
 
 
 # -- conflicts --------------------------------------------------------------------------------------------------------
@@ -196,31 +210,31 @@ def surgery(gradients: list[Tensor]) -> Tensor:
 
 def test_pcgrad_is_the_papers_algorithm_on_the_balanced_gradients() -> None:
     mix = learned(Mix(terms(), MixConfig(combine="pcgrad")), seed=1)
-    found = mix.direction(batch(), equal()).gradient
+    found = mix.gradient(batch(), equal())[0]
     factors = mix.factors()
     each = [
-        factor * Mix([Term(term.label, term.reward)]).direction(batch(), equal()).gradient
+        factor * Mix([Term(term.label, term.reward)]).gradient(batch(), equal())[0]
         for factor, term in zip(factors, mix.terms, strict=True)
     ]
     for i in range(4):
         expected = surgery([gradient[i].flatten() for gradient in each])
         torch.testing.assert_close(found[i].flatten(), expected)
-    cosines = StepFigures.read(mix.direction(batch(), equal()).figures, mix.labels).cosines
+    cosines = mix.gradient(batch(), equal())[1].cosines
     assert min(value for value in cosines.values() if value is not None) < 0, "there is a conflict to take out"
 
 
 def test_pcgrad_of_two_never_goes_against_either_and_without_conflict_is_balanced() -> None:
     opposed = [Term("redness", Redness()), Term("pale", Redness(), weight=-0.5), Term("darkness", Darkness())]
     for chosen in (opposed[::2], [Term("a", Redness()), Term("b", Redness(RednessConfig(gain=3.0)))]):
-        pcgrad = learned(Mix(chosen, MixConfig(combine="pcgrad"))).direction(batch(), equal()).gradient
-        balanced = learned(Mix(chosen, MixConfig(combine="balanced"))).direction(batch(), equal()).gradient
+        pcgrad = learned(Mix(chosen, MixConfig(combine="pcgrad"))).gradient(batch(), equal())[0]
+        balanced = learned(Mix(chosen, MixConfig(combine="balanced"))).gradient(batch(), equal())[0]
         for term in chosen:
-            own = Mix([term]).direction(batch(), equal()).gradient
+            own = Mix([term]).gradient(batch(), equal())[0]
             assert ((pcgrad * own).flatten(1).sum(1) >= -1e-12).all()
     torch.testing.assert_close(pcgrad, balanced)
-    both = learned(Mix(opposed[:2], MixConfig(combine="pcgrad"))).direction(batch(), equal())
-    torch.testing.assert_close(both.gradient, torch.zeros_like(both.gradient))  # exact opposites leave nothing
-    shares = [term["share"] for term in StepFigures.read(both.figures, ["redness", "pale"]).terms.values()]
+    both, stats = learned(Mix(opposed[:2], MixConfig(combine="pcgrad"))).gradient(batch(), equal())
+    torch.testing.assert_close(both, torch.zeros_like(both))  # exact opposites leave nothing
+    shares = [term["share"] for term in stats.terms.values()]
     assert all(share is None or abs(share) <= 1.5 for share in shares)
 
 
@@ -236,7 +250,7 @@ def test_projection_of_a_missing_gradient_is_harmless() -> None:
 def test_weights_follow_their_schedule() -> None:
     term = Term("x", Redness(), weight={5: 1.0, 25: -1.0, 30: 3.0})
     assert [term.weight_at(step) for step in (0, 5, 10, 15, 25, 29, 30, 1000)] == [1, 1, 0.5, 0, -1, 2.2, 3, 3]
-    direction = [Mix([term]).direction(batch(), equal(), step=step).gradient for step in (5, 15, 25)]
+    direction = [Mix([term]).gradient(batch(), equal(), step=step)[0] for step in (5, 15, 25)]
     torch.testing.assert_close(direction[0], -direction[2])
     assert not direction[1].any()
 
@@ -248,12 +262,12 @@ def test_weights_follow_their_schedule() -> None:
 )
 def test_what_counts_and_its_slope(limits: dict[str, float]) -> None:
     scores = torch.linspace(-0.3, 0.3, 14, dtype=torch.float64, requires_grad=True)
-    counted, slope = Term("x", Redness(), **limits).counted(scores)  # type: ignore[arg-type]
+    clipped, slope = Term("x", Redness(), **limits).clipped(scores)  # type: ignore[arg-type]
     if "target" in limits:
         expected = -(scores - limits["target"]).abs()
     else:
         expected = scores.clamp(limits.get("floor"), limits.get("ceiling")) if limits else scores
-    torch.testing.assert_close(counted, expected)
+    torch.testing.assert_close(clipped, expected)
     torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), scores)[0])
 
 
@@ -270,16 +284,15 @@ def test_a_ceiling_does_not_make_a_term_louder() -> None:
     assert factors[0] == pytest.approx(factors[1])
 
 
-# -- figures ----------------------------------------------------------------------------------------------------------
+# -- statistics -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES, ids=name_of)
-def test_figures_are_what_they_say(mode: dict[str, Any]) -> None:
+def test_statistics_are_what_their_names_say(mode: dict[str, Any]) -> None:
     chosen = [*terms()[:2], Term("darkness", Darkness(), weight=1.5, ceiling=-0.33)]
     mix = learned(Mix(chosen, MixConfig(**mode)))
-    found = mix.direction(batch(), equal())
-    logged = StepFigures.read(found.figures, mix.labels)
-    alone = [Mix([Term(t.label, t.reward, ceiling=t.ceiling)]).direction(batch(), equal()).gradient for t in chosen]
+    found, logged = mix.gradient(batch(), equal())
+    alone = [Mix([Term(t.label, t.reward, ceiling=t.ceiling)]).gradient(batch(), equal())[0] for t in chosen]
     for term, gradient in zip(chosen, alone, strict=True):
         assert logged.terms[term.label]["grad_norm"] == pytest.approx(float(gradient.norm()))
     assert logged.cosines["redness | contrast"] == pytest.approx(
@@ -288,36 +301,35 @@ def test_figures_are_what_they_say(mode: dict[str, Any]) -> None:
     shares = [term["share"] or 0.0 for term in logged.terms.values()]
     assert sum(shares) == pytest.approx(1.0)
     if mode["combine"] != "pcgrad":
-        whole = found.gradient.flatten()
+        whole = found.flatten()
         for share, factor, gradient in zip(shares, mix.factors(), alone, strict=True):
             assert share == pytest.approx(float(factor * gradient.flatten() @ whole / (whole @ whole)))
-    assert 0 < (logged.terms["darkness"]["held"] or 0) < 1
+    assert 0 < (logged.terms["darkness"]["saturated"] or 0) < 1
     assert logged.images == 4
     assert json.loads(json.dumps(logged.terms)) == logged.terms
 
 
 def test_a_step_that_cannot_move_says_why() -> None:
     low = Mix([Term("redness", Redness(), ceiling=-9.0), Term("contrast", Contrast(), weight=-1.0, floor=9.0)])
-    found = low.direction(batch(), equal())
-    logged = StepFigures.read(found.figures, low.labels)
-    assert not found.gradient.any()
+    found, logged = low.gradient(batch(), equal())
+    assert not found.any()
     assert not logged.moving
     assert logged.terms["redness"]["share"] is None
     assert logged.cosines["redness | contrast"] is None
-    assert "at the limit" in low.why_idle(0)
+    assert "at the ceiling, floor or target" in low.why_idle(0)
     later = Mix([Term("redness", Redness(), weight={0: 0.0, 5: 1.0})])
     assert "weight is 0" in later.why_idle(0)
-    assert "no term has a spread" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
+    assert "no term has a standard deviation" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
 
 
-# -- running figures --------------------------------------------------------------------------------------------------
+# -- running statistics ---------------------------------------------------------------------------------------------
 
 
-def test_running_figures_forget_slowly_and_count_the_first_step_in_full() -> None:
+def test_running_statistics_forget_slowly_and_count_the_first_step_in_full() -> None:
     running = Running()
-    assert (running.spread, running.gradient) == (0.0, 0.0)
+    assert (running.std, running.gradient) == (0.0, 0.0)
     running.add(2.0, 5.0, 9.0, 0.9)
-    assert running.spread == pytest.approx(1.0)
+    assert running.std == pytest.approx(1.0)
     assert running.gradient == pytest.approx(3.0)
     running.add(2.0, 5.0, 25.0, 0.9)
     assert running.gradient == pytest.approx(((0.9 * 9 + 25) / 1.9) ** 0.5)
@@ -332,7 +344,7 @@ def test_one_wild_gradient_does_not_mute_a_term() -> None:
     running = mix.running["redness"]
     for size in (1.0, 1.0, 300.0, *[1.0] * 30):
         running.add(0.0, 1.0, size**2, 0.9)
-    assert mix.factors() == pytest.approx([0.7], rel=0.35)  # 1/300 of it before outliers were held
+    assert mix.factors() == pytest.approx([0.7], rel=0.35)  # 1/300 of it before outliers were limited
 
 
 def test_a_gradient_that_stays_large_is_learned() -> None:
@@ -356,33 +368,47 @@ def test_a_fading_gradient_is_enlarged_only_so_far() -> None:
 def test_state_goes_through_json() -> None:
     mix = learned(Mix(terms(), MixConfig(combine="balanced")))
     other = Mix(terms(), MixConfig(combine="balanced"))
-    assert other.unmeasured
+    assert other.needs_calibration
     other.load_state(json.loads(json.dumps(mix.state())))
-    assert not other.unmeasured
+    assert not other.needs_calibration
     assert other.factors() == mix.factors()
 
 
-def test_figures_survive_being_one_vector() -> None:
-    flat = torch.arange(3 + 8 * 2 + 4, dtype=torch.float64)
-    assert torch.equal(Figures.from_flat(flat, 2).flat(), flat)
+def test_every_sum_has_a_place_of_its_own() -> None:
+    stats = StepStats.zeros(("a", "b"), torch.device("cpu"))
+    views = [stats.scalar(name) for name in stats_module._SCALARS]
+    views += [stats.per_term(name) for name in stats_module._PER_TERM]
+    for number, view in enumerate([*views, stats.gram], start=1):
+        view.add_(number)
+    assert (stats.sums != 0).all()
+    for number, view in enumerate([*views, stats.gram], start=1):
+        assert (view == number).all(), "no two overlap"
+
+
+def test_regularization_is_logged_per_sample_and_not_per_lv_image() -> None:
+    stats = StepStats.zeros(("a",), torch.device("cpu"))
+    stats.scalar("images").fill_(6)
+    stats.scalar("samples").fill_(2)
+    stats.scalar("regularization").fill_(8.0)
+    assert stats.regularization == 4.0
 
 
 # -- rewards ----------------------------------------------------------------------------------------------------------
 
 
-def test_direction_of_a_sample_does_not_depend_on_its_neighbours() -> None:
+def test_gradient_of_a_sample_does_not_depend_on_its_neighbours() -> None:
     for mode in MODES:
         mix = learned(Mix(terms(), MixConfig(**mode)))
-        whole = mix.direction(batch(), equal()).gradient
-        alone = mix.direction(batch()[1:2], equal()[1:2]).gradient
+        whole = mix.gradient(batch(), equal())[0]
+        alone = mix.gradient(batch()[1:2], equal()[1:2])[0]
         torch.testing.assert_close(whole[1:2], alone)
 
 
 def test_broken_rewards_are_named() -> None:
     with pytest.raises(RewardError, match='"mine" returned shape'):
-        Mix([Term("mine", BatchMean())]).direction(batch(), torch.ones(4))
+        Mix([Term("mine", BatchMean())]).gradient(batch(), torch.ones(4))
     with pytest.raises(RewardError, match='"mine" returned scores without a gradient'):
-        Mix([Term("mine", NoGradient())]).direction(batch(), torch.ones(4))
+        Mix([Term("mine", NoGradient())]).gradient(batch(), torch.ones(4))
 
 
 class _Halts(torch.autograd.Function):
@@ -408,15 +434,9 @@ class OutOfMemory(Redness):
 
 def test_a_reward_that_fails_on_the_way_back_or_for_memory_is_named() -> None:
     with pytest.raises(RewardError, match='"mine" raised in its backward pass FloatingPointError: no way back'):
-        Mix([Term("mine", HaltsOnTheWayBack())]).direction(batch(), equal())
+        Mix([Term("mine", HaltsOnTheWayBack())]).gradient(batch(), equal())
     with pytest.raises(RewardError, match=r'"mine" ran out of memory.*mix\.reward_batch_size'):
-        Mix([Term("mine", OutOfMemory())]).direction(batch(), equal())
-
-
-def test_score_takes_no_gradient_and_uses_the_factors() -> None:
-    mix = learned(Mix(terms(), MixConfig(combine="balanced", reward_batch_size=3)))
-    scores = mix.score(batch())
-    torch.testing.assert_close(scores.total, mix.direction(batch(), equal()).scores.total)
+        Mix([Term("mine", OutOfMemory())]).gradient(batch(), equal())
 
 
 class Linear(Redness):
@@ -438,13 +458,13 @@ def test_offloaded_rewards_give_the_same_and_leave_the_gpu() -> None:
     shares = equal().cuda()
     plain = Mix([Term("x", Linear().freeze())])
     plain.terms[0].reward.load_state_dict(reward.state_dict())
-    expected = plain.to("cuda").direction(on_gpu, shares)
+    expected, logged = plain.to("cuda").gradient(on_gpu, shares)
     mix = Mix([Term("x", reward)], MixConfig(offload=True)).to("cuda")
     for _ in range(2):
         assert all(tensor.device.type == "cpu" for tensor in reward.state_dict().values())
-        found = mix.direction(on_gpu, shares)
-        torch.testing.assert_close(found.gradient, expected.gradient)
-        torch.testing.assert_close(mix.terms[0].score(on_gpu), expected.scores.raw["x"])
+        found, stats = mix.gradient(on_gpu, shares)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(stats.per_term("raw"), logged.per_term("raw"))
 
 
 def test_balancing_at_the_image_runs_the_operations_of_sum() -> None:
@@ -453,7 +473,7 @@ def test_balancing_at_the_image_runs_the_operations_of_sum() -> None:
     for mode in ("sum", "normalized", "balanced"):
         mix = learned(Mix(terms(), MixConfig(combine=mode)))
         with Operations() as operations:
-            mix.direction(batch(), equal())
+            mix.gradient(batch(), equal())
         found[mode] = operations.names
     assert found["balanced"] == found["sum"]
     assert found["normalized"] == found["sum"]

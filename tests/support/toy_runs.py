@@ -12,8 +12,9 @@ from torch import Tensor
 
 from alignprop_core.config.load import parse_config
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
-from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.callback import Callback
 from alignprop_core.training.trainer import Trainer
 
 PROMPTS = ("a fox", "two owls", "three red boats", "a hill")
@@ -31,7 +32,7 @@ def toy_data(model: Path, folder: Path, **sections: object) -> dict[str, Any]:
         "lora": {"rank": 4},
         "optimizer": {"learning_rate": 1e-2},
         "training": {"steps": 6, "batch_size": 4, "device": "cpu"},
-        "samples": {"every": None},
+        "previews": {"prompts": []},
         "save": {"every": None},
         "evaluation": {"at_end": False, "images_per_prompt": 2},
         "output": str(folder / "run"),
@@ -63,7 +64,7 @@ class Interrupt(Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         """Interrupt when it is time."""
-        if record.step == self.step:
+        if stats.step == self.step:
             raise KeyboardInterrupt

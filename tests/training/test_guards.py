@@ -23,14 +23,14 @@ from alignprop_core import lora
 from alignprop_core.config.sections import GuardsConfig, RunConfig
 from alignprop_core.errors import ConfigError, RewardError, RunError
 from alignprop_core.hookspecs import hookimpl
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardSpec
-from alignprop_core.training.callback import Callback, StepRecord
+from alignprop_core.training.callback import Callback
 from alignprop_core.training.ema import Average
 from alignprop_core.training.guards import HeldOutGuard, StepGuard
 from alignprop_core.training.measures import Measures
-from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
 from tests.support import ROOT, toy_rewards
 from tests.support.toy_rewards import NotANumber, Redness
@@ -79,7 +79,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return run(Trainer(config, registry=registry(), **options))
+    return Trainer(config, registry=registry(), **options).train()
 
 
 # -- steps that are dropped -------------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def test_a_bad_step_is_dropped_and_the_run_goes_on(
     class Watch(Callback):
         states: list[dict[str, Tensor]] = []  # noqa: RUF012
 
-        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        def on_step(self, trainer: Trainer, stats: StepStats) -> None:
             self.states.append(lora.state(trainer.denoiser))
 
     Watch.states.clear()
@@ -311,7 +311,7 @@ def test_an_evaluation_that_was_interrupted_is_made_up_for(make: Callable[..., R
 
     trainer.denoiser.register_forward_pre_hook(lambda *_: None if torch.is_grad_enabled() else interrupt())
     with pytest.raises(KeyboardInterrupt):
-        run(trainer)
+        trainer.train()
     folder = train(config, resume=tmp_path / "broken")
     assert metrics(folder, "evaluation") == metrics(straight, "evaluation")
 
@@ -356,14 +356,14 @@ def test_the_average_follows_its_formula() -> None:
 
 def test_saved_and_evaluated_is_the_average(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     class Watch(Callback):
-        def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        def on_step(self, trainer: Trainer, stats: StepStats) -> None:
             assert trainer.guarding.average is not None
             self.raw = lora.state(trainer.denoiser)
             self.average = [value.clone() for value in trainer.guarding.average.values]
 
     watch = Watch()
     trainer = Trainer(make(optimizer__ema_decay=0.9, evaluation__every=3), registry=registry(), callbacks=[watch])
-    folder = run(trainer)
+    folder = trainer.train()
     raw, mean = torch.cat([t.flatten() for t in watch.raw.values()]), torch.cat([t.flatten() for t in watch.average])
     assert not torch.allclose(raw, mean)
     saved = lora.load_delta(folder)
@@ -438,8 +438,8 @@ class Scale(Callback):
         self.step, self.factor = step, factor
 
     @torch.no_grad()
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
-        if record.step == self.step:
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
+        if stats.step == self.step:
             for parameter in trainer.parameters[1::2]:
                 parameter.mul_(self.factor)
 
@@ -455,7 +455,7 @@ def drawn(trainer: Trainer) -> list[int]:
         return sample(*arguments, **options)
 
     trainer.sampler.sample = counting  # type: ignore[method-assign]
-    run(trainer)
+    trainer.train()
     trainer.sampler.sample = sample  # type: ignore[method-assign]
     return steps
 
@@ -531,12 +531,12 @@ def test_two_processes_stop_together(make: Callable[..., RunConfig], tmp_path: P
     script.write_text(
         "from pathlib import Path\n"
         "from alignprop_core.config.sections import RunConfig\n"
-        "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
+        "from alignprop_core.training.trainer import Trainer\n"
         "from tests.training.test_guards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry())\n"
         "assert trainer.state.num_processes == 2\n"
-        "run(trainer)\n"
+        "trainer.train()\n"
         "assert trainer.step_number == 2, trainer.step_number\n"
     )
     root = ROOT

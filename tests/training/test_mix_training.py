@@ -18,8 +18,7 @@ from torch import Tensor
 from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.reward import ImageBatch
-from alignprop_core.training.callbacks import ProgressBar
-from alignprop_core.training.run import run
+from alignprop_core.training.progress import ProgressBar
 from alignprop_core.training.trainer import Trainer
 from tests.support import ROOT
 from tests.support.toy_rewards import Redness, registry
@@ -76,7 +75,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def test_accumulation_chunks_and_micro_batches_give_the_same_run(
     make: Callable[..., Trainer], tmp_path: Path, mode: str
 ) -> None:
-    whole = run(make(mix=MODES[mode]))
+    whole = make(mix=MODES[mode]).train()
     for number, options in enumerate(
         (
             {"training__batch_size": 2, "training__gradient_accumulation_steps": 2},
@@ -84,7 +83,7 @@ def test_accumulation_chunks_and_micro_batches_give_the_same_run(
             {"mix__reward_batch_size": 3},
         )
     ):
-        other = run(make(mix=MODES[mode], **options, output=str(tmp_path / f"run{number}")))
+        other = make(mix=MODES[mode], **options, output=str(tmp_path / f"run{number}")).train()
         same(adapters(whole), adapters(other))
         for a, b in zip(metrics(whole), metrics(other), strict=True):
             for label in ("redness", "shade"):
@@ -94,12 +93,12 @@ def test_accumulation_chunks_and_micro_batches_give_the_same_run(
 
 @pytest.mark.parametrize("mode", ["normalized", "balanced", "latent"])
 def test_a_resumed_mix_is_the_run(make: Callable[..., Trainer], tmp_path: Path, mode: str) -> None:
-    straight = run(make(mix=MODES[mode]))
+    straight = make(mix=MODES[mode]).train()
     broken = tmp_path / "broken"
-    run(make(mix=MODES[mode], training__steps=2, output=str(broken)))
+    make(mix=MODES[mode], training__steps=2, output=str(broken)).train()
     state = json.loads((broken / "checkpoints/step-000002/state.json").read_text())
     assert state["mix"]["redness"]["mass"] > 0
-    resumed = run(make(mix=MODES[mode], output=str(broken), resume=broken))
+    resumed = make(mix=MODES[mode], output=str(broken), resume=broken).train()
     for name, tensor in adapters(straight).items():
         assert torch.equal(adapters(resumed)[name], tensor), name
     keys = ("terms", "cosines", "reward", "reward_queries")
@@ -110,7 +109,7 @@ def test_a_resumed_mix_is_the_run(make: Callable[..., Trainer], tmp_path: Path, 
 
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    one = run(make(mix=MODES["balanced"], training__steps=2, training__batch_size=3))
+    one = make(mix=MODES["balanced"], training__steps=2, training__batch_size=3).train()
     config = tmp_path / "two.json"
     again = make(mix=MODES["balanced"], training__steps=2, training__batch_size=3, output=str(tmp_path / "two"))
     config.write_text(again.config.model_dump_json())
@@ -119,13 +118,12 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_pat
         "from pathlib import Path\n"
         "from alignprop_core.config.sections import RunConfig\n"
         "from alignprop_core.training.trainer import Trainer\n"
-        "from alignprop_core.training.run import run\n"
         "from tests.training.test_mix_training import Shade\n"
         "from tests.support.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "trainer = Trainer(config, registry=registry(), rewards={'shade': Shade()})\n"
         "assert trainer.state.num_processes == 2\n"
-        "run(trainer)\n"
+        "trainer.train()\n"
         "states = [None, None]\n"
         "import torch.distributed as dist\n"
         "dist.all_gather_object(states, trainer.mix.state())\n"
@@ -197,7 +195,7 @@ def test_balanced_raises_both_where_sum_lets_the_large_one_win(make: Callable[..
     for mode in ("sum", "balanced"):
         trainer = make(mix=MODES[mode], training__steps=30, optimizer__epsilon=1e-8, output=str(tmp_path / mode))
         prompts = ["a fox", "a hill"] * 4
-        noise = trainer.sampler.noise(seed=9, step=0, indices=range(len(prompts)))
+        noise = trainer.sampler.noise(prompts, seed=9, step=0)
 
         def means(trainer: Trainer = trainer, noise: Any = noise, prompts: list[str] = prompts) -> dict[str, float]:
             with torch.no_grad():
@@ -206,7 +204,7 @@ def test_balanced_raises_both_where_sum_lets_the_large_one_win(make: Callable[..
             return {label: float(values.mean()) for label, values in scores.raw.items()}
 
         before = means()
-        run(trainer)
+        trainer.train()
         gains[mode] = {label: after - before[label] for label, after in means().items()}
     assert gains["sum"]["redness"] > 0 > gains["sum"]["shade"], gains
     assert min(gains["balanced"].values()) > 0, gains
@@ -238,7 +236,7 @@ def test_every_step_logs_what_the_mix_did(make: Callable[..., Trainer], capsys: 
 
 def test_schedules_change_the_factors(make: Callable[..., Trainer]) -> None:
     rewards = [{"name": "redness", "weight": {0: 0.0, 2: 1.0}}, {"name": "shade", "weight": 2.0}]
-    lines = metrics(run(make(rewards=rewards, training__steps=4)))
+    lines = metrics(make(rewards=rewards, training__steps=4).train())
     assert [line["terms"]["redness"]["factor"] for line in lines] == pytest.approx([0, 0.5, 1, 1])
     assert lines[0]["terms"]["redness"]["share"] == 0
     assert lines[0]["terms"]["redness"]["grad_norm"] > 0
@@ -276,7 +274,7 @@ def test_momentum_does_not_move_the_adapters_in_an_idle_step(make: Callable[...,
 
 def test_the_saved_config_keeps_schedules(make: Callable[..., Trainer]) -> None:
     trainer = make(rewards=[{"name": "redness", "weight": {0: 0.0, 20: 1.0}}, {"name": "shade"}], training__steps=1)
-    folder = run(trainer)
+    folder = trainer.train()
     from alignprop_core.config.load import load_config
 
     again = load_config(folder / "config.yaml", registry=trainer.registry)

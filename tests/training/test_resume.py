@@ -21,7 +21,6 @@ from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.training.guards import HeldOutGuard, Subject
 from alignprop_core.training.heldout import subject_of
 from alignprop_core.training.resume import find_checkpoint
-from alignprop_core.training.run import run
 from alignprop_core.training.trainer import Trainer
 from tests.support.toy_rewards import registry
 from tests.support.toy_runs import adapters, changed, metrics, toy_data
@@ -40,7 +39,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return run(Trainer(config, registry=registry(), **options))
+    return Trainer(config, registry=registry(), **options).train()
 
 
 def standing(folder: Path) -> dict[str, Any]:

@@ -20,8 +20,7 @@ from PIL import Image
 from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import AlignpropError, ConfigError, OutputError, RewardError, RunError
-from alignprop_core.training.gradient import choose_prompts
-from alignprop_core.training.run import run
+from alignprop_core.training.step import choose_prompts
 from alignprop_core.training.trainer import Trainer
 from tests.support import ROOT
 from tests.support.toy_rewards import Crashes, registry
@@ -41,7 +40,7 @@ def make(model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return run(Trainer(config, registry=registry(), **options))
+    return Trainer(config, registry=registry(), **options).train()
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -134,8 +133,8 @@ def test_resolved_config_gives_the_same_run(make: Callable[..., RunConfig], tmp_
 
 
 def test_trained_lora_gives_identical_images_in_plain_diffusers(make: Callable[..., RunConfig], model: Path) -> None:
-    trainer = Trainer(make(lora__alpha=2.0, lora__rank_stabilized=True), registry=registry())
-    folder = run(trainer)
+    trainer = Trainer(make(lora__alpha=2.0, lora__use_rslora=True), registry=registry())
+    folder = trainer.train()
     with torch.no_grad():
         ours = trainer.sampler(["a fox"], generator=torch.Generator().manual_seed(1))
         with lora.disabled(trainer.denoiser):
@@ -245,7 +244,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
         "from pathlib import Path\n"
         "from alignprop_core.config.sections import RunConfig\n"
         "from alignprop_core.runs.folder import RunFolder\n"
-        "from alignprop_core.training.run import run; from alignprop_core.training.trainer import Trainer\n"
+        "from alignprop_core.training.trainer import Trainer\n"
         "from tests.support.toy_rewards import registry\n"
         f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
         "check = RunFolder.check_free\n"
@@ -255,7 +254,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], model
         "RunFolder.check_free = late\n"
         "trainer = Trainer(config, registry=registry())\n"
         "assert trainer.state.num_processes == 2\n"
-        "run(trainer)\n"
+        "trainer.train()\n"
     )
     root = ROOT
     subprocess.run(
@@ -291,7 +290,7 @@ def test_infinite_slope_does_not_reach_the_adapters(make: Callable[..., RunConfi
     trainer = Trainer(make(rewards=[{"name": "nan_gradient"}]), registry=registry())
     before = lora.state(trainer.denoiser)
     with pytest.raises(RunError, match="gradient is not finite"):
-        run(trainer)
+        trainer.train()
     for name, tensor in lora.state(trainer.denoiser).items():
         assert torch.equal(tensor, before[name])
 

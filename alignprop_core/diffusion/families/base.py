@@ -80,8 +80,8 @@ class Family(ABC):
         """Return (C, h, w) of one latent at the configured size."""
 
     @abstractmethod
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts without gradient."""
+    def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
+        """Encode prompts without gradient; with guidance, the negative prompt too."""
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:

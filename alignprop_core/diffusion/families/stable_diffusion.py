@@ -26,7 +26,7 @@ class StableDiffusion(Family):
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         super().__init__(pipeline, sampling)
-        self._said_cut = False
+        self._warned = False
         if sampling.true_cfg_scale is not None:
             raise ConfigError(
                 "sampling.true_cfg_scale is for guidance-distilled models; this is a Stable Diffusion model, "
@@ -64,30 +64,30 @@ class StableDiffusion(Family):
         return int(unet.in_channels), sides[0], sides[1]
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode with the pipeline's own `encode_prompt`; what it cuts off is said once."""
-        self._say_cut([*prompts, self.sampling.negative_prompt])
+    def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
+        """Encode with the pipeline's own `encode_prompt`; warn once about a prompt that is cut off."""
+        self._warn_if_cut([*prompts, negative_prompt])
         guided = self.sampling.guidance_scale > 1
         positive, negative = self.pipeline.encode_prompt(
             list(prompts),
             device=self.pipeline.text_encoder.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=guided,
-            negative_prompt=[self.sampling.negative_prompt] * len(prompts) if guided else None,
+            negative_prompt=[negative_prompt] * len(prompts) if guided else None,
         )
         key = "encoder_hidden_states"
         return Conditioning({key: positive}, {key: negative} if guided else None)
 
-    def _say_cut(self, prompts: Sequence[str]) -> None:
+    def _warn_if_cut(self, prompts: Sequence[str]) -> None:
         """Warn of the first prompt that is longer than the text encoder reads: its end has no effect."""
         tokenizer = self.pipeline.tokenizer
-        for prompt in () if self._said_cut else prompts:
+        for prompt in () if self._warned else prompts:
             length = len(tokenizer(prompt, verbose=False).input_ids)
             if length > tokenizer.model_max_length:
-                self._said_cut = True
+                self._warned = True
                 warnings.warn(
-                    f"A prompt has {length} tokens and the base model reads {tokenizer.model_max_length}: the end of "
-                    f'long prompts is not drawn (said once). It begins "{prompt[:60]}".',
+                    f"A prompt has {length} tokens, and the base model reads {tokenizer.model_max_length}: the end of "
+                    f'long prompts has no effect (shown once). The prompt begins "{prompt[:60]}".',
                     stacklevel=2,
                 )
                 return

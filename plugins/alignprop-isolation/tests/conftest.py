@@ -230,7 +230,7 @@ def config_file(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
 @pytest.fixture
 def train() -> Callable[..., Path]:
     """Train a run config and return the run folder."""
-    from alignprop_core.training.run import train as train_run
+    from alignprop_core.training.train import train as train_run
 
     def train(path: Path, overrides: Sequence[str] = ()) -> Path:
         config = load_config(path, overrides)

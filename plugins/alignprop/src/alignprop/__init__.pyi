@@ -7,7 +7,7 @@ from alignprop_core import RewardConfig as RewardConfig
 from alignprop_core import RewardSpec as RewardSpec
 from alignprop_core import RunConfig as RunConfig
 from alignprop_core import Sampler as Sampler
-from alignprop_core import StepRecord as StepRecord
+from alignprop_core import StepStats as StepStats
 from alignprop_core import Trainer as Trainer
 from alignprop_core import __version__ as __version__
 from alignprop_core import default_registry as default_registry

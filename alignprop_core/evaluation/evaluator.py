@@ -1,0 +1,159 @@
+"""Evaluating variants of a model on held-out prompts: what the trainer, `alignprop evaluate` and sweeps call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from rich.progress import Progress
+
+from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.sections import EvaluationConfig
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.errors import under
+from alignprop_core.evaluation.compare import Comparison, Switch, Variant, compare
+from alignprop_core.evaluation.diversity import encoder_of
+from alignprop_core.evaluation.drift import Drift
+from alignprop_core.evaluation.measures import measure_entries
+from alignprop_core.evaluation.progress import progress_bar
+from alignprop_core.lora import adapters
+from alignprop_core.mix.load import check_prompts, load_terms
+from alignprop_core.mix.term import Term
+from alignprop_core.prompts import PromptSet
+from alignprop_core.registry.registry import Registry
+
+BASE = "base"
+"""Name of adapters that change nothing: those switched off, and those whose B is zero."""
+
+
+def evaluation_terms(
+    entries: Sequence[RewardTerm],
+    prompts: PromptSet,
+    registry: Registry,
+    *,
+    device: torch.device,
+    loaded: Sequence[Term] = (),
+    where: str = "",
+    prompts_key: str = "prompts.heldout",
+) -> list[Term]:
+    """Load the rewards an evaluation reports, and their true measures.
+
+    Args:
+        entries: the rewards.
+        prompts: the held-out prompts; every reward checks that it can use them.
+        registry: where the rewards are looked up.
+        device: where they are moved.
+        loaded: terms that are loaded already, such as those of the mix.
+        where: key in the run config of the entries that are not loaded, for messages.
+        prompts_key: key of the prompts, for messages.
+    """
+    known = {term.label for term in loaded}
+    new = load_terms([entry for entry in entries if entry.label not in known], registry, where=where)
+    new += load_terms(measure_entries(entries, registry), registry)
+    with under(prompts_key):
+        check_prompts(new, prompts)
+    for term in new:
+        term.reward.to(device)
+    return [*loaded, *new]
+
+
+class Evaluator:
+    """Evaluates variants of a model: the same prompts and noise, all rewards and measures, diversity and drift.
+
+    What is known is not generated again, where the adapters' values are the same.
+
+    Args:
+        sampler: the sampler; its LoRA can be switched off.
+        terms: what to report, from `evaluation_terms`; labels are unique.
+        prompts: held-out prompts.
+        config: images per prompt, batch size, seed, diversity encoder.
+        remember: keep images and scores of the base, the last and the best variant of a trainable adapter.
+
+    Attributes:
+        last: which adapters were evaluated last, by a checksum of their values.
+        best: which adapters are kept beside the base and the last.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        terms: Sequence[Term],
+        prompts: PromptSet,
+        config: EvaluationConfig,
+        *,
+        remember: bool = False,
+    ) -> None:
+        self.sampler, self.terms, self.prompts, self.config = sampler, list(terms), prompts, config
+        self.encoder = encoder_of(config.diversity_encoder, self.terms)
+        self.remember = remember
+        self.last = self.best = BASE
+        self._drift: Drift | None = None
+        self._known: dict[str, tuple[object, Variant]] = {}
+
+    def base(self) -> AbstractContextManager[object]:
+        """Switch the LoRA off: the base model, with the LoRAs that belong to it."""
+        return self.sampler.without_lora()
+
+    def evaluate(
+        self, variants: Mapping[str, Switch], bar: Progress | None = None, *, drift: Drift | bool = True
+    ) -> Comparison:
+        """Evaluate variants of the model on the held-out prompts.
+
+        Args:
+            variants: name -> function that opens a context in which the model is that variant; base first.
+            bar: the progress bar to show progress in; a new one if None.
+            drift: whether to measure each variant's distance from the base model, or what to measure it with.
+        """
+        keys = {name: self._key(switch) for name, switch in variants.items()} if self.remember else {}
+        asked = (self.prompts, self.config, [(term.label, term.reward) for term in self.terms])
+        found = {name: self._known[key][1] for name, key in keys.items() if self._known.get(key, ("",))[0] == asked}
+        if missing := {name: switch for name, switch in variants.items() if name not in found}:
+            found |= self._generate(missing, bar, drift)
+        # Images and scores of a long list of prompts take memory, so only three variants are remembered.
+        if keys:
+            self._known |= {key: (asked, found[name]) for name, key in keys.items()}
+            self.last = next(reversed(keys.values()))
+            self._known = {key: kept for key, kept in self._known.items() if key in (BASE, self.last, self.best)}
+        return Comparison(self.prompts, self.config, {name: found[name] for name in variants}, self.encoder)
+
+    def _generate(
+        self, variants: Mapping[str, Switch], bar: Progress | None, drift: Drift | bool
+    ) -> dict[str, Variant]:
+        config = self.config
+        if drift is True:
+            if self._drift is None:
+                self._drift = Drift(
+                    self.sampler, self.prompts.prompts, self.base, seed=config.seed, batch_size=config.batch_size
+                )
+            drift = self._drift
+        with nullcontext(bar) if bar is not None else progress_bar() as progress:
+            total = len(variants) * len(self.prompts) * config.images_per_prompt
+            task = progress.add_task("evaluating", total=total, status="")
+            result = compare(
+                self.sampler,
+                self.terms,
+                self.prompts,
+                config,
+                variants,
+                encoder=self.encoder,
+                drift=drift or None,
+                advance=lambda images: progress.advance(task, images),
+            )
+            progress.remove_task(task)
+        return result.variants
+
+    def _key(self, switch: Switch) -> str:
+        """Return a checksum of the trainable adapter's values in a variant."""
+        if switch == self.base:
+            return BASE
+        with switch():
+            tensors = adapters.state(self.sampler.family.denoiser)
+        if not any(tensor.any() for name, tensor in tensors.items() if name.endswith(".lora_B")):
+            return BASE
+        digest = hashlib.sha256()
+        for name, tensor in tensors.items():
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy().data)
+        return digest.hexdigest()

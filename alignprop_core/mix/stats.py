@@ -1,0 +1,186 @@
+"""Statistics of one optimizer step, from the mix's sums on the device to the line of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SCALARS = ("images", "samples", "moving", "total", "regularization", "grad_norm")
+_PER_TERM = ("raw", "raw_square", "weighted", "factor", "saturated", "size_square", "image_square", "share")
+
+
+@dataclass
+class StepStats:
+    """Statistics of one optimizer step.
+
+    While the step runs, `sums` collects sums over samples on the device: plain addition joins chunks and batches, an
+    all-reduce joins processes. `to_host` brings them to the CPU in one transfer; only then the properties below are
+    read. The trainer fills in the other attributes.
+
+    Layout of `sums`, S scalars then P values for each of K terms, then a (K, K) matrix:
+
+        images          images scored
+        samples         samples of the batch; fewer than images with LV samples
+        moving          (image, term) pairs whose gradient and factor are not zero
+        total           the mix's objective
+        regularization  losses beside the rewards
+        grad_norm       norm of the adapters' gradient before clipping (set once, not summed)
+        raw, raw_square raw scores and their squares
+        weighted        what the terms contribute to the objective
+        factor          what the clipped scores are multiplied by
+        saturated       images clipped at a ceiling, floor or target
+        size_square     squared norm of the raw score's gradient where terms are balanced
+        image_square    squared norm of the clipped score's gradient at the image
+        share           product of the term's part of the mixed gradient with the whole
+        gram            products of the clipped scores' gradients where terms are balanced
+
+    Attributes:
+        labels: labels of the K terms.
+        sums: (S + P K + K K,) float64 (float32 on an Apple GPU).
+        step: number of the step, from 1.
+        learning_rate: the learning rate used.
+        kept_steps: denoising steps that kept their gradient.
+        reward_queries: images scored since the run began.
+        seconds: wall time of the step.
+        peak_memory: bytes: peak memory allocated so far on the GPU, or used by the process on a CPU.
+        idle: why this step changed nothing on purpose, such as every image at its ceiling; None if it did.
+        skipped: why this step did not change the adapters; None if it did.
+    """
+
+    labels: tuple[str, ...]
+    sums: Tensor
+    step: int = 0
+    learning_rate: float = 0.0
+    kept_steps: int = 0
+    reward_queries: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+    idle: str | None = None
+    skipped: str | None = None
+
+    @classmethod
+    def zeros(cls, labels: Sequence[str], device: torch.device) -> StepStats:
+        """Return the statistics of no image."""
+        terms = len(labels)
+        # Half and single precision lose what is subtracted later; Apple GPUs have no double precision.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        size = len(_SCALARS) + len(_PER_TERM) * terms + terms * terms
+        return cls(tuple(labels), torch.zeros(size, device=device, dtype=dtype))
+
+    def scalar(self, name: str) -> Tensor:
+        """Return the view of a scalar sum, ()."""
+        return self.sums[_SCALARS.index(name)]
+
+    def per_term(self, name: str) -> Tensor:
+        """Return the view of the sums of all terms, (K,)."""
+        start = len(_SCALARS) + _PER_TERM.index(name) * len(self.labels)
+        return self.sums[start : start + len(self.labels)]
+
+    @property
+    def gram(self) -> Tensor:
+        """The view of the products of the clipped scores' gradients, (K, K)."""
+        terms = len(self.labels)
+        return self.sums[-terms * terms :].view(terms, terms)
+
+    def __add__(self, other: StepStats) -> StepStats:
+        return replace(self, sums=self.sums + other.sums.to(self.sums))
+
+    def to_host(self) -> StepStats:
+        """Return the statistics on the CPU; the step's one transfer."""
+        return replace(self, sums=self.sums.cpu())
+
+    # -- on the host ----------------------------------------------------------------------------------------------
+
+    @property
+    def images(self) -> int:
+        """Images scored."""
+        return int(self.scalar("images"))
+
+    @property
+    def total(self) -> float:
+        """Mean over the images of the mix's objective."""
+        return float(self.scalar("total")) / self.images
+
+    @property
+    def moving(self) -> bool:
+        """Whether any image has a gradient under any term."""
+        return bool(self.scalar("moving"))
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the adapters' gradient before clipping."""
+        return float(self.scalar("grad_norm"))
+
+    @property
+    def regularization(self) -> float:
+        """Mean over the samples of the losses that are subtracted from the objective."""
+        return float(self.scalar("regularization")) / max(float(self.scalar("samples")), 1.0)
+
+    @cached_property
+    def terms(self) -> dict[str, dict[str, float | None]]:
+        """Label -> batch statistics of the term.
+
+        "raw", "weighted", "factor" and "saturated" are means over the images; "grad_norm" is the norm of the term's
+        gradient at the images; "share" is its part of the mixed gradient (shares add up to 1; None where the mixed
+        gradient is zero).
+        """
+        means = {name: (self.per_term(name) / self.images).tolist() for name in ("raw", "weighted", "factor")}
+        saturated = (self.per_term("saturated") / self.images).tolist()
+        norms, shares = self.per_term("image_square").sqrt().tolist(), self.per_term("share").tolist()
+        whole = sum(shares)
+        return {
+            label: {
+                **{name: values[i] for name, values in means.items()},
+                "saturated": saturated[i],
+                "grad_norm": norms[i],
+                # Terms that cancel to nothing leave no gradient to have a share of.
+                "share": shares[i] / whole if whole > 0 else None,
+            }
+            for i, label in enumerate(self.labels)
+        }
+
+    @cached_property
+    def cosines(self) -> dict[str, float | None]:
+        """ "label | label" -> cosine of the two terms' gradients; None where one of them is zero."""
+        gram = self.gram.tolist()
+        return {
+            f"{self.labels[i]} | {self.labels[j]}": _cosine(gram[i][j], gram[i][i], gram[j][j])
+            for i in range(len(self.labels))
+            for j in range(i + 1, len(self.labels))
+        }
+
+    def moments(self) -> dict[str, tuple[float, float, float]]:
+        """Return label -> (mean raw score, mean squared raw score, squared batch gradient norm), for the mix."""
+        names = ("raw", "raw_square", "size_square")
+        raw, raw_square, size_square = (self.per_term(name).tolist() for name in names)
+        images = self.images
+        return {label: (raw[i] / images, raw_square[i] / images, size_square[i]) for i, label in enumerate(self.labels)}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the line of metrics.jsonl."""
+        return {
+            "step": self.step,
+            "total": self.total,
+            "terms": self.terms,
+            "cosines": self.cosines,
+            "grad_norm": self.grad_norm,
+            "regularization": self.regularization,
+            "learning_rate": self.learning_rate,
+            "kept_steps": self.kept_steps,
+            "reward_queries": self.reward_queries,
+            "seconds": self.seconds,
+            "peak_memory": self.peak_memory,
+            "idle": self.idle,
+            "skipped": self.skipped,
+        }
+
+
+def _cosine(product: float, square_a: float, square_b: float) -> float | None:
+    norms = math.sqrt(square_a) * math.sqrt(square_b) if square_a > 0 and square_b > 0 else 0.0
+    return max(-1.0, min(1.0, product / norms)) if norms else None

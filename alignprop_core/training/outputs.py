@@ -1,0 +1,120 @@
+"""What a run writes along the way and at the end, each a callback: previews, LoRA files, checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from alignprop_core import lora
+from alignprop_core.errors import OutputError
+from alignprop_core.evaluation.sheet import grid, save_image
+from alignprop_core.mix.stats import StepStats
+from alignprop_core.training.callback import Callback
+from alignprop_core.training.checkpoint import save_checkpoint
+from alignprop_core.training.lora_names import lora_metadata, lora_name
+
+PREVIEW_PROMPTS = 4
+"""How many of the held-out (or training) prompts are previewed where `previews.prompts` names none."""
+
+if TYPE_CHECKING:
+    from alignprop_core.training.trainer import Trainer
+
+
+class Previews(Callback):
+    """Images of fixed prompts and seeds in images/: before the first step, along the way, and after the last."""
+
+    def __init__(self) -> None:
+        self.last: int | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Generate images before the first step."""
+        if trainer.step_number == 0:
+            self.generate(trainer)
+
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
+        """Generate images every `previews.every` steps."""
+        every = trainer.config.previews.every
+        if every and stats.step % every == 0:
+            self.generate(trainer)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Generate images after the last step."""
+        if self.last != trainer.step_number:
+            self.generate(trainer)
+
+    def generate(self, trainer: Trainer) -> None:
+        """Write images/step-NNNNNN.png: one image per prompt and seed, with captions."""
+        settings = trainer.config.previews
+        prompts = settings.prompts
+        if prompts is None:
+            known = (trainer.heldout or trainer.prompts).prompts
+            prompts = [known[i % len(known)] for i in range(PREVIEW_PROMPTS)]
+        images: list[Tensor] = []
+        captions: list[str] = []
+        with torch.no_grad(), trainer.as_saved():
+            for seed in settings.seeds:
+                for i, prompt in enumerate(prompts):
+                    noise = trainer.sampler.noise([prompt], seed=seed, step=0, indices=[i])
+                    out = trainer.sampler.sample([prompt], noise, negative_prompt=settings.negative_prompt)
+                    images.append(trainer.sampler.decode(out.latents)[0])
+                    captions.append(prompt if len(settings.seeds) == 1 else f"{prompt} (seed {seed})")
+        self.last = trainer.step_number
+        if images:
+            save_image(grid(images, captions), trainer.folder.inside(f"images/step-{trainer.step_number:06d}.png"))
+
+
+class LoraFiles(Callback):
+    """lora/: a file in kohya's layout every `save.every` steps, and both formats at the end."""
+
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
+        """Write a file every `save.every` steps and keep the newest."""
+        settings, name = trainer.config.save, lora_name(trainer.folder.path)
+        if settings.every and stats.step % settings.every == 0:
+            file = trainer.folder.inside(f"lora/{name}-{stats.step:06d}.safetensors")
+            with trainer.as_saved():
+                header = lora_metadata(trainer)
+                lora.save_kohya(trainer.denoiser, file, metadata=header, component=trainer.denoiser_name)
+            if settings.keep is not None:
+                trainer.folder.keep_newest(f"lora/{name}-*.safetensors", settings.keep)
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Write the final LoRA in both formats."""
+        trainer.folder.inside("lora/x")
+        lora.save(
+            trainer.denoiser,
+            trainer.folder.lora,
+            name=lora_name(trainer.folder.path),
+            metadata=lora_metadata(trainer),
+            component=trainer.denoiser_name,
+        )
+
+
+class Checkpoints(Callback):
+    """checkpoints/: the complete state every `save.state_every` (or `save.every`) steps, and at the end."""
+
+    def __init__(self) -> None:
+        self.saved = 0
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Remember where a resumed run began."""
+        self.saved = trainer.step_number
+
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
+        """Write a checkpoint when one is due."""
+        every = trainer.config.save.state_every or trainer.config.save.every
+        last = stats.step == trainer.config.training.steps or trainer.stop_reason
+        if last or (every and stats.step % every == 0):
+            self.save(trainer)
+
+    def on_error(self, trainer: Trainer, error: BaseException) -> None:
+        """Save the last good state of a run that fails or is interrupted; a full disk keeps the one before."""
+        if self.saved < trainer.step_number and trainer.consistent and not isinstance(error, OutputError):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write a checkpoint and keep the newest."""
+        save_checkpoint(trainer.folder, trainer.checkpoint())
+        self.saved = trainer.step_number
+        trainer.folder.keep_newest("checkpoints/step-*", trainer.config.save.state_keep)
