@@ -1,15 +1,18 @@
-"""Which licences may be used here: SPDX expressions held against the list in ALIGNPROP_ALLOW_LICENSES. No torch."""
+"""License policy: SPDX expressions checked against the list in ALIGNPROP_ALLOW_LICENSES. Imports no torch."""
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 
+from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
 LICENSES_VARIABLE = "ALIGNPROP_ALLOW_LICENSES"
 
-# Trove classifiers that mean exactly one SPDX licence, for metadata older than License-Expression (PEP 639).
+# Trove classifiers that mean exactly one SPDX license, for metadata older than License-Expression (PEP 639).
 _CLASSIFIERS = {
     "Apache Software License": "Apache-2.0",
     "MIT License": "MIT",
@@ -28,7 +31,7 @@ _CLASSIFIERS = {
 
 @dataclass(frozen=True)
 class LicensePolicy:
-    """The licences that are allowed.
+    """The licenses that are allowed.
 
     Attributes:
         allowed: SPDX identifiers in lower case; None allows everything.
@@ -45,7 +48,7 @@ class LicensePolicy:
         return cls(frozenset(name.lower() for name in re.split(r"[,\s]+", value) if name))
 
     def problem(self, expression: str) -> str | None:
-        """Say why a licence may not be used; None if it may.
+        """Return why a license may not be used; None if it may.
 
         Args:
             expression: an SPDX expression. Of `A OR B` one must be allowed, of `A AND B` both; `A WITH exception` is
@@ -54,89 +57,55 @@ class LicensePolicy:
         if self.allowed is None:
             return None
         if not expression.strip():
-            return f"it says no licence, and {LICENSES_VARIABLE} allows only {self._listed()}"
-        try:
-            allowed = _Expression(expression, self.allowed).value()
-        except ValueError as error:
-            return (
-                f'its licence "{expression}" is no SPDX expression ({error}), so {LICENSES_VARIABLE} does not allow it'
-            )
-        if allowed:
+            return f"it declares no license, and {LICENSES_VARIABLE} allows only {self._listed()}"
+        if _is_allowed(expression, self.allowed):
             return None
-        return f"its licence is {expression}, and {LICENSES_VARIABLE} allows only {self._listed()}"
+        return f"its license is {expression}, and {LICENSES_VARIABLE} allows only {self._listed()}"
 
     def _listed(self) -> str:
         return ", ".join(sorted(self.allowed or ())) or "nothing"
 
 
-class _Expression:
-    """A recursive-descent reader of SPDX expressions: OR binds weakest, then AND, then WITH and +."""
-
-    def __init__(self, text: str, allowed: frozenset[str]) -> None:
-        self.tokens: list[str] = re.findall(r"\(|\)|[A-Za-z0-9.:+-]+|\S", text)
-        self.allowed = allowed
-
-    def value(self) -> bool:
-        """Return whether the whole is allowed; `ValueError` if it is no expression."""
-        result = self._any()
-        if self.tokens:
-            raise ValueError(f'unexpected "{self.tokens[0]}"')
-        return result
-
-    def _next_is(self, word: str) -> bool:
-        if self.tokens and self.tokens[0].upper() == word:
-            self.tokens.pop(0)
-            return True
+def _is_allowed(expression: str, allowed: frozenset[str]) -> bool:
+    """Evaluate an SPDX expression with every license replaced by whether it is allowed."""
+    if expression.strip().lower() in allowed:  # also names that are not in SPDX's list, such as OpenRAIL-M
+        return True
+    try:
+        spdx = canonicalize_license_expression(expression)
+    except InvalidLicenseExpression:
         return False
+    words = re.sub(r" WITH [^\s()]+", "", spdx)  # an exception only adds permissions
+    python = re.sub(r"[^\s()]+", lambda word: _operand(word[0], allowed), words)
+    return _value(ast.parse(python, mode="eval").body)
 
-    def _any(self) -> bool:
-        result = self._all()
-        while self._next_is("OR"):
-            result = self._all() or result
-        return result
 
-    def _all(self) -> bool:
-        result = self._one()
-        while self._next_is("AND"):
-            result = self._one() and result
-        return result
+def _operand(word: str, allowed: frozenset[str]) -> str:
+    if word in ("AND", "OR"):
+        return word.lower()
+    return str(word.lower() in allowed or word.lower().removesuffix("+") in allowed)
 
-    def _one(self) -> bool:
-        if self._next_is("("):
-            result = self._any()
-            if not self._next_is(")"):
-                raise ValueError("a bracket is not closed")
-            return result
-        name = self._identifier()
-        if self._next_is("WITH"):
-            exception = self._identifier()
-            return name in self.allowed or f"{name}-with-{exception}" in self.allowed
-        return name in self.allowed or (name.endswith("+") and name[:-1] in self.allowed)
 
-    def _identifier(self) -> str:
-        if not self.tokens or not re.fullmatch(r"[A-Za-z0-9.:+-]+", self.tokens[0]):
-            raise ValueError(f"a licence is missing{f' before {self.tokens[0]}' if self.tokens else ' at the end'}")
-        name = self.tokens.pop(0)
-        if name.upper() in ("OR", "AND", "WITH"):
-            raise ValueError(f"a licence is missing beside {name}")
-        return name.lower()
+def _value(node: ast.expr) -> bool:
+    if isinstance(node, ast.BoolOp):
+        return (all if isinstance(node.op, ast.And) else any)(map(_value, node.values))
+    return bool(ast.literal_eval(node))
 
 
 def license_of(distribution: Distribution) -> str:
-    """Return the SPDX expression a distribution's metadata say: License-Expression, a short License, a classifier.
+    """Return the SPDX expression in a distribution's metadata: License-Expression, a short License, a classifier.
 
-    Empty if they say none. Nothing of the distribution is imported.
+    Empty if there is none. Nothing of the distribution is imported.
     """
 
-    def said(field: str) -> list[str]:
+    def values(field: str) -> list[str]:
         return [str(value).strip() for value in distribution.metadata.get_all(field) or ()]
 
-    # A short License field is an identifier; some put the whole text of a licence there.
-    for value in (*said("License-Expression"), *said("License")):
+    # A short License field is an identifier; some put the whole text of a license there.
+    for value in (*values("License-Expression"), *values("License")):
         if value and "\n" not in value and len(value) < 100:
             return value
     prefix = "License :: OSI Approved :: "
-    named = [line.removeprefix(prefix) for line in said("Classifier") if line.startswith(prefix)]
+    named = [line.removeprefix(prefix) for line in values("Classifier") if line.startswith(prefix)]
     found = [_CLASSIFIERS[name] for name in named if name in _CLASSIFIERS]
-    # Several classifiers do not say whether one may choose; the strict reading is that all hold.
+    # Several classifiers do not state whether one may choose, so all must be allowed.
     return " AND ".join(found) if len(found) == len(named) else ""

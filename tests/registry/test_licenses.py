@@ -42,10 +42,13 @@ from tests.support.fake_plugins import CONFIG, HEAD, REWARD, reward_spec, reward
         ("(MIT", False),
         ("MIT)", False),
         ("MIT WITH", False),
+        ("AGPL-3.0-only AND", False),
+        ("openrail-m", True),
+        ("OpenRAIL-M OR MIT", False),
     ],
 )
 def test_expressions(expression: str, allowed: bool) -> None:
-    policy = LicensePolicy.read({LICENSES_VARIABLE: "MIT, apache-2.0"})
+    policy = LicensePolicy.read({LICENSES_VARIABLE: "MIT, apache-2.0, OpenRAIL-M"})
     problem = policy.problem(expression)
     assert (problem is None) is allowed
     assert problem is None or LICENSES_VARIABLE in problem
@@ -97,7 +100,7 @@ def test_metadata_decide_before_anything_is_imported(metadata: str, license: str
         assert record.status == "loaded"
     else:
         assert record.status == "not allowed"
-        assert (license or "says no licence") in str(record.error)
+        assert (license or "declares no license") in str(record.error)
         assert "fake_licensed" not in sys.modules
     records = {r.distribution: r for r in Registry.discover(allow).plugins}
     assert records["fake-licensed"].status == "loaded", "without a policy everything is allowed"
@@ -114,10 +117,10 @@ def test_listings_say_what_is_not_allowed(
     assert run(["plugins"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "not allowed" in out
-    assert "its licence is AGPL-3.0-only, and ALIGNPROP_ALLOW_LICENSES allows only mit" in out
+    assert "its license is AGPL-3.0-only, and ALIGNPROP_ALLOW_LICENSES allows only mit" in out
 
 
-def test_a_rewards_own_licence_counts_and_its_code_is_not_imported(
+def test_a_rewards_own_license_counts_and_its_code_is_not_imported(
     temporary_plugin: Callable[..., str],  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -126,7 +129,7 @@ def test_a_rewards_own_licence_counts_and_its_code_is_not_imported(
     files = {"fake_red/config.py": CONFIG, "fake_red/reward.py": REWARD.replace("{package}", "fake_red")}
     temporary_plugin("fake-red", {"fake_red/__init__.py": rewards_hook(f"return [{spec}]"), **files}, license="MIT")
     for use in (default_registry().reward_options, default_registry().load_reward):
-        with pytest.raises(PluginError, match=r'Reward "fake_red" .* its licence is CC-BY-NC-4\.0'):
+        with pytest.raises(PluginError, match=r'Reward "fake_red" .* its license is CC-BY-NC-4\.0'):
             use("fake_red")
     assert "fake_red.config" not in sys.modules
     monkeypatch.delenv(LICENSES_VARIABLE)
@@ -149,7 +152,7 @@ def test_declared_weights_are_held_to_it_and_files_of_the_users_own_are_not(
     assert find_weights("small", reward="fake_red").name == "w.safetensors"
     monkeypatch.setenv(LICENSES_VARIABLE, "MIT")
     default_registry.cache_clear()
-    with pytest.raises(WeightsError, match=r"default weights of reward .* its licence is OpenRAIL-M"):
+    with pytest.raises(WeightsError, match=r"default weights of reward .* its license is OpenRAIL-M"):
         find_weights("default", reward="fake_red", default=default)
     with pytest.raises(WeightsError, match=r'Weights "small" of fake-red .* CC-BY-NC-4\.0'):
         find_weights("small", reward="fake_red")
