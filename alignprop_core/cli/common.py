@@ -1,4 +1,4 @@
-"""What commands share: consoles, tables and JSON. Light at import; rich comes when something is drawn."""
+"""Options, tables and JSON output shared by the commands. rich is imported on first use."""
 
 from __future__ import annotations
 
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
     from alignprop_core.registry.registry import Registry
 
 PIPE_COLUMNS = 120
+MODELS = "a registered model, a hub id, a diffusers folder or a .safetensors file"
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
+DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps.")
+REWARD_OPTIONS = typer.Option(
+    [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="An option of a --reward; with several rewards, NAME's."
+)
 
 
 def console(*, stderr: bool = False) -> Console:
-    """Return a console on standard output (or standard error) that takes text literally, without markup."""
+    """Return a console on standard output or standard error, without markup."""
     from rich.console import Console
 
     console = Console(stderr=stderr, markup=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        # rich falls back to 80 columns in pipes and logs, which folds tables into ribbons.
+        # rich falls back to 80 columns in pipes and logs, which is too narrow for most tables.
         console.width = PIPE_COLUMNS
     return console
 
@@ -37,13 +42,13 @@ def print_json(data: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a plain table; long cells wrap, nothing is cut off."""
+    """Print a table; long cells wrap and are not truncated."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    # Names stay in one piece, unless they would push the other columns out.
+    # Names do not wrap unless they would take more than half of the width.
     short = max((len(str(row[0])) for row in rows), default=0) <= console().width // 2
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=i == 0 and short)
@@ -53,7 +58,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def print_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Print labelled facts below one another; long ones wrap beside their label."""
+    """Print labels and values, one pair per line."""
     from rich.table import Table
     from rich.text import Text
 
@@ -66,32 +71,32 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
 
 
 def styled(text: str, style: str) -> Any:
-    """Return text in a colour, for a table's cell."""
+    """Return colored text for a table cell."""
     from rich.text import Text
 
     return Text(text, style=style)
 
 
 def note(message: str) -> None:
-    """Print a remark on standard error, where it does not mix with results."""
+    """Print a note on standard error, apart from the results."""
     print(message, file=sys.stderr)
 
 
 def note_broken_plugins(registry: Registry) -> None:
-    """Say on standard error which plugins are missing from a listing, and why."""
+    """Report on standard error which plugins are missing from a listing, and why."""
     for record in registry.plugins:
         if record.status in ("failed", "incompatible"):
             note(f"note: {record.distribution} is not loaded ({record.status}: {record.error})")
 
 
 def status(message: str) -> Any:
-    """Return a context that shows what is being waited for, on standard error; silent in pipes."""
+    """Return a context that shows a spinner with a message on standard error; silent in pipes."""
     out = console(stderr=True)
     return out.status(message) if out.is_terminal else nullcontext()
 
 
 def quiet_libraries() -> None:
-    """Keep the progress bars and advice of other libraries out of the terminal; call before they are imported."""
+    """Silence progress bars and advice of other libraries; call before they are imported."""
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
@@ -99,3 +104,13 @@ def quiet_libraries() -> None:
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Return the comma-separated numbers of an option; `UserError` if there is anything else."""
+    from alignprop_core.errors import UserError
+
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{option} {text}: write numbers separated by commas, such as 0,0.5,1.") from None

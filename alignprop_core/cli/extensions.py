@@ -1,4 +1,4 @@
-"""Commands of plugins: listed in the help, imported only when they run."""
+"""Commands of plugins. They are listed in the help and imported only when they run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from alignprop_core.cli import common
-from alignprop_core.errors import PluginError
+from alignprop_core.errors import PluginError, UserError
 
 if TYPE_CHECKING:
     from alignprop_core.registry.offers import Offer
@@ -17,16 +17,19 @@ if TYPE_CHECKING:
     from alignprop_core.specs import CommandSpec
 
 DISTRIBUTION_OF = {"report": "alignprop-report", "rewards isolate": "alignprop-isolation"}
-"""Well-known commands of plugins, so that a missing one is answered with what to install."""
+"""Well-known commands of plugins: where one is missing, the error names the distribution to install."""
+
+RENAMED = {"lora mix": "lora merge", "lora bake": "lora fuse"}
+"""Earlier names of commands -> names of today."""
 
 
 class ExtensibleGroup(TyperGroup):
-    """A command group that plugins can add commands to; installed plugins are looked up only where they matter."""
+    """A command group that plugins can extend; it looks up plugins only for its help and for unknown commands."""
 
     _joined = False
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Return the names of all commands, those of plugins last; conflicts are reported on standard error."""
+        """Return the names of all commands, those of plugins last; report conflicts on standard error."""
         from alignprop_core.registry.registry import default_registry
 
         if ctx.parent is None and not self._joined:
@@ -36,20 +39,23 @@ class ExtensibleGroup(TyperGroup):
         return super().list_commands(ctx)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command; None if there is none of that name.
+        """Return a command, or None if there is no command of that name.
 
         Raises:
-            PluginError: it belongs to a well-known distribution that is not installed or not loaded.
+            PluginError: the command is in a well-known distribution that is not installed or not loaded.
+            UserError: the command has another name today.
         """
         if cmd_name not in self.commands:
             self._join(ctx)
             path = " ".join([*_words(ctx), cmd_name])
+            if cmd_name not in self.commands and path in RENAMED:
+                raise UserError(f"`alignprop {path}` is now `alignprop {RENAMED[path]}`.")
             if cmd_name not in self.commands and path in DISTRIBUTION_OF:
                 raise PluginError(_missing(path))
         return super().get_command(ctx, cmd_name)
 
     def _join(self, ctx: Any) -> None:
-        """Add the commands of plugins, without importing them."""
+        """Add the plugins' commands without importing them."""
         from alignprop_core.registry.registry import default_registry
 
         if self._joined:
@@ -71,11 +77,11 @@ class ExtensibleGroup(TyperGroup):
 
 
 class LazyCommand(TyperCommand):
-    """A plugin's command that is imported when it runs or shows its own help.
+    """A plugin's command, imported when it runs or shows its own help.
 
     Args:
-        name: its last word.
-        offers: what plugins offer under that path; more than one is an error when it runs.
+        name: last word of the command's path.
+        offers: the plugins' commands with that path; with more than one, running the command is an error.
     """
 
     def __init__(self, name: str, offers: list[Offer[CommandSpec]]) -> None:
@@ -91,7 +97,7 @@ class LazyCommand(TyperCommand):
         """Import the command.
 
         Raises:
-            PluginError: several plugins offer it, it cannot be imported, or it is not a command function.
+            PluginError: several plugins offer the command, it cannot be imported, or it is not a command function.
         """
         from alignprop_core.registry.guard import PluginFailure, guarded
         from alignprop_core.registry.offers import belongs
@@ -113,7 +119,7 @@ class LazyCommand(TyperCommand):
 
 
 def problems(registry: Registry, core: TyperGroup) -> Iterator[str]:
-    """Yield a sentence for each command that is not available, because the core or another plugin has its path."""
+    """Yield one sentence per command that is not available because the core or another plugin has the same path."""
     free = []
     for offer in registry.commands():
         words = offer.spec.path.split()
@@ -146,7 +152,7 @@ def _conflict(offers: list[Offer[CommandSpec]]) -> str:
 
     names = " and ".join(dict.fromkeys(f"{offer.distribution} {offer.version}" for offer in offers))
     path = min((offer.spec.path for offer in offers), key=len)
-    return f'The command "{path}" is offered by {names}. Keep one out with {BLOCK_VARIABLE}.'
+    return f'The command "{path}" is offered by {names}. Block one of them with {BLOCK_VARIABLE}.'
 
 
 def _missing(path: str) -> str:
@@ -159,12 +165,12 @@ def _missing(path: str) -> str:
     elif record.status != "loaded":
         reason = f"which is not loaded ({record.status}: {record.error})."
     else:
-        reason = f"and version {record.version} of it does not have it. Upgrade it: pip install -U {home}"
+        reason = f"but version {record.version} does not have it. Upgrade it: pip install -U {home}"
     return f"The command `alignprop {path}` is in the distribution {home}, {reason}"
 
 
 def _words(ctx: Any) -> list[str]:
-    """Return the words that lead to a group: none for the root."""
+    """Return the path of a group as a list of words; empty for the root."""
     words: list[str] = []
     while ctx.parent is not None:
         words.insert(0, ctx.info_name)

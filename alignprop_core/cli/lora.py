@@ -1,8 +1,9 @@
-"""`alignprop lora`: scale, mix, convert and bake LoRA files; every result in both formats."""
+"""`alignprop lora`: inspect, convert, scale, merge and fuse LoRA files."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +16,17 @@ from alignprop_core.cli.extensions import ExtensibleGroup
 if TYPE_CHECKING:
     from alignprop_core.lora.whole import WholeLora
 
-app = typer.Typer(cls=ExtensibleGroup, help="Scale, mix, convert and bake LoRA files.", no_args_is_help=True)
+app = typer.Typer(cls=ExtensibleGroup, help="Inspect, convert, scale, merge and fuse LoRA files.", no_args_is_help=True)
 
-_LORA = typer.Argument(help="A LoRA file of either format, a LoRA folder or a run folder.")
-_OUTPUT = typer.Option(..., help="Folder for the result: diffusers' file, and NAME.safetensors in kohya's layout.")
-_NAME = typer.Option("", help="Name of the kohya file; the output folder's if left out.")
+_LORA = typer.Argument(help="A LoRA file in diffusers' or kohya's format, a LoRA folder or a run folder.")
+_OUTPUT = typer.Option(..., help="Output folder for the diffusers file and the kohya file NAME.safetensors.")
+_NAME = typer.Option("", help="Name of the kohya file; the default is the name of the output folder.")
 
 _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|-inf", re.IGNORECASE)
 
 
 class _TakesNegativeNumbers(TyperCommand):
-    """A command whose last argument may be a number below zero, which would look like an option."""
+    """A command whose last argument may be a negative number, which would be parsed as an option."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         numbers = [
@@ -39,18 +40,48 @@ class _TakesNegativeNumbers(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@app.command(cls=_TakesNegativeNumbers)
-def scale(
-    lora: Path = _LORA,
-    strength: float = typer.Argument(help="Factor on the weight change, such as 0.7 or -1."),
-    output: Path = _OUTPUT,
-    name: str = _NAME,
-) -> None:
-    """Multiply a LoRA's weight change, so that strength 1 of the result is this strength of the original."""
-    from alignprop_core.lora.merging import scale as scaled
-    from alignprop_core.lora.whole import read_whole
+@app.command()
+def info(lora: Path = _LORA, json: bool = common.JSON_OPTION) -> None:
+    """Show a LoRA's rank, alpha, base model, layers and header metadata."""
+    from safetensors import safe_open
 
-    _write(scaled(read_whole(lora), strength), output, name)
+    from alignprop_core.locate import find_lora
+    from alignprop_core.lora.formats import read_lora
+
+    file = find_lora(lora)
+    parts = read_lora(file)
+    with safe_open(file, framework="pt") as opened:
+        header: dict[str, str] = opened.metadata() or {}
+    keys = ("alignprop.base_model", "modelspec.architecture", "ss_base_model_version")
+    base = next((header[key] for key in keys if key in header), None)
+    layers = [
+        {"component": component, "layer": name, "rank": factors.rank, "alpha": factors.scale * factors.rank}
+        for component, part in parts.items()
+        for name, factors in part.items()
+    ]
+    if json:
+        common.print_json({"file": str(file), "base_model": base, "layers": layers, "header": header})
+        return
+    ranks, alphas = ({layer[key] for layer in layers} for key in ("rank", "alpha"))
+    common.print_facts(
+        [
+            ("file", str(file)),
+            ("base model", base or "not in the header"),
+            ("rank", ", ".join(f"{rank}" for rank in sorted(ranks))),
+            ("alpha", ", ".join(f"{alpha:g}" for alpha in sorted(alphas))),
+            ("layers", str(len(layers))),
+        ]
+    )
+    # One row per kind of layer: a model has hundreds that differ only in their block numbers.
+    kinds = Counter(
+        (component, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), factors.rank)
+        for component, part in parts.items()
+        for name, factors in part.items()
+    )
+    rows = [[component, name, rank, count] for (component, name, rank), count in sorted(kinds.items())]
+    common.print_table(["component", "layer", "rank", "count"], rows)
+    if header:
+        common.print_table(["header", "value"], sorted(header.items()))
 
 
 @app.command()
@@ -60,7 +91,7 @@ def convert(
     name: str = _NAME,
     to: str = typer.Option("both", help="diffusers, kohya or both."),
 ) -> None:
-    """Write a LoRA of either format in the other, or in both."""
+    """Convert a LoRA between diffusers' and kohya's formats."""
     from alignprop_core.errors import UserError
     from alignprop_core.lora.whole import read_whole
 
@@ -69,51 +100,63 @@ def convert(
     _write(read_whole(lora), output, name, ("diffusers", "kohya") if to == "both" else (to,))
 
 
-@app.command()
-def mix(
-    loras: list[Path] = typer.Argument(help="Two or more LoRAs for one base model."),
+@app.command(cls=_TakesNegativeNumbers)
+def scale(
+    lora: Path = _LORA,
+    strength: float = typer.Argument(help="Factor on the weight change, such as 0.7 or -1."),
     output: Path = _OUTPUT,
-    weights: str = typer.Option("", help="One number a LoRA, commas between; equal parts of 1 if left out."),
+    name: str = _NAME,
+) -> None:
+    """Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the original."""
+    from alignprop_core.lora.merging import scale as scaled
+    from alignprop_core.lora.whole import read_whole
+
+    _write(scaled(read_whole(lora), strength), output, name)
+
+
+@app.command()
+def merge(
+    loras: list[Path] = typer.Argument(help="Two or more LoRAs for the same base model."),
+    output: Path = _OUTPUT,
+    weights: str = typer.Option("", help="Weights, one per LoRA, separated by commas; the default is 1/n for each."),
     sweep: str = typer.Option(
-        "", help="For two LoRAs: shares of the second, such as 0,0.25,0.5,0.75,1; a folder in --output for each."
+        "", help="With two LoRAs: shares of the second, such as 0,0.25,0.5,0.75,1; one folder in --output per share."
     ),
     rank: int | None = typer.Option(
-        None, min=1, help="Highest rank of the result; exact, with ranks added up, if not."
+        None, min=1, help="Maximum rank of the result; without it, the result is exact and the ranks add up."
     ),
     name: str = _NAME,
 ) -> None:
-    """Mix LoRAs: the result changes weights by the weighted sum of their changes. Factors are never averaged."""
+    """Merge LoRAs: the weighted sum of their weight changes, not an average of their factors."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.merging import mix as mixed
+    from alignprop_core.lora.merging import merge as merged
     from alignprop_core.lora.whole import read_whole
 
     if sweep and (weights or len(loras) != 2):
-        raise UserError("--sweep mixes two LoRAs at several shares: give two LoRAs and no --weights.")
+        raise UserError("--sweep merges two LoRAs at several shares: give two LoRAs and no --weights.")
     read = [read_whole(lora) for lora in loras]
-    names = [str(lora) for lora in loras]
-    given = _numbers(weights, "--weights") if weights else [1 / len(loras)] * len(loras)
-    shares = _numbers(sweep, "--sweep")
-    plans = [([1 - s, s], output / f"{s:g}", f"{name or output.name}-{s:g}") for s in shares]
-    for factors, folder, called in plans or [(given, output, name)]:
-        result = mixed(read, factors, rank=rank, names=[Path(lora).name for lora in names])
-        _write(result.lora, folder, called)
+    names = [lora.name for lora in loras]
+    given = common.numbers(weights, "--weights") if weights else [1 / len(loras)] * len(loras)
+    shares = common.numbers(sweep, "--sweep") if sweep else []
+    results = [([1 - s, s], output / f"{s:g}", f"{name or output.name}-{s:g}") for s in shares]
+    for factors, folder, file in results or [(given, output, name)]:
+        result = merged(read, factors, rank=rank, names=names)
+        _write(result.lora, folder, file)
         if rank is not None:
-            worst = f"; at most {result.worst:.2%}, in {result.worst_layer}" if result.worst_layer else ""
-            common.print_facts([("error", f"{result.error:.2%} of the exact mix's weight change{worst}")])
+            largest = f"; at most {result.max_error:.2%}, in {result.max_error_layer}" if result.max_error_layer else ""
+            common.print_facts([("error", f"{result.error:.2%} of the exact weight change{largest}")])
 
 
 @app.command()
-def bake(
+def fuse(
     lora: Path = _LORA,
-    model: str = typer.Option(
-        ..., help="The base model: a registered model, a hub id, a folder or a .safetensors file."
-    ),
-    output: Path = typer.Option(..., help="Folder for the complete diffusers model; new or empty."),
+    model: str = typer.Option(..., help=f"Base model: {common.MODELS}."),
+    output: Path = typer.Option(..., help="Output folder for the complete diffusers model; must be new or empty."),
     strength: float = typer.Option(1.0, help="Factor on the weight change."),
     vae: str | None = typer.Option(None, help="Another autoencoder: a diffusers folder or a hub id."),
-    precision: str = typer.Option("fp32", help="Number format of the written weights: fp32, fp16 or bf16."),
+    precision: str = typer.Option("fp32", help="Number format of the weights: fp32, fp16 or bf16."),
 ) -> None:
-    """Add a LoRA to a model's own weights and write the model, for programs that know nothing of adapters."""
+    """Fuse a LoRA into a model's weights and write the complete model, for programs without LoRA support."""
     common.quiet_libraries()
     from alignprop_core.errors import UserError
 
@@ -129,18 +172,17 @@ def bake(
         import torch
 
         from alignprop_core.diffusion.loading import load_pipeline
-        from alignprop_core.lora.fusing import bake as bake_in
-        from alignprop_core.lora.fusing import save_pipeline
+        from alignprop_core.lora import fusing
         from alignprop_core.registry.registry import default_registry
 
         pipeline = load_pipeline(model, registry=default_registry(), device="cpu", vae=vae)
-    baked = bake_in(pipeline, read, strength, dtype=getattr(torch, formats[precision]), path=lora)
-    save_pipeline(pipeline, output)
+    result = fusing.fuse(pipeline, read, strength, dtype=getattr(torch, formats[precision]), path=lora)
+    fusing.save_pipeline(pipeline, output)
     common.print_facts(
         [
             ("model", str(output)),
-            ("layers changed", str(baked.layers)),
-            ("lost to rounding", f"{baked.lost:.2g} of the weight change, in {precision}"),
+            ("layers changed", str(result.layers)),
+            ("rounding error", f"{result.rounding_error:.2g} of the weight change, in {precision}"),
         ]
     )
 
@@ -151,12 +193,3 @@ def _write(lora: WholeLora, output: Path, name: str, formats: tuple[str, ...] = 
 
     files = write_whole(lora, output, name or safe_name(output.absolute().name), formats=formats)
     common.print_facts([("LoRA", str(file)) for file in files] + [("rank", str(lora.rank))])
-
-
-def _numbers(text: str, option: str) -> list[float]:
-    from alignprop_core.errors import UserError
-
-    try:
-        return [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise UserError(f"{option} {text}: write numbers with commas between them, such as 0.5,0.5.") from None

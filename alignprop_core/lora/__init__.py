@@ -1,9 +1,9 @@
 """Low-rank adapters on the denoiser: attach, save and load in the formats others read.
 
 A layer's weight W becomes W + scale * B A, with A (rank, in) and B (out, rank); W is frozen, B starts at zero
-(LoRA, https://arxiv.org/abs/2106.09685). `scale` is alpha / rank, or alpha / sqrt(rank) where it is rank-stabilised
+(LoRA, https://arxiv.org/abs/2106.09685). `scale` is alpha / rank, or alpha / sqrt(rank) where it is rank-stabilized
 (https://arxiv.org/abs/2312.03732). Files hold `scale * B` and alpha = rank, so every reader gets the same weight
-change whether or not it knows alpha or rank-stabilised scaling.
+change whether or not it knows alpha or rank-stabilized scaling.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _PUBLIC = {
     "DEFAULT_TARGETS": "alignprop_core.lora.adapters",
     "DIFFUSERS_NAME": "alignprop_core.locate",
     "Factors": "alignprop_core.lora.formats",
-    "Mixed": "alignprop_core.lora.merging",
+    "Merged": "alignprop_core.lora.merging",
     "WholeLora": "alignprop_core.lora.whole",
     "attach": "alignprop_core.lora.adapters",
     "attach_frozen": "alignprop_core.lora.adapters",
-    "bake": "alignprop_core.lora.fusing",
     "current": "alignprop_core.lora.adapters",
     "disabled": "alignprop_core.lora.adapters",
+    "fuse": "alignprop_core.lora.fusing",
     "load_delta": "alignprop_core.lora.formats",
     "load_state": "alignprop_core.lora.adapters",
-    "mix": "alignprop_core.lora.merging",
+    "merge": "alignprop_core.lora.merging",
     "parameters": "alignprop_core.lora.adapters",
     "read_lora": "alignprop_core.lora.formats",
     "read_whole": "alignprop_core.lora.whole",
@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from alignprop_core.lora.formats import read_lora as read_lora
     from alignprop_core.lora.formats import write_diffusers as write_diffusers
     from alignprop_core.lora.formats import write_kohya as write_kohya
-    from alignprop_core.lora.fusing import bake as bake
-    from alignprop_core.lora.merging import Mixed as Mixed
-    from alignprop_core.lora.merging import mix as mix
+    from alignprop_core.lora.fusing import fuse as fuse
+    from alignprop_core.lora.merging import Merged as Merged
+    from alignprop_core.lora.merging import merge as merge
     from alignprop_core.lora.merging import scale as scale
     from alignprop_core.lora.whole import WholeLora as WholeLora
     from alignprop_core.lora.whole import read_whole as read_whole

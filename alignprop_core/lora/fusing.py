@@ -1,4 +1,4 @@
-"""Bake a LoRA into a pipeline's own weights, for programs that know nothing of adapters."""
+"""Fuse a LoRA into a pipeline's own weights, for programs without LoRA support."""
 
 from __future__ import annotations
 
@@ -20,69 +20,71 @@ from alignprop_core.lora.whole import WholeLora
 
 
 @dataclass(frozen=True)
-class Baked:
-    """What baking did.
+class Fused:
+    """Result of `fuse`.
 
     Attributes:
-        layers: layers whose weights changed.
-        lost: ||change that arrived - change|| / ||change|| over all of them: what rounding to the weights' format took.
+        layers: number of layers whose weights changed.
+        rounding_error: ||stored change - change|| / ||change|| over all layers: the effect of rounding to `dtype`.
     """
 
     layers: int
-    lost: float
+    rounding_error: float
 
 
 @torch.no_grad()
-def bake(
+def fuse(
     pipeline: Any,
     lora: WholeLora,
     strength: float = 1.0,
     *,
     dtype: torch.dtype = torch.float32,
     path: str | Path = "the LoRA",
-) -> Baked:
-    """Add a LoRA's weight change to a diffusers pipeline's weights and bring all its networks to `dtype`, in place.
+) -> Fused:
+    """Add a LoRA's weight change to a diffusers pipeline's weights and convert all its networks to `dtype`, in place.
 
-    Sums in float64 and rounds once. A small change added to bfloat16 weights is largely lost; `Baked.lost` says how
-    much.
+    Sums in float64 and rounds once. Rounding to bfloat16 removes most of a small weight change; see
+    `Fused.rounding_error`.
 
     Args:
         pipeline: a loaded float32 pipeline without adapters.
-        lora: what to bake in.
+        lora: the LoRA to fuse.
         strength: factor on the weight change.
-        dtype: of all networks afterwards.
-        path: what to call the LoRA in errors.
+        dtype: dtype of all networks afterwards.
+        path: name of the LoRA in error messages.
 
     Raises:
-        LoraError: the LoRA does not fit; the pipeline is as it was.
+        LoraError: the LoRA does not fit the pipeline, which is unchanged.
     """
     if not math.isfinite(strength):
-        raise LoraError(f"A LoRA strength of {strength} means nothing; give a finite number.")
+        raise LoraError(f"The LoRA strength must be a finite number, not {strength}.")
     fitted = []
     for component, factors in lora.parts.items():
         network = getattr(pipeline, lora.component if component == DENOISER else component, None)
         if not isinstance(network, nn.Module):
-            raise LoraError(f"{path} changes the {component}, which this model lacks: it was made for another kind.")
+            raise LoraError(
+                f"{path} changes the {component}, which this model does not have: it is for another kind of model."
+            )
         fitted.append((adaptable(network), fit(factors, network, path)))
-    whole, lost, count = 0.0, 0.0, 0
+    total, lost, count = 0.0, 0.0, 0
     for layers, changes in fitted:
         for name, layer in changes.items():
             weight: Any = layers[name].weight
             change = strength * layer.change().to(weight.device)
-            sum_ = (weight.double() + change).to(dtype)
-            arrived = sum_.double() - weight.to(dtype).double()
-            whole += float(change.square().sum())
-            lost += float((arrived - change).square().sum())
-            weight.copy_(sum_)
+            fused = (weight.double() + change).to(dtype)
+            stored = fused.double() - weight.to(dtype).double()
+            total += float(change.square().sum())
+            lost += float((stored - change).square().sum())
+            weight.copy_(fused)
             count += 1
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)
-    return Baked(count, math.sqrt(lost / whole) if whole else 0.0)
+    return Fused(count, math.sqrt(lost / total) if total else 0.0)
 
 
 def save_pipeline(pipeline: Any, folder: str | Path) -> None:
-    """Write a pipeline as a diffusers folder of safetensors files, whole under its name or not there at all.
+    """Write a pipeline as a diffusers folder of safetensors files, atomically.
 
     Raises:
         OutputError: the folder cannot be written to.

@@ -1,7 +1,7 @@
-"""Scale and mix LoRAs: exactly, in their weight changes.
+"""Scale and merge LoRAs by their weight changes.
 
-The mix of LoRAs with changes D_i and weights w_i changes weights by the sum of w_i * D_i. Averaging the factors A and B
-instead gives something else: with B_1 A_1 and B_2 A_2 it adds the cross terms B_1 A_2 and B_2 A_1, which mean nothing.
+Merging LoRAs with weight changes D_i and weights w_i gives the weight change sum_i w_i * D_i. Averaging the factors A
+and B instead would add cross terms such as B_1 A_2, which belong to neither LoRA.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ _STRENGTH, _BASE = f"{_OURS}strength", f"{_OURS}base_model"
 
 
 @dataclass(frozen=True)
-class Mixed:
-    """A mix of LoRAs.
+class Merged:
+    """Result of `merge`.
 
     Attributes:
-        lora: the mix.
-        error: ||mix - exact|| / ||exact|| over all weight changes (Frobenius norms); 0 without a rank limit.
-        worst: the same of the layer where it is largest.
-        worst_layer: that layer's name.
+        lora: the merged LoRA.
+        error: ||merged - exact|| / ||exact|| over all weight changes (Frobenius norms); 0 without a rank limit.
+        max_error: the largest such error of a single layer.
+        max_error_layer: name of that layer.
     """
 
     lora: WholeLora
     error: float = 0.0
-    worst: float = 0.0
-    worst_layer: str = ""
+    max_error: float = 0.0
+    max_error_layer: str = ""
 
 
 def scale(lora: WholeLora, strength: float) -> WholeLora:
     """Return the LoRA with its weight change multiplied by `strength`.
 
-    The header's `alignprop.strength` is the product over all scalings since training (or mixing).
+    The header's `alignprop.strength` is the product of all factors applied since training or merging.
     """
     if not math.isfinite(strength):
-        raise LoraError(f"A LoRA strength of {strength} means nothing; give a finite number.")
+        raise LoraError(f"The LoRA strength must be a finite number, not {strength}.")
     parts = {
         component: {name: layer._replace(scale=layer.scale * strength) for name, layer in part.items()}
         for component, part in lora.parts.items()
@@ -57,36 +57,38 @@ def scale(lora: WholeLora, strength: float) -> WholeLora:
 def _product(before: str | None, strength: float) -> str:
     try:
         return f"{float(before or 1) * strength:g}"
-    except ValueError:  # another program's word for it; what came after is known
+    except ValueError:  # not a number: written by another program
         return f"{before} * {strength:g}"
 
 
-def mix(
+def merge(
     loras: Sequence[WholeLora], weights: Sequence[float], *, rank: int | None = None, names: Sequence[str] = ()
-) -> Mixed:
-    """Return the LoRA whose weight change is the sum of weight * weight change.
+) -> Merged:
+    """Merge LoRAs: the result's weight change is the weighted sum of their weight changes.
 
-    Without a rank, A and B are joined end to end: exact, and the ranks add up. With one, each layer's change is cut to
-    its largest singular values: the nearest change of that rank (Eckart and Young 1936), and the error is said.
+    Without `rank`, A and B are concatenated: the result is exact and the ranks add up. With `rank`, each layer's change
+    is truncated to its largest singular values, the best approximation of that rank (Eckart and Young 1936).
 
     Args:
-        loras: LoRAs for one kind of model; they may change other layers and have other ranks.
-        weights: one for each; negative ones take away, those of 0 are left out.
-        rank: the highest rank of the result; None keeps all.
-        names: what the LoRAs are called in the header. It says the weights under `alignprop.mix`, and under
-            `alignprop.inputs`, in the same order, what the header of each LoRA says of it: title, rewards, steps.
+        loras: LoRAs for the same kind of model; their layers and ranks may differ.
+        weights: one weight per LoRA; may be negative; LoRAs with weight 0 are left out.
+        rank: maximum rank of the result; no limit if None.
+        names: names of the LoRAs for the header, which stores names and weights as `alignprop.merge` and each
+            LoRA's own metadata (title, rewards, steps), in the same order, as `alignprop.inputs`.
 
     Raises:
-        LoraError: weights that do not fit, or LoRAs for other models.
+        LoraError: the weights are invalid, or the LoRAs are for different models.
     """
     if len(weights) != len(loras):
         raise LoraError(f"There are {len(loras)} LoRAs and {len(weights)} weights; give one for each.")
     if not all(math.isfinite(weight) for weight in weights) or not any(weights):
-        raise LoraError(f"The weights {', '.join(f'{w:g}' for w in weights)} give no mix; give finite ones, not all 0.")
+        raise LoraError(
+            f"The weights {', '.join(f'{w:g}' for w in weights)} are invalid: they must be finite and not all 0."
+        )
     if rank is not None and rank < 1:
-        raise LoraError(f"A rank of {rank} holds nothing; give at least 1, or leave it out for an exact mix.")
+        raise LoraError(f"The rank must be at least 1, not {rank}; without one the result is exact.")
     if len({lora.component for lora in loras}) > 1:
-        raise LoraError("These LoRAs are for other kinds of model: one changes a UNet, one a transformer.")
+        raise LoraError("These LoRAs are for different kinds of model: one changes a UNet, another a transformer.")
     used = [(lora, weight) for lora, weight in zip(loras, weights, strict=True) if weight]
     parts: dict[str, dict[str, Factors]] = {}
     for component in dict.fromkeys(name for lora, _ in used for name in lora.parts):
@@ -95,20 +97,20 @@ def mix(
             for name, layer in lora.parts.get(component, {}).items():
                 layers.setdefault(name, []).append(layer._replace(scale=layer.scale * weight))
         parts[component] = {name: _join(name, together) for name, together in layers.items()}
-    told = [{"lora": name, "weight": weight} for name, weight in zip(names, weights, strict=False)]
+    named = [{"lora": name, "weight": weight} for name, weight in zip(names, weights, strict=False)]
     header = {key: value for key, value in used[0][0].header.items() if not key.startswith(_OURS)}
     bases = {lora.header.get(_BASE) for lora, _ in used}
     if len(bases) == 1 and (base := bases.pop()) is not None:
         header[_BASE] = base
-    inputs = [_known(lora) for lora in loras]
-    header |= {"alignprop.mix": json.dumps(told)} if told else {}
+    inputs = [_metadata(lora) for lora in loras]
+    header |= {"alignprop.merge": json.dumps(named)} if named else {}
     header |= {"alignprop.inputs": json.dumps(inputs)} if any(inputs) else {}
-    mixed = WholeLora(parts, used[0][0].component, header)
-    return Mixed(mixed) if rank is None else _cut(mixed, rank)
+    merged = WholeLora(parts, used[0][0].component, header)
+    return Merged(merged) if rank is None else _truncate(merged, rank)
 
 
-def _known(lora: WholeLora) -> dict[str, object]:
-    """Return what a LoRA's header says of it, without the prefix; values that are JSON (rewards, mixes) as data."""
+def _metadata(lora: WholeLora) -> dict[str, object]:
+    """Return a LoRA's title and alignprop metadata without the prefix; JSON values (rewards, inputs) are decoded."""
     title = {key: lora.header[_TITLE] for key in ("title",) if _TITLE in lora.header}
     ours = {key.removeprefix(_OURS): value for key, value in lora.header.items() if key.startswith(_OURS)}
     return title | {key: _data(value) for key, value in ours.items()}
@@ -122,35 +124,36 @@ def _data(value: str) -> object:
 
 
 def _join(name: str, together: Sequence[Factors]) -> Factors:
-    """Return factors of the sum of weight changes: rows of A and columns of B end to end."""
+    """Return factors of the sum of weight changes: concatenate the rows of A and the columns of B."""
     shapes = {(layer.up.shape[0], *layer.down.shape[1:]) for layer in together}
     if len(shapes) > 1:
-        told = " and ".join(str(tuple(shape)) for shape in sorted(shapes))
-        raise LoraError(f"These LoRAs are for other models: {name} has weights of shapes {told}.")
+        listed = " and ".join(str(tuple(shape)) for shape in sorted(shapes))
+        raise LoraError(f"These LoRAs are for different models: {name} has weights of shapes {listed}.")
     downs = [layer.down.double() for layer in together]
     return Factors(torch.cat(downs, 0), torch.cat([layer.folded_up() for layer in together], 1))
 
 
-def _cut(lora: WholeLora, rank: int) -> Mixed:
-    whole, lost, worst, worst_layer = 0.0, 0.0, 0.0, ""
+def _truncate(lora: WholeLora, rank: int) -> Merged:
+    total, lost, max_error, max_error_layer = 0.0, 0.0, 0.0, ""
     parts: dict[str, Mapping[str, Factors]] = {}
     for component, part in lora.parts.items():
-        cut: dict[str, Factors] = {}
+        kept: dict[str, Factors] = {}
         for name, layer in part.items():
-            cut[name], sizes = truncated(layer, rank)
-            all_of_it, left_out = float(sizes.square().sum()), float(sizes[rank:].square().sum())
-            whole, lost = whole + all_of_it, lost + left_out
-            here = math.sqrt(left_out / all_of_it) if all_of_it else 0.0
-            if here > worst:
-                worst, worst_layer = here, name
-        parts[component] = cut
-    return Mixed(replace(lora, parts=parts), math.sqrt(lost / whole) if whole else 0.0, worst, worst_layer)
+            kept[name], sizes = truncated(layer, rank)
+            # Squared Frobenius norms: of the exact change, and of what the truncation leaves out.
+            exact, left_out = float(sizes.square().sum()), float(sizes[rank:].square().sum())
+            total, lost = total + exact, lost + left_out
+            error = math.sqrt(left_out / exact) if exact else 0.0
+            if error > max_error:
+                max_error, max_error_layer = error, name
+        parts[component] = kept
+    return Merged(replace(lora, parts=parts), math.sqrt(lost / total) if total else 0.0, max_error, max_error_layer)
 
 
 def truncated(layer: Factors, rank: int) -> tuple[Factors, Tensor]:
-    """Return the nearest weight change of at most `rank`, and all singular values of the change, largest first.
+    """Return the best approximation of at most `rank`, and all singular values of the change, largest first.
 
-    Works on the small square between two QR decompositions; the full change is never formed.
+    The SVD is of the small matrix between two QR decompositions; the full weight change is never formed.
     """
     up, down = layer.folded_up().flatten(1), layer.down.double().flatten(1)
     left, inner_up = torch.linalg.qr(up)

@@ -1,4 +1,4 @@
-"""Strength and soups: LoRAs scaled, mixed, converted and baked exactly; curves of reward against drift."""
+"""LoRAs scaled, merged, converted and fused exactly; evaluation over strengths and shares."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
         torch.testing.assert_close(found[name], change, atol=tolerance * float(change.norm() + 1e-9), rtol=0)
 
 
-def picture(pipe: StableDiffusionPipeline) -> Tensor:
+def generate(pipe: StableDiffusionPipeline) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     images: Tensor = pipe("a fox", num_inference_steps=2, generator=generator, output_type="pt").images
@@ -68,10 +68,10 @@ def test_scale_writes_both_formats(tmp_path: Path) -> None:
         assert_same(found, expected)
 
 
-def test_mix_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> None:
+def test_merge_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> None:
     one = make_lora(tmp_path / "one", rank=4, alpha=11.0)
     two = make_lora(tmp_path / "two", rank=3, seed=6, target_modules=["to_q", "conv1"], use_rslora=True)
-    arguments = ["lora", "mix", str(one), str(two / "two.safetensors"), "--weights", "0.7,-1.5"]
+    arguments = ["lora", "merge", str(one), str(two / "two.safetensors"), "--weights", "0.7,-1.5"]
     assert run([*arguments, "--output", str(tmp_path / "soup")]) == 0
     first, second = changes(one), changes(two)
     assert first.keys() != second.keys()
@@ -83,29 +83,31 @@ def test_mix_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> No
         assert_same(found, expected)
     ranks = {name: factors.rank for name, factors in lora.load_delta(tmp_path / "soup").items()}
     assert set(ranks.values()) == {3, 4, 7}, "ranks add up where both change a layer"
-    told = lora.read_whole(tmp_path / "soup").header["alignprop.mix"]
-    assert json.loads(told) == [{"lora": "one", "weight": 0.7}, {"lora": "two.safetensors", "weight": -1.5}]
+    header = lora.read_whole(tmp_path / "soup").header["alignprop.merge"]
+    assert json.loads(header) == [{"lora": "one", "weight": 0.7}, {"lora": "two.safetensors", "weight": -1.5}]
 
 
-def test_mix_to_a_rank_is_the_nearest_and_says_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_to_a_rank_is_the_best_approximation_and_reports_its_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     paths = [make_lora(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2))]
     read = [lora.read_whole(path) for path in paths]
-    exact = lora.mix(read, [0.5, 0.5]).lora.denoiser
+    exact = lora.merge(read, [0.5, 0.5]).lora.denoiser
     for rank in (1, 3, 8):
-        mixed = lora.mix(read, [0.5, 0.5], rank=rank)
+        merged = lora.merge(read, [0.5, 0.5], rank=rank)
         lost, whole = 0.0, 0.0
-        for name, factors in mixed.lora.denoiser.items():
+        for name, factors in merged.lora.denoiser.items():
             u, sizes, v = torch.linalg.svd(exact[name].change(), full_matrices=False)
             nearest = (u[:, :rank] * sizes[:rank]) @ v[:rank]
             torch.testing.assert_close(factors.change(), nearest, atol=1e-9, rtol=0)
             assert factors.rank == min(rank, 8)
             lost += float((nearest - exact[name].change()).square().sum())
             whole += float(exact[name].change().square().sum())
-        assert mixed.error == pytest.approx((lost / whole) ** 0.5, abs=1e-9)
-        assert mixed.worst >= mixed.error
-    assert mixed.error < 1e-9, "rank 8 holds two LoRAs of rank 4"
-    assert run(["lora", "mix", *map(str, paths), "--rank", "3", "--output", str(tmp_path / "soup")]) == 0
-    assert "of the exact mix's weight change" in capsys.readouterr().out
+        assert merged.error == pytest.approx((lost / whole) ** 0.5, abs=1e-9)
+        assert merged.max_error >= merged.error
+    assert merged.error < 1e-9, "rank 8 is enough for two LoRAs of rank 4"
+    assert run(["lora", "merge", *map(str, paths), "--rank", "3", "--output", str(tmp_path / "soup")]) == 0
+    assert "of the exact weight change" in capsys.readouterr().out
 
 
 def test_truncation_handles_convolutions_and_zero_changes() -> None:
@@ -121,9 +123,9 @@ def test_truncation_handles_convolutions_and_zero_changes() -> None:
     assert zero.rank == 1
 
 
-def test_sweep_writes_a_soup_for_every_share(tmp_path: Path) -> None:
+def test_sweep_writes_one_merge_per_share(tmp_path: Path) -> None:
     one, two = make_lora(tmp_path / "one", seed=1), make_lora(tmp_path / "two", seed=2)
-    assert run(["lora", "mix", str(one), str(two), "--sweep", "0,0.25,1", "--output", str(tmp_path / "soups")]) == 0
+    assert run(["lora", "merge", str(one), str(two), "--sweep", "0,0.25,1", "--output", str(tmp_path / "soups")]) == 0
     first, second = changes(one), changes(two)
     for share in (0.0, 0.25, 1.0):
         expected = {name: (1 - share) * first[name] + share * second[name] for name in first}
@@ -132,7 +134,7 @@ def test_sweep_writes_a_soup_for_every_share(tmp_path: Path) -> None:
         assert_same(changes(folder / f"soups-{share:g}.safetensors"), expected)
 
 
-def test_convert_carries_text_encoders_and_headers_along(tmp_path: Path) -> None:
+def test_convert_keeps_text_encoders_and_headers(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
 
     def factors(name: str) -> dict[str, Factors]:
@@ -156,36 +158,36 @@ def test_convert_carries_text_encoders_and_headers_along(tmp_path: Path) -> None
     assert lora.scale(alone, 0.0).parts["text_encoder"].keys() == encoders["text_encoder"].keys()
 
 
-def test_baked_model_draws_what_the_lora_draws(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_fused_model_generates_the_same_images_as_the_lora(tiny_model: Path, tmp_path: Path) -> None:
     one = make_lora(tmp_path / "one", target_modules=["to_q", "to_k", "conv1"])
-    arguments = ["lora", "bake", str(one), "--model", str(tiny_model), "--strength", "0.8"]
-    assert run([*arguments, "--output", str(tmp_path / "baked")]) == 0
+    arguments = ["lora", "fuse", str(one), "--model", str(tiny_model), "--strength", "0.8"]
+    assert run([*arguments, "--output", str(tmp_path / "fused")]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    base = picture(pipe)
+    base = generate(pipe)
     pipe.load_lora_weights(one, weight_name=lora.DIFFUSERS_NAME)
     pipe.set_adapters(pipe.get_active_adapters(), 0.8)
-    expected = picture(pipe)
+    expected = generate(pipe)
     assert (expected - base).abs().max() > 1e-3
     torch.testing.assert_close(
-        picture(StableDiffusionPipeline.from_pretrained(tmp_path / "baked")), expected, atol=1e-5, rtol=0
+        generate(StableDiffusionPipeline.from_pretrained(tmp_path / "fused")), expected, atol=1e-5, rtol=0
     )
     assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_baking_into_half_precision_says_what_rounding_took(
+def test_fusing_into_half_precision_reports_the_rounding_error(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = make_lora(tmp_path / "one")
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    exact, rough = lora.bake(pipe, lora.read_whole(one), 1e-3), None
+    exact, rough = lora.fuse(pipe, lora.read_whole(one), 1e-3), None
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    rough = lora.bake(pipe, lora.read_whole(one), 1e-3, dtype=torch.bfloat16)
-    assert exact.lost < 1e-3
-    assert rough.lost > 0.5, "a change of a thousandth is mostly lost in bfloat16"
+    rough = lora.fuse(pipe, lora.read_whole(one), 1e-3, dtype=torch.bfloat16)
+    assert exact.rounding_error < 1e-3
+    assert rough.rounding_error > 0.5, "a change of a thousandth is mostly lost in bfloat16"
     assert next(pipe.unet.parameters()).dtype == torch.bfloat16
-    arguments = ["lora", "bake", str(one), "--model", str(tiny_model), "--precision", "bf16"]
-    assert run([*arguments, "--output", str(tmp_path / "baked")]) == 0
-    assert "lost to rounding" in capsys.readouterr().out
+    arguments = ["lora", "fuse", str(one), "--model", str(tiny_model), "--precision", "bf16"]
+    assert run([*arguments, "--output", str(tmp_path / "fused")]) == 0
+    assert "rounding error" in capsys.readouterr().out
 
 
 # -- mistakes ---------------------------------------------------------------------------------------------------------
@@ -194,18 +196,18 @@ def test_baking_into_half_precision_says_what_rounding_took(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["scale", "ONE", "nan", "--output", "OUT"], "strength of nan"),
+        (["scale", "ONE", "nan", "--output", "OUT"], "strength must be a finite number, not nan"),
         (["scale", "gone", "1", "--output", "OUT"], "no such LoRA"),
-        (["mix", "ONE", "--weights", "0.5,0.5", "--output", "OUT"], "1 LoRAs and 2 weights"),
-        (["mix", "ONE", "ONE", "--weights", "0,0", "--output", "OUT"], "not all 0"),
-        (["mix", "ONE", "ONE", "--weights", "a,b", "--output", "OUT"], "commas between"),
-        (["mix", "ONE", "OTHER", "--output", "OUT"], "has weights of shapes"),
-        (["mix", "ONE", "ONE", "--sweep", "0,1", "--weights", "1,1", "--output", "OUT"], "no --weights"),
+        (["merge", "ONE", "--weights", "0.5,0.5", "--output", "OUT"], "1 LoRAs and 2 weights"),
+        (["merge", "ONE", "ONE", "--weights", "0,0", "--output", "OUT"], "not all 0"),
+        (["merge", "ONE", "ONE", "--weights", "a,b", "--output", "OUT"], "separated by commas"),
+        (["merge", "ONE", "OTHER", "--output", "OUT"], "has weights of shapes"),
+        (["merge", "ONE", "ONE", "--sweep", "0,1", "--weights", "1,1", "--output", "OUT"], "no --weights"),
         (["convert", "ONE", "--to", "ckpt", "--output", "OUT"], "choose diffusers, kohya or both"),
         (["convert", "ONE", "--name", "../x", "--output", "OUT"], "plain name"),
-        (["bake", "ONE", "--model", "MODEL", "--precision", "fp8", "--output", "OUT"], "fp32, fp16 or bf16"),
-        (["bake", "ONE", "--model", "MODEL", "--output", "MODEL"], "not empty"),
-        (["bake", "OTHER", "--model", "MODEL", "--output", "OUT"], "does not fit this model"),
+        (["fuse", "ONE", "--model", "MODEL", "--precision", "fp8", "--output", "OUT"], "fp32, fp16 or bf16"),
+        (["fuse", "ONE", "--model", "MODEL", "--output", "MODEL"], "not empty"),
+        (["fuse", "OTHER", "--model", "MODEL", "--output", "OUT"], "does not fit this model"),
     ],
 )
 def test_lora_mistakes_have_one_message(
@@ -224,12 +226,12 @@ def test_lora_mistakes_have_one_message(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_unet_and_a_transformer_do_not_mix() -> None:
+def test_a_unet_lora_and_a_transformer_lora_cannot_be_merged() -> None:
     part = {"denoiser": {"a": Factors(torch.ones(1, 2), torch.ones(2, 1))}}
-    with pytest.raises(LoraError, match="other kinds of model"):
-        lora.mix([lora.WholeLora(part), lora.WholeLora(part, "transformer")], [1, 1])
-    with pytest.raises(LoraError, match="holds nothing"):
-        lora.mix([lora.WholeLora(part)], [1], rank=0)
+    with pytest.raises(LoraError, match="different kinds of model"):
+        lora.merge([lora.WholeLora(part), lora.WholeLora(part, "transformer")], [1, 1])
+    with pytest.raises(LoraError, match="at least 1"):
+        lora.merge([lora.WholeLora(part)], [1], rank=0)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def evaluated(tiny_model: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]
     return evaluate
 
 
-def test_strength_curve_starts_at_the_base_and_drifts_the_further(
+def test_a_strength_sweep_starts_at_the_base_and_drift_grows(
     evaluated: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = evaluated("strengths.json", "--strengths", "1,0.25,0.5,0.75,1.25")
@@ -274,15 +276,17 @@ def test_strength_curve_starts_at_the_base_and_drifts_the_further(
     assert "strength" in capsys.readouterr().out
 
 
-def test_soup_curve_is_the_mix_of_weight_changes(evaluated: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_a_soup_sweep_evaluates_the_merged_weight_changes(
+    evaluated: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
     two = make_lora(tmp_path / "two", seed=2)
     data = evaluated("soup.json", "--soup", str(two), "--strengths", "0,0.5,1")
     points = {point["share"]: point for point in data["points"]}
     read = [lora.read_whole(tmp_path / name) for name in ("one", "two")]
     for share in (0.0, 0.5, 1.0):
-        mixed = lora.mix(read, [1 - share, share]).lora
-        lora.write_whole(mixed, tmp_path / f"mixed-{share}", "mixed")
-        whole = evaluated("evaluation.json", "--lora", str(tmp_path / f"mixed-{share}"))
+        merged = lora.merge(read, [1 - share, share]).lora
+        lora.write_whole(merged, tmp_path / f"merged-{share}", "merged")
+        whole = evaluated("evaluation.json", "--lora", str(tmp_path / f"merged-{share}"))
         found = points[share]["scores"]["jpeg_compressibility"]["mean"]
         assert found == pytest.approx(whole["tuned"]["jpeg_compressibility"]["mean"], rel=1e-4)
         assert points[share]["drift"] == pytest.approx(whole["drift"]["tuned"], rel=1e-4)
@@ -292,10 +296,10 @@ def test_soup_curve_is_the_mix_of_weight_changes(evaluated: Callable[..., dict[s
     ("arguments", "words"),
     [
         (["--model", "x", "--prompts", "p.txt", "--strengths", "0,1"], "need a LoRA"),
-        (["--model", "x", "--prompts", "p.txt", "--lora", "y", "--strengths", "0;1"], "commas between them"),
+        (["--model", "x", "--prompts", "p.txt", "--lora", "y", "--strengths", "0;1"], "separated by commas"),
         (["--model", "x", "--prompts", "p.txt", "--lora", "y", "--strengths", "nan"], "finite numbers"),
     ],
 )
-def test_curve_mistakes_have_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+def test_sweep_mistakes_have_one_message(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert run(["evaluate", *arguments]) == 2
     assert words in capsys.readouterr().err
