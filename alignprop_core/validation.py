@@ -1,4 +1,4 @@
-"""From pydantic's errors to messages that say the key, what is wrong, and what to write instead. No torch."""
+"""From pydantic's errors to messages that name the key, what is wrong, and what to write instead."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[str | int, ...]
 
 
 class Problems(ValueError):
-    """Values that are fine one by one and impossible together; each with the key it is reported at."""
+    """Values that are valid one by one but not together; each with the key it is reported under."""
 
     def __init__(self, problems: Sequence[tuple[str, str]]) -> None:
         super().__init__("; ".join(f"{key}: {message}" for key, message in problems))
@@ -25,7 +25,7 @@ class Problems(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a config."""
+    """One problem of a config."""
 
     path: Key
     message: str
@@ -74,7 +74,7 @@ def _models_in(annotation: Any, in_list: bool = False) -> Iterator[tuple[type[Ba
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str = "") -> list[Problem]:
-    """Return pydantic's errors as problems with messages of our own; several errors of one value become one.
+    """Return pydantic's errors as problems with messages of our own; several errors of one value become one message.
 
     Args:
         error: what validating raised.
@@ -126,9 +126,9 @@ def _message(path: Key, items: list[Any], model: type[BaseModel], where: str) ->
     if kind in ("extra_forbidden", "unknown_key"):
         return unknown_key(path, model, where, context.get("further", ()))
     if kind == "invalid_key":
-        return "keys are text; put it in quotes."
+        return "keys are text. Put it in quotes."
     if kind == "missing":
-        return "is missing; write it."
+        return "is required."
     if kind == "value_error":
         return str(first["msg"]).removeprefix("Value error, ")
     wanted = " or ".join(dict.fromkeys(_wanted(item) for item in items))
@@ -184,7 +184,7 @@ def _wanted(item: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """Write a value for a message, short."""
+    """Return a value as short text for a message."""
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     if isinstance(value, dict):
         text = "a mapping" if value else "an empty mapping"

@@ -128,7 +128,7 @@ def _parse(
     except ValidationError as error:
         problems = explain(error, RunConfig) + problems
     if "rewards" not in data and not any(problem.path == ("rewards",) for problem in problems):
-        problems.append(Problem(("rewards",), "is missing; write it."))  # only an object from Python may stand for it
+        problems.append(Problem(("rewards",), "is required."))  # only an object from Python may stand for it
     if problems or config is None:
         raise InvalidConfig(problems, _report(problems, lines, source, overridden))
     return config

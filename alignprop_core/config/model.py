@@ -1,4 +1,4 @@
-"""The run config's sections on what is drawn and tuned: model, prompts, sampling, backprop, lora. No torch."""
+"""The run config's sections on the model: model, prompts, sampling, backprop, lora."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from alignprop_core.validation import Problems
 class ModelLora(Section):
     """A LoRA applied to the base model and frozen."""
 
-    path: Text = Field(description="A LoRA folder or a .safetensors file.")
-    strength: float = Field(default=1.0, description="Factor on its weight change; 1 is the LoRA as trained.")
+    path: Text = Field(description="Path of a LoRA folder or a .safetensors file.")
+    strength: float = Field(default=1.0, description="Factor on the weight change; 1 is the LoRA as trained.")
 
 
 class ModelConfig(Section):
     """The base model."""
 
     base: Text = Field(
-        description="A registered model, a hub id, a diffusers folder, or one .safetensors file with a whole model."
+        description="A registered model, a hub id, a diffusers folder, or one .safetensors file with a complete model."
     )
-    vae: Text | None = Field(default=None, description="Another autoencoder: a diffusers folder or a hub id.")
-    loras: list[ModelLora] = Field(default=[], description="LoRAs applied to the base model, frozen while training.")
+    vae: Text | None = Field(
+        default=None, description="Another autoencoder instead of the model's own: a diffusers folder or a hub id."
+    )
+    loras: list[ModelLora] = Field(default=[], description="LoRAs that belong to the base model; applied and frozen.")
 
 
 class PromptsConfig(Section):
-    """What to draw."""
+    """The prompts."""
 
     train: Text = Field(description="Prompts to train on: a registered set, or a .txt or .jsonl file.")
     heldout: Text | None = Field(
@@ -37,17 +39,19 @@ class PromptsConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How images are sampled, in training and evaluation alike."""
+    """How images are sampled, in training, previews and evaluation."""
 
     scheduler: Literal["ddim"] = Field(default="ddim", description="The sampler's update rule.")
-    steps: int = Field(default=50, ge=1, description="Denoising steps an image.")
-    guidance_scale: float = Field(default=7.5, ge=1, description="Classifier-free guidance; 1 is off.")
-    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM noise: 0 is deterministic, 1 is DDPM-like.")
-    width: Pixels | None = Field(default=None, description="Image width in pixels; null is the model's own.")
-    height: Pixels | None = Field(default=None, description="Image height in pixels; null is the model's own.")
-    negative_prompt: str = Field(default="", description="What guidance leads away from.")
+    steps: int = Field(default=50, ge=1, description="Denoising steps per image.")
+    guidance_scale: float = Field(
+        default=7.5, ge=1, description="Classifier-free guidance scale; 1 turns guidance off."
+    )
+    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM eta: 0 is deterministic, 1 adds noise as DDPM does.")
+    width: Pixels | None = Field(default=None, description="Image width in pixels; null uses the model's own.")
+    height: Pixels | None = Field(default=None, description="Image height in pixels; null uses the model's own.")
+    negative_prompt: str = Field(default="", description="Negative prompt for classifier-free guidance.")
     true_cfg_scale: Annotated[float, Field(ge=1)] | None = Field(
-        default=None, description="Real classifier-free guidance for guidance-distilled families; null is off."
+        default=None, description="True classifier-free guidance for guidance-distilled models; null turns it off."
     )
 
 
@@ -63,16 +67,16 @@ _USED_BY: dict[str, tuple[str, ...]] = {
 
 
 class BackpropConfig(Section):
-    """Which denoising steps keep their gradient, and what memory that may take."""
+    """Truncated backpropagation: which denoising steps keep their gradient, and how memory is saved."""
 
     strategy: Strategy = Field(
         default="uniform",
-        description="last_k: the last k steps (DRaFT-K). uniform: the last K, K drawn from 1..steps once a batch "
-        "(AlignProp). gaussian: K drawn from a normal. full: all. drtune: k spaced steps, network input detached. "
-        "refl: a clean-image estimate at one late step. bernoulli: each step kept at random.",
+        description="last_k: the last k steps (DRaFT-K). uniform: the last K steps, K drawn once per batch from "
+        "1..steps (AlignProp). gaussian: K drawn from a normal distribution. full: all steps. drtune: k evenly spaced "
+        "steps, network input detached. refl: the clean-image estimate of one late step. bernoulli: steps at random.",
     )
     k: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Steps that keep their gradient, with last_k and drtune; null is 1."
+        default=None, description="last_k and drtune: number of steps that keep their gradient; null is 1."
     )
     mean: float | None = Field(default=None, description="gaussian: mean of K in steps; null is half the steps.")
     std: Annotated[float, Field(ge=0)] | None = Field(
@@ -82,48 +86,57 @@ class BackpropConfig(Section):
         default=None, description="bernoulli: probability that a step keeps its gradient; null is 0.5."
     )
     refl_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="refl: the step is drawn among the last this many; null is a quarter of the steps."
+        default=None, description="refl: the step is drawn from this many last steps; null is a quarter of the steps."
     )
     lv_samples: int = Field(
-        default=0, ge=0, description="Further one-step samples of each final latent (DRaFT-LV); with last_k of 1 only."
+        default=0,
+        ge=0,
+        description="Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1.",
     )
     checkpoint_steps: Literal["auto"] | bool = Field(
-        default="auto", description="Recompute kept steps on the way back to save memory; auto: where memory is short."
+        default="auto",
+        description="Recompute kept steps in the backward pass to save memory; auto: only if memory is short.",
     )
     checkpoint_decoder: Literal["auto"] | bool = Field(
-        default="auto", description="Recompute the decoder on the way back to save memory; auto: where memory is short."
+        default="auto",
+        description="Recompute the decoder in the backward pass to save memory; auto: only if memory is short.",
     )
     sample_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Images denoised at a time; null is all. Changes cost, never values."
+        default=None, description="Images denoised at a time; null is all. Changes memory and time, never values."
     )
     decode_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Images decoded and scored at a time; null is all. Changes cost, never values."
+        default=None,
+        description="Images decoded and scored at a time; null is all. Changes memory and time, never values.",
     )
 
     @model_validator(mode="after")
     def _only_what_the_strategy_uses(self) -> Self:
         problems = [
-            (key, f"strategy {self.strategy} does not use it; remove it, or choose strategy {' or '.join(strategies)}.")
+            (key, f"strategy {self.strategy} does not use it. Remove it, or choose strategy {' or '.join(strategies)}.")
             for key, strategies in _USED_BY.items()
             if getattr(self, key) is not None and self.strategy not in strategies
         ]
         if self.lv_samples and (self.strategy != "last_k" or (self.k or 1) != 1):
-            problems.append(("lv_samples", "needs strategy: last_k with k: 1 (DRaFT-LV); set them, or lv_samples: 0."))
+            problems.append(
+                ("lv_samples", "needs strategy: last_k with k: 1 (DRaFT-LV). Set them, or set lv_samples: 0.")
+            )
         if problems:
             raise Problems(problems)
         return self
 
 
 class LoraConfig(Section):
-    """The adapters that are trained."""
+    """The trainable adapter."""
 
-    rank: int = Field(default=8, ge=1, description="Rank of the weight changes.")
-    alpha: Positive | None = Field(default=None, description="Scale: the change is alpha / rank * B A; null is rank.")
+    rank: int = Field(default=8, ge=1, description="Rank of the adapter.")
+    alpha: Positive | None = Field(
+        default=None, description="Scale: the weight change is alpha / rank * B A; null is rank."
+    )
     target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        default=None, description="Layers to adapt, by name ending; null is the family's attention projections."
+        default=None, description="Layers to adapt, by the end of their names; null adapts the attention projections."
     )
     use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
     init_from: Text | None = Field(
         default=None,
-        description="Go on from this LoRA: a folder or a .safetensors file; null starts at zero.",
+        description="Start from this LoRA: a folder or a .safetensors file; null starts at zero.",
     )

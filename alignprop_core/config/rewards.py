@@ -1,4 +1,4 @@
-"""The run config's rewards and how they are mixed: every key, its type, unit, default and limits."""
+"""The run config's sections on rewards and their mix."""
 
 from __future__ import annotations
 
@@ -73,28 +73,29 @@ class RewardTerm(Section):
     __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_checked)]] = Field(init=False)
 
     name: Text = Field(
-        description="A reward of an installed plugin (distribution/reward where two offer the name), or a class in a "
-        "Python file: ./my_rewards.py:MyReward, relative to this config. Such a file is run."
+        description="A reward of an installed plugin (distribution/reward if two offer the name), or a class or "
+        "function in a Python file, which is run: ./my_rewards.py:MyReward, relative to this config."
     )
     weight: float | Annotated[dict[int, float], Field(min_length=1)] = Field(
         default=1.0,
-        description="Factor in the mix; negative asks for less of it, zero is refused. Or a schedule, {steps done: "
-        "weight}, linear between its points and constant outside them: {0: 0.0, 20: 1.0}.",
+        description="Weight in the mix; negative asks for less, zero is refused. Or a schedule {steps done: weight}, "
+        "linear between its points and constant outside them: {0: 0.0, 20: 1.0}.",
     )
     ceiling: float | None = Field(
-        default=None, description="A sample that scores above this gains nothing more (in the reward's unit)."
+        default=None,
+        description="Scores are clipped to at most this, in the reward's unit: samples above it have no gradient.",
     )
     floor: float | None = Field(
         default=None,
-        description="With a negative weight: a sample that scores below this gains nothing more.",
+        description="With a negative weight: scores are clipped to at least this; samples below it have no gradient.",
     )
     target: float | None = Field(
         default=None,
-        description="What counts is minus the distance of a sample's score to this, from above and below alike; goes "
-        "without ceiling and floor.",
+        description="Minus the distance of the score to this value counts instead of the score; excludes ceiling and "
+        "floor.",
     )
     label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = Field(
-        default="", description="Name in logs and reports; unique; the default is the reward's name."
+        default="", description="Name in logs and reports; unique. The default is the reward's name."
     )
     options: dict[str, Any] = Field(default={}, description="The reward's own options: `alignprop rewards show NAME`.")
 
@@ -132,7 +133,9 @@ class RewardTerm(Section):
             steps = [int(key) if isinstance(key, str) and key.isdecimal() else key for key in weight]
             numbers = [*steps, *weight.values()]
             if not steps or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers):
-                raise Problems([("weight", "is no schedule: write {steps done: weight}, such as {0: 0.0, 20: 1.0}.")])
+                raise Problems(
+                    [("weight", "is not a schedule. Write {steps done: weight}, such as {0: 0.0, 20: 1.0}.")]
+                )
             data = {**data, "weight": dict(zip(steps, weight.values(), strict=True))}
         return data
 
@@ -144,86 +147,85 @@ class RewardTerm(Section):
             (key, f"does not go with {first}: a reward has one loader; keep one of the two.") for key in further
         ]
         problems += [
-            ("weight", f"is a schedule with a point at {step}; its keys are steps done, from 0.")
-            for step in schedule
-            if step < 0
+            ("weight", f"has a schedule point at {step}. Keys are steps done, from 0.") for step in schedule if step < 0
         ]
         if not any(schedule.values()):
             problems.append(
-                ("weight", "a weight of 0 trains nothing; list the reward under evaluation.rewards to watch it.")
+                ("weight", "a weight of 0 trains nothing. List the reward under evaluation.rewards to report it.")
             )
         elif self.floor is not None and min(schedule.values()) >= 0:
             problems.append(
                 (
                     "floor",
-                    "goes with a negative weight: with a positive one it would leave alone just the samples that score "
-                    f"low. To raise scores to {self.floor:g} and no further write ceiling: {self.floor:g}; to bring "
-                    f"them there from both sides, target: {self.floor:g}.",
+                    "needs a negative weight: with a positive one it would remove the gradient of the lowest scores. "
+                    f"To raise scores to {self.floor:g} and no further, set ceiling: {self.floor:g}; to approach it "
+                    f"from both sides, set target: {self.floor:g}.",
                 )
             )
         if self.ceiling is not None and any(schedule.values()) and max(schedule.values()) <= 0:
             problems.append(
                 (
                     "ceiling",
-                    "goes with a positive weight: with a negative one it would leave alone just the samples that score "
-                    f"high. To lower scores to {self.ceiling:g} and no further write floor: {self.ceiling:g}; to bring "
-                    f"them there from both sides, target: {self.ceiling:g} with a positive weight.",
+                    "needs a positive weight: with a negative one it would remove the gradient of the highest scores. "
+                    f"To lower scores to {self.ceiling:g} and no further, set floor: {self.ceiling:g}; to approach it "
+                    f"from both sides, set target: {self.ceiling:g} with a positive weight.",
                 )
             )
         if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
-            problems.append(("floor", f"is {self.floor:g}; it lies below the ceiling, {self.ceiling:g}."))
+            problems.append(("floor", f"is {self.floor:g}; it must be below the ceiling, {self.ceiling:g}."))
         if self.target is not None:
             problems += [
-                (key, "does not go with a target, which holds the score from both sides; keep one.")
+                (key, "cannot be combined with target, which bounds the score on both sides. Keep one.")
                 for key in ("ceiling", "floor")
                 if getattr(self, key) is not None
             ]
             if min(schedule.values()) < 0:
-                problems.append(("weight", "is negative, which with a target drives scores away from it without end."))
+                problems.append(("weight", "is negative, which would drive scores away from the target without limit."))
         if problems:
             raise Problems(problems)
         return self
 
 
 class MixConfig(Section):
-    """How several rewards become one direction."""
+    """How several rewards are combined into one gradient."""
 
     combine: Literal["sum", "normalized", "balanced", "pcgrad"] = Field(
         default="sum",
         description="sum: the weighted sum of the scores. normalized: each score over its running standard deviation. "
-        "balanced: each term's gradient over its running size, so that weights mean shares. pcgrad: balanced, and what "
-        "pulls against another term is taken out.",
+        "balanced: each term's gradient over its running norm, so that weights are shares. pcgrad: balanced, and the "
+        "part of a term's gradient that conflicts with another's is projected out.",
     )
     balance_at: Literal["image", "latent"] = Field(
         default="image",
-        description="Where balanced and pcgrad measure and add gradients: at the images, or at the final latents, "
-        "which costs a decoder backward pass a term.",
+        description="Where balanced and pcgrad compare and add gradients: at the images, or at the final latents, "
+        "which costs one decoder backward pass per term.",
     )
     per_sample: bool = Field(
         default=False,
-        description="balanced and pcgrad bring every image's gradient to one size, not only the batch's. Changes the "
-        "direction even of a single term, and undoes the easing off near a goal.",
+        description="balanced and pcgrad normalize every image's gradient, not only the batch's. This changes the "
+        "direction even of a single term, and keeps gradients from fading near a goal.",
     )
     decay: float = Field(
-        default=0.9, ge=0, lt=1, description="How much of the running figures a step keeps; 0 is the last step alone."
+        default=0.9, ge=0, lt=1, description="Decay of the running statistics per step; 0 uses the last step alone."
     )
     scale_floor: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.1,
-        description="A running figure is held above this part of its highest value so far, so that a term whose "
-        "gradient or spread fades is enlarged by so much and no more.",
+        description="Running statistics are kept above this fraction of their highest value so far, which limits how "
+        "much a term with a fading gradient or standard deviation is scaled up.",
     )
     reward_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Images a reward scores at a time; null is all that are decoded. Changes cost only."
+        default=None,
+        description="Images a reward scores at a time; null is all that are decoded. Changes memory and time only.",
     )
     offload: bool = Field(
         default=False,
-        description="Keep the rewards' weights in the CPU's memory between uses; on a CPU this changes nothing.",
+        description="Keep the rewards' weights in host memory between uses; no effect on a CPU.",
     )
 
     @model_validator(mode="after")
     def _only_what_the_mode_uses(self) -> Self:
         problems = [
-            (key, f"combine: {self.combine} does not use it; remove it, or choose combine: balanced or pcgrad.")
+            (key, f"combine: {self.combine} does not use it. Remove it, or choose combine: balanced or pcgrad.")
             for key, used in (("balance_at", self.balance_at != "image"), ("per_sample", self.per_sample))
             if used and self.combine in ("sum", "normalized")
         ]

@@ -1,4 +1,4 @@
-"""The run config as a JSON Schema (draft 2020-12), with the options of the installed rewards. No torch."""
+"""The run config as a JSON Schema (draft 2020-12), with the options of the installed rewards."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The run config as a whole, and its sections on training, as pydantic models. No torch.
+"""The run config and its sections on training, as pydantic models.
 
-Values are strict (`"8"` is not 8, `true` is not 1), frozen, and unknown keys are refused. Read a file with
-`alignprop_core.config.load_config`, which also resolves paths and checks names against the installed plugins.
+Values are strict (`"8"` is not 8, `true` is not 1) and frozen; unknown keys are refused. `load_config` reads a file,
+resolves paths and checks names against the installed plugins.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay.")
     beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
     beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
-    epsilon: Positive = Field(default=1e-8, description="Added to the denominator.")
+    epsilon: Positive = Field(default=1e-8, description="Added to the denominator of the update.")
     max_grad_norm: Positive | None = Field(
-        default=1.0, description="Gradients are scaled down to this norm over all adapters; null never clips."
+        default=1.0, description="Clip the gradient norm over all adapters to this value; null never clips."
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Learning rate after the warm-up; linear and cosine end at zero."
+        default="constant", description="Learning-rate schedule after the warm-up; linear and cosine end at zero."
     )
     warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from zero.")
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -51,13 +51,13 @@ class OptimizerConfig(Section):
 
 
 class RegularizationConfig(Section):
-    """A pull towards the base model."""
+    """Regularization towards the base model."""
 
     weight: float = Field(
         default=0.0,
         ge=0,
-        description="Subtracts this times the mean squared difference between the predictions with and without the "
-        "adapters, over the steps that keep their gradient. In the unit of the mix's total; 0 is off, at no cost.",
+        description="Weight of the mean squared difference between the predictions with and without the adapters, over "
+        "the steps that keep their gradient; subtracted from the mix's total. 0 turns it off, at no cost.",
     )
 
 
@@ -66,13 +66,18 @@ class TrainingConfig(Section):
 
     steps: int = Field(default=100, ge=0, description="Optimizer steps.")
     batch_size: int = Field(
-        default=8, ge=1, description="Images a batch, over all processes; a step is this times the accumulation."
+        default=8,
+        ge=1,
+        description="Images per batch across all processes; multiply by gradient_accumulation_steps for one optimizer "
+        "step.",
     )
     gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches summed into one optimizer step.")
-    seed: Seed = Field(default=0, description="Fixes prompts, noise and cuts.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(default="no", description="Number format of the networks.")
+    seed: Seed = Field(default=0, description="Seed of the prompt order, the noise and the truncation.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        default="no", description="Number format of the networks; no is float32."
+    )
     device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = Field(
-        default="auto", description="auto, cpu, cuda, cuda:N or mps."
+        default="auto", description="Device: auto, cpu, cuda, cuda:N or mps."
     )
     trackers: list[Text] = Field(
         default=[],
@@ -113,12 +118,12 @@ class PreviewsConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Base against tuned on held-out prompts, at the same seeds."""
+    """Evaluation of base against tuned model on held-out prompts, with the same noise."""
 
-    rewards: list[RewardTerm] = Field(default=[], description="Rewards to report and not to train on.")
-    images_per_prompt: int = Field(default=4, ge=1, description="Images of each prompt.")
-    batch_size: int = Field(default=8, ge=1, description="Images at a time.")
-    seed: Seed = Field(default=1234, description="Noise of the evaluation.")
+    rewards: list[RewardTerm] = Field(default=[], description="Rewards that are reported but not trained on.")
+    images_per_prompt: int = Field(default=4, ge=1, description="Images per prompt.")
+    batch_size: int = Field(default=8, ge=1, description="Images generated and scored at a time.")
+    seed: Seed = Field(default=1234, description="Seed of the evaluation noise.")
     at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
     every: Annotated[int, Field(ge=1)] | None = Field(
         default=None,
@@ -127,8 +132,8 @@ class EvaluationConfig(Section):
     )
     diversity_encoder: Text | None = Field(
         default=None,
-        description="What diversity is measured with: the label of a term whose reward has image features (a CLIP "
-        "score, say); null is the built-in features of layout, colour and edges.",
+        description="What diversity is measured with: the label of a term whose reward has image features, such as a "
+        "CLIP score; null uses built-in features of layout, color and edges.",
     )
 
 
@@ -184,8 +189,7 @@ class RunConfig(Section):
     lora: LoraConfig = LoraConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     regularization: RegularizationConfig = RegularizationConfig()
-    # A list that is written holds at least one. None is written where objects from Python are all that is trained on;
-    # in a file it is required.
+    # Required in a file. Empty only where all rewards are passed from Python.
     rewards: list[RewardTerm] = Field(
         default=[], validate_default=False, min_length=1, description="Rewards to train on."
     )
@@ -195,7 +199,7 @@ class RunConfig(Section):
     previews: PreviewsConfig = PreviewsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    output: Text = Field(description="Run folder to write; must not hold a run yet.")
+    output: Text = Field(description="Run folder to write; it must not contain a run yet.")
 
     @model_validator(mode="after")
     def _possible_together(self) -> Self:
@@ -208,13 +212,15 @@ class RunConfig(Section):
 def _more_steps_than_there_are(config: RunConfig) -> list[tuple[str, str]]:
     steps = config.sampling.steps
     problems = [
-        (f"backprop.{key}", f"is {value}, but sampling.steps is only {steps}; lower it or raise sampling.steps.")
+        (f"backprop.{key}", f"is {value}, but sampling.steps is only {steps}. Lower it or raise sampling.steps.")
         for key, value in (("k", config.backprop.k), ("refl_steps", config.backprop.refl_steps))
         if value is not None and value > steps
     ]
     mean = config.backprop.mean
     if mean is not None and not 1 <= mean <= steps:
-        problems.append(("backprop.mean", f"is {mean:g}; it lies in 1..{steps}, the number of sampling.steps."))
+        problems.append(
+            ("backprop.mean", f"is {mean:g}; it must be between 1 and {steps}, the number of sampling.steps.")
+        )
     if config.training.steps and config.optimizer.warmup_steps > config.training.steps:
         message = f"is {config.optimizer.warmup_steps}, longer than the run (training.steps: {config.training.steps})."
         problems.append(("optimizer.warmup_steps", message))
@@ -254,7 +260,7 @@ def _labels_used_twice(config: RunConfig) -> list[tuple[str, str]]:
             problems.append(
                 (
                     f"{place}.label",
-                    f'"{term.label}" is used by {seen[term.label]} already; give one of them a label of its own.',
+                    f'"{term.label}" is used by {seen[term.label]} already. Give one of them another label.',
                 )
             )
         seen.setdefault(term.label, place)

@@ -1,4 +1,4 @@
-"""Reading run configs as YAML without its traps, remembering on which line each key stands.
+"""Reading and writing run configs as YAML, with the line of each key.
 
 Safe loading only, with the scalars of YAML 1.2: `1e-3` is a number, `no` and `off` are strings (as in
 `mixed_precision: no`), dates stay strings, and a key given twice is an error instead of a silent winner.
@@ -22,7 +22,7 @@ MAX_VALUES = 100_000
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's scalars, and keys that may stand only once."""
+    """SafeLoader with YAML 1.2's scalars, and unique keys."""
 
     # Empty, so that only the resolvers added below count; noqa because the types say it is an instance attribute.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
                 if key.value in seen:
                     raise yaml.constructor.ConstructorError(
-                        None, None, f'the key "{key.value}" stands here a second time; keep one', key.start_mark
+                        None, None, f'the key "{key.value}" appears twice; keep one', key.start_mark
                     )
                 seen.add(key.value)
         return super().construct_mapping(node, deep)

@@ -100,7 +100,7 @@ def test_a_minimal_config_takes_the_documented_defaults(tmp_path: Path, registry
     assert (config.sampling.steps, config.sampling.guidance_scale, config.sampling.eta) == (50, 7.5, 0)
     assert (config.backprop.strategy, config.backprop.k, config.backprop.checkpoint_steps) == ("uniform", None, "auto")
     assert (config.lora.rank, config.optimizer.learning_rate, config.optimizer.max_grad_norm) == (8, 1e-3, 1.0)
-    assert (config.training.batch_size, config.samples.seed, config.evaluation.seed) == (8, 42, 1234)
+    assert (config.training.batch_size, config.previews.seeds, config.evaluation.seed) == (8, [42], 1234)
     assert config.rewards[0].label == "jpeg"
     assert config.rewards[0].options == {"quality": 95, "weights": None}
 
@@ -156,7 +156,7 @@ def test_yaml_scalars_are_what_people_mean_and_survive_writing(text: str, value:
     [
         ("a: [1\nb: 2\n", "run.yaml:2:2: not valid YAML"),
         ("a:\n\t- 1\n", "run.yaml:2:1: not valid YAML"),
-        ("a: 1\nb: 2\na: 3\n", 'run.yaml:3:1: not valid YAML: the key "a" stands here a second time'),
+        ("a: 1\nb: 2\na: 3\n", 'run.yaml:3:1: not valid YAML: the key "a" appears twice'),
         ("a: !!python/object/apply:os.system ['true']\n", "could not determine a constructor"),
         ("a: &x [*x]\n", "nested more than 50 levels"),
         ("a: \x07\n", "unacceptable character"),
@@ -219,7 +219,7 @@ def test_everything_wrong_is_reported_together_with_lines(tmp_path: Path, regist
         load(tmp_path, registry, base=base)
     lines = str(caught.value).split("\n")
     assert lines[0].endswith("run.yaml: 8 problems")
-    assert lines[1] == "  output: is missing; write it."
+    assert lines[1] == "  output: is required."
     assert lines[4] == "  line 3: lr: unknown key. In alignprop this is optimizer.learning_rate."
     assert lines[5] == '  line 5: training.steps: must be a whole number, not the text "40".'
     assert lines[-1].startswith(
@@ -244,7 +244,7 @@ def test_everything_wrong_is_reported_together_with_lines(tmp_path: Path, regist
         ("backprop: {strategy: lastk}", "backprop.strategy", 'must be last_k, uniform, gaussian, full, drtune, refl or bernoulli, not the text "lastk". Did you mean "last_k"?'),
         ("backprop: {strategy: bernoulli, keep_probability: 0}", "backprop.keep_probability", "must be more than 0, not 0."),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate", 'must be a number, not the text "fast".'),
-        ("model: {base: starter, loras: [{strength: 1}]}", "model.loras.0.path", "is missing; write it."),
+        ("model: {base: starter, loras: [{strength: 1}]}", "model.loras.0.path", "is required."),
         ("version: 2", "version", "must be 1, not 2."),
         ("evaluation: {rewards: [{name: jpeg_bytes, label: 'a b'}]}", "evaluation.rewards.0.label", 'must be letters, digits, dots, dashes and underscores, not the text "a b".'),
     ],
@@ -260,12 +260,12 @@ def test_wrong_values_are_refused(tmp_path: Path, registry: Registry, text: str,
         ("sampling: {step: 3}", "sampling.step", "unknown key. Did you mean sampling.steps?"),
         ("guidance_scale: 3", "guidance_scale", "unknown key. Did you mean sampling.guidance_scale?"),
         ("training: {rank: 3}", "training.rank", "unknown key. Did you mean lora.rank?"),
-        ("training: {every: 3}", "training.every", "unknown key. Did you mean save.every or samples.every or evaluation.every?"),
+        ("training: {every: 3}", "training.every", "unknown key. Did you mean save.every or previews.every or evaluation.every?"),
         ("steps: 3", "steps", "unknown key. Did you mean sampling.steps or training.steps?"),
         ("optimiser: {}", "optimiser", "unknown key. Did you mean optimizer?"),
         ("lora: {network-dim: 3}", "lora.network-dim", "unknown key. In alignprop this is lora.rank."),
         ("training: {learning_rate: 3}", "training.learning_rate", "unknown key. In alignprop this is optimizer.learning_rate."),
-        ("1: 2", "1", "keys are text; put it in quotes."),
+        ("1: 2", "1", "keys are text. Put it in quotes."),
         ("mix: {zzz: 1}", "mix.zzz", "unknown key. Known here: combine, balance_at, per_sample, decay, scale_floor, reward_batch_size, offload."),
     ],
 )  # fmt: skip
@@ -304,8 +304,8 @@ def test_impossible_combinations_are_refused(tmp_path: Path, registry: Registry,
     [
         ("[]", "rewards", "must be a list of at least 1, not an empty list."),
         ("[{name: jpeg, weight: 0}]", "rewards.0.weight", "a weight of 0 trains nothing"),
-        ("[{name: jpeg, weight: -1, ceiling: -1}]", "rewards.0.ceiling", "no further write floor: -1;"),
-        ("[{name: jpeg, weight: {0: 0, 9: -1}, ceiling: 2}]", "rewards.0.ceiling", "goes with a positive weight"),
+        ("[{name: jpeg, weight: -1, ceiling: -1}]", "rewards.0.ceiling", "no further, set floor: -1;"),
+        ("[{name: jpeg, weight: {0: 0, 9: -1}, ceiling: 2}]", "rewards.0.ceiling", "needs a positive weight"),
         ("[{name: jpeg, weight: .nan}]", "rewards.0.weight", "must be a finite number"),
         ("[{name: jpeg}, {name: jpeg}]", "rewards.1.label", '"jpeg" is used by rewards.0 already'),
         ("[{name: jpeg_bytes}]", "rewards.0.name", "use it under evaluation.rewards"),
@@ -314,7 +314,7 @@ def test_impossible_combinations_are_refused(tmp_path: Path, registry: Registry,
         ("[{name: jpeg, options: {quality: high}}]", "rewards.0.options.quality", "must be a whole number"),
         ("[{name: jpeg, options: {quality: true}}]", "rewards.0.options.quality", "must be a whole number, not true"),
         ("[{name: jpeg, options: 3}]", "rewards.0.options", "must be a mapping"),
-        ("[{name: count}]", "rewards.0.options.number", "is missing; write it."),
+        ("[{name: count}]", "rewards.0.options.number", "is required."),
         ("[jpeg]", "rewards.0", "must be a mapping"),
     ],
 )

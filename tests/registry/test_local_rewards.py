@@ -21,7 +21,7 @@ from alignprop_core import train
 from alignprop_core.config.load import load_config, parse_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.diffusion.size import drawn_size
+from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import ConfigError, PluginError, TrialError
 from alignprop_core.mix.load import load_terms
 from alignprop_core.prompts import PromptSet
@@ -98,7 +98,7 @@ def data(folder: Path, tiny_model: Path) -> Callable[..., dict[str, Any]]:
             "sampling": {"steps": 2, "guidance_scale": 1.0},
             "rewards": list(rewards),
             "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
-            "samples": {"every": None},
+            "previews": {"prompts": []},
             "evaluation": {"images_per_prompt": 1, **more.pop("evaluation", {})},
             "output": str(folder / "run"),
             **more,
@@ -228,7 +228,7 @@ def test_a_file_without_a_gradient_is_refused_before_a_model_loads(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("alignprop_core.training.trainer.load_pipeline", load)
+    monkeypatch.setattr("alignprop_core.diffusion.sampler.load_pipeline", load)
     config = parse(folder, data({"name": "./my_rewards.py:Detached"}))
     words = r'^rewards\.0\.name: .*"detached" returned scores without.*use it under evaluation\.rewards'
     with pytest.raises(TrialError, match=words):
@@ -279,7 +279,7 @@ def trial(folder: Path, data: dict[str, Any], **options: Any) -> Any:
     known = registry()
     terms = load_terms(config.rewards, known)
     prompts = PromptSet("mine", ("a fox",), ({},))
-    size = drawn_size(config, known)
+    size = image_size(config, known)
     try_local(terms, config.rewards, known, prompts=prompts, device=torch.device("cpu"), **{"size": size, **options})
     return terms[0].reward
 
@@ -310,12 +310,12 @@ def test_the_size_a_run_draws_is_read_without_loading_its_model(
     from diffusers import StableDiffusionPipeline
 
     def size(**sections: Any) -> tuple[int, int] | None:
-        return drawn_size(parse(folder, data({"name": "redness"}, **sections)), registry())
+        return image_size(parse(folder, data({"name": "redness"}, **sections)), registry())
 
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
     config = parse(folder, data({"name": "redness"}))
     own = (pipeline.unet.config.sample_size * pipeline.vae_scale_factor,) * 2
-    assert size() == drawn_size(config, registry(), pipeline) == own
+    assert size() == image_size(config, registry(), pipeline) == own
     assert size(sampling={"width": 200}) == (own[0], 200)
     assert size(model={"base": str(tiny_model), "vae": str(tiny_model)}) == own
     assert size(model={"base": "nobody/nothing"}) is None
@@ -437,7 +437,7 @@ def test_a_config_made_in_python_needs_no_rewards_beside_objects(
     assert refused(folder, {**data(), "rewards": []}).keys() == {"rewards"}
     missing = data()
     del missing["rewards"]
-    assert refused(folder, missing) == {"rewards": "is missing; write it."}
+    assert refused(folder, missing) == {"rewards": "is required."}
     schema = RunConfig.model_json_schema()
     assert "rewards" in schema["required"]
     assert "default" not in schema["properties"]["rewards"]
@@ -491,8 +491,8 @@ def test_a_run_on_objects_says_at_the_command_line_what_to_do(
     import yaml
 
     from alignprop_core.cli import run as command
-    from alignprop_report.page import run_page
-    from alignprop_report.read import read_run
+    from alignprop_report.run_files import read_run
+    from alignprop_report.run_page import run_page
 
     (folder / "run.yaml").write_text(yaml.safe_dump({**data(), "rewards": [{"name": "mine"}]}))
     made = train(folder / "run.yaml", registry=registry(), rewards={"mine": Redness()})

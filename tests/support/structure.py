@@ -12,8 +12,9 @@ import ast
 import io
 import sys
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 CORE = Path(__file__).parents[2] / "alignprop_core"
 
@@ -26,6 +27,8 @@ LAYERS = [
 
 HEART = ("reward", "mix", "lora", "diffusion", "training")
 LIMITS = {"root modules": 13, "heart": 4000, "core": 9500}
+STEP_LIMITS = {"functions": 35, "modules": 18}
+"""What one training step may pass through, by name: functions of the core, and modules they are in."""
 
 BLIND = {"diffusion": {"reward", "mix"}, "reward": {"diffusion"}, "mix": {"diffusion"}, "registry": {"diffusion"}}
 """What a layer must not import although it is below: sampling and scoring meet in `training` and `evaluation`."""
@@ -147,6 +150,28 @@ def cycles() -> Iterator[tuple[str, str]]:
     """Yield pairs of layers that import each other."""
     edges = {(layer_of(path), other) for path in modules() for other in imports(path) if other != layer_of(path)}
     yield from sorted((a, b) for a, b in edges if a < b and (b, a) in edges)
+
+
+def functions_of_a_step(step: Callable[[], object]) -> set[tuple[str, str]]:
+    """Return (module, function) of the core's functions that run while `step` is called.
+
+    Comprehensions, lambdas and properties count with the function they are in; so do dunder methods.
+    """
+    found: set[tuple[str, str]] = set()
+
+    def profile(frame: FrameType, event: str, _argument: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(f"{CORE}/"):
+            name = code.co_qualname.partition(".<locals>")[0]
+            if not name.rpartition(".")[2].startswith(("__", "<")):
+                found.add((str(Path(code.co_filename).relative_to(CORE)), name))
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return found
 
 
 def main() -> None:
