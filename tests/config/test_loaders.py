@@ -161,7 +161,7 @@ def test_what_is_wrong_under_the_key_is_reported_with_everything_else(
     with pytest.raises(InvalidConfig) as caught:
         load_config(config(wrong), registry=registry)
     for message in (
-        "rewards.0.scaled.factor: is missing",
+        "rewards.0.scaled.factor: is required",
         "rewards.0.scaled.factr: unknown key. Did you mean scaled.factor?",
         "rewards.0.weight: must be a number",
         "rewards.0.wieght: unknown key. Did you mean rewards.0.weight?",
