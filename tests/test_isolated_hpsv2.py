@@ -12,9 +12,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from alignprop_core.config.load import load_config
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training.run import train
+from alignprop_core.training.trainer import Trainer
 from alignprop_isolation.config import IsolationConfig
 from alignprop_isolation.install import python_of
 from alignprop_isolation.lookup import IsolatedRewards
@@ -57,7 +58,7 @@ def test_the_original_hpsv2_trains_a_run_from_its_own_environment(tiny_model: Pa
         "output": str(tmp_path / "run"),
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
-    train(tmp_path / "run.yaml")
+    Trainer(load_config(tmp_path / "run.yaml")).train()
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(step["terms"]["original_hpsv2"]["grad_norm"] > 0 for step in steps)
     assert "hpsv2" not in sys.modules

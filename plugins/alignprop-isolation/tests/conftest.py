@@ -230,11 +230,11 @@ def config_file(tmp_path: Path, tiny_model: Path) -> Callable[..., Path]:
 @pytest.fixture
 def train() -> Callable[..., Path]:
     """Train a run config and return the run folder."""
-    from alignprop_core.training.train import train as train_run
+    from alignprop_core.training.trainer import Trainer
 
     def train(path: Path, overrides: Sequence[str] = ()) -> Path:
         config = load_config(path, overrides)
-        train_run(config)
+        Trainer(config).train()
         return Path(config.output)
 
     return train
