@@ -1,7 +1,7 @@
 """Complete training state on disk: adapters, optimizer, step and loss scale, in safetensors and JSON.
 
-A checkpoint takes its name only when it is whole, so a killed run leaves the one before it intact.
-All randomness comes from (seed, step, index), so this is all a resumed run needs to be the run.
+A checkpoint gets its name only once it is complete, so a killed run leaves the one before it intact. All randomness
+comes from (seed, step, index), so this state is all that a resumed run needs to equal the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ ADAPTER, OPTIMIZER, EXTRA = "adapter.safetensors", "optimizer.safetensors", "ext
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint holds: adapter tensors, optimizer state, and small numbers such as the step.
+    """Adapter tensors, optimizer state, and small numbers such as the step.
 
-    `extra` holds tensors of what not every run has: the adapters' moving average, the best adapters so far.
+    `extra` contains tensors that not every run has: the adapters' moving average, the best adapters so far.
     """
 
     adapter: dict[str, Tensor]
@@ -44,7 +44,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Restore what `optimizer_tensors` returned."""
     states: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
@@ -53,7 +53,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 
 
 def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> Path:
-    """Write checkpoints/step-NNNNNN of a run; whole under its name, or not there at all."""
+    """Write checkpoints/step-NNNNNN of a run, atomically."""
     name = f"checkpoints/step-{int(checkpoint.state['step']):06d}"
     tensors = [*checkpoint.adapter.values(), *checkpoint.optimizer.values(), *checkpoint.extra.values()]
     with folder.staged(name, needs=sum(t.nbytes for t in tensors)) as building:

@@ -1,4 +1,4 @@
-"""Opening a run's folder, and what stands in it of where, with what and when the run ran."""
+"""Opening a run's folder: config.yaml, and environment.json with versions, device and times."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def open_folder(
     step: int = 0,
     overwrite: bool = False,
 ) -> RunFolder:
-    """Make a run's folder, or open the one it goes on in, and write config.yaml and environment.json.
+    """Create a run's folder, or open it to resume, and write config.yaml and environment.json.
 
     Args:
         config: the run config; its `output` is the folder.
         registry: where its names were looked up.
-        device: what it trains on.
-        checkpoint: the checkpoint it goes on from, if any.
-        step: steps done; of a run that is gone on with, later lines of the metrics are cut off.
+        device: the training device.
+        checkpoint: the checkpoint to resume from, if any.
+        step: steps done; when resuming, later lines of the metrics are removed.
         overwrite: whether an earlier run in the folder may be replaced.
     """
     times = _times(checkpoint)
@@ -48,9 +48,9 @@ def open_folder(
 
 
 def _times(checkpoint: Path | None) -> dict[str, Any]:
-    """Return `started` and `resumed`, in ISO 8601 with the offset to UTC; a run that is gone on with keeps its start.
+    """Return `started` and `resumed`, in ISO 8601 with the offset to UTC; a resumed run keeps its start.
 
-    The start is null where it is not known: the checkpoint lies in no run folder, or an older version began the run.
+    The start is null if it is unknown: the checkpoint is in no run folder, or an older version started the run.
     """
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     if checkpoint is None:

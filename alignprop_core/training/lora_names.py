@@ -1,4 +1,4 @@
-"""What a run's LoRA files are called, and what their headers say of the run."""
+"""Names and header metadata of a run's LoRA files."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def lora_name(folder: Path) -> str:
 
 
 def lora_metadata(trainer: Trainer) -> dict[str, str]:
-    """Return what the file's header says of the run."""
-    # Without the folders of a Python file: what a LoRA carries around says nothing of its maker's disk.
+    """Return the header metadata of the run's LoRA files."""
+    # Without the folders of a Python file: a published LoRA should not reveal its author's paths.
     rewards = [{"name": public_name(term.name), "weight": term.weight} for term in trainer.config.rewards]
     return {
         "modelspec.title": lora_name(trainer.folder.path),

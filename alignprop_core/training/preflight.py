@@ -1,4 +1,4 @@
-"""What of a run can be checked before torch is imported: a mistyped path is said at once. No torch, no network."""
+"""Checks of a run's inputs before torch is imported: a mistyped path is reported at once. No torch, no network."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Inputs:
     """What a run starts from.
 
     Attributes:
-        prompts: to train on.
-        heldout: for evaluation, if the config names some.
-        checkpoint: the folder of the checkpoint to go on from, if any.
+        prompts: the training prompts.
+        heldout: the prompts for evaluation, if the config names some.
+        checkpoint: folder of the checkpoint to resume from, if any.
     """
 
     prompts: PromptSet
@@ -42,17 +42,17 @@ def check_inputs(
     overwrite: bool = False,
     loads_model: bool = True,
 ) -> Inputs:
-    """Check that a run's output is free, its files are there and its names known, and read its prompts.
+    """Check that a run's output folder is free, its files exist and its names are known, and read its prompts.
 
     Changes nothing.
 
     Args:
         config: the run config.
         registry: where names are looked up.
-        resume: a run folder or checkpoint to go on from.
-        edited: whether the code of a reward may have changed since the run that is gone on with began.
+        resume: a run folder or checkpoint to resume from.
+        edited: whether a reward's code may have changed since the run began.
         overwrite: whether an earlier run in the output folder may be replaced.
-        loads_model: whether the model is loaded from the config, and not passed from Python.
+        loads_model: whether the model is loaded from the config instead of passed from Python.
 
     Raises:
         UserError: with the run config's key.
@@ -78,7 +78,7 @@ def check_inputs(
 
 
 def check_model(config: RunConfig, registry: Registry) -> None:
-    """Raise `UserError`, with the run config's key, if the base model or what is added to it is a path to nothing."""
+    """Raise `UserError`, with the run config's key, if the base model, VAE or a LoRA does not exist."""
     with under("model.base"):
         find_base(config.model.base, registry)
     if config.model.vae is not None:
@@ -90,7 +90,7 @@ def check_model(config: RunConfig, registry: Registry) -> None:
 
 
 def check_rewards(config: RunConfig, registry: Registry) -> None:
-    """Raise `WeightsError`, with the run config's key, if weights a reward's options name are missing."""
+    """Raise `WeightsError`, with the run config's key, if weights that a reward's options name are missing."""
     for where, entries in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
         for i, entry in enumerate(entries):
             with under(f"{where}.{i}.options.weights"):
@@ -100,8 +100,8 @@ def check_rewards(config: RunConfig, registry: Registry) -> None:
 def check_weights(entry: RewardTerm, registry: Registry) -> None:
     """Raise `WeightsError` if a reward's option `weights` means a file that is missing.
 
-    What can be said before the reward is built; the rest is left to it. A class from Python or a file may mean anything
-    by its option of that name, and is left alone.
+    Only what is certain before the reward is built. A class from Python or a file may use an option of that name for
+    anything, and is not checked.
     """
     weights = entry.options.get("weights")
     if not isinstance(weights, str) or (entry.loader is None and registry.local(entry.name) is not None):
@@ -110,8 +110,8 @@ def check_weights(entry: RewardTerm, registry: Registry) -> None:
         check_named_file(weights, reward=entry.name)
         return
     files = registry.source(entry.loader).reward(entry.name).spec.weights
-    # Which of a spec's files an option chooses, or another one, only the reward knows. But where nothing chooses, and
-    # all are to be fetched, and none is here, there is none to load.
+    # Only the reward knows which of the spec's files its options choose. But if no option chooses, and no file is here,
+    # there is none to load.
     if files and all(file.repository and cached(file) is None for file in files) and _chooses_nothing(entry, registry):
         find_weights("default", reward=entry.name, default=files[0])
 
@@ -122,5 +122,5 @@ def _chooses_nothing(entry: RewardTerm, registry: Registry) -> bool:
     try:
         usual = registry.source(entry.loader).reward_options(entry.name, plain)
     except ConfigError:
-        return False  # one that must be given is left out
+        return False  # a required option is missing
     return entry.options == (usual if isinstance(usual, dict) else usual.model_dump(mode="json"))

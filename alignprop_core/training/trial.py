@@ -19,17 +19,17 @@ from alignprop_core.reward import ImageBatch
 
 
 def score_advice(entry: RewardTerm, registry: Registry) -> str:
-    """Return how a term's reward is tried on a picture, as the end of a sentence; empty where no command can.
+    """Return how to try a term's reward on an image, as the end of a sentence; empty if no command can.
 
     Args:
-        entry: the term; its label is nothing a command knows.
-        registry: which of the names are objects from Python, that no command can find.
+        entry: the term; commands know its name, not its label.
+        registry: knows which names are objects from Python, which no command can find.
     """
     if entry.loader is not None or entry.name in registry.given:
         return ""
     try:
         usual = registry.reward_options(entry.name).model_dump(mode="json")
-    except ConfigError:  # one has no default
+    except ConfigError:  # an option has no default
         usual = {}
     words = ["--reward", entry.name]
     for key, value in entry.options.items():
@@ -48,19 +48,19 @@ def try_local(
     size: tuple[int, int] | None = None,
     where: str = "rewards",
 ) -> None:
-    """Score one picture of noise with rewards from Python, a file or another environment: do they give a gradient?
+    """Score one image of noise with rewards from Python, a file or a loader, to check that they give a gradient.
 
-    A plugin's spec declares that and its tests hold it to it; a class written a minute ago may well not have one, and
-    an environment may lack something that scoring needs. To find out at the first step would cost the loading of a
-    model. The picture has the size, dtype and range of the run's.
+    Plugins declare this in their spec and their tests check it; a class written a minute ago may not have a gradient,
+    and another environment may lack something that scoring needs. To find out at the first step would cost the time to
+    load the model. The image has the size, dtype and range of the run's images.
 
     Args:
         terms: the loaded rewards.
-        entries: what the config says of them, in the same order.
+        entries: their config entries, in the same order.
         registry: where they were looked up.
-        prompts: the run's; the first one is used.
-        device: where the rewards are.
-        size: (height, width) in pixels, as `image_size` tells; None is `UNKNOWN_SIZE`.
+        prompts: the run's prompts; the first one is used.
+        device: device of the rewards.
+        size: (height, width) in pixels, from `image_size`; None uses `UNKNOWN_SIZE`.
         where: key of the entries in the run config.
 
     Raises:
@@ -70,7 +70,7 @@ def try_local(
     # As the sampler decodes: float32 (a float64 model, which no config asks for, would give float64) in [0, 1].
     images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     first: dict[str, Any] = {"prompts": prompts.prompts[:1], "metadata": prompts.metadata[:1]}
-    whose = "the size the run draws" if size else "as the model's own size is not known before it loads"
+    whose = "the size of the run's images" if size else "because the model's own size is not known before it loads"
     tried = f"This was a trial before training, with 1 random image of {width}x{height} pixels ({whose})."
     for i, (term, entry) in enumerate(zip(terms, entries, strict=True)):
         if entry.loader is None and registry.local(entry.name) is None:
