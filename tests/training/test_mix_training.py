@@ -1,11 +1,8 @@
-"""Mixes in a training run: the same run however it is cut up, and costs that do not grow with the number of rewards."""
+"""Mixes in a training run: chunking does not change the run, and costs do not grow with the number of rewards."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,20 +14,26 @@ from torch import Tensor
 
 from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.training.progress import ProgressBar
 from alignprop_core.training.trainer import Trainer
-from tests.support import ROOT
-from tests.support.toy_rewards import Redness, registry
+from tests.support import toy_rewards
+from tests.support.processes import train_in_processes
+from tests.support.toy_rewards import Redness
 from tests.support.toy_runs import adapters, changed, metrics, toy_data
 
 
 class Shade(Redness):
-    """Dark pictures; not everywhere against redness."""
+    """Dark images; not everywhere in conflict with redness."""
 
     def score(self, batch: Any) -> Tensor:
         shade: Tensor = -self.config.gain * (batch.images**2).flatten(1).mean(1)
         return shade
+
+
+def registry() -> Registry:
+    return toy_rewards.registry().with_rewards({"shade": Shade()})
 
 
 MODES: dict[str, dict[str, Any]] = {
@@ -57,7 +60,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
     )
 
     def build(resume: Path | None = None, **overrides: object) -> Trainer:
-        known = registry().with_rewards({"shade": Shade()})
+        known = registry()
         return Trainer(changed(base, overrides, known), registry=known, resume=resume)
 
     return build
@@ -101,7 +104,7 @@ def test_a_resumed_mix_is_the_run(make: Callable[..., Trainer], tmp_path: Path, 
     resumed = make(mix=MODES[mode], output=str(broken), resume=broken).train()
     for name, tensor in adapters(straight).items():
         assert torch.equal(adapters(resumed)[name], tensor), name
-    keys = ("terms", "cosines", "reward", "reward_queries")
+    keys = ("terms", "cosines", "total", "reward_queries")
     assert [[line[key] for key in keys] for line in metrics(resumed)] == [
         [line[key] for key in keys] for line in metrics(straight)
     ]
@@ -109,36 +112,18 @@ def test_a_resumed_mix_is_the_run(make: Callable[..., Trainer], tmp_path: Path, 
 
 @pytest.mark.slow
 def test_two_processes_give_the_run_of_one(make: Callable[..., Trainer], tmp_path: Path) -> None:
-    one = make(mix=MODES["balanced"], training__steps=2, training__batch_size=3).train()
-    config = tmp_path / "two.json"
-    again = make(mix=MODES["balanced"], training__steps=2, training__batch_size=3, output=str(tmp_path / "two"))
-    config.write_text(again.config.model_dump_json())
-    script = tmp_path / "two.py"
-    script.write_text(
-        "from pathlib import Path\n"
-        "from alignprop_core.config.sections import RunConfig\n"
-        "from alignprop_core.training.trainer import Trainer\n"
-        "from tests.training.test_mix_training import Shade\n"
-        "from tests.support.toy_rewards import registry\n"
-        f"config = RunConfig.model_validate_json(Path({str(config)!r}).read_text())\n"
-        "trainer = Trainer(config, registry=registry(), rewards={'shade': Shade()})\n"
-        "assert trainer.state.num_processes == 2\n"
-        "trainer.train()\n"
-        "states = [None, None]\n"
+    options: dict[str, Any] = {"mix": MODES["balanced"], "training__steps": 2, "training__batch_size": 3}
+    one = make(**options).train()
+    same_statistics = (
         "import torch.distributed as dist\n"
+        "states = [None, None]\n"
         "dist.all_gather_object(states, trainer.mix.state())\n"
         "assert states[0] == states[1], states\n"
     )
-    root = ROOT
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script)],
-        check=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    same(adapters(one), adapters(tmp_path / "two"))
-    for a, b in zip(metrics(one), metrics(tmp_path / "two"), strict=True):
+    config = make(**options, output=str(tmp_path / "two")).config
+    two = train_in_processes(config, module="tests.training.test_mix_training", after=same_statistics)
+    same(adapters(one), adapters(two))
+    for a, b in zip(metrics(one), metrics(two), strict=True):
         assert b["terms"]["redness"] == pytest.approx(a["terms"]["redness"], rel=1e-3, abs=1e-4)
 
 
@@ -177,7 +162,7 @@ def test_three_terms_cost_three_reward_backwards_and_one_of_the_rest(make: Calla
         watch(term.reward, scored, differentiated)
     watch(trainer.pipeline.vae.decoder, None, decoded)
     watch(trainer.denoiser, None, denoised)
-    trainer.step()  # the first step makes its images twice, once to learn the terms' sizes
+    trainer.step()  # the first step generates its images twice, once to calibrate
     for counter in (scored, differentiated, decoded, denoised):
         counter.count = 0
     trainer.step()
@@ -200,8 +185,8 @@ def test_balanced_raises_both_where_sum_lets_the_large_one_win(make: Callable[..
         def means(trainer: Trainer = trainer, noise: Any = noise, prompts: list[str] = prompts) -> dict[str, float]:
             with torch.no_grad():
                 images = trainer.sampler.decode(trainer.sampler.sample(prompts, noise).latents)
-                scores = trainer.mix.score(ImageBatch(images=images))
-            return {label: float(values.mean()) for label, values in scores.raw.items()}
+                batch = ImageBatch(images=images)
+                return {term.label: float(term.score(batch).mean()) for term in trainer.mix.terms}
 
         before = means()
         trainer.train()
@@ -219,9 +204,9 @@ def test_every_step_logs_what_the_mix_did(make: Callable[..., Trainer], capsys: 
         assert -1 <= line["cosines"]["redness | shade"] <= 1
         assert sum(term["share"] for term in line["terms"].values()) == pytest.approx(1.0)
         for term in line["terms"].values():
-            assert {"raw", "weighted", "factor", "held", "grad_norm", "share"} <= term.keys()
+            assert {"raw", "weighted", "factor", "saturated", "grad_norm", "share"} <= term.keys()
             assert term["weighted"] == pytest.approx(term["factor"] * term["raw"], rel=1e-5)
-        assert line["reward"] == pytest.approx(sum(term["weighted"] for term in line["terms"].values()), abs=1e-6)
+        assert line["total"] == pytest.approx(sum(term["weighted"] for term in line["terms"].values()), abs=1e-6)
     # In the first step the running size is the step's own, so a factor brings the gradient to the weight's size.
     for term in first["terms"].values():
         assert term["factor"] * term["grad_norm"] == pytest.approx(1.0, rel=1e-4)
@@ -245,7 +230,7 @@ def test_schedules_change_the_factors(make: Callable[..., Trainer]) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_with_every_image_at_its_ceiling_says_so_and_moves_nothing(
+def test_a_step_with_every_image_at_its_ceiling_is_reported_and_changes_nothing(
     make: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     low = [{"name": "redness", "ceiling": -99999.0}, {"name": "shade", "ceiling": -9.0}]
@@ -253,10 +238,10 @@ def test_a_step_with_every_image_at_its_ceiling_says_so_and_moves_nothing(
     before = lora.state(trainer.denoiser)
     trainer.callbacks = [ProgressBar(Console(width=300))]
     lines = metrics(trainer.train())
-    assert all("at the limit" in line["idle"] for line in lines)
+    assert all("every image is at the ceiling" in line["idle"] for line in lines)
     for name, tensor in lora.state(trainer.denoiser).items():
         assert torch.equal(tensor, before[name])
-    assert "nothing done: every image is at the limit" in capsys.readouterr().out
+    assert "no update: every image is at the ceiling" in capsys.readouterr().out
 
 
 def test_momentum_does_not_move_the_adapters_in_an_idle_step(make: Callable[..., Trainer]) -> None:
@@ -265,9 +250,9 @@ def test_momentum_does_not_move_the_adapters_in_an_idle_step(make: Callable[...,
     trainer.step()
     trainer.step()
     before = lora.state(trainer.denoiser)
-    record = trainer.step()
-    assert record.idle is not None
-    assert "weight is 0" in record.idle
+    stats = trainer.step()
+    assert stats.idle is not None
+    assert "weight is 0" in stats.idle
     for name, tensor in lora.state(trainer.denoiser).items():
         assert torch.equal(tensor, before[name])
 
