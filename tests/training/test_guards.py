@@ -323,7 +323,7 @@ def test_a_stopped_run_stays_stopped_until_its_guards_allow_more(make: Callable[
     lines = metrics(folder)
     assert lines[-1] == {"step": 2, "stopped": lines[-1]["stopped"]}
     assert lines[-1]["stopped"].endswith("is above guards.drift_limit 1e-09")
-    told = f"A guard stopped it at step 2 of 8: {lines[-1]['stopped']}."
+    told = f"Stopped early at step 2 of 8: {lines[-1]['stopped']}."
     assert told in (folder / "report.html").read_text(), "there is no evaluation.json to say it"
     train(make(**options, guards={"drift_limit": 1e-9}), resume=folder)
     assert metrics(folder, "reward")[-1]["step"] == 2
@@ -331,7 +331,7 @@ def test_a_stopped_run_stays_stopped_until_its_guards_allow_more(make: Callable[
     train(make(**options), resume=folder)
     assert metrics(folder, "reward")[-1]["step"] == 8
     assert metrics(folder, "stopped") == [], "it went on to its end"
-    assert "It is finished: 8 steps." in (folder / "report.html").read_text()
+    assert "Finished after 8 steps." in (folder / "report.html").read_text()
     assert [row["step"] for row in metrics(folder, "evaluation")] == [0, 2, 4, 6, 8]
 
 

@@ -14,7 +14,7 @@ from alignprop_core.errors import ConfigError, PluginError
 from alignprop_core.registry.registry import Registry
 from alignprop_core.testing import train_two_steps
 from alignprop_core.training.plugin_callbacks import results_written
-from alignprop_core.training.run import train
+from alignprop_core.training.train import train
 from tests.support.fake_plugins import HEAD, install, reward_spec
 from tests.support.toy_runs import metrics, toy_data
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from alignprop_report.pictures import open_sheet, spread
+from alignprop_report.sheets import open_sheet, spread
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images" / "trained"
 SIDE, GAP, COLUMNS = 128, 4, 6
@@ -28,7 +28,7 @@ def strip(run: Path) -> Image.Image:
     whole = Image.new("RGB", (len(cells) * (SIDE + GAP) - GAP, 2 * SIDE + GAP), "white")
     for column, cell in enumerate(cells):
         for row, head in enumerate(("base", "tuned")):
-            picture = cell.pictures[head].resize((SIDE, SIDE), Image.Resampling.BOX)
+            picture = cell.images[head].resize((SIDE, SIDE), Image.Resampling.BOX)
             whole.paste(picture, (column * (SIDE + GAP), row * (SIDE + GAP)))
     return whole
 

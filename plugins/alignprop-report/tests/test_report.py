@@ -1,4 +1,4 @@
-"""The report: one page that opens offline, tells what a run did, and holds nothing but text of what it was given."""
+"""The report: one page that opens offline, shows what a run did, and escapes all text it is given."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ from alignprop_core import cli
 from alignprop_core.config.load import parse_config
 from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.errors import OutputError, RewardError
-from alignprop_core.evaluation.sheet import grid, save_picture
+from alignprop_core.evaluation.sheet import grid, save_image
 from alignprop_core.hookspecs import hookimpl
+from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig, RewardSpec
 from alignprop_core.testing import tiny_pipeline
-from alignprop_core.training.callback import Callback, StepRecord
-from alignprop_core.training.run import run
+from alignprop_core.training.callback import Callback
 from alignprop_core.training.trainer import Trainer
 from alignprop_report.chart import BUCKETS, Chart, Line, draw
+from alignprop_report.comparison_page import names_of, several_page
 from alignprop_report.markup import element
-from alignprop_report.page import run_page, write_page
-from alignprop_report.pictures import open_sheet
-from alignprop_report.read import read_run
-from alignprop_report.several import names_of, several_page
+from alignprop_report.run_files import read_run
+from alignprop_report.run_page import run_page, write_page
+from alignprop_report.sheets import open_sheet
+from alignprop_report.sweep_plot import write_plots
 
 EVIL = "<script>alert(1)</script> \"two\" 'owls' & </title></style>-->"
 VOID = {"meta", "img", "br"}
@@ -174,7 +175,7 @@ def trainer(model: Path, folder: Path, **overrides: object) -> Trainer:
         "lora": {"rank": 2},
         "optimizer": {"learning_rate": 1e-2},
         "training": {"steps": 3, "batch_size": 2, "device": "cpu", "seed": 7},
-        "samples": {"every": 1, "count": 2},
+        "previews": {"every": 1, "prompts": [EVIL, "two owls"]},
         "save": {"every": 2},
         "evaluation": {"every": 1, "images_per_prompt": 2},
         "output": str(folder / "run"),
@@ -195,7 +196,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has everything; tests must not change it."""
-    return run(trainer(tiny_model, tmp_path_factory.mktemp("whole <&'\"> name")))
+    return trainer(tiny_model, tmp_path_factory.mktemp("whole <&'\"> name")).train()
 
 
 @pytest.fixture
@@ -216,8 +217,8 @@ def made(tmp_path: Path) -> Callable[..., Path]:
 
 
 def step(number: int, value: float | None, **further: Any) -> dict[str, Any]:
-    """A line of metrics.jsonl as the first version wrote it, and what came later."""
-    row = {"step": number, "reward": value, "terms": {"redness": {"raw": value, "weighted": value}}}
+    """A line of metrics.jsonl."""
+    row = {"step": number, "total": value, "terms": {"redness": {"raw": value, "weighted": value}}}
     return {**row, "grad_norm": 0.5, "seconds": 1.0, **further}
 
 
@@ -236,9 +237,16 @@ def test_a_run_ends_with_its_page(trained: Path) -> None:
     page = Page((trained / "report.html").read_text(encoding="utf-8"))
     assert page.inside("h1") == ["run"]
     sections = [section["id"] for section in page.all("section")]
-    assert sections == ["result", "pictures", "curves", "guards", "use", "trained", "environment", "config"]
-    assert "On 4 pictures of 2 held-out prompts" in page.text
-    for told in ("0.5 × shade", "1 × redness (ceiling 5)", "mix balanced", "LoRA rank 2", "seed 7", "It is finished"):
+    assert sections == ["result", "images", "curves", "early-stopping", "use", "trained", "environment", "config"]
+    assert "On 4 images of 2 held-out prompts" in page.text
+    for told in (
+        "0.5 × shade",
+        "1 × redness (ceiling 5)",
+        "mix balanced",
+        "LoRA rank 2",
+        "seed 7",
+        "Finished after 3 steps.",
+    ):
         assert told in page.text
     comparison = json.loads((trained / "evaluation.json").read_text())
     assert set(comparison["base"]) == {"redness", "shade", "red_share"}
@@ -255,11 +263,11 @@ def test_the_page_shows_what_the_mix_did(trained: Path) -> None:
     assert "redness | shade: from" in charts["cosine of two gradients"]
     assert "training: from" in charts["redness"]
     assert "held out: from" in charts["redness"]
-    assert {"reward", "red_share", "drift from the base model", "diversity"} <= charts.keys()
+    assert {"total", "red_share", "drift from the base model", "diversity"} <= charts.keys()
     assert "gradient norm of the adapters" in charts
 
 
-def test_pictures_stand_before_along_and_after_with_their_prompts(trained: Path) -> None:
+def test_images_before_during_and_after_training_have_their_prompts(trained: Path) -> None:
     page = page_of(trained)
     for prompt in (EVIL, "two owls"):
         assert [alt for alt in page.alts if prompt in alt] == [
@@ -285,7 +293,7 @@ def test_the_page_loads_and_runs_nothing(trained: Path) -> None:
     assert "@import" not in style
 
 
-def test_the_page_can_be_read_without_eyes_and_on_a_phone(trained: Path) -> None:
+def test_the_page_is_accessible_and_fits_phones(trained: Path) -> None:
     page = page_of(trained)
     assert page.all("html")[0]["lang"] == "en"
     assert "width=device-width" in [meta.get("content", "") for meta in page.all("meta")][2]
@@ -317,19 +325,19 @@ def _evil_run(made: Callable[..., Path]) -> Path:
         "prompts": {"train": EVIL},
         "mix": {"combine": EVIL},
         "backprop": {"strategy": EVIL},
-        "lora": {"targets": [EVIL]},
+        "lora": {"target_modules": [EVIL]},
         "training": {"steps": 9, "seed": EVIL},
-        "guards": {EVIL: EVIL},
+        "early_stopping": {EVIL: EVIL},
         "output": EVIL,
         EVIL: EVIL,
     }
-    terms = {name: {"raw": 0.5, "weighted": 0.5, "share": 0.5, "held": 1.0} for name in (EVIL, f"{EVIL}2")}
-    row = {"reward": 0.5, "terms": terms, "cosines": {EVIL: 0.1}, "grad_norm": 1.0}
+    terms = {name: {"raw": 0.5, "weighted": 0.5, "share": 0.5, "saturated": 1.0} for name in (EVIL, f"{EVIL}2")}
+    row = {"total": 0.5, "terms": terms, "cosines": {EVIL: 0.1}, "grad_norm": 1.0}
     rows = [
         {"step": 1, **row},
-        {"step": 2, **row, "dropped": EVIL},
+        {"step": 2, **row, "skipped": EVIL},
         {"step": 3, **row, "idle": EVIL},
-        {"step": 3, "evaluation": {"reward": 1.0, "scores": {EVIL: {"mean": 1.0}, f"{EVIL}3": {"mean": 1.0}}}},
+        {"step": 3, "evaluation": {"total": 1.0, "scores": {EVIL: {"mean": 1.0}, f"{EVIL}3": {"mean": 1.0}}}},
     ]
     scores = {"n": 2, "mean": 1.0}
     point = {"strength": 1.0, "drift": 0.1, "scores": {EVIL: scores}}
@@ -353,8 +361,8 @@ def _evil_run(made: Callable[..., Path]) -> Path:
     )
     (folder / "images").mkdir()
     picture = grid([torch.rand(3, 32, 32)], [EVIL])
-    save_picture(picture, folder / "images" / "step-000000.png")
-    save_picture(picture, folder / "images" / "before_after.png")
+    save_image(picture, folder / "images" / "step-000000.png")
+    save_image(picture, folder / "images" / "before_after.png")
     (folder / "lora").mkdir()
     (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
     (folder / "lora" / "<b>&.safetensors").touch()
@@ -388,12 +396,12 @@ def test_what_html_cannot_hold_is_replaced() -> None:
 # -- folders that are not as expected ---------------------------------------------------------------------------
 
 
-def test_broken_lines_of_the_metrics_are_left_out_and_said(made: Callable[..., Path]) -> None:
+def test_broken_lines_of_the_metrics_are_skipped_and_reported(made: Callable[..., Path]) -> None:
     folder = made([step(1, 0.1), step(2, 0.2)])
     with open(folder / "metrics.jsonl", "ab") as file:
         file.write(b'[]\n{"step": true}\n\xff\xfe\n' + b"[" * 100_000 + b'\n{"step": 3, "reward": 0.')
     page = page_of(folder)
-    assert "5 broken lines of metrics.jsonl left out (lines 3, 4, 5, 6, 7)." in page.text
+    assert "5 broken lines of metrics.jsonl skipped (lines 3, 4, 5, 6, 7)." in page.text
     assert "Step 2 of 4" in page.text.replace("step 2", "Step 2")
 
 
@@ -409,8 +417,8 @@ def test_a_run_without_anything_but_a_config_gives_a_page(made: Callable[..., Pa
     folder = made([])
     (folder / "metrics.jsonl").unlink()
     page = page_of(folder)
-    assert "No step is done yet." in page.text
-    assert "There are no figures yet." in page.text
+    assert "No step has finished yet." in page.text
+    assert "There are no metrics yet." in page.text
 
 
 def test_an_older_unfinished_run_gives_a_page(made: Callable[..., Path]) -> None:
@@ -420,87 +428,85 @@ def test_an_older_unfinished_run_gives_a_page(made: Callable[..., Path]) -> None
     Image.new("RGB", (200, 120), "red").save(folder / "images" / "before_after.png")
     (folder / "images" / "step-000002.png").write_bytes(b"no picture")
     page = page_of(folder)
-    assert "It is not finished: step 3 of 4." in page.text
-    assert "There was no evaluation on held-out prompts; the reward in training rose by 200% (0.1 to 0.3)" in page.text
+    assert "Not finished: step 3 of 4." in page.text
+    assert "There was no evaluation on held-out prompts; the total in training rose by 200% (0.1 to 0.3)" in page.text
     assert "images/step-000002.png cannot be read" in page.text
     assert page.alts == [
-        "Before and after: for each prompt the base model's picture and the tuned model's",
-        "Pictures at step 0, each above its prompt",
+        "Before and after: for each prompt, the image of the base model and of the tuned model",
+        "Images at step 0, each above its prompt",
     ]
-    assert "there is none yet" in page.text
+    assert "it does not exist yet" in page.text
 
 
 def test_a_step_done_twice_counts_once(made: Callable[..., Path]) -> None:
     folder = made([step(1, 0.1), step(2, 0.9), step(2, 0.2), step(3, 0.3)])
-    assert [row["reward"] for row in read_run(folder).steps] == [0.1, 0.2, 0.3]
+    assert [row["total"] for row in read_run(folder).steps] == [0.1, 0.2, 0.3]
 
 
-def test_what_guards_did_is_visible(made: Callable[..., Path]) -> None:
+def test_early_stopping_and_skipped_steps_are_visible(made: Callable[..., Path]) -> None:
     rows = [
         step(1, 0.1),
-        step(2, None, dropped="the gradient is not finite"),
+        step(2, None, skipped="the gradient is not finite"),
         step(3, 0.3, idle="all at their ceiling"),
     ]
     rows += [step(4, 0.3, idle="all at their ceiling")]
-    rows += [{"step": n, "evaluation": {"reward": n, "scores": {}, "drift": n, "best": n == 1}} for n in range(3)]
+    rows += [{"step": n, "evaluation": {"total": n, "scores": {}, "drift": n, "best": n == 1}} for n in range(3)]
     config = {
         "model": {"base": "m"},
         "rewards": [{"name": "redness"}],
         "training": {"steps": 40},
-        "guards": {"drift_limit": 1.5, "patience": None},
+        "early_stopping": {"max_drift": 1.5, "patience": None},
     }
-    stopped = {"base": {}, "tuned": {}, "step": 1, "stopped": "drift 2 is above guards.drift_limit 1.5"}
+    stopped = {"base": {}, "tuned": {}, "step": 1, "stopped": "drift 2 is above early_stopping.max_drift 1.5"}
     folder = made(rows, config=config, evaluation=stopped)
     (folder / "lora").mkdir()
     (folder / "lora" / "pytorch_lora_weights.safetensors").touch()
     page = page_of(folder)
-    told = "A guard stopped it at step 4 of 40: drift 2 is above guards.drift_limit 1.5. The LoRA is that of step 1."
+    told = "Stopped early at step 4 of 40: drift 2 is above early_stopping.max_drift 1.5. The LoRA is from step 1."
     assert told in page.text
     assert page.inside("td").count("the gradient is not finite") == 1
     assert "2 (steps 3 to 4): all at their ceiling" in page.inside("dd")
     assert "step 1" in page.inside("dd")
     classes = {path.get("class") for path in page.all("path")}
-    assert {"dropped", "idle", "saved", "limit"} <= classes
-    assert {"dropped step", "step that did nothing", "the LoRA that was kept", "best evaluation"} <= set(
-        page.inside("span")
-    )
+    assert {"skipped", "idle", "saved", "limit"} <= classes
+    assert {"skipped step", "idle step", "step of the saved LoRA", "best evaluation"} <= set(page.inside("span"))
 
 
-def test_a_reason_to_stop_holds_until_the_run_goes_on(made: Callable[..., Path]) -> None:
+def test_a_reason_to_stop_is_shown_until_the_run_resumes(made: Callable[..., Path]) -> None:
     stopped = [step(1, 0.1), step(2, 0.2), {"step": 2, "stopped": "far enough"}]
-    assert "A guard stopped it at step 2 of 4: far enough." in page_of(made(stopped)).text
+    assert "Stopped early at step 2 of 4: far enough." in page_of(made(stopped)).text
     assert "far enough" in page_of(made(stopped, name="twice")).inside("dd")
     assert "far enough" not in page_of(made([*stopped, step(3, 0.3)], name="on")).text
     folder = made([step(1, 0.1), {"step": 1, "stopped": EVIL}], name="evil")
     assert EVIL in page_of(folder).text
 
 
-def test_a_page_says_when_a_run_began_and_went_on(trained: Path, made: Callable[..., Path]) -> None:
+def test_a_page_has_the_times_of_start_and_resume(trained: Path, made: Callable[..., Path]) -> None:
     began = datetime.fromisoformat(json.loads((trained / "environment.json").read_text())["started"])
     assert f"started {began.astimezone(UTC):%Y-%m-%d %H:%M} UTC; " in page_of(trained).text
     days = [f"2026-02-{day:02}T00:30:00+01:00" for day in range(2, 7)]
     page = page_of(made([step(1, 0.1)], environment={"started": "2026-02-01T23:59:59-03:00", "resumed": days[:1]}))
-    assert "started 2026-02-02 02:59 UTC; resumed 2026-02-01 23:30 UTC; 1 s in its steps" in page.text
+    assert "started 2026-02-02 02:59 UTC; resumed 2026-02-01 23:30 UTC; 1 s of training" in page.text
     page = page_of(made([step(1, 0.1)], name="often", environment={"started": None, "resumed": [*days, 3, "soon"]}))
     assert "started" not in page.text.partition("Versions")[0].partition("time")[2].partition("machine")[0]
     resumed = "2026-02-03 23:30 UTC, 2026-02-04 23:30 UTC, 2026-02-05 23:30 UTC and 2 times before"
-    assert f"resumed {resumed}; 1 s in its steps" in page.text
+    assert f"resumed {resumed}; 1 s of training" in page.text
 
 
-def test_non_commercial_and_missing_licences_are_warned_of(made: Callable[..., Path]) -> None:
+def test_non_commercial_and_missing_licenses_cause_warnings(made: Callable[..., Path]) -> None:
     licenses = {
         "free": {"reward": "MIT", "weights": {"a.safetensors": "Apache-2.0"}},
         "bound": {"reward": "MIT", "weights": {"b.safetensors": "CC-BY-NC-4.0"}},
         "silent": {"reward": "", "weights": {}},
     }
     page = page_of(made([], environment={"licenses": licenses}))
-    warned = [text for text in page.inside("li") if "licence" in text or "commercial" in text]
+    warned = [text for text in page.inside("li") if "license" in text or "commercial" in text]
     assert len(warned) == 2
     assert warned[0].startswith("bound: the weights b.safetensors: CC-BY-NC-4.0: not for commercial use.")
     assert warned[1].startswith("silent:")
 
 
-def test_curves_of_strength_are_drawn_with_their_points(made: Callable[..., Path]) -> None:
+def test_strength_curves_have_their_points(made: Callable[..., Path]) -> None:
     def point(strength: float, **score: Any) -> dict[str, Any]:
         return {"strength": strength, "drift": strength / 2, "scores": {"redness": {"mean": 1 + strength, **score}}}
 
@@ -511,10 +517,86 @@ def test_curves_of_strength_are_drawn_with_their_points(made: Callable[..., Path
     assert {"0", "0.5", "1"} <= set(page.inside("text"))
 
 
-def test_an_evaluation_older_than_the_run_is_said_to_be(made: Callable[..., Path]) -> None:
+def test_an_evaluation_older_than_the_run_is_reported(made: Callable[..., Path]) -> None:
     scores = {"redness": {"n": 4, "mean": 1.0}}
     page = page_of(made([step(n, 0.1) for n in range(1, 4)], evaluation={"base": scores, "tuned": scores, "step": 2}))
-    assert "It is not finished: step 3 of 4. evaluation.json is of step 2." in page.text
+    assert "Not finished: step 3 of 4. evaluation.json is from step 2." in page.text
+
+
+# -- run folders of older versions ------------------------------------------------------------------------------
+
+
+def test_old_names_of_keys_are_translated(made: Callable[..., Path]) -> None:
+    common = {"model": {"base": "m"}, "rewards": [{"name": "redness"}]}
+    old = {
+        **common,
+        "training": {"steps": 4, "checkpoint_every": 5, "keep_checkpoints": 2},
+        "lora": {"rank": 2, "targets": ["to_q"], "rank_stabilized": True},
+        "samples": {"every": 2, "seed": 42},
+        "guards": {
+            "watch": "reward", "lower_is_better": False, "patience": 3, "drift_limit": 1.5, "diversity_floor": 0.5,
+            "keep_best": True, "explosion": 100.0, "max_dropped_steps": 4,
+        },
+    }  # fmt: skip
+    new = {
+        **common,
+        "training": {"steps": 4},
+        "lora": {"rank": 2, "target_modules": ["to_q"], "use_rslora": True},
+        "previews": {"every": 2, "seeds": [42]},
+        "early_stopping": {
+            "monitor": "total", "mode": "max", "patience": 3, "max_drift": 1.5, "min_diversity": 0.5,
+            "restore_best": True,
+        },
+        "optimizer": {"spike_threshold": 100.0, "max_skipped_steps": 4},
+        "save": {"state_every": 5, "state_keep": 2},
+    }  # fmt: skip
+    term = {"raw": 0.1, "weighted": 0.1}
+    rows = [
+        {"step": 1, "reward": 0.1, "terms": {"redness": {**term, "held": 0.5}}, "dropped": "not finite"},
+        {"step": 1, "evaluation": {"reward": 0.3, "scores": {}, "drift": 0.1}},
+    ]
+    today = [
+        {"step": 1, "total": 0.1, "terms": {"redness": {**term, "saturated": 0.5}}, "skipped": "not finite"},
+        {"step": 1, "evaluation": {"total": 0.3, "scores": {}, "drift": 0.1}},
+    ]
+    before, after = read_run(made(rows, name="old", config=old)), read_run(made(today, name="new", config=new))
+    assert before.config == after.config == new
+    assert before.steps == after.steps
+    assert before.evaluations == after.evaluations
+    page = page_of(before.path)
+    assert "saturated images" in page.charts
+    assert "not finite" in page.inside("td")
+    assert "The configs differ only in the output folder." in Page(several_page([before, after])).text
+
+
+@pytest.mark.parametrize("content", [None, 3, [], "text", {"seed": None}, {"watch": []}, {"lower_is_better": "no"}])
+def test_old_sections_of_any_content_give_a_page(made: Callable[..., Path], content: object) -> None:
+    sections = dict.fromkeys(("samples", "guards", "lora", "training", "optimizer", "save"), content)
+    assert page_of(made([], config={"model": {}, "rewards": [], **sections})).inside("h1") == ["made"]
+
+
+# -- plots of curves --------------------------------------------------------------------------------------------
+
+
+def test_new_curves_are_plotted(made: Callable[..., Path]) -> None:
+    def point(strength: float, **score: Any) -> dict[str, Any]:
+        scores = {"red$ness_{": {"mean": 1 + strength, **score}, "same": {"mean": 2.0}}
+        return {"strength": strength, "drift": strength / 2, "scores": scores}
+
+    curve = {"points": [point(0.0), point(0.5, interval=[0.4, 0.6])], "paired_with": 0.0}
+    folder = made([], strengths=curve, soup={"points": []})
+    write_plots(folder)
+    path = folder / "images" / "strengths.png"
+    with Image.open(path) as image:
+        assert image.width > image.height
+    assert not (folder / "images" / "soup.png").exists(), "it has no points"
+    before = path.stat().st_mtime_ns
+    write_plots(folder)
+    assert path.stat().st_mtime_ns == before
+    (folder / "strengths.json").write_text(json.dumps({**curve, "points": [point(0.0)]}))
+    os.utime(folder / "strengths.json", ns=(before + 10**9, before + 10**9))
+    write_plots(folder)
+    assert path.stat().st_mtime_ns != before
 
 
 # -- sizes ------------------------------------------------------------------------------------------------------
@@ -526,7 +608,14 @@ def test_ten_thousand_steps_make_a_small_page_quickly(made: Callable[..., Path])
     rows = []
     for number in range(1, 10_001):
         terms = {
-            label: {"raw": value, "weighted": value, "share": 1 / 3, "grad_norm": value + 4, "held": 0.0, "factor": 1.0}
+            label: {
+                "raw": value,
+                "weighted": value,
+                "share": 1 / 3,
+                "grad_norm": value + 4,
+                "saturated": 0.0,
+                "factor": 1.0,
+            }
             for label, value in zip(labels, random.random(3).tolist(), strict=True)
         }
         cosines = {f"{a} | {b}": -0.1 for a in labels for b in labels if a < b}
@@ -556,12 +645,12 @@ def test_missing_values_are_gaps() -> None:
     assert draw(Chart("no logarithm", [Line("one", [1, 2], [0.0, -1.0])], log=True)) is None
 
 
-def test_pictures_that_are_hard_to_compress_stay_within_three_megabytes(made: Callable[..., Path]) -> None:
+def test_images_that_are_hard_to_compress_stay_within_three_megabytes(made: Callable[..., Path]) -> None:
     folder = made([step(1, 0.1)])
     (folder / "images").mkdir()
     random = torch.Generator().manual_seed(0)
     noise = list(torch.rand(8, 3, 320, 320, generator=random))
-    save_picture(grid(noise, [f"prompt {n}" for n in range(8)]), folder / "images" / "step-000000.png")
+    save_image(grid(noise, [f"prompt {n}" for n in range(8)]), folder / "images" / "step-000000.png")
     for number in range(1, 8):
         shutil.copy(folder / "images" / "step-000000.png", folder / "images" / f"step-{number:06d}.png")
     started = time.process_time()
@@ -571,17 +660,17 @@ def test_pictures_that_are_hard_to_compress_stay_within_three_megabytes(made: Ca
     assert len(Page(text).all("img")) == 7 * 8
 
 
-def test_a_sheet_gives_back_its_pictures_and_whole_prompts(tmp_path: Path) -> None:
+def test_a_sheet_returns_its_images_and_complete_prompts(tmp_path: Path) -> None:
     pictures = [torch.rand(3, 200, 256) for _ in range(5)]
     prompts = [f"{EVIL} {'and a long way to go ' * 9}{n} 猫" for n in range(5)]
-    save_picture(grid(pictures, prompts), tmp_path / "sheet.png")
+    save_image(grid(pictures, prompts), tmp_path / "sheet.png")
     problems: list[str] = []
     sheet = open_sheet(tmp_path / "sheet.png", problems)
     assert sheet is not None
     assert not problems
     assert [found.prompt for found in sheet.cells] == prompts
     for picture, found in zip(pictures, sheet.cells, strict=True):
-        pixels = np.asarray(found.pictures[""])
+        pixels = np.asarray(found.images[""])
         assert np.abs(pixels / 255 - picture.permute(1, 2, 0).numpy()).max() < 0.01
 
 
@@ -589,10 +678,10 @@ def test_a_sheet_gives_back_its_pictures_and_whole_prompts(tmp_path: Path) -> No
     "told",
     ["{", "[]", '{"cells": [{"boxes": [[0, 0, 9999, 9]], "lines": ["a"]}]}', '{"cells": [{"boxes": 3, "lines": 4}]}'],
 )
-def test_a_sheet_that_says_nonsense_is_shown_whole(tmp_path: Path, told: str) -> None:
+def test_a_sheet_with_an_invalid_layout_is_shown_complete(tmp_path: Path, told: str) -> None:
     picture = Image.new("RGB", (40, 40))
     picture.info["alignprop"] = told
-    save_picture(picture, tmp_path / "sheet.png")
+    save_image(picture, tmp_path / "sheet.png")
     sheet = open_sheet(tmp_path / "sheet.png", [])
     assert sheet is not None
     assert sheet.cells == ()
@@ -601,11 +690,11 @@ def test_a_sheet_that_says_nonsense_is_shown_whole(tmp_path: Path, told: str) ->
 # -- what can be copied from it ---------------------------------------------------------------------------------
 
 
-def test_its_code_draws_a_picture(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_code_generates_an_image(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = [text for text in page_of(trained).inside("code") if "load_lora_weights" in text]
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
-    with Image.open(tmp_path / "picture.png") as picture:
+    with Image.open(tmp_path / "image.png") as picture:
         assert picture.size == (32, 32)
 
 
@@ -623,7 +712,7 @@ def test_its_commands_take_the_folder_they_name(trained: Path, made: Callable[..
 # -- several runs -----------------------------------------------------------------------------------------------
 
 
-def test_several_runs_stand_side_by_side(trained: Path, made: Callable[..., Path]) -> None:
+def test_several_runs_are_side_by_side(trained: Path, made: Callable[..., Path]) -> None:
     other = made([step(1, 0.1), step(2, 0.2)], environment={"licenses": {"x": {"reward": "CC-BY-NC-4.0"}}})
     page = Page(several_page([read_run(trained), read_run(other)]))
     assert page.inside("h1") == ["2 runs compared"]
@@ -637,7 +726,7 @@ def test_several_runs_stand_side_by_side(trained: Path, made: Callable[..., Path
     assert "made: x: the reward: CC-BY-NC-4.0" in page.text
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path: Path, made: Callable[..., Path]) -> None:
+def test_runs_of_one_name_are_distinguished(tmp_path: Path, made: Callable[..., Path]) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     runs = [read_run(made([], name=f"{folder}/same")) for folder in "ab"]
@@ -668,18 +757,18 @@ def test_the_command_writes_into_the_run_and_for_several_here(
     ("arguments", "message"),
     [
         ([], "Missing argument"),
-        (["nowhere"], "there is no such folder"),
+        (["nowhere"], "no such folder"),
         (["some/notes.txt"], "notes.txt is a file. Give the folder of a run"),
         (
             ["some"],
-            "some is no run folder: there is no config.yaml in it. There are run folders in it: broken, other, run.",
+            "some is not a run folder: it has no config.yaml. It contains these run folders: broken, other, run.",
         ),
-        (["some/empty"], "is no run folder: there is no config.yaml in it. Check the path."),
-        (["some/other"], "is no run folder: its config.yaml is no run config"),
+        (["some/empty"], "is not a run folder: it has no config.yaml. Check the path."),
+        (["some/other"], "is not a run folder: its config.yaml is not a run config"),
         (["some/broken"], "not valid YAML"),
         (["some/run", "some/../some/run"], "is given twice"),
         (["some/run", "--output", "some"], "some is a folder"),
-        (["some/run", "--output", "some/notes.txt"], "notes.txt exists and is no report; it is not overwritten."),
+        (["some/run", "--output", "some/notes.txt"], "notes.txt exists and is not a report; it is not overwritten."),
         (["some/run", "--output", "some/notes.txt/x.html"], "Cannot write"),
     ],
 )
@@ -728,15 +817,15 @@ def test_the_command_imports_no_torch(trained: Path, tmp_path: Path) -> None:
 class InTheWay(Callback):
     """Puts a folder where the page would go."""
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         (trainer.folder.report / "something").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_page_that_cannot_be_written_costs_no_run(tiny_model: Path, tmp_path: Path) -> None:
-    going = trainer(tiny_model, tmp_path, training__steps=1, samples__every=None, evaluation__every=None)
+    going = trainer(tiny_model, tmp_path, training__steps=1, previews__every=None, evaluation__every=None)
     going.callbacks.append(InTheWay())
     with pytest.warns(UserWarning, match="report.html is not written") as caught:
-        folder = run(going)
+        folder = going.train()
     told = str(caught[0].message)
     assert "report.html is not written: " in told
     assert f"`alignprop report {folder}` tries again" in told
@@ -748,12 +837,12 @@ def test_a_run_that_fails_leaves_a_page_of_what_it_did(tiny_model: Path, tmp_pat
     Crashes.calls = 0
     rewards = [{"name": "crashes"}, {"name": "shade"}]
     going = trainer(
-        tiny_model, tmp_path, rewards=rewards, training__steps=5, samples__every=None, evaluation__every=None, mix={}
+        tiny_model, tmp_path, rewards=rewards, training__steps=5, previews__every=None, evaluation__every=None, mix={}
     )
     with pytest.raises(RewardError, match="the third call"):
-        run(going)
+        going.train()
     page = Page((tmp_path / "run" / "report.html").read_text())
-    assert "It is not finished: step 2 of 5." in page.text
+    assert "Not finished: step 2 of 5." in page.text
 
 
 def test_only_a_page_is_replaced_by_a_page(tmp_path: Path, trained: Path) -> None:

@@ -15,7 +15,7 @@ def alignprop_register_callbacks() -> Iterable[CallbackSpec]:
         CallbackSpec(
             name="report",
             summary="report.html at the end of a run, and plots of strength curves.",
-            factory="alignprop_report.callback:Report",
+            factory="alignprop_report.report_callback:Report",
             automatic=True,
         )
     ]
@@ -28,6 +28,6 @@ def alignprop_register_commands() -> Iterable[CommandSpec]:
         CommandSpec(
             path="report",
             summary="Write report.html: results, curves and images on one page that opens offline.",
-            factory="alignprop_report.command:report",
+            factory="alignprop_report.report_command:report",
         )
     ]

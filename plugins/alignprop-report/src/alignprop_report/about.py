@@ -1,4 +1,4 @@
-"""What was trained, on what, under which licences, and how to use it: the parts of a page that come from settings."""
+"""The sections of a page that come from settings: what was trained, versions, licenses, and how to use the LoRA."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 
 from alignprop_report.axes import figure
 from alignprop_report.markup import Child, Markup, code, element, facts, joined, table
-from alignprop_report.read import Run, label_of, mapping, mappings, number, pick
-from alignprop_report.words import minutes
+from alignprop_report.run_files import Run, label_of, mapping, mappings, number, pick
+from alignprop_report.summary import minutes
 
 _NONCOMMERCIAL = re.compile(r"\bNC\b|non-?commercial|research[- ]only|OpenRAIL-?NC", re.IGNORECASE)
 _DIFFUSERS = "pytorch_lora_weights.safetensors"
@@ -27,7 +27,7 @@ def trained(run: Run) -> Markup:
     """Return what was trained: settings, rewards, time and place."""
     config = run.config
     pairs: list[tuple[str, Child]] = [
-        ("model", model_told(config)),
+        ("model", model_name(config)),
         ("mix", str(pick(config, "mix", "combine") or "sum")),
         ("steps", f"{run.last_step} of {run.planned if run.planned is not None else '?'}"),
         ("batch", _batch(config)),
@@ -36,7 +36,7 @@ def trained(run: Run) -> Markup:
             "sampling",
             _settings(config.get("sampling"), ("scheduler", "steps", "guidance_scale", "eta", "width", "height")),
         ),
-        ("LoRA", _settings(config.get("lora"), ("rank", "alpha", "targets", "init_from"))),
+        ("LoRA", _settings(config.get("lora"), ("rank", "alpha", "target_modules", "init_from"))),
         ("optimizer", _settings(config.get("optimizer"), ("learning_rate", "schedule", "weight_decay", "ema_decay"))),
         ("prompts", _settings(config.get("prompts"), ("train", "heldout"))),
         ("seed", _value(pick(config, "training", "seed"))),
@@ -52,61 +52,63 @@ def trained(run: Run) -> Markup:
 
 
 def in_short(run: Run) -> list[str]:
-    """Return what matters most of the settings, for one line."""
+    """Return the most important settings, for one line."""
     config = run.config
     rank, seed = pick(config, "lora", "rank"), pick(config, "training", "seed")
     several = len(run.rewards) > 1
-    told = [
+    parts = [
         f"mix {pick(config, 'mix', 'combine') or 'sum'}" if several else "",
         f"{run.last_step} steps",
         _batch(config),
         _backprop(config),
         "" if rank is None else f"LoRA rank {_value(rank)}",
         "" if seed is None else f"seed {_value(seed)}",
-        f"{minutes(fsum(seconds))} in its steps" if (seconds := _seconds(run)) else "",
+        f"{minutes(fsum(seconds))} of training" if (seconds := _seconds(run)) else "",
         f"on {where}" if (where := _machine(run.environment, short=True)) else "",
     ]
-    return [part for part in told if part]
+    return [part for part in parts if part]
 
 
 def license_warnings(environment: Mapping[str, Any]) -> list[str]:
-    """Return a sentence for each licence, of a reward or its weights, that forbids commercial use or says nothing."""
+    """Return a sentence for each missing or non-commercial license of a reward or its weights."""
     found = []
     for reward, what, license_ in _licenses(environment):
         if _NONCOMMERCIAL.search(license_):
-            found.append(f"{reward}: {what} {license_}: not for commercial use. That may hold for this LoRA too.")
+            found.append(f"{reward}: {what} {license_}: not for commercial use. This may also apply to this LoRA.")
         elif not license_.strip():
-            found.append(f"{reward}: {what} no licence is said.")
+            found.append(f"{reward}: {what} no license is stated.")
     return found
 
 
 def ran_on(environment: Mapping[str, Any]) -> Markup:
-    """Return versions and licences."""
+    """Return versions and licenses."""
     versions = {**mapping(environment.get("versions")), **mapping(environment.get("plugins"))}
     rows = [[name, _value(version)] for name, version in versions.items()]
     rows += [[name, _value(environment.get(name))] for name in ("python", "system") if environment.get(name)]
     parts = [table(["package", "version"], rows, caption="Versions")] if rows else []
-    licences = [[reward, what.rstrip(":"), license_ or "not said"] for reward, what, license_ in _licenses(environment)]
-    if licences:
-        parts.append(table(["reward", "of", "licence"], licences, caption="Licences of rewards and their weights"))
+    licenses = [
+        [reward, what.rstrip(":"), license_ or "not stated"] for reward, what, license_ in _licenses(environment)
+    ]
+    if licenses:
+        parts.append(table(["reward", "of", "license"], licenses, caption="Licenses of rewards and their weights"))
     own = mapping(environment.get("local_rewards"))
     if own:
         origins = [[str(name), _settings(origin, tuple(mapping(origin)))] for name, origin in own.items()]
         parts.append(table(["reward", "from"], origins, caption="Rewards from Python"))
-    return joined(parts) if parts else element("p", "environment.json says nothing of it.")
+    return joined(parts) if parts else element("p", "environment.json has no versions.")
 
 
 def use(run: Run) -> Markup:
-    """Return how to draw with the LoRA and how to go on."""
+    """Return how to use the LoRA and how to resume the run."""
     folder, base = str(run.path), str(pick(run.config, "model", "base") or "MODEL")
     sampling = mapping(run.config.get("sampling"))
     steps, guidance = number(sampling.get("steps")) or 50, number(sampling.get("guidance_scale"))
     guidance = 7.5 if guidance is None else guidance
     resume = _resume(run)
     if not run.has_lora:
-        return joined(element("p", "The final LoRA is written when the run ends; there is none yet."), resume)
+        return joined(element("p", "The final LoRA is written when the run ends; it does not exist yet."), resume)
     sample = f"alignprop sample --model {shlex.quote(base)} --lora {shlex.quote(folder + '/lora')} "
-    sample += f'--steps {steps:g} --guidance-scale {guidance:g} "a prompt of yours"'
+    sample += f'--steps {steps:g} --guidance-scale {guidance:g} "your prompt"'
     others = sorted(file.name for file in (run.path / "lora").glob("*.safetensors") if file.name != _DIFFUSERS)
     whole = [name for name in others if not re.search(r"-\d{6}\.safetensors$", name)]
     parts = [
@@ -121,28 +123,28 @@ def use(run: Run) -> Markup:
         for lora in mappings(pick(run.config, "model", "loras"))
     ]
     if beside:
-        parts.append(element("p", f"It was trained with {' and '.join(beside)}: load that as well."))
+        parts.append(element("p", f"It was trained with {' and '.join(beside)}: also load that."))
     if whole:
         files = [joined(", " if i else None, element("code", f"lora/{name}")) for i, name in enumerate(whole)]
         parts.append(element("h3", "In ComfyUI, A1111 and Forge"))
         parts.append(element("p", "Copy ", files, " into their folder of LoRAs (models/loras, models/Lora)."))
-    along = "A strength below 1 lies between the base model and this one."
+    along = "A strength below 1 is between the base model and this one."
     return joined(parts, element("p", along), resume)
 
 
 def _resume(run: Run) -> Markup:
-    """Return how to go on with the run: a command, or Python where a reward was an object that no command has."""
+    """Return how to resume: a command, or Python if a reward was an object passed from Python."""
     folder = str(run.path)
     changes = [f"output={folder}"] if pick(run.config, "output") != folder else []  # the folder was moved
     if run.finished and run.planned:
         changes.append(f"training.steps={2 * run.planned}")
-    said = "It goes on from its last checkpoint."
+    text = "It resumes from its last checkpoint."
     words = code(shlex.join(["alignprop", "train", f"{folder}/config.yaml", "--resume", "latest", *changes]))
     own = mapping(run.environment.get("local_rewards"))
     given = {str(name): str(pick(origin, "class")) for name, origin in own.items() if pick(origin, "module")}
     if given:
         named = ", ".join(f"{name} ({kind})" for name, kind in given.items())
-        said += f" From Python, where its rewards were passed: put your objects in place of the dots for {named}."
+        text += f" Its rewards were passed from Python: replace the dots with your objects for {named}."
         objects = ", ".join(f"{_quoted(name)}: ..." for name in given)
         overrides = f" [{', '.join(map(_quoted, changes))}]," if changes else ""
         words = code(
@@ -150,16 +152,16 @@ def _resume(run: Run) -> Markup:
             f"run = Path({_quoted(folder)})\n"
             f'alignprop_core.train(run / "config.yaml",{overrides} rewards={{{objects}}}, resume=run)'
         )
-    return joined(element("h3", "Go on with the run"), element("p", said), words)
+    return joined(element("h3", "Resume the run"), element("p", text), words)
 
 
 def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:
-    """Return Python that draws one picture with plain diffusers."""
+    """Return Python that generates one image with plain diffusers."""
     dtype = _DTYPES.get(str(pick(run.config, "training", "mixed_precision")))
     options = f", torch_dtype=torch.{dtype}" if dtype else ""
     registered = "/" not in base and "\\" not in base and not Path(base).exists()
     lines = ["import torch"]
-    if registered:  # a model of an installed plugin: only alignprop knows its folder
+    if registered:  # only alignprop knows the folder of a plugin's model
         lines += [
             "from alignprop_core.locate import find_base",
             "from alignprop_core.registry.registry import default_registry",
@@ -174,9 +176,9 @@ def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:
         "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
         f"pipe.load_lora_weights({_quoted(str(run.path / 'lora'))}, weight_name={_quoted(_DIFFUSERS)})",
         "noise = torch.Generator().manual_seed(0)",
-        f'image = pipe("a prompt of yours", num_inference_steps={steps:g}, guidance_scale={guidance:g}, '
+        f'image = pipe("your prompt", num_inference_steps={steps:g}, guidance_scale={guidance:g}, '
         "generator=noise).images[0]",
-        'image.save("picture.png")',
+        'image.save("image.png")',
     ]
     return "\n".join(lines)
 
@@ -186,7 +188,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def model_told(config: Mapping[str, Any]) -> str:
+def model_name(config: Mapping[str, Any]) -> str:
     """Name the model, and the VAE and LoRAs beside it."""
     parts = [str(pick(config, "model", "base") or "?")]
     if vae := pick(config, "model", "vae"):
@@ -196,7 +198,7 @@ def model_told(config: Mapping[str, Any]) -> str:
     return " ".join(parts)
 
 
-def term_told(term: Mapping[str, Any]) -> str:
+def term_text(term: Mapping[str, Any]) -> str:
     """Name a term with its weight, and its limit if it has one."""
     limit = _limits(term)
     return f"{_weight(term.get('weight', 1.0))} × {label_of(term)}" + (f" ({limit})" if limit else "")
@@ -207,7 +209,7 @@ def _batch(config: Mapping[str, Any]) -> str:
     times = number(pick(config, "training", "gradient_accumulation_steps")) or 1
     if size is None:
         return ""
-    return f"{size * times:g} pictures a step" + (f" ({times:g} batches of {size:g})" if times > 1 else "")
+    return f"{size * times:g} images per step" + (f" ({times:g} batches of {size:g})" if times > 1 else "")
 
 
 def _backprop(config: Mapping[str, Any]) -> str:
@@ -230,18 +232,18 @@ def _time(run: Run) -> str:
         if (more := len(resumed) - _RESUMED_SHOWN) > 0:
             parts[-1] += f" and {more} {'time' if more == 1 else 'times'} before"
     if seconds:
-        parts.append(f"{minutes(fsum(seconds))} in its steps, {median(seconds):.2g} s each")
+        parts.append(f"{minutes(fsum(seconds))} of training, {median(seconds):.2g} s per step")
     try:
         written = datetime.fromtimestamp((run.path / "metrics.jsonl").stat().st_mtime, UTC)
     except OSError:
-        pass  # a run without metrics has no last step to date
+        pass  # no metrics, no last step
     else:
         parts.append(f"last step written {written:%Y-%m-%d %H:%M} UTC")
     return "; ".join(parts)
 
 
 def _moment(text: object) -> str:
-    """Return a time of environment.json for people, in UTC; empty for what is none or has no offset."""
+    """Return a time of environment.json in UTC; empty if it is invalid or has no offset."""
     try:
         moment = datetime.fromisoformat(text) if isinstance(text, str) else None
         return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC" if moment is not None and moment.tzinfo else ""
@@ -261,7 +263,7 @@ def _machine(environment: Mapping[str, Any], *, short: bool = False) -> str:
 
 
 def _licenses(environment: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield reward, "itself:" or the weights' file, and licence."""
+    """Yield the reward, what the license is of, and the license."""
     for name, known in mapping(environment.get("licenses")).items():
         yield str(name), "the reward:", _text(pick(known, "reward"))
         for file, license_ in mapping(pick(known, "weights")).items():
@@ -295,7 +297,7 @@ def _value(value: object) -> str:
 
 
 def _weight(weight: object) -> str:
-    """Return a weight, or the way it takes over the steps."""
+    """Return a weight, or its schedule over the steps."""
     if isinstance(weight, Mapping):
         return " → ".join(f"{_value(value)} (step {step})" for step, value in weight.items())
     return _value(weight)

@@ -1,4 +1,4 @@
-"""The frame of a chart: where a point lies, round numbers along the sides, and how numbers are written."""
+"""The axes of a chart: positions of points, ticks, and how numbers are written."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 from alignprop_report.markup import Markup, element, joined
-from alignprop_report.plot import ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 360, 210, 52, 12, 10, 34
 
@@ -32,7 +31,7 @@ class Axes:
 
 
 def figure(value: float) -> str:
-    """Return a number for people: 0.2593, 6,231, 1.2e-05."""
+    """Return a readable number: 0.2593, 6,231, 1.2e-05."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
@@ -51,6 +50,17 @@ def grid(axes: Axes, across: str) -> Markup:
         columns.append(element("text", figure(value), x=f"{x:.1f}", y=HEIGHT - BOTTOM + 14, class_="middle"))
     name = element("text", across, x=(LEFT + WIDTH - RIGHT) / 2, y=HEIGHT - 5, class_="middle")
     return joined(rows, columns, name)
+
+
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
+    """Return round numbers within [low, high], at most `most` and at least two where they differ."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10, 20) if (high - low) / (m * power) <= most)
+    first = math.ceil(low / step - 1e-9)
+    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: they follow the page's colours and width, and say in words what they show."""
+"""Line charts as inline SVG: they use the page's colors and width, and have a description for screen readers."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from alignprop_report.axes import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axes,
 from alignprop_report.markup import Markup, element, joined
 
 BUCKETS = 200
-"""Points a line has at most: further steps are joined, and the band shows how far they spread."""
-COLOURS = 8
+"""Maximum points of a line: more steps are averaged, and a band shows their range."""
+COLORS = 8
 _TREND = 20
 """A line of at least this many points gets a running mean, over a twentieth of its points to either side."""
 
@@ -25,7 +25,7 @@ class Line:
         name: what it is called in the legend.
         x: values across, ascending.
         y: values up, None where there is none.
-        colour: number of its colour, the same for one thing in every chart; None is the colour of the text.
+        color: number of its color, the same for one thing in every chart; None is the color of the text.
         style: "steps" is noisy: points thin, with their range, and a running mean; "trend" is the running mean alone;
             "dots" joins points worth looking at one by one.
         best: the x of a point to mark as the best.
@@ -36,7 +36,7 @@ class Line:
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
-    colour: int | None = 0
+    color: int | None = 0
     style: Literal["steps", "trend", "dots"] = "steps"
     best: float | None = None
     bars: Sequence[tuple[float, float] | None] = ()
@@ -45,10 +45,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a step, drawn at the foot of a chart, or as a line through it (`saved`)."""
+    """An event at a step: a mark at the bottom of a chart, or a vertical line (`saved`)."""
 
     x: float
-    kind: Literal["dropped", "idle", "saved"]
+    kind: Literal["skipped", "idle", "saved"]
     why: str
 
 
@@ -86,7 +86,7 @@ class _Bucket:
 
 
 def draw(chart: Chart) -> Markup | None:
-    """Draw a chart with its title and legend; None where there is nothing to draw."""
+    """Return a chart with its title and legend; None if it has no points."""
     lines = [(line, runs) for line in chart.lines if any(runs := _buckets(line, log=chart.log))]
     if not lines:
         return None
@@ -97,7 +97,7 @@ def draw(chart: Chart) -> Markup | None:
         _marks(axes, chart.marks),
         [_line(axes, line, runs) for line, runs in lines],
     )
-    words = "; ".join(_told(line, runs, chart.across) for line, runs in lines)
+    words = "; ".join(_description(line, runs, chart.across) for line, runs in lines)
     svg = element("svg", inside, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{chart.title}. {words}.")
     note = element("p", chart.note, class_="note") if chart.note else None
     return element("figure", element("figcaption", chart.title), note, _legend(chart, lines), svg, class_="chart")
@@ -142,10 +142,10 @@ def _axes(chart: Chart, buckets: Sequence[_Bucket]) -> Axes:
 
 
 def _css(line: Line) -> str:
-    """Return the classes of a line's colour; beyond the last colour they begin again, dashed."""
-    if line.colour is None:
+    """Return the classes of a line's color; beyond the last color they begin again, dashed."""
+    if line.color is None:
         return "ink"
-    return f"c{line.colour % COLOURS}" + (" second" if line.colour // COLOURS % 2 else "")
+    return f"c{line.color % COLORS}" + (" second" if line.color // COLORS % 2 else "")
 
 
 def _shows(axes: Axes, value: float) -> bool:
@@ -163,17 +163,20 @@ def _limit(axes: Axes, value: float, name: str) -> Markup:
 
 
 def _marks(axes: Axes, marks: Sequence[Mark]) -> Markup:
-    drawn: dict[tuple[str, int], Markup] = {}  # of marks that fall on one pixel, one
+    drawn: dict[tuple[str, int], Markup] = {}  # one mark per pixel and kind
     foot = HEIGHT - BOTTOM
     for mark in marks:
         x = LEFT + (mark.x - axes.x[0]) / (axes.x[1] - axes.x[0]) * (WIDTH - LEFT - RIGHT)
+        place = (mark.kind, round(x))
+        if place in drawn:
+            continue
         shape = {
-            "dropped": f"M{x - 4:.1f} {foot}h8l-4 -8z",
+            "skipped": f"M{x - 4:.1f} {foot}h8l-4 -8z",
             "idle": f"M{x:.1f} {foot}v-7",
             "saved": f"M{x:.1f} {TOP}V{foot}",
         }[mark.kind]
         title = element("title", f"step {mark.x:.0f}: {mark.why}")
-        drawn.setdefault((mark.kind, round(x)), element("path", title, d=shape, class_=mark.kind))
+        drawn[place] = element("path", title, d=shape, class_=mark.kind)
     return joined(drawn.values())
 
 
@@ -234,11 +237,11 @@ def _dots(axes: Axes, line: Line, css: str) -> Markup:
         if bar:
             ends = [axes.place(x, end)[1] for end in bar]
             shown.append(element("path", d=f"M{column:.1f} {ends[0]:.1f}V{ends[1]:.1f}", class_="bar"))
-        told = f"{line.name}, {name or f'step {x:g}'}: {figure(y)}" + (" (best)" if x == line.best else "")
+        title = f"{line.name}, {name or f'step {x:g}'}: {figure(y)}" + (" (best)" if x == line.best else "")
         best = " best" if x == line.best else ""
         radius = 4.5 if best else 3
         spot = element(
-            "circle", element("title", told), cx=f"{column:.1f}", cy=f"{row:.1f}", r=radius, class_=css + best
+            "circle", element("title", title), cx=f"{column:.1f}", cy=f"{row:.1f}", r=radius, class_=css + best
         )
         shown.append(spot)
         if name:
@@ -248,8 +251,8 @@ def _dots(axes: Axes, line: Line, css: str) -> Markup:
     return joined(shown)
 
 
-def _told(line: Line, runs: Sequence[Sequence[_Bucket]], across: str) -> str:
-    """Say a line in words, for those who do not see it."""
+def _description(line: Line, runs: Sequence[Sequence[_Bucket]], across: str) -> str:
+    """Describe a line for screen readers."""
     buckets = [bucket for run in runs for bucket in run]
     low, high = min(bucket.low for bucket in buckets), max(bucket.high for bucket in buckets)
     first, last = buckets[0], buckets[-1]
@@ -266,8 +269,8 @@ def _legend(chart: Chart, lines: Sequence[tuple[Line, object]]) -> Markup | None
             css = _css(line)
             dot = element("circle", cx=11, cy=6, r=3, class_=css) if line.style == "dots" else None
             keys.append((joined(element("path", d="M0 6H22", class_=f"line thick {css}"), dot), line.name))
-    shapes = {"dropped": "M7 10h8l-4 -8z", "idle": "M11 10v-7", "saved": "M11 0V12"}
-    names = {"dropped": "dropped step", "idle": "step that did nothing", "saved": "the LoRA that was kept"}
+    shapes = {"skipped": "M7 10h8l-4 -8z", "idle": "M11 10v-7", "saved": "M11 0V12"}
+    names = {"skipped": "skipped step", "idle": "idle step", "saved": "step of the saved LoRA"}
     for kind in dict.fromkeys(mark.kind for mark in chart.marks):
         keys.append((element("path", d=shapes[kind], class_=kind), names[kind]))
     if any(line.best is not None for line, _ in lines):

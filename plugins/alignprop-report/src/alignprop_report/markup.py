@@ -1,4 +1,4 @@
-"""HTML from nested calls: text is escaped because it is text, and only what is built here is markup.
+"""HTML from nested calls: all text is escaped, and only what is built here is markup.
 
 element("p", "5 < 6 & ", element("b", "7 > 6"))   ->   <p>5 &lt; 6 &amp; <b>7 &gt; 6</b></p>
 """
@@ -83,7 +83,7 @@ def facts(pairs: Iterable[tuple[str, Child]]) -> Markup:
 
 
 def code(text: str) -> Markup:
-    """Return a block of code as it stands."""
+    """Return a block of code unchanged."""
     return element("pre", element("code", text), tabindex=0)
 
 

@@ -6,31 +6,31 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from alignprop_report import about, curves, parts
+from alignprop_report import about, page_sections, run_charts
 from alignprop_report.axes import figure
 from alignprop_report.chart import Chart, Line
 from alignprop_report.markup import Child, Markup, element, joined, table
-from alignprop_report.page import document, warnings
-from alignprop_report.pictures import Album, Cell, open_sheet
-from alignprop_report.read import Run, mapping, pick
-from alignprop_report.words import changes, drift_of, result, signed, spread_change, standing
+from alignprop_report.run_files import Run, mapping, pick
+from alignprop_report.run_page import document, warnings
+from alignprop_report.sheets import Album, Cell, open_sheet
+from alignprop_report.summary import changes, drift_of, result, signed, spread_change, standing
 
 _BESIDE = 3
-"""Pictures of a prompt that are small enough to have another prompt's beside them."""
+"""Images per prompt up to which two prompts fit side by side."""
 
 _SAME = ("prompts", "images", "images_per_prompt", "seed")
-"""What evaluations must have in common to be held side by side."""
+"""What evaluations must share to be comparable."""
 
 
 def several_page(runs: Sequence[Run]) -> str:
-    """Return a page that compares runs, HTML: one file that opens offline and loads nothing.
+    """Return a page that compares runs, as HTML that opens offline and loads nothing.
 
     Args:
-        runs: two or more; their order is the page's.
+        runs: two or more, in the order of the page.
     """
     names = names_of(runs)
     problems = [f"{name}: {problem}" for name, run in zip(names, runs, strict=True) for problem in run.problems]
-    licences = [
+    licenses = [
         f"{name}: {warning}"
         for name, run in zip(names, runs, strict=True)
         for warning in about.license_warnings(run.environment)
@@ -38,27 +38,27 @@ def several_page(runs: Sequence[Run]) -> str:
     album = Album()
     gallery = _gallery(runs, names, album, problems)
     album.fit()
-    pictures = gallery()
+    images = gallery()
     if album.left_out:
-        problems.append(f"{album.left_out} pictures are left out: the page would be too large.")
-    told = [
+        problems.append(f"{album.left_out} images are not shown: the page would be too large.")
+    summaries = [
         element("li", element("b", name), ": ", result(run), " ", standing(run))
         for name, run in zip(names, runs, strict=True)
     ]
     sections = [
-        parts.section("Results", "result", _results(runs, names)),
-        parts.section("Pictures", "pictures", pictures),
-        parts.section("Curves", "curves", _curves(runs, names)),
-        parts.section("What differs", "config", _differences(runs, names)),
-        parts.section("Where they are", "folders", _folders(runs, names)),
+        page_sections.section("Results", "result", _results(runs, names)),
+        page_sections.section("Images", "images", images),
+        page_sections.section("Curves", "curves", _curves(runs, names)),
+        page_sections.section("Differences", "config", _differences(runs, names)),
+        page_sections.section("Run folders", "folders", _folders(runs, names)),
     ]
     title = f"{len(runs)} runs compared"
     head = [
         element("h1", title),
-        element("ul", told),
-        warnings("Licences", licences),
-        warnings("Not everything could be read", problems),
-        warnings("Not the same measure", _unlike(runs)),
+        element("ul", summaries),
+        warnings("Licenses", licenses),
+        warnings("Files that could not be read", problems),
+        warnings("Not comparable", _unlike(runs)),
     ]
     return document(title, head, sections)
 
@@ -74,7 +74,7 @@ def names_of(runs: Sequence[Run]) -> list[str]:
 
 
 def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
-    """A row a run, a column a measure: the tuned mean, and its difference to the base model."""
+    """Return one row per run, one column per measure: the tuned mean, and its difference to the base model."""
     found = [{change.label: change for change in changes(run.comparison)} for run in runs]
     for known, run in zip(found, runs, strict=True):
         if diversity := spread_change(run.comparison):
@@ -102,62 +102,62 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """The same thing of all runs in one chart."""
+    """Return charts with one line per run."""
     numbered = list(enumerate(zip(names, runs, strict=True)))
 
     def steps(*keys: str) -> list[Line]:
-        return [Line(name, *curves.of_steps(run, *keys), colour=i, style="trend") for i, (name, run) in numbered]
+        return [Line(name, *run_charts.of_steps(run, *keys), color=i, style="trend") for i, (name, run) in numbered]
 
     def held_out(*keys: str) -> list[Line]:
         return [
-            Line(name, *curves.of_evaluations(run, *keys), colour=i, style="dots", best=run.best_step)
+            Line(name, *run_charts.of_evaluations(run, *keys), color=i, style="dots", best=run.best_step)
             for i, (name, run) in numbered
         ]
 
-    trained = list(dict.fromkeys(label for run in runs for label in curves.trained_labels(run)))
-    evaluated = list(dict.fromkeys(label for run in runs for label in curves.evaluated_labels(run)))
+    trained = list(dict.fromkeys(label for run in runs for label in run_charts.trained_labels(run)))
+    evaluated = list(dict.fromkeys(label for run in runs for label in run_charts.evaluated_labels(run)))
     scores = [Chart(label, steps("terms", label, "raw")) for label in trained]
     if len(trained) > 1:
-        note = "each run's own total; runs with other mixes count in other units"
-        scores.insert(0, Chart("reward", steps("reward"), note=note))
+        note = "the total of each run; different mixes have different units"
+        scores.insert(0, Chart("total", steps("total"), note=note))
     apart = [Chart(f"{label}, held out", held_out("scores", label, "mean")) for label in evaluated]
     apart.append(Chart("drift from the base model", held_out("drift"), within=[0.0]))
     apart.append(Chart("diversity", held_out("diversity"), within=[0.0]))
-    mixed = [run for run in runs if len(curves.trained_labels(run)) > 1]
+    mixed = [run for run in runs if len(run_charts.trained_labels(run)) > 1]
     shares = [
         Chart(f"share of {label}", steps("terms", label, "share"), within=[0.0, 1.0]) for label in trained if mixed
     ]
     return joined(
-        parts.charts("Scores in training", scores, "Running means."),
-        parts.charts("On held-out prompts", apart),
-        parts.charts("What the mixes did", shares),
-        parts.charts("Gradient", [Chart(curves.GRADIENT, steps("grad_norm"), "before clipping", log=True)]),
+        page_sections.charts("Scores in training", scores, "Running means."),
+        page_sections.charts("On held-out prompts", apart),
+        page_sections.charts("What the mixes did", shares),
+        page_sections.charts("Gradient", [Chart(run_charts.GRADIENT, steps("grad_norm"), "before clipping", log=True)]),
     )
 
 
-def _gallery(runs: Sequence[Run], names: Sequence[str], album: Album, problems: list[str]) -> parts.Later:
-    """For each prompt, the base model's picture and every run's."""
+def _gallery(runs: Sequence[Run], names: Sequence[str], album: Album, problems: list[str]) -> page_sections.Later:
+    """Return, for each prompt, the base model's image and the image of every run."""
     by_prompt: dict[str, dict[str, Any]] = {}
     for name, run in zip(names, runs, strict=True):
         path = run.path / "images" / "before_after.png"
         sheet = open_sheet(path, problems) if path.is_file() else None
         for cell in () if sheet is None else sheet.cells:
             shown = by_prompt.setdefault(cell.prompt, {})
-            for head, picture in cell.pictures.items():
-                shown.setdefault("base" if head == "base" else name, picture)
-    cells = [Cell(pictures, (prompt,)) for prompt, pictures in by_prompt.items()]
-    # Of base pictures the first run's is shown: they differ where models, seeds or sampling do.
-    unlike = " The base picture is the first run's; the others' may differ." if _unlike(runs) else ""
-    made = [parts.pair_figure(cell, album) for cell in cells[: parts.PAIRS_SHOWN]]
+            for head, image in cell.images.items():
+                shown.setdefault("base" if head == "base" else name, image)
+    cells = [Cell(images, (prompt,)) for prompt, images in by_prompt.items()]
+    # Base images differ where models, seeds or sampling differ; the first run's is shown.
+    unlike = " The base image is from the first run; those of other runs may differ." if _unlike(runs) else ""
+    made = [page_sections.pair_figure(cell, album) for cell in cells[: page_sections.PAIRS_SHOWN]]
     if not made:
         return Markup
-    note = element("p", f"Held-out prompts, the base model and each run's.{unlike}", class_="note")
-    wide = max(len(cell.pictures) for cell in cells) > _BESIDE
+    note = element("p", f"Held-out prompts: the base model and each run.{unlike}", class_="note")
+    wide = max(len(cell.images) for cell in cells) > _BESIDE
     return lambda: joined(note, element("div", [make() for make in made], class_="pairs wider" if wide else "pairs"))
 
 
 def _unlike(runs: Sequence[Run]) -> list[str]:
-    """Say where evaluations cannot be held side by side."""
+    """Return sentences on why evaluations are not comparable."""
     known = [run.comparison for run in runs if run.comparison is not None]
     differing = [key for key in _SAME if len({json.dumps(pick(data, key), default=str) for data in known}) > 1]
     found = []
@@ -165,18 +165,18 @@ def _unlike(runs: Sequence[Run]) -> list[str]:
         found.append(f"The evaluations differ in {', '.join(differing)}: compare differences to the base, not means.")
     models = {json.dumps([pick(run.config, "model"), pick(run.config, "sampling")], default=str) for run in runs}
     if len(models) > 1:
-        found.append("The runs differ in model or sampling, so their base pictures and scores differ too.")
+        found.append("The runs differ in model or sampling, so their base images and scores differ too.")
     return found
 
 
 def _differences(runs: Sequence[Run], names: Sequence[str]) -> Markup:
-    """A row a key of the config in which the runs differ."""
+    """Return one row per config key in which the runs differ."""
     flat = [dict(_flat(run.config)) for run in runs]
     keys = [key for key in dict.fromkeys(key for known in flat for key in known) if not key.startswith("output")]
     rows = [[key, *(known.get(key, "") for known in flat)] for key in keys]
     differing = [row for row in rows if len(set(row[1:])) > 1]
     if not differing:
-        return element("p", "Their configs are the same, but for the folder.")
+        return element("p", "The configs differ only in the output folder.")
     return table(["key", *names], differing, caption="Keys of the config in which the runs differ")
 
 
@@ -194,7 +194,7 @@ def _flat(data: object, key: str = "") -> Iterator[tuple[str, str]]:
 def _folders(runs: Sequence[Run], names: Sequence[str]) -> Markup:
     rows: list[list[Child]] = []
     for name, run in zip(names, runs, strict=True):
-        rewards = ", ".join(about.term_told(term) for term in run.rewards)
+        rewards = ", ".join(about.term_text(term) for term in run.rewards)
         core = str(mapping(run.environment.get("versions")).get("alignprop-core") or "")
-        rows.append([name, str(run.path), about.model_told(run.config), rewards, core])
+        rows.append([name, str(run.path), about.model_name(run.config), rewards, core])
     return table(["run", "folder", "model", "rewards", "alignprop-core"], rows, caption="The runs")

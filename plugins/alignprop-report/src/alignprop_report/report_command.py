@@ -17,9 +17,9 @@ def report(
 ) -> None:
     """Write report.html: results, curves and images on one page that opens offline."""
     from alignprop_core.errors import UserError
-    from alignprop_report.page import run_page, write_page
-    from alignprop_report.read import read_run
-    from alignprop_report.several import several_page
+    from alignprop_report.comparison_page import several_page
+    from alignprop_report.run_files import read_run
+    from alignprop_report.run_page import run_page, write_page
 
     paths = [run.expanduser().resolve() for run in runs]
     twice = next((run for place, run in enumerate(runs) if paths[place] in paths[:place]), None)

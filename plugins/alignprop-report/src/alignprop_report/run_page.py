@@ -10,52 +10,52 @@ from pathlib import Path
 
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import OutputError
-from alignprop_report import about, parts
+from alignprop_report import about, page_sections
 from alignprop_report.markup import Child, Markup, element, joined
-from alignprop_report.pictures import Album
-from alignprop_report.read import Run
-from alignprop_report.words import result, standing
+from alignprop_report.run_files import Run
+from alignprop_report.sheets import Album
+from alignprop_report.summary import result, standing
 
 GENERATOR = "alignprop report"
-"""What a page says it was made by; only such a file is ever replaced by another page."""
+"""The generator in a page's metadata; only a file with this generator is overwritten."""
 
 
 def run_page(run: Run) -> str:
-    """Return a run's page, HTML: one file that opens offline and loads nothing."""
+    """Return a run's page as HTML that opens offline and loads nothing."""
     problems = list(run.problems)
     album = Album()
-    gallery = parts.gallery(run, album, problems)
+    gallery = page_sections.gallery(run, album, problems)
     album.fit()
-    pictures = gallery()
+    images = gallery()
     if album.left_out:
-        problems.append(f"{album.left_out} pictures are left out: the page would be too large.")
+        problems.append(f"{album.left_out} images are not shown: the page would be too large.")
     sections = [
-        parts.section("Result", "result", parts.result_table(run)),
-        parts.section("Pictures", "pictures", pictures),
-        parts.section("Curves", "curves", parts.curve_parts(run)),
-        parts.section("Guards", "guards", parts.guard_parts(run)),
-        parts.section("Strength", "strength", parts.strength_parts(run)),
-        parts.section("Use it", "use", about.use(run)),
-        parts.section("What was trained", "trained", about.trained(run)),
-        parts.section("What it ran on", "environment", about.ran_on(run.environment)),
-        parts.section("The whole config", "config", folded("config.yaml", element("pre", run.config_text, tabindex=0))),
+        page_sections.section("Result", "result", page_sections.result_table(run)),
+        page_sections.section("Images", "images", images),
+        page_sections.section("Curves", "curves", page_sections.curve_parts(run)),
+        page_sections.section("Early stopping", "early-stopping", page_sections.stopping_parts(run)),
+        page_sections.section("Strength", "strength", page_sections.strength_parts(run)),
+        page_sections.section("Use it", "use", about.use(run)),
+        page_sections.section("What was trained", "trained", about.trained(run)),
+        page_sections.section("Environment", "environment", about.ran_on(run.environment)),
+        page_sections.section("Config", "config", folded("config.yaml", element("pre", run.config_text, tabindex=0))),
     ]
     head = [
         element("h1", run.name),
         element("p", result(run), class_="lead"),
         element("p", _summary(run)),
         element("p", standing(run)),
-        warnings("Licences", about.license_warnings(run.environment)),
-        warnings("Not everything could be read", problems),
+        warnings("Licenses", about.license_warnings(run.environment)),
+        warnings("Files that could not be read", problems),
     ]
     return document(run.name, head, sections)
 
 
 def write_page(path: Path, page: str) -> None:
-    """Write a page whole or not at all; it replaces an older page, and no other file.
+    """Write a page atomically; it replaces an older page, and no other file.
 
     Raises:
-        OutputError: something else lies there, or it cannot be written.
+        OutputError: another file is there, or the page cannot be written.
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder. Give the name of a file, such as {path / 'report.html'}.")
@@ -63,12 +63,12 @@ def write_page(path: Path, page: str) -> None:
         with open(path, "rb") as file:
             start = file.read(4096)
         if f'content="{GENERATOR}"'.encode() not in start:
-            raise OutputError(f"{path} exists and is no report; it is not overwritten. Choose another --output.")
+            raise OutputError(f"{path} exists and is not a report; it is not overwritten. Choose another --output.")
     write_atomic(path, page)
 
 
 def document(title: str, head: Sequence[Child], sections: Sequence[Markup | None]) -> str:
-    """Return a whole page; its policy lets it load nothing and run nothing, and take no style but its own."""
+    """Return a complete page; its content security policy allows its own style sheet and no scripts or loading."""
     style = files("alignprop_report").joinpath("style.css").read_text(encoding="utf-8")
     digest = b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
@@ -89,7 +89,7 @@ def document(title: str, head: Sequence[Child], sections: Sequence[Markup | None
 
 
 def folded(title: str, content: Markup) -> Markup:
-    """Return content that is shown on a click, without a script."""
+    """Return content that is shown on a click."""
     return element("details", element("summary", title), content)
 
 
@@ -106,7 +106,7 @@ def warnings(title: str, sentences: Sequence[str]) -> Markup | None:
 
 
 def _summary(run: Run) -> Markup:
-    """Say what was trained in one line."""
-    rewards = ", ".join(about.term_told(term) for term in run.rewards)
-    names = element("b", about.model_told(run.config)), element("b", rewards or "nothing that is known")
+    """Return one line on what was trained."""
+    rewards = ", ".join(about.term_text(term) for term in run.rewards)
+    names = element("b", about.model_name(run.config)), element("b", rewards or "unknown rewards")
     return joined("Trained ", names[0], " on ", names[1], ": ", ", ".join(about.in_short(run)), ".")

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignprop_core.training.callback import Callback
-from alignprop_report.page import run_page, write_page
-from alignprop_report.read import read_run
+from alignprop_report.run_files import read_run
+from alignprop_report.run_page import run_page, write_page
+from alignprop_report.sweep_plot import write_plots
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer
@@ -28,7 +29,8 @@ class Report(Callback):
             self.write(trainer.folder.path)
 
     def on_results(self, folder: Path) -> None:
-        """Update a run's page where there is one."""
+        """Plot new curves, and update a run's page where there is one."""
+        write_plots(folder)
         if (folder / "report.html").is_file() and (folder / "config.yaml").is_file():
             self.write(folder)
 

@@ -1,4 +1,4 @@
-"""What a run came to, in plain sentences and one table."""
+"""The result and the progress of a run in sentences."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from math import fsum
 from typing import Any
 
 from alignprop_report.axes import figure
-from alignprop_report.read import Run, label_of, mapping, mappings, number, pick
+from alignprop_report.run_files import Run, label_of, mapping, mappings, number, pick
 
 _TOLD = 4
-"""Measures the sentence at the top names at most."""
+"""Maximum number of measures in the sentence at the top."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Change:
         tuned: mean of the tuned model.
         difference: mean of the paired differences.
         interval: its 95% interval; None where there are no pairs to take one from.
-        n: pictures.
+        n: images.
     """
 
     label: str
@@ -36,7 +36,7 @@ class Change:
 
     @property
     def percent(self) -> str:
-        """The difference against the base; empty where a share says nothing, as across zero."""
+        """The difference in percent of the base; empty where that is meaningless, such as for negative scores."""
         if self.base <= 0 or self.tuned < 0:
             return ""
         if self.difference == 0:
@@ -49,10 +49,10 @@ class Change:
         """Whether the interval includes no change."""
         return self.interval is not None and self.interval[0] <= 0 <= self.interval[1]
 
-    def told(self, *, again: bool = False) -> str:
-        """Say it: jpeg_bytes fell by 27% (6,231 to 4,548, 95% interval of the difference -1,800 to -1,560).
+    def clause(self, *, again: bool = False) -> str:
+        """Return a clause: jpeg_bytes fell by 27% (6,231 to 4,548, 95% interval of the difference -1,800 to -1,560).
 
-        `again` leaves out what has been said of the interval before.
+        With `again`, the interval is named briefly, because an earlier clause named it in full.
         """
         if self.difference == 0:
             return f"{self.label} stayed at {figure(self.base)}"
@@ -87,7 +87,7 @@ def drift_of(comparison: Mapping[str, Any] | None) -> float | None:
 
 
 def role(run: Run, label: str) -> str:
-    """Say what a measure is to a run: trained on, a true measure of that, or reported beside it."""
+    """Return the role of a measure in a run: trained on, a true measure of that, or only reported."""
     if label in run.labels:
         return "trained on"
     further = [label_of(term) for term in mappings(pick(run.config, "evaluation", "rewards"))]
@@ -95,53 +95,53 @@ def role(run: Run, label: str) -> str:
 
 
 def result(run: Run) -> str:
-    """Say in one sentence what training changed, by the best evidence there is."""
+    """Return one sentence on what training changed, from the best evidence available."""
     found = changes(run.comparison)
     if found:
-        # A true measure says more than the reward that stands for it.
+        # A true measure is better evidence than the reward that approximates it.
         order = ("true measure", "trained on", "reported")
         found.sort(key=lambda change: order.index(role(run, change.label)))
         shown = [change for change in found if role(run, change.label) != "reported"][:_TOLD] or found[:_TOLD]
-        told = [change.told(again=i > 0) + _against(run, change) for i, change in enumerate(shown)]
-        return f"{_occasion(run.comparison)}{'; '.join(told)}."
+        text = [change.clause(again=i > 0) + _against(run, change) for i, change in enumerate(shown)]
+        return f"{_occasion(run.comparison)}{'; '.join(text)}."
     if len(run.evaluations) > 1:
         first, last = run.evaluations[0], run.evaluations[-1]
-        labels = [label for label in mapping(last.get("scores")) if label in run.labels] or ["reward"]
+        labels = [label for label in mapping(last.get("scores")) if label in run.labels] or ["total"]
         parts = [_from_to(label, _score(first, label), _score(last, label)) for label in labels[:_TOLD]]
         steps = f"between step {first['step']} and step {last['step']}"
         return f"On held-out prompts {'; '.join(filter(None, parts))}, {steps} (evaluated while training)."
-    rewards = [value for row in run.steps if (value := number(row.get("reward"))) is not None]
+    rewards = [value for row in run.steps if (value := number(row.get("total"))) is not None]
     if len(rewards) > 1:
         part = max(1, len(rewards) // 10)
         sides = fsum(rewards[:part]) / part, fsum(rewards[-part:]) / part
-        change = _from_to("the reward in training", *sides)
+        change = _from_to("the total in training", *sides)
         return f"There was no evaluation on held-out prompts; {change} (means of the first and last {part})."
-    return "There are no figures yet."
+    return "There are no metrics yet."
 
 
 def standing(run: Run) -> str:
-    """Say how far the run came, and which step's LoRA is kept."""
+    """Return the progress of the run, and which step's LoRA it saved."""
     of = "" if run.planned is None else f" of {run.planned}"
     if run.stop_reason is not None:
-        told = f"A guard stopped it at step {run.last_step}{of}: {run.stop_reason}."
+        text = f"Stopped early at step {run.last_step}{of}: {run.stop_reason}."
     elif run.finished:
-        told = f"It is finished: {run.last_step} steps."
+        text = f"Finished after {run.last_step} steps."
     elif run.has_lora and run.steps:
-        told = f"Its metrics end at step {run.last_step}{of}, before what was planned; there is a LoRA of its end."
+        text = f"The metrics end at step {run.last_step}{of}, but the final LoRA exists."
     elif run.steps:
-        told = f"It is not finished: step {run.last_step}{of}."
+        text = f"Not finished: step {run.last_step}{of}."
     else:
-        told = "No step is done yet."
+        text = "No step has finished yet."
     kept = number(pick(run.comparison, "step"))
     if kept is not None and kept != run.last_step:
-        told += f" {'The LoRA is that' if run.finished else 'evaluation.json is'} of step {kept:.0f}."
+        text += f" {'The LoRA' if run.finished else 'evaluation.json'} is from step {kept:.0f}."
     elif run.best_step is not None and run.best_step < run.last_step and (run.path / "lora" / "best").is_dir():
-        told += f" The best evaluation was at step {run.best_step:.0f}; the LoRA of that step is in lora/best."
-    return told
+        text += f" The best evaluation was at step {run.best_step:.0f}; the LoRA of that step is in lora/best."
+    return text
 
 
 def minutes(seconds: float) -> str:
-    """Return a time for people: 41 s, 8 min, 2 h 5 min."""
+    """Return a readable duration: 41 s, 8 min, 2 h 5 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     whole = round(seconds / 60)
@@ -171,11 +171,11 @@ def _occasion(comparison: Mapping[str, Any] | None) -> str:
     if not images:
         return "On held-out prompts "
     prompts = f" of {images / per:.0f} held-out prompts" if per else ""
-    return f"On {images:.0f} pictures{prompts}, with the same seeds before and after, "
+    return f"On {images:.0f} images{prompts}, with the same seeds before and after, "
 
 
 def _against(run: Run, change: Change) -> str:
-    """Say so where a score went the other way than training asked."""
+    """Return a remark where a score moved against the sign of its weight."""
     term = next((term for term in run.rewards if label_of(term) == change.label), None)
     if term is None or term.get("target") is not None or change.by_chance:
         return ""
@@ -183,14 +183,14 @@ def _against(run: Run, change: Change) -> str:
     last: Sequence[object] = list(weight.values())[-1:] if isinstance(weight, Mapping) else [weight]
     wanted = number(last[0]) if last else None
     wrong = wanted is not None and wanted * change.difference < 0
-    return ", against what it was trained for" if wrong else ""
+    return ", opposite to what was trained for" if wrong else ""
 
 
 def _score(row: Mapping[str, Any], label: str) -> float | None:
-    return number(row.get("reward") if label == "reward" else pick(row, "scores", label, "mean"))
+    return number(row.get("total") if label == "total" else pick(row, "scores", label, "mean"))
 
 
 def _from_to(label: str, before: float | None, after: float | None) -> str:
     if before is None or after is None:
         return ""
-    return Change(label, before, after, after - before, None, None).told()
+    return Change(label, before, after, after - before, None, None).clause()

@@ -1,24 +1,24 @@
-"""The parts of a page that show what a run did: its result, pictures, curves and guards."""
+"""The sections of a page on what a run did: result, images, curves, early stopping."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from alignprop_report import curves
+from alignprop_report import run_charts
 from alignprop_report.axes import figure
 from alignprop_report.chart import Chart, draw
 from alignprop_report.markup import Child, Markup, element, facts, joined, table
-from alignprop_report.pictures import Album, Cell, Sheet, open_sheet, previews, spread
-from alignprop_report.read import Run, mapping, number, pick
-from alignprop_report.words import Change, changes, drift_of, role, signed, spread_change
+from alignprop_report.run_files import Run, mapping, number, pick
+from alignprop_report.sheets import Album, Cell, Sheet, open_sheet, previews, spread
+from alignprop_report.summary import Change, changes, drift_of, role, signed, spread_change
 
-STEPS_SHOWN, PROMPTS_SHOWN, PAIRS_SHOWN, DROPPED_SHOWN = 7, 8, 12, 20
+STEPS_SHOWN, PROMPTS_SHOWN, PAIRS_SHOWN, SKIPPED_SHOWN = 7, 8, 12, 20
 Later = Callable[[], Markup]
-"""Makes a part once all pictures of a page are known."""
+"""Builds a section after all images of a page are known."""
 
 
 def section(title: str, name: str, *content: Child) -> Markup | None:
-    """Return a section with its heading; None if there is nothing in it."""
+    """Return a section with its heading; None if it is empty."""
     inside = joined(*content)
     if not inside:
         return None
@@ -38,34 +38,34 @@ def result_table(run: Run) -> Markup | None:
     if not rows:
         return None
     columns = ["measure", "what it is", "base", "tuned", "difference", "change", "95% interval", "n"]
-    told = table(columns, rows, caption="Before and after, the same prompts and seeds", numbers=range(2, 8))
-    note = "The interval is of the mean paired difference; one that includes 0 may be chance."
-    return joined(told, element("p", note, class_="note"))
+    content = table(columns, rows, caption="Before and after, the same prompts and seeds", numbers=range(2, 8))
+    note = "The interval is of the mean paired difference. If it includes 0, the difference may be chance."
+    return joined(content, element("p", note, class_="note"))
 
 
 def gallery(run: Run, album: Album, problems: list[str]) -> Later:
-    """Take in the sheet before and after, and the previews; returns what makes the part."""
+    """Add the before/after sheet and the previews; return the function that builds the section."""
     parts = [_pairs(run, album, problems), _strips(run, album, problems)]
     return lambda: joined(part() for part in parts)
 
 
 def charts(title: str, shown: Iterable[Chart], note: str = "") -> Markup | None:
-    """Return charts under a heading of their own; None if all are empty."""
+    """Return charts with a heading; None if all are empty."""
     drawn = [chart for chart in map(draw, shown) if chart is not None]
     if not drawn:
         return None
-    told = element("p", note, class_="note") if note else None
-    return joined(element("h3", title), told, element("div", drawn, class_="charts"))
+    content = element("p", note, class_="note") if note else None
+    return joined(element("h3", title), content, element("div", drawn, class_="charts"))
 
 
 def curve_parts(run: Run) -> Markup:
     """Return all curves over the steps."""
-    noisy = "Thin: each step, with its range where many are joined. Thick: running mean. Dots: held-out prompts."
+    noisy = "Thin: each step (in long runs, mean and range of several). Thick: running mean. Dots: held-out prompts."
     return joined(
-        charts("Scores", curves.score_charts(run), noisy),
-        charts("What the mix did" if len(run.labels) > 1 else "At the limits", curves.mix_charts(run)),
-        charts("On held-out prompts", curves.held_out_charts(run)),
-        charts("Gradient", curves.step_charts(run)),
+        charts("Scores", run_charts.score_charts(run), noisy),
+        charts("What the mix did" if len(run.labels) > 1 else "Saturated images", run_charts.mix_charts(run)),
+        charts("On held-out prompts", run_charts.held_out_charts(run)),
+        charts("Gradient", run_charts.step_charts(run)),
     )
 
 
@@ -77,44 +77,46 @@ def strength_parts(run: Run) -> Markup:
         "soup": f"Each point is the share of {pick(run.curves.get('soup'), 'soup') or 'the other LoRA'}.",
     }
     return joined(
-        charts(heads[name], curves.curve_charts(name, data), notes[name]) for name, data in run.curves.items()
+        charts(heads[name], run_charts.curve_charts(name, data), notes[name]) for name, data in run.curves.items()
     )
 
 
-def guard_parts(run: Run) -> Markup:
-    """Return what the guards were set to and what they did."""
-    set_to = {key: value for key, value in mapping(run.config.get("guards")).items() if value not in (None, False)}
+def stopping_parts(run: Run) -> Markup:
+    """Return the settings of early stopping, why the run stopped, and skipped and idle steps."""
+    set_to = {
+        key: value for key, value in mapping(run.config.get("early_stopping")).items() if value not in (None, False)
+    }
     pairs: list[tuple[str, Child]] = []
     if run.stop_reason:
-        pairs.append(("stopped by", run.stop_reason))
+        pairs.append(("stopped because", run.stop_reason))
     best = run.best_step
     if best is not None:
         pairs.append(("best evaluation", f"step {best:.0f}"))
     if set_to:
-        pairs.append(("set to", ", ".join(f"{key} {value}" for key, value in set_to.items())))
-    dropped = [row for row in run.steps if row.get("dropped")]
+        pairs.append(("settings", ", ".join(f"{key} {value}" for key, value in set_to.items())))
+    skipped = [row for row in run.steps if row.get("skipped")]
     idle = [row for row in run.steps if row.get("idle")]
-    pairs.append(("dropped steps", str(len(dropped)) if dropped else "none"))
+    pairs.append(("skipped steps", str(len(skipped)) if skipped else "none"))
     if idle:
-        pairs.append(("steps that did nothing", f"{len(idle)} ({_ranges(idle)}): {idle[-1]['idle']}"))
-    rows = [[str(row["step"]), str(row["dropped"])] for row in dropped[:DROPPED_SHOWN]]
-    more = len(dropped) - len(rows)
+        pairs.append(("idle steps", f"{len(idle)} ({_ranges(idle)}): {idle[-1]['idle']}"))
+    rows = [[str(row["step"]), str(row["skipped"])] for row in skipped[:SKIPPED_SHOWN]]
+    more = len(skipped) - len(rows)
     return joined(
         facts(pairs),
-        table(["step", "why"], rows, caption="Dropped steps") if rows else None,
+        table(["step", "why"], rows, caption="Skipped steps") if rows else None,
         element("p", f"And {more} more, in metrics.jsonl.", class_="note") if more else None,
     )
 
 
 def pair_figure(cell: Cell, album: Album) -> Later:
-    """Take in a prompt's pictures before and after; returns what makes their figure."""
-    shown = [(head, album.add(picture, f"{head}: {cell.prompt}")) for head, picture in cell.pictures.items()]
+    """Add a prompt's images; return the function that builds their figure."""
+    shown = [(head, album.add(image, f"{head}: {cell.prompt}")) for head, image in cell.images.items()]
 
     def make() -> Markup:
-        pictures = [element("div", image(), element("span", head, class_="head")) for head, image in shown]
+        images = [element("div", image(), element("span", head, class_="head")) for head, image in shown]
         lines = [element("span", line, class_="note", dir="auto") for line in cell.lines[1:]]
         caption = element("figcaption", element("span", cell.prompt, dir="auto"), lines)
-        return element("figure", element("div", pictures, class_="pair"), caption)
+        return element("figure", element("div", images, class_="pair"), caption)
 
     return make
 
@@ -126,7 +128,9 @@ def _pairs(run: Run, album: Album, problems: list[str]) -> Later:
         return Markup
     heading = element("h3", "Before and after")
     if not sheet.cells:
-        whole = _whole(sheet, album, "Before and after: for each prompt the base model's picture and the tuned model's")
+        whole = _whole(
+            sheet, album, "Before and after: for each prompt, the image of the base model and of the tuned model"
+        )
         return lambda: joined(heading, whole())
     made = [pair_figure(cell, album) for cell in sheet.cells[:PAIRS_SHOWN]]
     more = len(sheet.cells) - len(made)
@@ -135,31 +139,33 @@ def _pairs(run: Run, album: Album, problems: list[str]) -> Later:
 
 
 def _strips(run: Run, album: Album, problems: list[str]) -> Later:
-    """One strip of pictures a prompt, over the steps."""
+    """Return one strip of images per prompt, over the steps."""
     found = previews(run.path)
     opened = [(step, open_sheet(found[step], problems)) for step in spread(list(found), STEPS_SHOWN)]
     sheets = [(step, sheet) for step, sheet in opened if sheet is not None]
     if not sheets:
         return Markup
-    seed = number(pick(run.config, "samples", "seed"))
-    seeds = "" if seed is None else f" Every strip keeps its noise (samples.seed {seed:.0f})."
+    given = pick(run.config, "previews", "seeds")
+    known = [seed for value in given if (seed := number(value)) is not None] if isinstance(given, list) else []
+    listed = ", ".join(f"{seed:.0f}" for seed in known)
+    seeds = f" Every strip uses the same noise (previews.seeds: {listed})." if known else ""
     intro = joined(
-        element("h3", "Along the way"),
+        element("h3", "During training"),
         element("p", f"The same prompt at different steps; strips scroll sideways.{seeds}", class_="note"),
     )
     cut = [(step, sheet) for step, sheet in sheets if sheet.cells]
     if not cut:
         chosen = [sheets[0], sheets[-1]] if len(sheets) > 1 else sheets
         wholes = [
-            (step, _whole(sheet, album, f"Pictures at step {step}, each above its prompt")) for step, sheet in chosen
+            (step, _whole(sheet, album, f"Images at step {step}, each above its prompt")) for step, sheet in chosen
         ]
         return lambda: joined(intro, [joined(element("p", f"Step {step}"), make()) for step, make in wholes])
     strips: dict[tuple[int, str], list[tuple[int, Callable[[], Markup]]]] = {}
     for step, sheet in cut:
         for place, cell in enumerate(sheet.cells[:PROMPTS_SHOWN]):
-            for picture in cell.pictures.values():
-                image = album.add(picture, f"step {step}: {cell.prompt}")
-                strips.setdefault((place, cell.prompt), []).append((step, image))
+            for image in cell.images.values():
+                make = album.add(image, f"step {step}: {cell.prompt}")
+                strips.setdefault((place, cell.prompt), []).append((step, make))
     return lambda: joined(intro, [_strip(prompt, shown) for (_, prompt), shown in strips.items()])
 
 
@@ -189,5 +195,5 @@ def _ranges(rows: Sequence[Mapping[str, object]]) -> str:
             ranges[-1][1] = step
         else:
             ranges.append([step, step])
-    shown = [f"{low} to {high}" if high > low else str(low) for low, high in ranges[:DROPPED_SHOWN]]
-    return "steps " + ", ".join(shown) + (" and more" if len(ranges) > DROPPED_SHOWN else "")
+    shown = [f"{low} to {high}" if high > low else str(low) for low, high in ranges[:SKIPPED_SHOWN]]
+    return "steps " + ", ".join(shown) + (" and more" if len(ranges) > SKIPPED_SHOWN else "")

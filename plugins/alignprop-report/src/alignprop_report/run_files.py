@@ -1,4 +1,4 @@
-"""What a run folder holds, read without trusting it: files may be missing, older, half-written or changed by hand."""
+"""Reads run folders without trusting them: files may be missing, older, incomplete or edited by hand."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError
 from alignprop_core.runs.metrics import STOPPED
+from alignprop_report.older_names import config_today, evaluation_today, step_today
 
 _SHOWN = 5
 
@@ -22,15 +23,15 @@ class Run:
 
     Attributes:
         path: the folder, absolute.
-        config_text: config.yaml as it stands.
-        config: the same, parsed and not checked.
-        environment: environment.json; empty where there is none.
-        steps: the lines of steps in metrics.jsonl, by step; of a step done twice the later one.
-        evaluations: the lines of evaluations while training, by step, `step` among their figures.
-        stopped: why it stopped before its last step, as the last line of metrics.jsonl says; None if none does.
-        comparison: evaluation.json; None where there is none.
-        curves: name -> strengths.json and soup.json, those that are there.
-        problems: what could not be read, a sentence each.
+        config_text: config.yaml, unchanged.
+        config: the same, parsed, with today's names of keys; values are not checked.
+        environment: environment.json; empty if missing.
+        steps: the lines of steps in metrics.jsonl, by step, with today's keys; the later one of a repeated step.
+        evaluations: the lines of evaluations while training, by step, each with its `step`.
+        stopped: why it stopped before its last step, from the last line of metrics.jsonl; None if it did not.
+        comparison: evaluation.json; None if missing.
+        curves: name -> content of strengths.json and soup.json, if present.
+        problems: one sentence for each file or line that could not be read.
     """
 
     path: Path
@@ -78,18 +79,18 @@ class Run:
 
     @property
     def stop_reason(self) -> str | None:
-        """Why a guard stopped it, where metrics.jsonl or (of older runs too) evaluation.json says so."""
+        """Why early stopping ended it, from metrics.jsonl or evaluation.json."""
         reason = self.stopped or pick(self.comparison, STOPPED)
         return reason if isinstance(reason, str) else None
 
     @property
     def has_lora(self) -> bool:
-        """Whether the final LoRA is there: a run writes it at its end."""
+        """Whether the final LoRA exists; a run writes it at its end."""
         return (self.path / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
     @property
     def finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run ended as planned or by early stopping."""
         return self.has_lora and (
             self.planned is None or self.last_step >= self.planned or self.stop_reason is not None
         )
@@ -99,32 +100,32 @@ def read_run(path: str | Path) -> Run:
     """Read a run folder.
 
     Raises:
-        OutputError: there is no such folder, or it holds no run.
-        ConfigError: its config.yaml is no YAML.
+        OutputError: the folder does not exist or is not a run folder.
+        ConfigError: its config.yaml is not valid YAML.
     """
     path = Path(path).expanduser().absolute()
     if not path.exists():
-        raise OutputError(f"{path}: there is no such folder. Give the folder of a run, such as runs/first.")
+        raise OutputError(f"{path}: no such folder. Give the folder of a run, such as runs/first.")
     if not path.is_dir():
-        raise OutputError(f"{path} is a file. Give the folder of a run, the one that holds its config.yaml.")
+        raise OutputError(f"{path} is a file. Give the folder of a run, which contains its config.yaml.")
     if not (path / "config.yaml").is_file():
         inside = sorted(file.parent.name for file in path.glob("*/config.yaml"))[:_SHOWN]
-        hint = f" There are run folders in it: {', '.join(inside)}." if inside else " Check the path."
-        raise OutputError(f"{path} is no run folder: there is no config.yaml in it.{hint}")
+        hint = f" It contains these run folders: {', '.join(inside)}." if inside else " Check the path."
+        raise OutputError(f"{path} is not a run folder: it has no config.yaml.{hint}")
     try:
         text = (path / "config.yaml").read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise OutputError(f"{path / 'config.yaml'} cannot be read: {error}.") from error
     config, _ = read_yaml(text, str(path / "config.yaml"))
     if not isinstance(config, Mapping) or not {"model", "rewards"} <= config.keys():
-        raise OutputError(f"{path} is no run folder: its config.yaml is no run config (it has no model or no rewards).")
+        raise OutputError(f"{path} is not a run folder: its config.yaml is not a run config (no model or no rewards).")
     problems: list[str] = []
     steps, evaluations, stopped = _read_metrics(path / "metrics.jsonl", problems)
     curves = {name: _read_json(path / f"{name}.json", problems) for name in ("strengths", "soup")}
     return Run(
         path=path,
         config_text=text,
-        config=config,
+        config=config_today(config),
         environment=_read_json(path / "environment.json", problems) or {},
         steps=steps,
         evaluations=evaluations,
@@ -146,14 +147,14 @@ def number(value: object) -> float | None:
 
 
 def pick(data: object, *keys: str) -> Any:
-    """Return what stands under nested keys; None where one is missing."""
+    """Return the value at nested keys; None where one is missing."""
     for key in keys:
-        data = data.get(key) if isinstance(data, Mapping) else None
+        data = data.get(key) if isinstance(data, dict) else None  # what JSON and YAML give
     return data
 
 
 def mapping(value: object) -> Mapping[str, Any]:
-    """Return a mapping as it is, and an empty one for anything else."""
+    """Return a mapping unchanged, and an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -163,7 +164,7 @@ def mappings(value: object) -> list[Mapping[str, Any]]:
 
 
 def label_of(term: Mapping[str, Any]) -> str:
-    """Return what a term is called: its label, or its reward's name in older configs."""
+    """Return a term's label, or its reward's name in older configs."""
     return str(term.get("label") or term.get("name") or "reward")
 
 
@@ -173,10 +174,10 @@ def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        problems.append(f"{path.name} cannot be read and is left out: {error}.")
+        problems.append(f"{path.name} cannot be read and is skipped: {error}.")
         return None
     if not isinstance(data, Mapping):
-        problems.append(f"{path.name} holds no figures and is left out.")
+        problems.append(f"{path.name} has no results and is skipped.")
         return None
     return data
 
@@ -184,7 +185,7 @@ def _read_json(path: Path, problems: list[str]) -> Mapping[str, Any] | None:
 def _read_metrics(
     path: Path, problems: list[str]
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], str | None]:
-    """Return the lines of steps, those of evaluations, and why the run stopped."""
+    """Return the lines of steps, the lines of evaluations, and why the run stopped."""
     if not path.is_file():
         return [], [], None
     steps: dict[int, Mapping[str, Any]] = {}
@@ -197,23 +198,23 @@ def _read_metrics(
             if step is None or step < 0:
                 broken.append(place)
             elif isinstance(figures := pick(row, "evaluation"), Mapping):
-                evaluations[int(step)] = {**figures, "step": int(step)}
+                evaluations[int(step)] = {**evaluation_today(figures), "step": int(step)}
             elif isinstance(reason := pick(row, STOPPED), str):
                 stopped = reason
             else:
-                steps[int(step)] = {**mapping(row), "step": int(step)}
-                stopped = None  # it went on
+                steps[int(step)] = {**step_today(mapping(row)), "step": int(step)}
+                stopped = None  # it was resumed
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {error}.")
     if broken:
         places = ", ".join(map(str, broken[:_SHOWN])) + (" and more" if len(broken) > _SHOWN else "")
         lines = "line" if len(broken) == 1 else "lines"
-        problems.append(f"{len(broken)} broken {lines} of {path.name} left out ({lines} {places}).")
+        problems.append(f"{len(broken)} broken {lines} of {path.name} skipped ({lines} {places}).")
     return [steps[step] for step in sorted(steps)], [evaluations[step] for step in sorted(evaluations)], stopped
 
 
 def _lines(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield each line's place, from 1, and its data; None for one that is no JSON."""
+    """Yield each line's number, from 1, and its data; None for a line that is not JSON."""
     for place, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:

@@ -1,4 +1,4 @@
-"""Which charts a run gets: scores, what its mix did, gradients, distance from the base model."""
+"""The charts of a run: scores, the mix, gradients, drift and diversity."""
 
 from __future__ import annotations
 
@@ -6,30 +6,30 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from alignprop_report.chart import Chart, Line, Mark
-from alignprop_report.read import Run, mapping, mappings, number, pick
+from alignprop_report.run_files import Run, mapping, mappings, number, pick
 
 TRAINING, HELD_OUT = "training", "held out"
-REGULARIZED, LEARNING_RATE, GRADIENT = "pull to the base model", "learning rate", "gradient norm of the adapters"
+REGULARIZED, LEARNING_RATE, GRADIENT = "regularization", "learning rate", "gradient norm of the adapters"
 
 
 def of_steps(run: Run, *keys: str) -> tuple[list[float], list[float | None]]:
-    """Return the steps, and what stands under nested keys in each one's line."""
+    """Return the steps, and the value at nested keys in each one's line."""
     return [float(row["step"]) for row in run.steps], [number(pick(row, *keys)) for row in run.steps]
 
 
 def of_evaluations(run: Run, *keys: str) -> tuple[list[float], list[float | None]]:
-    """Return the steps that were evaluated while training, and what stands under nested keys in each evaluation."""
+    """Return the steps that were evaluated while training, and the value at nested keys in each evaluation."""
     rows = run.evaluations
     return [float(row["step"]) for row in rows], [number(pick(row, *keys)) for row in rows]
 
 
 def marks(run: Run) -> list[Mark]:
-    """Return what happened: steps that were dropped or did nothing, and the step whose LoRA was kept."""
-    found = [Mark(row["step"], "dropped", str(row["dropped"])) for row in run.steps if row.get("dropped")]
+    """Return events: steps that were skipped or idle, and the step whose LoRA was saved."""
+    found = [Mark(row["step"], "skipped", str(row["skipped"])) for row in run.steps if row.get("skipped")]
     found += [Mark(row["step"], "idle", str(row["idle"])) for row in run.steps if row.get("idle")]
     kept = number(pick(run.comparison, "step"))
     if kept is not None and kept < run.last_step and run.finished:
-        found.append(Mark(kept, "saved", "the LoRA that was kept"))
+        found.append(Mark(kept, "saved", "step of the saved LoRA"))
     return found
 
 
@@ -48,18 +48,18 @@ def score_charts(run: Run) -> list[Chart]:
     """Return the total, then each score: over the steps, and on held-out prompts where both have the same unit."""
     labels, events = trained_labels(run), marks(run)
     charts = []
-    total, alone = of_steps(run, "reward"), len(labels) == 1
+    total, alone = of_steps(run, "total"), len(labels) == 1
     same = alone and _alike(total[1], of_steps(run, "terms", labels[0], "raw")[1])
     if not same:
-        lines = [Line(TRAINING, *total, colour=7)]
+        lines = [Line(TRAINING, *total, color=7)]
         note = "the mix's total, limits and weights included"
         if pick(run.config, "mix", "combine") in (None, "sum"):
-            lines.append(_held_out(run, "reward"))
+            lines.append(_held_out(run, "total"))
         else:  # the held-out total has a scale of its own
             note += ", in a unit that moves with the run"
-        charts.append(Chart("reward", lines, note=note, marks=events))
+        charts.append(Chart("total", lines, note=note, marks=events))
     for place, label in enumerate(labels):
-        lines = [Line(TRAINING, *of_steps(run, "terms", label, "raw"), colour=place)]
+        lines = [Line(TRAINING, *of_steps(run, "terms", label, "raw"), color=place)]
         lines.append(_held_out(run, "scores", label, "mean"))
         note = "what is trained on" if same else ""
         charts.append(Chart(label, lines, note=note, limits=_limits(run, label), marks=events))
@@ -74,40 +74,38 @@ def held_out_charts(run: Run) -> list[Chart]:
             charts.append(Chart(label, [_held_out(run, "scores", label, "mean")], note="measured, not trained on"))
     if pick(run.config, "mix", "combine") not in (None, "sum") and len(trained_labels(run)) > 1:
         note = "the mix's total in standard deviations of the first evaluation"
-        charts.append(Chart("held-out reward", [_held_out(run, "reward")], note=note))
-    limit = number(pick(run.config, "guards", "drift_limit"))
+        charts.append(Chart("held-out total", [_held_out(run, "total")], note=note))
+    limit = number(pick(run.config, "early_stopping", "max_drift"))
     charts.append(
         Chart(
             "drift from the base model",
             [_held_out(run, "drift")],
             note="relative change of the predicted noise",
             within=[0.0],
-            limits=[] if limit is None else [(limit, "guards.drift_limit")],
+            limits=[] if limit is None else [(limit, "early_stopping.max_drift")],
         )
     )
-    share, known = number(pick(run.config, "guards", "diversity_floor")), of_evaluations(run, "diversity")[1]
+    share, known = number(pick(run.config, "early_stopping", "min_diversity")), of_evaluations(run, "diversity")[1]
     floor = share * known[0] if share is not None and known and known[0] is not None else None
     charts.append(
         Chart(
             "diversity",
             [_held_out(run, "diversity")],
-            note="mean distance between pictures of one prompt",
+            note="mean distance between images of one prompt",
             within=[0.0],
-            limits=[] if floor is None else [(floor, "guards.diversity_floor")],
+            limits=[] if floor is None else [(floor, "early_stopping.min_diversity")],
         )
     )
     return charts
 
 
 def mix_charts(run: Run) -> list[Chart]:
-    """Return what the mix did: parts of the direction, conflicts, contributions, gradients, held images."""
+    """Return what the mix did: parts of the direction, conflicts, contributions, gradients, saturated images."""
     labels, events = trained_labels(run), marks(run)
 
     def each(key: str) -> list[Line]:
         return [
-            Line(
-                label, *of_steps(run, "terms", label, key), colour=place, style="steps" if len(labels) < 3 else "trend"
-            )
+            Line(label, *of_steps(run, "terms", label, key), color=place, style="steps" if len(labels) < 3 else "trend")
             for place, label in enumerate(labels)
         ]
 
@@ -115,33 +113,31 @@ def mix_charts(run: Run) -> list[Chart]:
     if len(labels) > 1:
         pairs = dict.fromkeys(pair for row in run.steps for pair in mapping(row.get("cosines")))
         cosines = [
-            Line(pair, *of_steps(run, "cosines", pair), colour=place, style="steps" if len(pairs) < 3 else "trend")
+            Line(pair, *of_steps(run, "cosines", pair), color=place, style="steps" if len(pairs) < 3 else "trend")
             for place, pair in enumerate(pairs)
         ]
         charts = [
             Chart("share of the direction", each("share"), "parts add up to 1", within=[0.0, 1.0], marks=events),
-            Chart("cosine of two gradients", cosines, "below 0 two terms pull apart", within=[-1.0, 1.0], marks=events),
-            Chart("weighted", each("weighted"), "what each term adds to the total", marks=events),
+            Chart("cosine of two gradients", cosines, "below 0, two terms conflict", within=[-1.0, 1.0], marks=events),
+            Chart("weighted", each("weighted"), "contribution of each term to the total", marks=events),
             Chart("gradient norm at the image", each("grad_norm"), "of each term, before weights", True, marks=events),
         ]
-    if _any(run, lambda row: any(number(pick(term, "held")) for term in mapping(row.get("terms")).values())):
-        note = "share of images that a ceiling, floor or target holds"
-        charts.append(Chart("images at a limit", each("held"), note, within=[0.0, 1.0], marks=events))
+    if _any(run, lambda row: any(number(pick(term, "saturated")) for term in mapping(row.get("terms")).values())):
+        note = "share of images at a ceiling, floor or target"
+        charts.append(Chart("saturated images", each("saturated"), note, within=[0.0, 1.0], marks=events))
     return charts
 
 
 def step_charts(run: Run) -> list[Chart]:
-    """Return the gradient's norm, and the learning rate and the pull to the base model where there is one to see."""
+    """Return the gradient's norm, and the learning rate and the regularization where it is used."""
     charts = [
-        Chart(
-            GRADIENT, [Line("norm", *of_steps(run, "grad_norm"), colour=7)], "before clipping", True, marks=marks(run)
-        )
+        Chart(GRADIENT, [Line("norm", *of_steps(run, "grad_norm"), color=7)], "before clipping", True, marks=marks(run))
     ]
     rates = of_steps(run, "learning_rate")
     if len({rate for rate in rates[1] if rate is not None}) > 1:
-        charts.append(Chart(LEARNING_RATE, [Line("rate", *rates, colour=7, style="trend")], within=[0.0]))
+        charts.append(Chart(LEARNING_RATE, [Line("rate", *rates, color=7, style="trend")], within=[0.0]))
     if _any(run, lambda row: number(row.get("regularization"))):
-        charts.append(Chart(REGULARIZED, [Line("loss", *of_steps(run, "regularization"), colour=7)], marks=marks(run)))
+        charts.append(Chart(REGULARIZED, [Line("loss", *of_steps(run, "regularization"), color=7)], marks=marks(run)))
     return charts
 
 
@@ -165,7 +161,7 @@ def curve_charts(name: str, data: Mapping[str, Any]) -> list[Chart]:
             label,
             [across(point) or 0.0 for point in known],
             [number(pick(point, "scores", label, "mean")) for point in known],
-            colour=place,
+            color=place,
             style="dots",
             bars=[_bar(pick(point, "scores", label, "interval"), base) for point in known],
             names=["" if (at := number(point.get(varied))) is None else f"{at:g}" for point in known],
@@ -183,7 +179,7 @@ def _bar(interval: object, base: float | None) -> tuple[float, float] | None:
 
 
 def _held_out(run: Run, *keys: str) -> Line:
-    return Line(HELD_OUT, *of_evaluations(run, *keys), colour=None, style="dots", best=run.best_step)
+    return Line(HELD_OUT, *of_evaluations(run, *keys), color=None, style="dots", best=run.best_step)
 
 
 def _limits(run: Run, label: str) -> list[tuple[float, str]]:
