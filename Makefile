@@ -1,5 +1,5 @@
-# Every target does its own set-up: a bare checkout and Python 3.11 or newer are enough.
-# PYTHON=python3.12 make test   chooses the interpreter the environment is made with.
+# Every target does its own setup: a bare checkout and Python 3.11 or newer are enough.
+# PYTHON=python3.12 make test   chooses the interpreter of the environment.
 
 PYTHON  ?= python3
 VENV    := .venv
@@ -10,16 +10,17 @@ REFERENCE := build/reference
 ISOLATED  := build/isolated
 
 PROJECTS := pyproject.toml $(wildcard plugins/*/pyproject.toml)
-# Those that others depend on come first, the metapackage last: older pips look for an unpublished requirement only among what came before.
+# Plugins that others depend on come first, the metapackage last: older pips find an unpublished requirement only if it
+# was named before.
 FIRST    := plugins/alignprop-clip plugins/alignprop-counting
 LAST     := plugins/alignprop
 PLUGINS  := $(FIRST) $(filter-out $(FIRST) $(LAST),$(patsubst %/pyproject.toml,%,$(wildcard plugins/*/pyproject.toml))) $(LAST)
 SOURCES  := alignprop_core $(wildcard $(addsuffix /src,$(PLUGINS)))
 
-# One OpenMP thread a test: on two busy cores, threads that wait for each other turn 0.1 s into 13 s.
+# One OpenMP thread per test: on two busy cores, threads that wait for each other turn 0.1 s into 13 s.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# A process a processor, eight at most: a process with a model in it takes one to two GB. WORKERS=0 is one process for all,
-# which a debugger needs. A file goes to one process, the long ones first (tests/conftest.py).
+# One process per processor, at most eight: a process with a model takes one to two GB. WORKERS=0 uses a single process,
+# which a debugger needs. The tests of a file run in one process, long files first (tests/conftest.py).
 WORKERS  ?= logical
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
@@ -29,7 +30,7 @@ PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 -
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
-demo: $(STAMP) ## fine-tune the starter model and show pictures before and after
+demo: $(STAMP) ## fine-tune the starter model and show images before and after
 	$(BIN)/alignprop demo
 
 test: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run the tests, without the slow ones
@@ -42,6 +43,7 @@ lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(SOURCES)
+	$(BIN)/mypy $(wildcard plugins/*/scripts/*.py) plugins/alignprop-jpeg/tests/jpeg_accuracy.py
 
 docs: $(STAMP) ## write the generated tables, build the documentation into site/
 	$(BIN)/python tools/docs/generate.py
@@ -64,13 +66,13 @@ $(STAMP): $(PROJECTS)
 	@touch $@
 
 # The original hpsv2, which alignprop-hpsv2's scores are compared with: its pins (protobuf<4, pytest==7.2.0) fit no
-# environment of today, so it lies beside ours without its dependencies (docs/decisions/0003-hpsv2-reference.md).
+# environment of today, so it is installed beside ours without its dependencies (docs/decisions/0003-hpsv2-reference.md).
 $(REFERENCE)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(REFERENCE) hpsv2==1.2.0 clint==0.5.1 args==0.1.0
 	@touch $@
 
-# The same package as its users have it: with its pins, in an environment of its own, made by the command for that. Its
-# wheel lacks a file that open_clip has.
+# The same package as its users install it: with its pins, in an environment of its own. Its wheel lacks a file that
+# open_clip has.
 $(ISOLATED)/.installed: $(STAMP)
 	rm -rf $(ISOLATED)
 	$(BIN)/alignprop rewards isolate ./examples/isolated/original_hpsv2.py:OriginalHpsv2 --share --with hpsv2==1.2.0 \
@@ -79,7 +81,7 @@ $(ISOLATED)/.installed: $(STAMP)
 		$(ISOLATED)/hpsv2/lib/python3*/site-packages/hpsv2/src/open_clip/
 	@touch $@
 
-# TRL lives beside the environment, not in it: a second one that sees the first.
+# TRL has an environment of its own, which also sees the packages of the first one.
 $(BENCH)/.installed: $(STAMP) tests/bench/requirements.txt
 	test -x $(BENCH)/bin/python || $(PYTHON) -m venv $(BENCH)
 	$(BENCH)/bin/python -c 'import site, sys; from pathlib import Path; \

@@ -144,7 +144,7 @@ def test_a_plugin_alone_passes_its_tests(plugin: str, tmp_path: Path, wheel: Cal
 
 def outside_the_repository(plugin: str, folder: Path) -> Path:
     """Copy a plugin's folder without its source, and pytest's settings above it, as they stand in the repository."""
-    ignored = shutil.ignore_patterns("src", "__pycache__", "*.egg-info")
+    ignored = shutil.ignore_patterns("src", "scripts", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT / "plugins" / plugin, folder / "plugins" / plugin, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", folder)
     # The original hpsv2, third-party too, lies beside the environment: see the Makefile.

@@ -31,7 +31,12 @@ from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import tiny_pipeline, train_two_steps
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [*ROOT.glob("alignprop_core/**/*.py"), *ROOT.glob("plugins/*/src/**/*.py"), *ROOT.glob("examples/**/*.py")]
+SOURCES = [
+    *ROOT.glob("alignprop_core/**/*.py"),
+    *ROOT.glob("plugins/*/src/**/*.py"),
+    *ROOT.glob("examples/**/*.py"),
+    *ROOT.glob("plugins/*/scripts/*.py"),
+]
 OPENS_PICKLES = {"plugins/alignprop-ultralytics/src/alignprop_ultralytics/convert.py"}
 """The one command whose purpose it is, and which says so."""
 
