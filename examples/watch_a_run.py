@@ -18,10 +18,10 @@ class BestSoFar(Callback):
         self.best = float("-inf")
 
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:
-        """Compare this step's reward with the best one."""
-        if stats.reward > self.best:
-            self.best = stats.reward
-            print(f"step {stats.step}: best reward so far, {stats.reward:.4g}")
+        """Compare this step's total with the best one."""
+        if stats.total > self.best:
+            self.best = stats.total
+            print(f"step {stats.step}: best total so far, {stats.total:.4g}")
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ def test_every_example_of_the_starter_has_a_real_size_variant() -> None:
 @pytest.mark.parametrize("name", ["two_things.txt", "two_things_heldout.txt"])
 def test_prompts_of_two_things_name_two_classes_of_coco(name: str) -> None:
     coco = pytest.importorskip("alignprop_counting.coco").COCO_NAMES
-    vocabulary = pytest.importorskip("alignprop_counting.wishes").Vocabulary(coco)
+    vocabulary = pytest.importorskip("alignprop_counting.vocabulary").Vocabulary(coco)
+    read_prompt = pytest.importorskip("alignprop_counting.prompt_reader").read_prompt
     prompts = (EXAMPLES / name).read_text().splitlines()
-    assert [prompt for prompt in prompts if len(vocabulary.read(prompt)) != 2] == []
+    assert [prompt for prompt in prompts if len(read_prompt(prompt, vocabulary)) != 2] == []
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)

@@ -14,7 +14,7 @@ from alignprop_core.errors import ConfigError, PluginError
 from alignprop_core.registry.registry import Registry
 from alignprop_core.testing import train_two_steps
 from alignprop_core.training.plugin_callbacks import results_written
-from alignprop_core.training.train import train
+from alignprop_core.training.trainer import Trainer
 from tests.support.fake_plugins import HEAD, install, reward_spec
 from tests.support.toy_runs import metrics, toy_data
 
@@ -45,8 +45,8 @@ class Watcher(Callback):
         with open(self.file, "a") as file:
             file.write(json.dumps(facts) + "\\n")
 
-    def on_step(self, trainer, record):
-        self.write(step=record.step, kept_steps=record.kept_steps)
+    def on_step(self, trainer, stats):
+        self.write(step=stats.step, kept_steps=stats.kept_steps)
 
     def on_end(self, trainer):
         self.write(lora=trainer.folder.lora.is_dir())
@@ -59,7 +59,7 @@ class Watcher(Callback):
 class Raises(Watcher):
     calls = 0
 
-    def on_step(self, trainer, record):
+    def on_step(self, trainer, stats):
         type(self).calls += 1
         raise SystemExit("no network")
 
@@ -146,10 +146,10 @@ def test_any_other_callback_joins_the_runs_that_name_it(site: Path, tiny_model: 
     registry = plugin(site, automatic=False)
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["steps"] = 1
-    assert not (train(parse_config(data, registry=registry), registry=registry) / "watched.jsonl").exists()
+    assert not (Trainer(parse_config(data, registry=registry), registry=registry).train() / "watched.jsonl").exists()
     for number, name in enumerate(("fake_watcher", "fake-watcher/fake_watcher")):
         named = data | {"training": data["training"] | {"trackers": [name]}, "output": str(tmp_path / str(number))}
-        folder = train(parse_config(named, registry=registry), registry=registry)
+        folder = Trainer(parse_config(named, registry=registry), registry=registry).train()
         assert watched(folder)[0]["step"] == 1
 
 
@@ -160,7 +160,7 @@ def test_a_callback_that_a_run_names_stops_it_when_it_cannot_be_built(
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"] |= {"steps": 1, "trackers": ["fake_watcher"]}
     with pytest.raises(PluginError, match="RuntimeError: no license key"):
-        train(parse_config(data, registry=registry), registry=registry)
+        Trainer(parse_config(data, registry=registry), registry=registry).train()
     assert not (tmp_path / "run").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_tracker_of_two_distributions_is_an_error_that_names_both(
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["trackers"] = ["fake_watcher"]
     with pytest.raises(PluginError, match=r'trackers\.0: .*"fake_watcher".*fake-other 1\.2 and fake-watcher 1\.2'):
-        train(parse_config(data, registry=registry), registry=registry)
+        Trainer(parse_config(data, registry=registry), registry=registry).train()
 
 
 def test_an_unknown_tracker_is_reported_with_the_nearest_name(site: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -183,4 +183,4 @@ def test_an_unknown_tracker_is_reported_with_the_nearest_name(site: Path, tiny_m
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["trackers"] = ["fake_watchers"]
     with pytest.raises(ConfigError, match=r'trackers\.0: .*Did you mean "fake_watcher"\? There are: .*tensorboard'):
-        train(parse_config(data, registry=registry), registry=registry)
+        Trainer(parse_config(data, registry=registry), registry=registry).train()

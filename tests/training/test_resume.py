@@ -1,4 +1,4 @@
-"""Going on with a run: what evaluations measured, the code that is trained on and the best LoRA are the run's own."""
+"""Resuming: evaluations are compared only where they measure the same, changed reward code is refused."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_core.config.load import resolved_yaml
-from alignprop_core.config.sections import GuardsConfig, RunConfig
+from alignprop_core.config.sections import EarlyStoppingConfig, RunConfig
 from alignprop_core.errors import PluginError
 from alignprop_core.reward import ImageBatch, Reward
-from alignprop_core.training.guards import HeldOutGuard, Subject
-from alignprop_core.training.heldout import subject_of
+from alignprop_core.training.early_stopping import Basis, EarlyStopping
+from alignprop_core.training.heldout import basis_of
 from alignprop_core.training.resume import find_checkpoint
 from alignprop_core.training.trainer import Trainer
 from tests.support.toy_rewards import registry
@@ -42,47 +42,50 @@ def train(config: RunConfig, **options: Any) -> Path:
     return Trainer(config, registry=registry(), **options).train()
 
 
-def standing(folder: Path) -> dict[str, Any]:
+def stopping_state(folder: Path) -> dict[str, Any]:
     newest = sorted((folder / "checkpoints").glob("step-*"))[-1]
-    found: dict[str, Any] = json.loads((newest / "state.json").read_text())["guarding"]["heldout"]
+    found: dict[str, Any] = json.loads((newest / "state.json").read_text())["early_stopping"]
     return found
 
 
-# -- what the guards go by --------------------------------------------------------------------------------------------
+# -- what evaluations measure ------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_that_watches_something_else_starts_its_standing_anew(
+def test_a_resumed_run_that_monitors_something_else_starts_a_new_best(
     make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = train(make())  # it watches the reward, which is positive and rises
-    assert standing(folder)["best"] > 0
-    first = standing(folder)["first_diversity"]
+    folder = train(make())  # it monitors the total, which is positive and rises
+    assert stopping_state(folder)["best"] > 0
+    first = stopping_state(folder)["first_diversity"]
     assert NEW not in capsys.readouterr().err
     # The other score is its negative: below the best so far whatever happens, and falling.
-    options: dict[str, Any] = {"guards": {"watch": "small", "patience": 2, "keep_best": True}, "training__steps": 6}
+    options: dict[str, Any] = {
+        "early_stopping": {"monitor": "small", "patience": 2, "restore_best": True},
+        "training__steps": 6,
+    }
     train(make(**options), resume=folder)
-    said = capsys.readouterr().err
-    assert f'{NEW}: guards.watch (was "reward", is "small") changed; the one at step 2 is the first' in said
-    assert said.count(NEW) == 1
-    assert standing(folder)["best"] < 0
-    assert standing(folder)["best_step"] == 2
-    assert standing(folder)["first_diversity"] == first, "nothing about it changed"
-    assert metrics(folder, "reward")[-1]["step"] == 4, "two evaluations were no better than its own first"
+    printed = capsys.readouterr().err
+    assert f'{NEW}: early_stopping.monitor (was "total", is "small") changed; the one at step 2 is the first' in printed
+    assert printed.count(NEW) == 1
+    assert stopping_state(folder)["best"] < 0
+    assert stopping_state(folder)["best_step"] == 2
+    assert stopping_state(folder)["first_diversity"] == first, "nothing about it changed"
+    assert metrics(folder, "total")[-1]["step"] == 4, "two evaluations were no better than its own first"
     best = load_file(folder / "lora" / "best" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in adapters(folder).items())
-    train(make(**options | {"guards__patience": 3}), resume=folder)
-    assert NEW not in capsys.readouterr().err, "said once, and more patience changes nothing of it"
-    assert standing(folder)["best_step"] == 2
+    train(make(**options | {"early_stopping__patience": 3}), resume=folder)
+    assert NEW not in capsys.readouterr().err, "reported once, and more patience changes nothing of it"
+    assert stopping_state(folder)["best_step"] == 2
 
 
-def test_a_floor_that_is_switched_on_later_goes_by_the_first_diversity_there_is(
+def test_a_diversity_limit_set_later_uses_the_first_diversity_measured(
     make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(make(evaluation__images_per_prompt=1))
-    assert standing(folder)["first_diversity"] is None
-    train(make(guards__diversity_floor=0.01, training__steps=3), resume=folder)
+    assert stopping_state(folder)["first_diversity"] is None
+    train(make(early_stopping__min_diversity=0.01, training__steps=3), resume=folder)
     at = {row["step"]: row["evaluation"]["diversity"] for row in metrics(folder, "evaluation")}
-    assert standing(folder)["first_diversity"] == at[2] > 0
+    assert stopping_state(folder)["first_diversity"] == at[2] > 0
     assert "evaluation.images_per_prompt (was 1, is 2) changed; the one at step 2" in capsys.readouterr().err
 
 
@@ -93,139 +96,146 @@ SCHEDULE = [{"name": "redness", "weight": {0: 1.0, 10: 2.0}}]
     ("overrides", "same"),
     [
         ({"training__steps": 9}, True),
-        ({"guards": {"patience": 3, "keep_best": True, "drift_limit": 0.5}}, True),
+        ({"early_stopping": {"patience": 3, "restore_best": True, "max_drift": 0.5}}, True),
         ({"evaluation__batch_size": 3, "evaluation__every": 4}, True),
         ({"evaluation__rewards": []}, True),
-        ({"guards__lower_is_better": True}, False),
-        ({"guards__watch": "redness"}, False),
+        ({"early_stopping__mode": "min"}, False),
+        ({"early_stopping__monitor": "redness"}, False),
         ({"evaluation__seed": 3}, False),
         ({"evaluation__images_per_prompt": 3}, False),
         ({"evaluation__diversity_encoder": "small"}, False),
     ],
 )
-def test_what_is_measured_is_known_by_what_it_depends_on(
+def test_the_basis_changes_only_with_what_evaluations_depend_on(
     make: Callable[..., RunConfig], overrides: dict[str, Any], same: bool
 ) -> None:
-    one, two = (subject_of(Trainer(make(**options), registry=registry())) for options in ({}, overrides))
+    one, two = (basis_of(Trainer(make(**options), registry=registry())) for options in ({}, overrides))
     assert (one == two) is same
 
 
-def test_a_total_is_known_by_its_last_weights_a_score_by_its_options_and_prompts_by_their_text(
+def test_the_basis_has_the_last_weights_the_options_and_the_prompts_text(
     make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
-    def subject(**overrides: Any) -> Subject:
-        return subject_of(Trainer(make(**overrides), registry=registry()))
+    def basis(**overrides: Any) -> Basis:
+        return basis_of(Trainer(make(**overrides), registry=registry()))
 
-    assert subject(rewards=SCHEDULE) != subject(rewards=SCHEDULE, training__steps=9)
-    assert subject(rewards=SCHEDULE, training__steps=10) == subject(rewards=SCHEDULE, training__steps=20)
-    watched = {"guards__watch": "small"}
-    assert subject(**watched) != subject(**watched, evaluation__rewards=[SMALL | {"options": {"gain": 3.0}}])
+    assert basis(rewards=SCHEDULE) != basis(rewards=SCHEDULE, training__steps=9)
+    assert basis(rewards=SCHEDULE, training__steps=10) == basis(rewards=SCHEDULE, training__steps=20)
+    monitored = {"early_stopping__monitor": "small"}
+    assert basis(**monitored) != basis(**monitored, evaluation__rewards=[SMALL | {"options": {"gain": 3.0}}])
     file = tmp_path / "mine.py"
     file.write_text(SOURCE)
-    watched |= {"evaluation__rewards": [{"name": f"{file}:Mine", "label": "small"}]}
-    before = subject(**watched)
-    assert subject(**watched) == before
+    monitored |= {"evaluation__rewards": [{"name": f"{file}:Mine", "label": "small"}]}
+    before = basis(**monitored)
+    assert basis(**monitored) == before
     file.write_text(SOURCE + "# edited\n")
-    assert subject(**watched) != before
-    before = subject()
+    assert basis(**monitored) != before
+    before = basis()
     (tmp_path / "prompts.txt").write_text("a fox\nthree owls\n")
-    assert subject() != before
+    assert basis() != before
 
 
-def subject(**parts: Any) -> Subject:
-    usual = {"evaluation.seed": 1}, {"evaluation.diversity_encoder": None}, {"guards.watch": "a"}
-    return replace(Subject(*usual), **parts)
+def basis(**parts: Any) -> Basis:
+    usual = {"evaluation.seed": 1}, {"evaluation.diversity_encoder": None}, {"early_stopping.monitor": "a"}
+    return replace(Basis(*usual), **parts)
 
 
-def judged(config: GuardsConfig) -> HeldOutGuard:
-    guard = HeldOutGuard(config)
-    assert guard.measures(subject()) is None
+def evaluated(config: EarlyStoppingConfig) -> EarlyStopping:
+    stopping = EarlyStopping(config)
+    assert stopping.rebase(basis()) is None
     for step, score in enumerate((1.0, 5.0, 4.0)):
-        guard.judge(step, score, 0.1 * step, 0.4 - 0.1 * step)
-    return guard
+        stopping.update(step, score, 0.1 * step, 0.4 - 0.1 * step)
+    return stopping
 
 
-def resumed(guard: HeldOutGuard, config: GuardsConfig | None = None) -> HeldOutGuard:
-    again = HeldOutGuard(config or guard.config)
-    again.load(json.loads(json.dumps(guard.as_json())))
+def resumed(stopping: EarlyStopping, config: EarlyStoppingConfig | None = None) -> EarlyStopping:
+    again = EarlyStopping(config or stopping.config)
+    again.load(json.loads(json.dumps(stopping.as_json())))
     return again
 
 
-def test_what_still_can_be_compared_is_kept_and_nothing_else() -> None:
-    guard = judged(GuardsConfig())
-    again = resumed(guard)
-    assert again.measures(subject()) is None
-    assert again.as_json() == guard.as_json()
+def test_only_what_can_still_be_compared_is_kept() -> None:
+    stopping = evaluated(EarlyStoppingConfig())
+    again = resumed(stopping)
+    assert again.rebase(basis()) is None
+    assert again.as_json() == stopping.as_json()
 
-    again = resumed(guard)
-    assert again.measures(subject(pictures={"evaluation.seed": 2})) == "evaluation.seed (was 1, is 2) changed"
-    assert (again.standing.best, again.standing.step, again.standing.first_diversity) == (None, None, None)
+    again = resumed(stopping)
+    assert again.rebase(basis(images={"evaluation.seed": 2})) == "evaluation.seed (was 1, is 2) changed"
+    assert (again.state.best, again.state.step, again.state.first_diversity) == (None, None, None)
 
-    again = resumed(guard)
-    assert again.measures(subject(watched={"guards.watch": "b"})) == 'guards.watch (was "a", is "b") changed'
-    assert (again.standing.best, again.standing.step, again.standing.first_diversity) == (None, None, 0.4)
-
-    again, both = resumed(guard), {"pictures": {"evaluation.seed": 2}, "watched": {"guards.watch": "b"}}
+    again = resumed(stopping)
     assert (
-        again.measures(subject(**both))
-        == 'evaluation.seed (was 1, is 2) changed and guards.watch (was "a", is "b") changed'
+        again.rebase(basis(monitored={"early_stopping.monitor": "b"}))
+        == 'early_stopping.monitor (was "a", is "b") changed'
+    )
+    assert (again.state.best, again.state.step, again.state.first_diversity) == (None, None, 0.4)
+
+    again, both = resumed(stopping), {"images": {"evaluation.seed": 2}, "monitored": {"early_stopping.monitor": "b"}}
+    assert (
+        again.rebase(basis(**both))
+        == 'evaluation.seed (was 1, is 2) changed and early_stopping.monitor (was "a", is "b") changed'
     )
 
-    encoder = subject(diversity={"evaluation.diversity_encoder": "clip"})
-    again = resumed(guard)
-    assert again.measures(encoder) is None, "no guard goes by it"
-    assert (again.standing.best, again.standing.first_diversity) == (5.0, None)
-    assert not again.judge(3, 4.5, 0.1, 30.0)
-    floored = resumed(again, GuardsConfig(diversity_floor=0.5))
-    assert floored.measures(encoder) is None
-    assert floored.standing.first_diversity == 30.0
-    floored = resumed(guard, GuardsConfig(diversity_floor=0.5))
-    assert floored.measures(encoder) == 'evaluation.diversity_encoder (was null, is "clip") changed'
-    assert (floored.standing.best, floored.standing.first_diversity) == (None, None)
+    encoder = basis(diversity={"evaluation.diversity_encoder": "clip"})
+    again = resumed(stopping)
+    assert again.rebase(encoder) is None, "no limit depends on it"
+    assert (again.state.best, again.state.first_diversity) == (5.0, None)
+    assert not again.update(3, 4.5, 0.1, 30.0)
+    floored = resumed(again, EarlyStoppingConfig(min_diversity=0.5))
+    assert floored.rebase(encoder) is None
+    assert floored.state.first_diversity == 30.0
+    floored = resumed(stopping, EarlyStoppingConfig(min_diversity=0.5))
+    assert floored.rebase(encoder) == 'evaluation.diversity_encoder (was null, is "clip") changed'
+    assert (floored.state.best, floored.state.first_diversity) == (None, None)
 
-    state = {key: value for key, value in guard.as_json().items() if key != "subject"}
-    again = HeldOutGuard(GuardsConfig())
+    state = {key: value for key, value in stopping.as_json().items() if key != "basis"}
+    again = EarlyStopping(EarlyStoppingConfig())
     again.load(state)
-    assert again.measures(subject()) == "the checkpoint does not say what was measured"
-    assert again.standing.best is None
+    assert again.rebase(basis()) == "the checkpoint does not record what was measured"
+    assert again.state.best is None
 
 
-def test_a_best_outside_the_limits_of_a_resumed_run_is_none() -> None:
-    again = resumed(judged(GuardsConfig()), GuardsConfig(drift_limit=0.05))
-    assert again.measures(subject()) == "at the best, of step 1, drift 0.1 is above guards.drift_limit 0.05"
-    assert again.standing.best is None
-    again = resumed(judged(GuardsConfig()), GuardsConfig(diversity_floor=0.7))
-    assert again.measures(subject()) is None, "0.3 is more than 0.7 of 0.4"
-    assert again.standing.best == 5.0
-    assert again.stop_reason() == "diversity 0.2 is below guards.diversity_floor 0.7 of its first, 0.4"
+def test_a_best_outside_the_limits_of_a_resumed_run_does_not_count() -> None:
+    again = resumed(evaluated(EarlyStoppingConfig()), EarlyStoppingConfig(max_drift=0.05))
+    assert (
+        again.rebase(basis()) == "at the best evaluation, of step 1, drift 0.1 is above early_stopping.max_drift 0.05"
+    )
+    assert again.state.best is None
+    again = resumed(evaluated(EarlyStoppingConfig()), EarlyStoppingConfig(min_diversity=0.7))
+    assert again.rebase(basis()) is None, "0.3 is more than 0.7 of 0.4"
+    assert again.state.best == 5.0
+    assert again.stop_reason() == "diversity 0.2 is below early_stopping.min_diversity 0.7 of its first, 0.4"
 
 
-def test_no_old_best_is_left_where_none_counts(
+def test_an_old_best_lora_that_does_not_count_is_removed(
     make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = train(make())
     assert (folder / "lora" / "best").is_dir()
-    train(make(guards={"drift_limit": 1e-9, "keep_best": True}, training__steps=3), resume=folder)
-    said = capsys.readouterr().err
-    assert f"{NEW}: at the best, of step 2, drift" in said
-    assert "no evaluation was within the limits of guards; the LoRA is that of the last step" in said
+    train(make(early_stopping={"max_drift": 1e-9, "restore_best": True}, training__steps=3), resume=folder)
+    printed = capsys.readouterr().err
+    assert f"{NEW}: at the best evaluation, of step 2, drift" in printed
+    assert "no evaluation was within the limits of early_stopping; the LoRA is that of the last step" in printed
     assert not (folder / "lora" / "best").exists()
 
 
 # -- the best LoRA ----------------------------------------------------------------------------------------------------
 
 
-def test_the_best_lora_comes_along_into_another_folder(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    guards = {"watch": "small"}  # it falls, so the start stays the best
-    folder = train(make(guards=guards))
-    other = train(make(guards=guards, training__steps=3, output=str(tmp_path / "other")), resume=folder)
+def test_a_run_resumed_in_another_folder_takes_the_best_lora_along(
+    make: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    stopping = {"monitor": "small"}  # it falls, so the start stays the best
+    folder = train(make(early_stopping=stopping))
+    other = train(make(early_stopping=stopping, training__steps=3, output=str(tmp_path / "other")), resume=folder)
     name = "lora/best/pytorch_lora_weights.safetensors"
     ours, theirs = load_file(other / name), load_file(folder / name)
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
     assert (other / "lora" / "best" / "other.safetensors").is_file()
     with safe_open(other / name, framework="pt") as file:
         assert file.metadata()["alignprop.step"] == "0"
-    straight = train(make(guards=guards, training__steps=3, output=str(tmp_path / "straight")))
+    straight = train(make(early_stopping=stopping, training__steps=3, output=str(tmp_path / "straight")))
     assert all(torch.equal(adapters(other)[key], tensor) for key, tensor in adapters(straight).items())
 
 
@@ -258,12 +268,12 @@ def test_a_reward_file_that_was_edited_is_refused_until_it_is_put_back(
         train(make(**options, output=str(tmp_path / "other")), resume=folder / "checkpoints" / "step-000001")
     file.write_text(SOURCE)
     train(make(**options, training__steps=2), resume=folder)
-    assert metrics(folder, "reward")[-1]["step"] == 2
+    assert metrics(folder, "total")[-1]["step"] == 2
     file.write_text(SOURCE.replace("mean", "amin"))
     with pytest.raises(PluginError, match="was changed"):
         Trainer(make(**options, training__steps=3), registry=registry(), resume=folder)
-    mended = Trainer(make(**options, training__steps=3), registry=registry(), resume=folder, edited=True)
-    assert mended.step_number == 2
+    edited = Trainer(make(**options, training__steps=3), registry=registry(), resume=folder, edited=True)
+    assert edited.step_number == 2
 
 
 def test_an_edited_file_of_an_isolated_reward_is_refused(make: Callable[..., RunConfig], tmp_path: Path) -> None:
@@ -299,4 +309,4 @@ def test_an_object_of_another_class_is_refused(make: Callable[..., RunConfig]) -
     with pytest.raises(PluginError, match=r'rewards\.1: the class Edited of the object "mine" was changed since'):
         train(longer, rewards={"mine": Edited()}, resume=folder)
     train(longer, rewards={"mine": Mine()}, resume=folder)
-    assert metrics(folder, "reward")[-1]["step"] == 3
+    assert metrics(folder, "total")[-1]["step"] == 3

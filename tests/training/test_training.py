@@ -270,7 +270,7 @@ def test_infinite_slope_does_not_reach_the_adapters(make: Callable[..., RunConfi
     trainer = Trainer(make(rewards=[{"name": "nan_gradient"}]), registry=registry())
     before = lora.state(trainer.denoiser)
     with pytest.raises(
-        RunError, match='the gradient of "nan_gradient" at the images is not. This step and the 2 before it'
+        RunError, match=r'the gradient of "nan_gradient" at the images is not\. This step and the 2 before it'
     ):
         trainer.train()
     for name, tensor in lora.state(trainer.denoiser).items():
