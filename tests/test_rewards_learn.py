@@ -17,14 +17,14 @@ from alignprop_core.training.trainer import Trainer
 
 pytest.importorskip("alignprop_starter")
 
-PICTURES = str(Path(__file__).parents[1] / "examples" / "reference_pictures")
+REFERENCE_IMAGES = str(Path(__file__).parents[1] / "examples" / "reference_images")
 PROMPTS = ("two foxes in the snow", "a horse in a meadow")
 STEPS = 3
 STARTER = {"weights": "starter"}
 NONE = {"number": 0, "sharpness": 1.0}
 
-#: Name of the case -> reward, its options. The prompts' animals are not what these rewards ask for, because a score at its
-#: maximum, or a detector that is certain, has no gradient.
+#: Name of the case -> reward, its options. The prompts' animals are not what these rewards ask for, because a score at
+#: its maximum, or a detector that is certain, has no gradient.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "jpeg_compressibility": ("jpeg_compressibility", {"quality": 95}),
     "jpeg_incompressibility": ("jpeg_incompressibility", {"quality": 95}),
@@ -37,7 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "object_count_yolo": ("object_count", {**STARTER, **NONE, "detector": "yolo"}),
     "object_presence": ("object_presence", {**STARTER, "objects": "cat"}),
     "pickscore": ("pickscore", STARTER),
-    "reference_similarity": ("reference_similarity", {**STARTER, "folder": PICTURES, "compare": "mean"}),
+    "reference_similarity": ("reference_similarity", {**STARTER, "folder": REFERENCE_IMAGES, "compare": "mean"}),
     "siglip_score": ("siglip_score", STARTER),
 }
 

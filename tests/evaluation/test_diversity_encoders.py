@@ -19,13 +19,13 @@ from tests.support import ROOT
 
 pytest.importorskip("alignprop_starter")
 
-PICTURES = str(ROOT / "examples" / "reference_pictures")
+REFERENCE_IMAGES = str(ROOT / "examples" / "reference_images")
 REWARDS: dict[str, dict[str, Any]] = {
     "aesthetic": {},
     "clip_score": {},
     "hpsv2": {},
     "pickscore": {},
-    "reference_similarity": {"folder": PICTURES},
+    "reference_similarity": {"folder": REFERENCE_IMAGES},
     "siglip_score": {},
 }
 

@@ -79,7 +79,7 @@ REWARDS: dict[str, Shown] = {
     ),
     "object_presence": Shown({**STARTER, "source": "metadata", "object_key": "animal"}),
     "pickscore": Shown(STARTER),
-    "reference_similarity": Shown({**STARTER, "folder": "examples/reference_pictures"}),
+    "reference_similarity": Shown({**STARTER, "folder": "examples/reference_images"}),
     "siglip_score": Shown(STARTER),
 }
 """The rewards of this repository with a gradient; a test checks that the list is complete."""
