@@ -138,10 +138,10 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return inner
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    """A Python file with rewards."""
-    path = tmp_path / "elsewhere.py"
+@pytest.fixture(scope="session")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python file with rewards; one for all tests, as the descriptions of its classes are cached by path."""
+    path = tmp_path_factory.mktemp("rewards") / "elsewhere.py"
     path.write_text(FILE)
     return path
 
@@ -164,7 +164,7 @@ def load(python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards]) -
     def load(name: str, options: dict[str, Any] | None = None, **isolation: Any) -> IsolatedReward:
         source = rewards_of(python, **isolation)
         name = f"{file}:{name}" if name[0].isupper() else name
-        reward = source.load_reward(name, source.reward_options(name, options))
+        reward = source.load_reward(name, source.reward_options(name, options) if options else {})
         assert isinstance(reward, IsolatedReward)
         made.append(reward)
         return reward

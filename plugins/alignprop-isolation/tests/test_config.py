@@ -74,9 +74,10 @@ def test_the_settings_survive_in_the_resolved_config(
     assert load_config(again).rewards[0].loader == ("isolation", IsolationConfig(python=str(python), timeout=9.0))
 
 
-def test_null_is_no_isolation(file: Path, config_file: Config) -> None:
-    file.write_text(file.read_text().replace("import only_there\n", "").replace("only_there.GAIN", "2.0"))
-    config = load_config(config_file({"name": f"{file}:Redness", "isolation": None}))
+def test_null_is_no_isolation(file: Path, config_file: Config, tmp_path: Path) -> None:
+    here = tmp_path / "here.py"
+    here.write_text(file.read_text().replace("import only_there\n", "").replace("only_there.GAIN", "2.0"))
+    config = load_config(config_file({"name": f"{here}:Redness", "isolation": None}))
     assert config.rewards[0].loader is None
     assert "isolation" not in yaml.safe_load(resolved_yaml(config))["rewards"][0]
 

@@ -124,7 +124,8 @@ def test_a_run_that_ends_ends_its_worker(
     run = subprocess.Popen(
         [sys.executable, "-c", RUN, "train", str(path)], start_new_session=True, stderr=subprocess.PIPE, text=True
     )
-    wait_for(mark.exists, 120)
+    wait_for(lambda: mark.exists() or run.poll() is not None, 200)
+    assert run.poll() is None, run.communicate()[1]
     (worker,) = psutil.Process(run.pid).children()
     if number == signal.SIGINT:
         os.killpg(run.pid, number)
