@@ -1,4 +1,4 @@
-"""Files that are whole or absent: what every room that saves something writes with. No torch."""
+"""Atomic file writes, shared by all modules that save to disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _FULL = {errno.ENOSPC, errno.EFBIG} | ({errno.EDQUOT} if hasattr(errno, "EDQUOT"
 
 
 def cannot_write(path: Path, error: OSError) -> OutputError:
-    """The one clear message for a write that failed; name the file, the reason and what to do."""
+    """Return the error for a write that failed: the file, the reason and what to do."""
     if error.errno in _FULL:
         return OutputError(
-            f"No room to write {path}: {error.strerror}. Files saved before are whole. Free some space (or lower "
-            "save.keep), or choose another output; a training run goes on with --resume latest."
+            f"No room to write {path}: {error.strerror}. Files saved before are complete. Free some space (or "
+            "lower save.keep), or choose another output; --resume latest continues a training run."
         )
     return OutputError(
-        f"Cannot write {path}: {error.strerror or error}. Check who owns the folder and whether it can be written to, "
-        "or choose another output."
+        f"Cannot write {path}: {error.strerror or error}. Check the folder's owner and permissions, or choose another "
+        "output."
     )
 
 
 def read_table(path: Path) -> dict[str, Any]:
-    """Return what a JSON file of ours holds; empty where there is none, or it holds something else."""
+    """Return the mapping in a JSON file; empty if there is no such file or it contains something else."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -39,21 +39,24 @@ def read_table(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def says_full(error: BaseException, folder: Path) -> bool:
-    """Whether a library's own error comes of a full disk: torch and safetensors do not raise OSError for it."""
-    told = any(os.strerror(number) in str(error) for number in _FULL)
-    return told or shutil.disk_usage(folder).free < 1 << 20
+def disk_is_full(error: BaseException, folder: Path) -> bool:
+    """Return whether a full disk caused a library's error; torch and safetensors raise other errors than OSError."""
+    return any(os.strerror(number) in str(error) for number in _FULL) or bool(space_problem(folder, 1 << 20))
+
+
+def space_problem(folder: Path, needed: int) -> str:
+    """Return, as a sentence, that fewer than `needed` bytes are free below `folder`; empty if they are free."""
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free
+    return "" if free >= needed else f"No room in {folder}: {_size(needed)} are needed and {_size(free)} are free."
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise OutputError if the disk below `folder` has fewer than `needed` bytes left."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    if problem := space_problem(folder, needed):
         raise OutputError(
-            f"No room in {folder}: {_size(needed)} are needed and {_size(free)} are free. Files saved "
-            "before are whole. Free some space, or choose another output; a training run goes on with --resume latest."
+            f"{problem} Files saved before are complete. Free some space, or choose another output; --resume latest "
+            "continues a training run."
         )
 
 
@@ -64,10 +67,10 @@ def _size(count: int) -> str:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write `data` (text as UTF-8) under a temporary name beside `path`, flush it to disk, then rename it.
 
-    Whatever happens, `path` holds its old content or all of the new. The folder is made if it is missing.
+    Whatever happens, `path` contains its old content or all of the new. A missing folder is created.
 
     Raises:
-        OutputError: the disk is full or the folder cannot be written to; the old file is as it was.
+        OutputError: the disk is full or the folder cannot be written to; the old file is unchanged.
     """
     content = data.encode("utf-8") if isinstance(data, str) else data
     check_space(path.parent, len(content))
@@ -88,13 +91,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, data: Any) -> Path:
-    """Write JSON whole or not at all; NaN and infinities, which JSON has not, are written as null."""
+    """Write JSON atomically; NaN and infinities, which JSON does not have, are written as null."""
     write_atomic(path, json.dumps(plain(data), indent=2, ensure_ascii=False) + "\n")
     return path
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: tensors and arrays of one number become that number, NaN and infinity null."""
+    """Return `value` as JSON data: tensors and arrays become numbers or lists, NaN and infinity null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -109,13 +112,13 @@ def plain(value: Any) -> Any:
 
 
 def safe_name(text: str, *, longest: int = 80) -> str:
-    """`text` as a plain file name: letters, digits, `.`, `-` and `_`; never empty, hidden, or a way out."""
+    """Return `text` as a file name of letters, digits, `.`, `-` and `_`; never empty, hidden, or a path."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:longest].rstrip("._-")
     return name or "unnamed"
 
 
 def flush(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk itself (Windows cannot flush a folder: left alone there)."""
+    """Flush a file, or the names in a folder, to disk (Windows cannot flush a folder)."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, the device, licences. torch is imported only when it is asked."""
+"""The environment of a run: versions, device, licenses. Imports torch only in `environment`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LIBRARIES = ("alignprop-core", "torch", "diffusers", "transformers", "peft", "a
 
 
 def environment(plugins: Iterable[str] = (), rewards: Iterable[RewardSpec] = ()) -> dict[str, Any]:
-    """What a run ran on: versions of the core, its libraries and the `plugins` used (distribution names), the device,
-    and the licences of the `rewards` and their weights. Imports torch.
+    """Return versions of the core, its libraries and the `plugins` used (distribution names), the device, and the
+    licenses of the `rewards` and their weights. Imports torch.
     """
     import torch
 

@@ -1,94 +1,48 @@
-"""One process at a time in a folder: a lock the system drops when its owner dies. No torch."""
+"""The lock of a run folder: one process at a time may write to it."""
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
-from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from alignprop_core._files import cannot_write
 from alignprop_core.errors import OutputError
 
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
-
-LOCK_NAME = ".lock"
-_TAKEN = {errno.EACCES, errno.EAGAIN, errno.EDEADLK}
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # some network file systems: go on without
-_held: set[Path] = set()  # a record lock does not keep its own process out, so that is kept here
+LOCK_NAMES = (".lock", ".lock.pid")
 
 
 class FolderLock:
-    """Holds `folder/.lock`, which names its process. However the owner died, the next one takes it over.
+    """Locks `folder/.lock`; `.lock.pid` names the process. The system releases the lock when its process ends.
 
     Raises:
-        OutputError: another process, or another part of this one, holds it; or the folder cannot be written to.
+        OutputError: another process, or another part of this one, has the lock; or the folder cannot be written to.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = folder.resolve() / LOCK_NAME
-        if self.file in _held:
-            raise _in_use(folder, f"{os.getpid()} (this one)")
+        file, self._owner = (folder.resolve() / name for name in LOCK_NAMES)
+        self._lock = FileLock(file, thread_local=False)
         try:
-            self._descriptor = self._take(folder)
+            self._lock.acquire(blocking=False)
+            self._owner.write_text(f"{os.getpid()}\n")
+        except Timeout as error:
+            raise OutputError(
+                f"{folder} is in use by another run (process {self._process()}). Wait until it has ended, or choose "
+                "another output=."
+            ) from error
         except OSError as error:
-            raise cannot_write(self.file, error) from error
-        self._owner = os.getpid()
-        _held.add(self.file)
+            raise cannot_write(file, error) from error
 
-    def _take(self, folder: Path) -> int:
-        while True:
-            descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                if not _try_lock(descriptor):
-                    os.lseek(descriptor, 0, os.SEEK_SET)
-                    raise _in_use(folder, os.read(descriptor, 20).decode("ascii", "replace").strip() or "unknown")
-                if _names(descriptor, self.file):  # else its last owner removed it between our open and our lock
-                    os.ftruncate(descriptor, 0)
-                    os.lseek(descriptor, 0, os.SEEK_SET)
-                    os.write(descriptor, f"{os.getpid()}\n".encode())
-                    return descriptor
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)
+    def _process(self) -> str:
+        try:
+            process = self._owner.read_text().strip()
+        except FileNotFoundError:  # between the other process's lock and its name
+            return "unknown"
+        return f"{process} (this one)" if process == str(os.getpid()) else process
 
     def release(self) -> None:
-        """Let go; doing it twice, or in a forked child, does nothing."""
-        if self.file in _held and self._owner == os.getpid():
-            _held.discard(self.file)
-            with suppress(OSError):
-                self.file.unlink()
-            os.close(self._descriptor)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            os.lseek(descriptor, 1024, os.SEEK_SET)  # beyond the process id, which others read
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in _TAKEN:
-            return False
-        if error.errno not in _UNSUPPORTED:
-            raise
-    return True
-
-
-def _names(descriptor: int, file: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(file))
-    except FileNotFoundError:
-        return False
-
-
-def _in_use(folder: Path, owner: str) -> OutputError:
-    return OutputError(
-        f"{folder} is in use by another run (process {owner}). Wait until it has ended, or choose another output=."
-    )
+        """Release the lock; calling it again does nothing."""
+        if self._lock.is_locked:
+            self._owner.unlink(missing_ok=True)
+            self._lock.release()

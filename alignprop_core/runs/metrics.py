@@ -1,4 +1,4 @@
-"""A run's metrics: a JSON object a line, each whole or absent, for readers while the run goes on. No torch."""
+"""A run's metrics.jsonl: one JSON object per line, readable while the run continues. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from alignprop_core._files import cannot_write, plain, write_atomic
 from alignprop_core.errors import OutputError
 
 STOPPED = "stopped"
-"""Key of the line that says why a run stopped before its last step: {"step": ..., "stopped": ...}, the last line."""
+"""Key of the last line of a run that stopped early: {"step": ..., "stopped": REASON}."""
 
 
 class Metrics:
@@ -27,15 +27,15 @@ class Metrics:
         self._file: IO[bytes] | None = None
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one line to metrics.jsonl, on disk for readers when this returns. A half line before it is cut off.
+        """Append one line, visible to readers when this returns. An incomplete line before it is removed.
 
         Raises:
-            OutputError: the disk is full; the lines before stay whole.
+            OutputError: the disk is full; the lines before stay complete.
         """
         line = json.dumps(plain(row), ensure_ascii=False).encode("utf-8") + b"\n"
         try:
             if self._file is None:
-                _cut_half_line(self.path)
+                _remove_incomplete_line(self.path)
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
             start = self._file.seek(0, os.SEEK_END)
             written = 0
@@ -49,7 +49,7 @@ class Metrics:
             raise cannot_write(self.path, error) from error
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole lines of metrics.jsonl; a half-written last line is passed over.
+        """Return all complete lines; an incomplete last line is ignored.
 
         Raises:
             OutputError: a line before the last is damaged.
@@ -58,7 +58,9 @@ class Metrics:
             return []
         rows: list[dict[str, Any]] = []
         lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is nothing, or half a line
+        for number, line in enumerate(
+            lines[:-1], start=1
+        ):  # after the last newline there is nothing, or an incomplete line
             try:
                 row = json.loads(line)
             except ValueError as error:
@@ -67,9 +69,9 @@ class Metrics:
         return rows
 
     def truncate(self, step: int) -> None:
-        """Keep the lines up to and including `step`: what a run does before it goes on from a checkpoint at `step`.
+        """Keep the lines up to and including `step`, to resume from a checkpoint at `step`.
 
-        A line that says why it stopped goes too: whether it stops again is up to its guards.
+        The line with the reason for an early stop is removed too: the resumed run decides anew.
         """
         if not self.path.exists():
             return
@@ -78,13 +80,13 @@ class Metrics:
         write_atomic(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def close(self) -> None:
-        """Close the file; what is written stays, and a further line opens it again."""
+        """Close the file; a further line opens it again."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
-def _cut_half_line(file: Path) -> None:
+def _remove_incomplete_line(file: Path) -> None:
     if not file.exists():
         return
     with open(file, "rb+") as opened:

@@ -1,4 +1,4 @@
-"""The run folder: whole files or none, one writer, and clear words when something is in the way."""
+"""The run folder: atomic writes, one writer, clear messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import pytest
 from alignprop_core._files import safe_name
 from alignprop_core.errors import OutputError
 from alignprop_core.runs.environment import environment
-from alignprop_core.runs.folder import RunFolder
+from alignprop_core.runs.folder import FILES, FOLDERS, RunFolder
+from alignprop_core.runs.lock import LOCK_NAMES
 from alignprop_core.specs import RewardSpec, WeightsFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX signals and limits")
@@ -49,7 +50,7 @@ def killed_when_it_says_so(code: str, *arguments: object) -> None:
 
 
 def left(path: Path) -> list[str]:
-    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.name != ".lock")
+    return sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.name not in LOCK_NAMES)
 
 
 # --- making and opening ----------------------------------------------------------------------------------------------
@@ -57,22 +58,20 @@ def left(path: Path) -> list[str]:
 
 def test_a_new_folder_has_the_agreed_names(tmp_path: Path) -> None:
     with made(tmp_path / "runs" / "first") as run:
-        names = [run.config, run.environment, run.metrics, run.evaluation, run.report, run.lora, run.checkpoints]
-        assert [p.name for p in names] == [
-            *("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html"),
-            *("lora", "checkpoints"),
-        ]
-        assert run.images == tmp_path / "runs" / "first" / "images"
-    assert left(run.path) == ["config.yaml"]
-    assert not (run.path / ".lock").exists()
+        assert FILES == ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html")
+        assert FOLDERS == ("lora", "checkpoints", "images")
+        assert run.lora == tmp_path / "runs" / "first" / "lora"
+        run.append_metrics({"step": 1})
+    assert left(run.path) == ["config.yaml", "metrics.jsonl"]
+    assert not (run.path / ".lock.pid").exists()
 
 
-def test_a_folder_in_use_or_filled_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_empty_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"holds notes\.txt.*another output=.*--resume latest") as caught:
+    with pytest.raises(OutputError, match=r"contains notes\.txt.*another output=.*--resume latest") as caught:
         RunFolder.create(tmp_path)
     assert caught.value.exit_code == 2
-    with pytest.raises(OutputError, match="no run; it is not overwritten"):
+    with pytest.raises(OutputError, match="other than a run and is not overwritten"):
         RunFolder.create(tmp_path, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
         RunFolder.create(tmp_path / "notes.txt")
@@ -82,12 +81,12 @@ def test_a_folder_in_use_or_filled_is_refused_and_left_alone(tmp_path: Path) -> 
         with pytest.raises(OutputError):
             RunFolder.check_free(path)
     RunFolder.check_free(tmp_path / "new" / "run")
-    with pytest.raises(OutputError, match="no run folder"):
+    with pytest.raises(OutputError, match="not a run folder"):
         RunFolder.open(tmp_path)
     assert left(tmp_path) == ["notes.txt"]
 
 
-def test_overwrite_clears_a_runs_own_files_only(tmp_path: Path) -> None:
+def test_overwrite_removes_only_files_of_a_run(tmp_path: Path) -> None:
     with made(tmp_path) as run:
         run.write_text("lora/x.safetensors", "x")
         run.append_metrics({"step": 1})
@@ -96,7 +95,7 @@ def test_overwrite_clears_a_runs_own_files_only(tmp_path: Path) -> None:
         assert left(tmp_path) == ["notes.txt"]
 
 
-def test_one_process_part_at_a_time(tmp_path: Path) -> None:
+def test_only_one_part_of_a_process_may_write(tmp_path: Path) -> None:
     run = made(tmp_path)
     with pytest.raises(OutputError, match=rf"in use by another run \(process {os.getpid()} \(this one\)\)"):
         RunFolder.open(tmp_path)
@@ -117,7 +116,7 @@ time.sleep(60)
 
 
 @posix
-def test_another_process_is_kept_out_and_a_dead_ones_lock_is_taken_over(tmp_path: Path) -> None:
+def test_another_process_is_refused_and_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     made(tmp_path).close()
     with child(HOLD, tmp_path) as holder:
         assert holder.stdout is not None
@@ -127,10 +126,10 @@ def test_another_process_is_kept_out_and_a_dead_ones_lock_is_taken_over(tmp_path
         RunFolder.open(tmp_path, lock=False).close()
         holder.kill()
         holder.wait()
-    assert (tmp_path / ".lock").exists()
+    assert (tmp_path / ".lock.pid").read_text() == f"{holder.pid}\n"
     (tmp_path / ".config.yaml.999.tmp").write_text("half")
     with RunFolder.open(tmp_path):
-        assert (tmp_path / ".lock").read_text() == f"{os.getpid()}\n"
+        assert (tmp_path / ".lock.pid").read_text() == f"{os.getpid()}\n"
         assert left(tmp_path) == ["config.yaml"], "what the dead process was writing is cleared"
 
 
@@ -145,14 +144,14 @@ def test_nothing_is_written_outside(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
-def test_names_are_made_plain() -> None:
+def test_safe_names() -> None:
     assert safe_name("a cat / on a mat?") == "a_cat_on_a_mat"
     assert safe_name("../../etc/passwd") == "etc_passwd"
     assert safe_name("..") == safe_name("狐") == "unnamed"
     assert len(safe_name("x" * 500)) == 80
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------------------------------------------------
 
 KILLED_IN_WRITE = """
 import os, sys, time
@@ -181,7 +180,7 @@ def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file(tmp_path: Path) -> 
     with made(tmp_path) as run:
         run.write_text("evaluation.json", "old")
     killed_when_it_says_so(KILLED_IN_WRITE, tmp_path)
-    assert run.evaluation.read_text() == "old"
+    assert (run.path / "evaluation.json").read_text() == "old"
     assert any(p.suffix == ".tmp" for p in tmp_path.iterdir()), "it was really in the middle"
     with RunFolder.open(tmp_path):
         assert left(tmp_path) == ["config.yaml", "evaluation.json"]
@@ -192,20 +191,20 @@ def test_a_kill_while_a_checkpoint_is_filled_leaves_no_checkpoint_of_that_name(t
     with made(tmp_path) as run, run.staged("checkpoints/step-1") as folder:
         (folder / "state").write_text("whole")
     killed_when_it_says_so(KILLED_IN_STAGED, tmp_path)
-    assert [p.name for p in run.checkpoints.glob("step-*")] == ["step-1"]
+    assert [p.name for p in (run.path / "checkpoints").glob("step-*")] == ["step-1"]
     with RunFolder.open(tmp_path):
-        assert left(run.checkpoints) == ["step-1", "step-1/state"]
+        assert left(run.path / "checkpoints") == ["step-1", "step-1/state"]
 
 
-def test_staged_replaces_whole_and_an_error_leaves_the_old(tmp_path: Path) -> None:
+def test_staged_replaces_atomically_and_an_error_keeps_the_old(tmp_path: Path) -> None:
     with made(tmp_path) as run:
         for text in ("one", "two"):
             with run.staged("checkpoints/a") as folder:
                 (folder / "state").write_text(text)
         with pytest.raises(FileNotFoundError), run.staged("checkpoints/a") as folder:
             (folder / "state").rename(folder / "no" / "such" / "place")
-        assert left(run.checkpoints) == ["a", "a/state"]
-        assert (run.checkpoints / "a" / "state").read_text() == "two"
+        assert left(run.path / "checkpoints") == ["a", "a/state"]
+        assert (run.path / "checkpoints" / "a" / "state").read_text() == "two"
 
 
 FULL = """
@@ -244,20 +243,20 @@ def test_a_full_disk_gives_one_clear_message_and_keeps_what_was_saved(tmp_path: 
     assert [line for line in lines if line == "done"] == ["done"] * 4, output  # four metrics lines fit
     refused = [line for line in lines if line != "done"]
     assert [line.split(": ")[0] for line in refused] == [
-        f"No room to write {run.evaluation}",
-        f"No room to write {run.checkpoints / 'b'}",
-        f"No room to write {run.metrics}",
+        f"No room to write {run.path / 'evaluation.json'}",
+        f"No room to write {run.path / 'checkpoints' / 'b'}",
+        f"No room to write {run.path / 'metrics.jsonl'}",
     ]
-    assert all("Files saved before are whole" in line and "--resume latest" in line for line in refused)
-    assert run.evaluation.read_text() == "old"
+    assert all("Files saved before are complete" in line and "--resume latest" in line for line in refused)
+    assert (run.path / "evaluation.json").read_text() == "old"
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3]
-    assert run.metrics.read_bytes().endswith(b"\n")
+    assert (run.path / "metrics.jsonl").read_bytes().endswith(b"\n")
     assert left(tmp_path) == [
         *("checkpoints", "checkpoints/a", "checkpoints/a/state", "config.yaml", "evaluation.json", "metrics.jsonl")
     ]
 
 
-def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     with made(tmp_path) as run:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
@@ -273,7 +272,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path: Path, monkeypatch: py
 
 @posix
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written_to_is_said(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_to_is_reported(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     with pytest.raises(OutputError, match="Permission denied"):
         RunFolder.create(tmp_path / "run")
@@ -292,16 +291,16 @@ def test_metrics_are_readable_at_once_and_valid_json(tmp_path: Path) -> None:
             {"step": 1, "reward": 0.5, "terms": {"a": None}, "kept": [1, 2]}
         ]
         run.append_metrics({"step": 2})
-        assert len(run.metrics.read_text().splitlines()) == 2
+        assert len((run.path / "metrics.jsonl").read_text().splitlines()) == 2
         run.write_json("evaluation.json", {"mean": math.inf, "狐": Path("x")})
-        assert json.loads(run.evaluation.read_text("utf-8")) == {"mean": None, "狐": "x"}
+        assert json.loads((run.path / "evaluation.json").read_text("utf-8")) == {"mean": None, "狐": "x"}
 
 
-def test_half_a_line_is_passed_over_and_cut_on_resume(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored_and_removed_on_resume(tmp_path: Path) -> None:
     with made(tmp_path) as run:
         for step in range(1, 6):
             run.append_metrics({"step": step})
-    with open(run.metrics, "a") as file:
+    with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "rew')
     with RunFolder.open(tmp_path) as run:
         assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4, 5]
@@ -310,7 +309,7 @@ def test_half_a_line_is_passed_over_and_cut_on_resume(tmp_path: Path) -> None:
         run.truncate_metrics(3)
         run.append_metrics({"step": 4})
         assert [row["step"] for row in run.read_metrics()] == [1, 2, 3, 4]
-        run.metrics.write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
+        (run.path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 3}\n')
         with pytest.raises(OutputError, match="line 2"):
             run.read_metrics()
 
@@ -325,13 +324,13 @@ def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
         assert [p.name for p in run.keep_newest("lora/fox-*.safetensors", 2)] == ["fox-9.safetensors"]
         assert [p.name for p in run.keep_newest("checkpoints/step-*", 1)] == ["step-9", "step-10"]
         assert left(run.lora) == ["fox-10.safetensors", "fox-100.safetensors", "fox.safetensors"]
-        assert left(run.checkpoints) == ["step-100", "step-100/state"]
+        assert left(run.path / "checkpoints") == ["step-100", "step-100/state"]
         assert run.keep_newest("checkpoints/step-*", 5) == []
         with pytest.raises(OutputError, match=r"save\.keep"):
             run.keep_newest("checkpoints/step-*", 0)
 
 
-def test_the_environment_names_versions_device_and_licences() -> None:
+def test_the_environment_names_versions_device_and_licenses() -> None:
     spec = RewardSpec(
         name="fox",
         summary="x",
