@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 
@@ -88,4 +89,36 @@ def sample_noise(
         step=step,
         steps=draw("steps", scheduler_steps) if scheduler_steps else None,
         lv=draw("lv", lv_samples) if lv_samples else None,
+    )
+
+
+def pipeline_noise(
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    scheduler_steps: int = 0,
+    lv_samples: int = 0,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Noise:
+    """Draw the noise of a batch as diffusers' pipelines draw it, from one generator for the whole batch.
+
+    Args:
+        shape: (B, C, h, w), of all latents.
+        generator: the generator; its initial seed is the noise's seed.
+        scheduler_steps: T if the scheduler adds noise at every step, else 0.
+        lv_samples: number of DRaFT-LV samples of each final latent.
+        device: where the noise goes.
+        dtype: dtype of the result.
+    """
+
+    def draw(count: int) -> Tensor:
+        return torch.stack([randn_tensor(shape, generator=generator, device=device, dtype=dtype) for _ in range(count)])
+
+    return Noise(
+        # In the pipeline's order: the initial latents first, then one draw for each step.
+        initial=draw(1)[0],
+        seed=generator.initial_seed(),
+        steps=draw(scheduler_steps) if scheduler_steps else None,
+        lv=draw(lv_samples) if lv_samples else None,
     )

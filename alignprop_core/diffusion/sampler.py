@@ -12,29 +12,25 @@ Three parts, so that decoder and rewards never hold their activations together w
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from alignprop_core.config.base import as_section
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
 from alignprop_core.devices import choose_device, network_dtype
-from alignprop_core.diffusion.cpu import Forwards, doubling_forwards, effective_forwards, replaced
+from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
-from alignprop_core.diffusion.memory import available_bytes, graph_bytes
-from alignprop_core.diffusion.noise import Noise, sample_noise, seeded
-from alignprop_core.diffusion.regularization import squared_difference
+from alignprop_core.diffusion.memory import Checkpointing, graph_bytes
+from alignprop_core.diffusion.noise import Noise, pipeline_noise, sample_noise, seeded
+from alignprop_core.diffusion.output import SampleOutput, clip_straight_through
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import RunError
 from alignprop_core.images import to_pil
@@ -43,41 +39,7 @@ from alignprop_core.lora.layers import adapter_names
 from alignprop_core.registry.registry import Registry, default_registry
 
 LOADED = "lora"
-"""Name of the adapter that holds the finished LoRA of `Sampler.load`."""
-
-_CACHED_PROMPTS = 512
-_MEMORY_SHARE = 0.6
-"""Part of the free memory a graph may take before `auto` turns checkpointing on; the rest is for its backward pass."""
-
-
-@dataclass(frozen=True)
-class SampleOutput:
-    """What sampling returns.
-
-    Attributes:
-        latents: (R, C, h, w), the end of the denoising graph. R is B, or B * (1 + n) with n LV samples: first the B
-            samples, then n further sets of B.
-        sample_index: R integers: which of the B prompts a row belongs to.
-        sample_weights: (R,), the weight of a row within its sample; they add up to 1 for each of the B prompts.
-        aux: scalar losses that arise while sampling, summed over the B samples; `backward` adds their gradient.
-    """
-
-    latents: Tensor
-    sample_index: tuple[int, ...]
-    sample_weights: Tensor
-    aux: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class _StraightThroughClip(torch.autograd.Function):
-    """Clip to [0, 1] forwards, identity backwards: saturated pixels can still learn."""
-
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor) -> Tensor:
-        return pixels.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
+"""Name of the adapter that contains the finished LoRA of `Sampler.load`."""
 
 
 class Sampler:
@@ -91,7 +53,12 @@ class Sampler:
         sampling: steps, guidance, eta, size.
         backprop: strategy, checkpointing.
         family: adapter for the pipeline; found by the pipeline's class if None.
-        regularization: weight of the squared difference to the base model's predictions, an aux term of each sample.
+        regularization: weight of the squared difference to the base model's predictions, an aux loss of each sample.
+
+    Attributes:
+        device: the denoiser's device.
+        dtype: of latents and images: float64 for a float64 model, else float32.
+        scheduler: the scheduler's steps as pure functions.
     """
 
     def __init__(
@@ -107,18 +74,11 @@ class Sampler:
         self.sampling = sampling or SamplingConfig()
         self.backprop = backprop or BackpropConfig()
         self.family = family or family_for(pipeline, self.sampling)
-        network: Any = self.family.denoiser
-        self.device: torch.device = network.device
-        weights: torch.dtype = network.dtype
-        # Latents stay in float32 with half-precision networks: rounding them at every step adds up over the chain.
-        self.dtype = torch.float64 if weights == torch.float64 else torch.float32
-        self._half = weights if weights in (torch.float16, torch.bfloat16) else None
-        # Sums of weights are exact in full precision only; they pay on CPUs.
-        self._sums_weights = self.device.type == "cpu" and self._half is None
+        self._calls = NetworkCalls(self.family)
+        self.device, self.dtype = self._calls.device, self._calls.dtype
         self.scheduler = self.family.scheduler(self.device)
-        self._conditionings: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
+        self._checkpointing = Checkpointing(self.device)
         self._lora_is_on = True
-        self._graph_bytes: dict[str, int] = {}
 
     @classmethod
     def load(
@@ -253,55 +213,42 @@ class Sampler:
             negative_prompt: for these samples; `sampling.negative_prompt` if None.
         """
         conditioning = self.conditioning(prompts, negative_prompt)
-        plan = (truncation or self.truncation(seed=noise.seed, step=noise.step)) if torch.is_grad_enabled() else None
-        checkpointing = plan is not None and self._checkpoint_steps(plan, len(prompts))
-        latents = noise.initial.to(self.device, self.dtype)
-        step_noise = None if noise.steps is None else noise.steps.to(self.device, self.dtype)
-        state = self.scheduler.initial_state()
-        forwards = self._denoiser_forwards(with_graph=plan is not None)
-        regularized = plan is not None and self.regularization > 0
-        with adapters.disabled(self.family.denoiser) if regularized else nullcontext():
-            base_forwards = self._denoiser_forwards(with_graph=False) if regularized else {}
-        penalties: list[Tensor] = []
-        for i in range(self.scheduler.steps):
-            in_graph = plan is not None and i >= plan.first
-            keep = plan is not None and i in plan.kept
-            with torch.set_grad_enabled(in_graph):
-                seen = latents.detach() if plan is not None and plan.detach_input else latents
-                prediction = self._predict(seen, i, conditioning, forwards, keep=keep, checkpointing=checkpointing)
-                if keep and regularized:
-                    base = partial(self._network, step=i, conditioning=conditioning, forwards=base_forwards)
-                    penalties.append(
-                        squared_difference(seen, prediction, base, partial(adapters.disabled, self.family.denoiser))
-                    )
-                if plan is not None and i == plan.stop_at:
-                    latents = self.scheduler.clean(latents, prediction, i)
-                    break
-                added = None if step_noise is None else step_noise[i]
-                latents, state = self.scheduler.step(latents, prediction, i, state, added)
-        if plan is not None and noise.lv is not None:
-            fresh = noise.lv.to(self.device, self.dtype)
-            latents = self._lv_samples(latents, fresh, conditioning, forwards, checkpointing)
+        if not torch.is_grad_enabled():
+            truncation = None
+        elif truncation is None:
+            truncation = self.truncation(seed=noise.seed, step=noise.step)
+        chain = Chain(
+            self._calls,
+            self.scheduler,
+            conditioning,
+            truncation,
+            regularization=self.regularization,
+            checkpointing=truncation is not None and self._recomputes_steps(truncation, conditioning, len(prompts)),
+        )
+        latents, aux = chain.run(noise)
         copies = latents.shape[0] // len(prompts)
         return SampleOutput(
             latents=latents,
             sample_index=tuple(range(len(prompts))) * copies,
             sample_weights=latents.new_full((latents.shape[0],), 1 / copies),
-            aux={"regularization": self.regularization * torch.stack(penalties).mean()} if penalties else {},
+            aux=aux,
         )
 
     def predict(self, latents: Tensor, step: int, prompts: Sequence[str]) -> Tensor:
         """Return the denoiser's guided prediction, (B, C, h, w), at the start of denoising step `step`; no graph."""
         conditioning = self.conditioning(prompts)
         with torch.no_grad():
-            return self._network(latents, step, conditioning, self._denoiser_forwards(with_graph=False))
+            forwards = self._calls.denoiser_forwards(with_graph=False)
+            return self._calls.predict(latents, self.scheduler.timesteps[step], conditioning, forwards)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1]."""
+        """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1].
+
+        Clips with a straight-through gradient, so that saturated pixels can still learn.
+        """
         if torch.is_grad_enabled():
-            self._set_decoder_checkpointing(latents)
-        clipped: Tensor = _StraightThroughClip.apply(self._pixels(latents))
-        return clipped
+            self.family.checkpoint_decoder(self._recomputes_decoder(latents))
+        return clip_straight_through(self._calls.decode(latents))
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
         """Backpropagate through the kept steps into the adapters' `.grad`.
@@ -342,21 +289,14 @@ class Sampler:
             a graph.
         """
         generator = generator or torch.Generator().manual_seed(seed)
-        shape = (len(prompts), *self.family.latent_shape())
-
-        def draw(count: int) -> Tensor:
-            drawn = [
-                randn_tensor(shape, generator=generator, device=self.device, dtype=self.dtype) for _ in range(count)
-            ]
-            return torch.stack(drawn)
-
-        initial = draw(1)[0]
         with_graph = output == "tensor" and torch.is_grad_enabled()
-        noise = Noise(
-            initial=initial,
-            seed=generator.initial_seed(),
-            steps=draw(self.scheduler.steps) if self.scheduler.needs_noise else None,
-            lv=draw(self.backprop.lv_samples) if with_graph and self.backprop.lv_samples else None,
+        noise = pipeline_noise(
+            (len(prompts), *self.family.latent_shape()),
+            generator,
+            scheduler_steps=self.scheduler.steps if self.scheduler.needs_noise else 0,
+            lv_samples=self.backprop.lv_samples if with_graph else 0,
+            device=self.device,
+            dtype=self.dtype,
         )
         with torch.set_grad_enabled(with_graph):
             images = self.decode(self.sample(prompts, noise).latents)
@@ -365,90 +305,26 @@ class Sampler:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def conditioning(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Conditioning:
-        """Encode prompts, each on its own and only once, so that a prompt's encoding does not depend on its batch."""
+        """Encode B prompts; `sampling.negative_prompt` if `negative_prompt` is None."""
         negative = self.sampling.negative_prompt if negative_prompt is None else negative_prompt
-        keys = [(prompt, negative, self._lora_is_on) for prompt in prompts]
-        for key in keys:
-            if key not in self._conditionings:
-                self._conditionings[key] = self.family.encode([key[0]], negative)
-            self._conditionings.move_to_end(key)
-        batch = Conditioning.cat([self._conditionings[key] for key in keys])
-        while len(self._conditionings) > _CACHED_PROMPTS:
-            self._conditionings.popitem(last=False)
-        return batch
+        return self._calls.encode(prompts, negative, with_lora=self._lora_is_on)
 
-    def _autocast(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._half is None else torch.autocast(self.device.type, dtype=self._half)
-
-    def _denoiser_forwards(self, *, with_graph: bool) -> Forwards:
-        """Cheaper forwards of the denoiser's layers, for one batch: its adapters may change before the next."""
-        if not self._sums_weights:
-            return {}
-        with torch.set_grad_enabled(with_graph):
-            return effective_forwards(self.family.denoiser) | doubling_forwards(self.family.denoiser)
-
-    def _network(self, latents: Tensor, step: int, conditioning: Conditioning, forwards: Forwards) -> Tensor:
-        with self._autocast(), replaced(forwards):
-            return self.family.predict(latents, self.scheduler.timesteps[step], conditioning).to(self.dtype)
-
-    def _pixels(self, latents: Tensor) -> Tensor:
-        forwards = doubling_forwards(self.family.decoder) if self._sums_weights else {}
-        with self._autocast(), replaced(forwards):
-            return self.family.decode(latents).to(self.dtype)
-
-    def _predict(
-        self,
-        latents: Tensor,
-        step: int,
-        conditioning: Conditioning,
-        forwards: Forwards,
-        *,
-        keep: bool,
-        checkpointing: bool,
-    ) -> Tensor:
-        if not keep:
-            # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
-            with torch.no_grad():
-                return self._network(latents, step, conditioning, forwards)
-        if checkpointing:
-            prediction: Tensor = checkpoint(
-                self._network, latents, step, conditioning, forwards, use_reentrant=False, preserve_rng_state=False
-            )
-            return prediction
-        return self._network(latents, step, conditioning, forwards)
-
-    def _lv_samples(
-        self, latents: Tensor, noise: Tensor, conditioning: Conditioning, forwards: Forwards, checkpointing: bool
-    ) -> Tensor:
-        """Append low-variance samples (DRaFT, Clark et al. 2024, algorithm 1): renoise one step, denoise again."""
-        last = self.scheduler.steps - 1
-        rows = [latents]
-        for fresh in noise:
-            renoised = self.scheduler.renoise(latents.detach(), last, fresh)
-            prediction = self._predict(renoised, last, conditioning, forwards, keep=True, checkpointing=checkpointing)
-            rows.append(self.scheduler.step(renoised, prediction, last, self.scheduler.initial_state(), None)[0])
-        return torch.cat(rows)
-
-    def _checkpoint_steps(self, plan: Truncation, batch: int) -> bool:
-        if self.backprop.checkpoint_steps != "auto":
-            return self.backprop.checkpoint_steps
-        if "step" not in self._graph_bytes:
-            conditioning = next(iter(self._conditionings.values()))
+    def _recomputes_steps(self, truncation: Truncation, conditioning: Conditioning, batch: int) -> bool:
+        def one_step() -> int:
             latent = torch.zeros(1, *self.family.latent_shape(), device=self.device, dtype=self.dtype)
-            # With the layers' own forwards, which keep a little more.
-            self._graph_bytes["step"] = graph_bytes(
-                lambda: self._network(latent, 0, conditioning, {}), [self.family.denoiser]
+            first = Conditioning.cat([conditioning[:1]])  # a copy: a slice would count the whole batch's storage
+            # With the layers' own forwards, which store a little more than the cheaper ones.
+            return graph_bytes(
+                lambda: self._calls.predict(latent, self.scheduler.timesteps[0], first, {}), [self.family.denoiser]
             )
-        needed = self._graph_bytes["step"] * batch * (len(plan.kept) + self.backprop.lv_samples)
-        return needed > _MEMORY_SHARE * available_bytes(self.device)
 
-    def _set_decoder_checkpointing(self, latents: Tensor) -> None:
-        wanted = self.backprop.checkpoint_decoder
-        if wanted == "auto":
-            if "decode" not in self._graph_bytes:
-                self.family.checkpoint_decoder(False)
-                latent = latents[:1].detach().requires_grad_()
-                self._graph_bytes["decode"] = graph_bytes(lambda: self._pixels(latent), [self.family.decoder])
-            needed = self._graph_bytes["decode"] * latents.shape[0]
-            wanted = needed > _MEMORY_SHARE * available_bytes(self.device)
-        self.family.checkpoint_decoder(wanted)
+        copies = batch * (len(truncation.kept) + self.backprop.lv_samples)
+        return self._checkpointing.needed(self.backprop.checkpoint_steps, "step", copies, one_step)
+
+    def _recomputes_decoder(self, latents: Tensor) -> bool:
+        def one_image() -> int:
+            self.family.checkpoint_decoder(False)
+            latent = latents[:1].detach().requires_grad_()
+            return graph_bytes(lambda: self._calls.decode(latent), [self.family.decoder])
+
+        return self._checkpointing.needed(self.backprop.checkpoint_decoder, "decoder", len(latents), one_image)

@@ -71,8 +71,8 @@ def test_the_gradient_is_that_of_plain_autograd(
     options = {"k": 2} if strategy == "drtune" else {}
     backprop = BackpropConfig(strategy=strategy, checkpoint_steps=checkpointing, **options)  # type: ignore[arg-type]
     sampler = Sampler(pipe, sampling, backprop, regularization=WEIGHT)
-    assert sampler._sums_weights
-    sampler._sums_weights = sums_weights
+    assert sampler._calls.sums_weights
+    sampler._calls.sums_weights = sums_weights
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=3, step=step)
         ascent = torch.randn(noise.initial.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)

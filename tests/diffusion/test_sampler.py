@@ -249,7 +249,7 @@ def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: 
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def unet_calls(available: int) -> int:
-        monkeypatch.setattr("alignprop_core.diffusion.sampler.available_bytes", lambda device: available)
+        monkeypatch.setattr("alignprop_core.diffusion.memory.available_bytes", lambda device: available)
         sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="full"))
         out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
         calls.clear()

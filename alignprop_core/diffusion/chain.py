@@ -1,0 +1,117 @@
+"""The chain of denoising steps: from noise to final latents, with a graph through the kept steps."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.cpu import Forwards
+from alignprop_core.diffusion.families.base import Conditioning
+from alignprop_core.diffusion.noise import Noise
+from alignprop_core.diffusion.regularization import squared_difference
+from alignprop_core.diffusion.schedulers import Scheduler
+from alignprop_core.diffusion.truncation import Truncation
+from alignprop_core.lora import adapters
+
+
+class Chain:
+    """The denoising chain of one batch.
+
+    Args:
+        calls: the networks.
+        scheduler: the scheduler's steps as pure functions.
+        conditioning: the encoded prompts of the B samples.
+        truncation: the steps that keep their gradient; None for a chain without a graph.
+        regularization: weight of the squared difference to the base model's predictions; 0 computes none.
+        checkpointing: whether kept steps are recomputed in the backward pass instead of stored.
+    """
+
+    def __init__(
+        self,
+        calls: NetworkCalls,
+        scheduler: Scheduler,
+        conditioning: Conditioning,
+        truncation: Truncation | None,
+        *,
+        regularization: float = 0.0,
+        checkpointing: bool = False,
+    ) -> None:
+        self._calls, self._scheduler, self._conditioning = calls, scheduler, conditioning
+        self._truncation, self._checkpointing = truncation, checkpointing
+        self._forwards = calls.denoiser_forwards(with_graph=truncation is not None)
+        self._regularization = regularization if truncation is not None else 0.0
+        with adapters.disabled(calls.family.denoiser) if self._regularization else nullcontext():
+            self._base_forwards = calls.denoiser_forwards(with_graph=False) if self._regularization else {}
+
+    def run(self, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoise; returns the final latents, (B, C, h, w) or (B * (1 + n), C, h, w) with n LV samples, and aux losses.
+
+        Args:
+            noise: the batch's randomness.
+        """
+        calls, scheduler, truncation = self._calls, self._scheduler, self._truncation
+        latents = noise.initial.to(calls.device, calls.dtype)
+        step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
+        state = scheduler.initial_state()
+        penalties: list[Tensor] = []
+        for i in range(scheduler.steps):
+            # No graph before the first kept step; from there on every step carries the gradient of those before it.
+            in_graph = truncation is not None and i >= truncation.first
+            keep = truncation is not None and i in truncation.kept
+            with torch.set_grad_enabled(in_graph):
+                seen = latents.detach() if truncation is not None and truncation.detach_input else latents
+                prediction = self._predict(seen, i, keep=keep)
+                if keep and self._regularization:
+                    penalties.append(self._penalty(seen, prediction, i))
+                if truncation is not None and i == truncation.stop_at:
+                    latents = scheduler.clean(latents, prediction, i)
+                    break
+                added = None if step_noise is None else step_noise[i]
+                latents, state = scheduler.step(latents, prediction, i, state, added)
+        if truncation is not None and noise.lv is not None:
+            latents = self._with_lv_samples(latents, noise.lv.to(calls.device, calls.dtype))
+        return latents, {"regularization": self._regularization * torch.stack(penalties).mean()} if penalties else {}
+
+    def _network(self, latents: Tensor, step: int, forwards: Forwards) -> Tensor:
+        return self._calls.predict(latents, self._scheduler.timesteps[step], self._conditioning, forwards)
+
+    def _predict(self, latents: Tensor, step: int, *, keep: bool) -> Tensor:
+        if not keep:
+            # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
+            with torch.no_grad():
+                return self._network(latents, step, self._forwards)
+        if self._checkpointing:
+            # The networks draw no random numbers, so there is no generator state to restore for the second run.
+            prediction: Tensor = checkpoint(
+                self._network, latents, step, self._forwards, use_reentrant=False, preserve_rng_state=False
+            )
+            return prediction
+        return self._network(latents, step, self._forwards)
+
+    def _penalty(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        base = partial(self._network, step=step, forwards=self._base_forwards)
+        return squared_difference(latents, prediction, base, partial(adapters.disabled, self._calls.family.denoiser))
+
+    def _with_lv_samples(self, latents: Tensor, noise: Tensor) -> Tensor:
+        """Append low-variance samples (DRaFT-LV, Clark et al. 2024, algorithm 1): renoise one step, denoise again.
+
+        Args:
+            latents: (B, C, h, w), the final latents.
+            noise: (n, B, C, h, w).
+
+        Returns:
+            (B * (1 + n), C, h, w).
+        """
+        last = self._scheduler.steps - 1
+        rows = [latents]
+        for fresh in noise:
+            # Each sample keeps the gradient of its one step alone, as with last_k of 1.
+            renoised = self._scheduler.renoise(latents.detach(), last, fresh)
+            prediction = self._predict(renoised, last, keep=True)
+            rows.append(self._scheduler.step(renoised, prediction, last, self._scheduler.initial_state(), None)[0])
+        return torch.cat(rows)
