@@ -62,9 +62,10 @@ class WeightsFile(BaseModel):
 
     repository: str = Field(default="", description="Hub repository id; empty if the file ships in a package.")
     file: str = Field(description="File name inside the repository or package.")
+    revision: str = Field(default="", description="Branch, tag or commit of the repository; empty means main.")
     sha256: str | None = Field(default=None, description="Checksum, lower-case hex.")
     bytes: int | None = Field(default=None, ge=0, description="Size in bytes.")
-    license: str = Field(default="", description="Licence of the weights.")
+    license: str = Field(default="", description="License of the weights.")
 
 
 class RewardSpec(Spec):

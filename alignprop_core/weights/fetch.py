@@ -1,43 +1,31 @@
-"""Downloading weights from the hub: resumable, verified, and never half a file under the final name. No torch.
-
-The hub's own `hf_hub_download` throws a half-loaded file away when its process ends. So the bytes are brought here,
-into a partial file named after the content's tag, which the next attempt goes on with; when it is whole and has the
-right checksum it is renamed to where the hub's cache keeps it, and the hub's library links it in.
-"""
+"""Downloading weights from the Hugging Face Hub, verified by size and sha256. Imports no torch."""
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
-from urllib.parse import urlparse
+from typing import Any, Literal
 
-from alignprop_core._files import says_full
+from alignprop_core._files import disk_is_full, space_problem
 from alignprop_core.errors import WeightsError
 from alignprop_core.specs import WeightsFile
-from alignprop_core.weights.find import cached, packaged, verify
-
-Progress = Callable[[int, int | None], None]
-"""Called with the bytes that are here and, where the hub says so, all there will be."""
+from alignprop_core.weights.find import cached, packaged, title, verify
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")  # the hub tags large files with their sha256, small ones with a git hash
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """A weights file that is here now.
+    """A weights file on this machine.
 
     Attributes:
-        file: what was asked for.
-        path: where it is.
+        file: the requested file.
+        path: its local path.
         status: "fetched" now, "present" before, or "packaged" (ships inside an installed package).
-        verified: how far it was checked: its "sha256", its "size" only, or "" where nothing is known of it.
+        verified: what was checked: its "sha256", its "size" only, or "" where neither is known.
     """
 
     file: WeightsFile
@@ -46,239 +34,153 @@ class Fetched:
     verified: Literal["sha256", "size", ""]
 
 
-def fetch_weights(file: WeightsFile, *, folder: Path | None = None, progress: Progress | None = None) -> Fetched:
-    """Bring a weights file to this machine, or find it here, and verify it.
+def fetch_weights(file: WeightsFile, *, folder: Path | None = None) -> Fetched:
+    """Download a weights file unless it is on this machine, and verify it.
 
-    A file that is here already but has the wrong size or checksum is removed and fetched anew. Where neither is
-    declared, the hub cache's own name of the content is its checksum; for a folder the hub is asked, if it answers.
+    A local file with the wrong size or checksum is removed and downloaded again. Where no checksum is declared, the
+    one in the hub's cache is used; for a file in `folder` the hub is asked, if it answers. A download that fails leaves
+    no file under the final name.
 
     Args:
-        file: what to fetch; one that ships in a package is only looked for.
-        folder: put it there (as `folder/OWNER--NAME/FILE`, since many repositories have a model.safetensors) instead of
-            into the hub's cache.
-        progress: told of every piece that arrives.
+        file: what to fetch; a file that ships in a package is only verified.
+        folder: download to `folder/OWNER--NAME/FILE` (many repositories have a model.safetensors) instead of into the
+            hub's cache.
 
     Raises:
-        WeightsError: offline, not found, gated, no room, cut off, or the wrong checksum (the file is then removed).
+        WeightsError: offline, not found, gated, no space, interrupted, or a wrong file (which is then removed).
     """
     if not file.repository:
         path = packaged(file.file, "This reward")
         verify(path, file, f"Reinstall {file.file.partition(':')[0]}.")
         return Fetched(file, path, "packaged", _checked(file))
-    with _explained(file):
-        target = None if folder is None else _place(folder, file)
-        with _lock(file, target):
-            here = cached(file) if target is None else target
-            if here is not None and here.is_file():
-                known = _known(file, here, asks=target is not None)
-                if _is_right(here, known):
-                    return Fetched(file, here, "present", _checked(known))
-            path, sha256 = _bring(file, target, progress)
-            return Fetched(file, path, "fetched", "sha256" if sha256 else "size")
+    # A revision is part of the folder's name, so that two versions of a file do not replace each other.
+    name = file.repository.replace("/", "--") + (f"@{file.revision}" if file.revision else "")
+    target = None if folder is None else folder.expanduser().absolute() / name
+    with _clear_errors(file, target):
+        here = cached(file) if target is None else target / file.file
+        if here is not None and here.is_file():
+            known = _known(file, here, in_cache=target is None)
+            try:
+                _verify_or_remove(here, known)
+            except WeightsError:
+                pass  # the wrong file is removed, and the right one is downloaded
+            else:
+                return Fetched(file, here, "present", _checked(known))
+        return _download(file, target)
 
 
-def _place(folder: Path, file: WeightsFile) -> Path:
-    return folder.expanduser().absolute() / file.repository.replace("/", "--") / file.file
+def _download(file: WeightsFile, target: Path | None) -> Fetched:
+    from huggingface_hub import constants, hf_hub_download
 
-
-def _known(file: WeightsFile, here: Path, *, asks: bool) -> WeightsFile:
-    """Return what is known of a file that is here: what is declared, else what its name in the hub's cache says.
-
-    Args:
-        file: what is declared.
-        here: the file; in the hub's cache a link to the content, which is named by its tag.
-        asks: whether the hub is asked where there is no such name.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    if file.sha256 is not None:
-        return file
-    tag, size = here.resolve().name, file.bytes
-    if asks:
-        try:
-            found = get_hf_file_metadata(hf_hub_url(file.repository, file.file))
-            tag, size = found.etag or "", size or found.size
-        except (OfflineModeIsEnabled, *HfHubHTTPError.__bases__, OSError):
-            return file  # the file is here, and what is said of it is that it is not verified
-    return file.model_copy(update={"sha256": _sha256(tag), "bytes": size})
-
-
-def _sha256(tag: str) -> str | None:
-    return tag if _SHA256.fullmatch(tag) else None
-
-
-def _bring(file: WeightsFile, target: Path | None, progress: Progress | None) -> tuple[Path, str | None]:
-    """Download a file to its place; return it and the sha256 it was held to, if one is known."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-
-    url = hf_hub_url(file.repository, file.file)
-    found = get_hf_file_metadata(url)
-    tag = found.etag or ""
-    sha256 = (file.sha256 or "").lower() or _sha256(tag)
-    expected = WeightsFile(repository=file.repository, file=file.file, sha256=sha256, bytes=file.bytes or found.size)
-    _check_offer(file, found.size, tag)
-
-    final = target if target is not None else _blob(file, tag)
-    partial = final.with_name(f".{final.name}.{tag[:16]}.part")
-    final.parent.mkdir(parents=True, exist_ok=True)
-    headers: dict[str, Any] = _hub_utilities().build_hf_headers()
-    if urlparse(found.location).netloc != urlparse(url).netloc:
-        headers.pop("authorization", None)  # the token is for the hub, not for the store it points to
-    _download(found.location, partial, headers, found.size, progress)
-    try:
-        verify(partial, expected, "It was removed; fetch it again.")
-    except WeightsError:
-        partial.unlink()
-        raise
-    os.replace(partial, final)
-    if target is not None:
-        return target, sha256
-    return Path(hf_hub_download(file.repository, file.file)), sha256
-
-
-def _download(url: str, partial: Path, headers: dict[str, Any], size: int | None, progress: Progress | None) -> None:
-    """Append to `partial` what it lacks."""
-    from huggingface_hub.file_download import http_get
-
-    done = partial.stat().st_size if partial.is_file() else 0
-    if size is not None and done > size:
-        partial.unlink()
-        done = 0
-    if size is not None and (free := shutil.disk_usage(partial.parent).free) < size - done:
-        raise WeightsError(
-            f"No room in {partial.parent}: {(size - done) / 1e6:,.1f} MB are needed and {free / 1e6:,.1f} MB are free. "
-            "Free some space, or choose another folder with --to or HF_HOME."
+    offered = _offered(file)
+    if problem := space_problem(target or Path(constants.HF_HUB_CACHE), offered.bytes or 0):
+        raise WeightsError(f"{problem} Free some space, or choose another folder with --to or HF_HOME.")
+    # Forced for a folder: otherwise a file in the hub's cache is copied there, which is not atomic.
+    path = Path(
+        hf_hub_download(
+            file.repository,
+            file.file,
+            revision=file.revision or None,
+            local_dir=target,
+            force_download=target is not None,
         )
-    with open(partial, "ab") as stream:
-        sink: Any = _Counted(stream, size, progress)
-        http_get(url, sink, resume_size=done, headers=headers, expected_size=size)
-        stream.flush()
-        os.fsync(stream.fileno())
+    )
+    _verify_or_remove(path, offered)
+    return Fetched(file, path, "fetched", _checked(offered))
 
 
-class _Counted:
-    """A file opened for appending that tells of what is written to it."""
+def _offered(file: WeightsFile) -> WeightsFile:
+    """Return the file with the hub's size and checksum where none is declared; refuse one that differs from these."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    def __init__(self, stream: IO[bytes], size: int | None, progress: Progress | None) -> None:
-        self._stream, self._size, self._progress = stream, size, progress
-
-    def write(self, data: bytes) -> int:
-        written = self._stream.write(data)
-        if self._progress is not None:
-            self._progress(self._stream.tell(), self._size)
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _blob(file: WeightsFile, tag: str) -> Path:
-    """Where the hub's cache keeps the content of a file."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
-
-    name: str = repo_folder_name(repo_id=file.repository, repo_type="model")
-    return Path(constants.HF_HUB_CACHE) / name / "blobs" / tag
-
-
-def _check_offer(file: WeightsFile, size: int | None, tag: str) -> None:
-    """Refuse before the download what could only be refused after it: the repository holds another file by now."""
+    found = get_hf_file_metadata(hf_hub_url(file.repository, file.file, revision=file.revision or None))
+    sha256 = found.etag if _SHA256.fullmatch(found.etag or "") else None
     wrong = ""
-    if file.bytes is not None and size is not None and size != file.bytes:
-        wrong = f"{size:,} bytes where {file.bytes:,} are expected"
-    elif file.sha256 is not None and _sha256(tag) not in (None, file.sha256.lower()):
-        wrong = f"sha256 {tag} where {file.sha256} is expected"
+    if file.bytes is not None and found.size not in (None, file.bytes):
+        wrong = f"{found.size:,} bytes where {file.bytes:,} are expected"
+    elif file.sha256 is not None and sha256 not in (None, file.sha256.lower()):
+        wrong = f"sha256 {sha256} where {file.sha256} is expected"
     if wrong:
         raise WeightsError(
             f"{file.repository} offers another {file.file} than this version of the plugin knows: {wrong}. Nothing was "
             "fetched. Update the plugin; or fetch the file yourself and name it with the option weights: PATH."
         )
+    return file.model_copy(update={"sha256": file.sha256 or sha256, "bytes": file.bytes or found.size})
 
 
-def _is_right(path: Path, file: WeightsFile) -> bool:
-    """Whether a file that is here is the right one; a wrong one is removed."""
+def _known(file: WeightsFile, here: Path, *, in_cache: bool) -> WeightsFile:
+    """Return a local file's declared size and checksum, else those of the hub."""
+    if file.sha256 is not None:
+        return file
+    if in_cache:  # where the file is a link to its content, named by the hub's tag
+        tag = here.resolve().name
+        return file.model_copy(update={"sha256": tag}) if _SHA256.fullmatch(tag) else file
     try:
-        verify(path, file, "")
+        return _offered(file)
+    except _hub_errors():
+        return file  # the file is here, and is reported as not verified
+
+
+def _verify_or_remove(path: Path, file: WeightsFile) -> None:
+    try:
+        verify(path, file, "It was removed; fetch it again.")
     except WeightsError:
         content = path.resolve()  # in the hub's cache the name is a link to the content
         path.unlink()
         content.unlink(missing_ok=True)
-        return False
-    return True
+        raise
 
 
 def _checked(file: WeightsFile) -> Literal["sha256", "size", ""]:
     return "sha256" if file.sha256 is not None else "size" if file.bytes is not None else ""
 
 
-def _hub_utilities() -> Any:
-    """The hub library's documented helpers, which its types do not list."""
-    from huggingface_hub import utils
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """Return what the hub's library raises; its HTTP library, and so the errors' base class, differs by version."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    return utils
-
-
-@contextmanager
-def _lock(file: WeightsFile, target: Path | None) -> Iterator[None]:
-    """Let one process at a time bring a file; another waits, then finds it here."""
-    from huggingface_hub import constants
-
-    name = hashlib.sha256(f"{file.repository}/{file.file}>{target or ''}".encode()).hexdigest()[:32]
-    lock = Path(constants.HF_HUB_CACHE) / ".locks" / "alignprop" / f"{name}.lock"
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with _hub_utilities().WeakFileLock(lock):
-        yield
+    bases: tuple[Any, ...] = HfHubHTTPError.__bases__
+    return (*bases, HFValidationError, OSError, RuntimeError)  # hf_xet raises RuntimeError
 
 
 @contextmanager
-def _explained(file: WeightsFile) -> Iterator[None]:
-    """Turn the errors of the hub's library and of the disk into one clear message."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
-
-    what = f"{file.file} of {file.repository}"
-    page = f"{constants.ENDPOINT}/{file.repository}"
-    network: tuple[Any, ...] = HfHubHTTPError.__bases__  # the errors of the HTTP library it uses, which has changed
+def _clear_errors(file: WeightsFile, folder: Path | None) -> Iterator[None]:
+    """Turn errors of the hub's library and of the disk into one clear message."""
     try:
         yield
-    except GatedRepoError as error:
-        raise WeightsError(
-            f"{what} is gated: ask for access on {page}, then log in with `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"There is no repository {file.repository} at {constants.ENDPOINT}, or it is private: check its name; if "
-            "it is yours, log in with `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except EntryNotFoundError as error:
-        raise WeightsError(f"{file.repository} has no file {file.file}: see {page}/tree/main.") from error
-    except HFValidationError as error:
-        raise WeightsError(f"{file.repository} is no repository id of the hub: {error}.") from error
-    except OfflineModeIsEnabled as error:
-        raise WeightsError(
-            f"{what} is not here, and HF_HUB_OFFLINE forbids fetching it. Unset it, or fetch the file elsewhere from "
-            f"{page}/resolve/main/{file.file} and name it with the option weights: PATH."
-        ) from error
-    except (*network, OSError) as error:
-        if isinstance(error, OSError) and says_full(error, Path(constants.HF_HUB_CACHE)):
-            raise WeightsError(
-                f"No room to write {what}: {error.strerror or error}. What has come is kept: free some space, then "
-                "fetch it again; or choose another folder with --to or HF_HOME."
-            ) from error
-        if isinstance(error, PermissionError):
-            raise WeightsError(
-                f"Cannot write {error.filename}: {error.strerror}. Choose another folder with --to or HF_HOME."
-            ) from error
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise WeightsError(
-            f"Fetching {what} from {constants.ENDPOINT} failed: {reason}. What has come is kept; fetch it again to go "
-            "on from there."
-        ) from error
+    except _hub_errors() as error:
+        raise WeightsError(_message(error, file, folder)) from error
+
+
+def _message(error: Exception, file: WeightsFile, folder: Path | None) -> str:
+    from huggingface_hub import constants, errors
+
+    what, page = title(file), f"{constants.ENDPOINT}/{file.repository}"
+    revision = file.revision or "main"
+    log_in = "log in with `hf auth login` (or set HF_TOKEN)"
+    again = "Nothing incomplete was kept; fetch it again"
+    match error:
+        case errors.GatedRepoError():
+            return f"{what} is gated: ask for access on {page}, then {log_in}."
+        case errors.RepositoryNotFoundError():
+            return (
+                f"There is no repository {file.repository} at {constants.ENDPOINT}, or it is private: check its name; "
+                f"if it is yours, {log_in}."
+            )
+        case errors.RevisionNotFoundError():
+            return f"{file.repository} has no revision {revision}: see {page}/commits/main."
+        case errors.EntryNotFoundError() if not isinstance(error, errors.LocalEntryNotFoundError):
+            return f"{file.repository} has no file {file.file}: see {page}/tree/{revision}."
+        case errors.HFValidationError():
+            return f"{file.repository} is not a repository id of the hub: {error}."
+        case errors.OfflineModeIsEnabled():
+            return (
+                f"{what} is not on this machine, and HF_HUB_OFFLINE forbids fetching it. Unset it, or fetch the file "
+                f"elsewhere from {page}/resolve/{revision}/{file.file} and name it with the option weights: PATH."
+            )
+        case PermissionError():
+            return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with --to or HF_HOME."
+    if disk_is_full(error, folder or Path(constants.HF_HUB_CACHE)):
+        return f"No room to write {what}. {again} when there is space, or choose another folder with --to or HF_HOME."
+    reason = " ".join(str(error).split())[:300] or type(error).__name__
+    return f"Fetching {what} from {constants.ENDPOINT} failed: {reason}. {again}."

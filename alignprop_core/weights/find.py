@@ -1,10 +1,11 @@
-"""From what a `weights` option says to a file on this machine. No torch, no network.
+"""Finding the local file that a `weights` option means. Imports no torch, uses no network.
 
 The option takes four forms:
 
     default                          the reward's own weights, from the local hub cache, size and checksum verified
     starter                          a named set a plugin offers for the reward (`distribution/starter` chooses one)
-    hub:owner/name/file.safetensors  another file of the hub, from the local hub cache
+    hub:owner/name/file.safetensors  another file of the hub, from the local hub cache; hub:owner/name@REVISION/file
+                                     for a branch, tag or commit
     path/to/file.safetensors         a file
 """
 
@@ -24,7 +25,7 @@ HUB = "hub:"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FORMS = 'takes "default", the name of a set, the path of a file, or hub:owner/name/file.safetensors'
 
-_checked: dict[tuple[str, int, int], str] = {}  # path, size, time of change -> sha256; lives as long as the process
+_checked: dict[tuple[str, int, int], str] = {}  # path, size, time of change -> sha256; per process
 
 
 def find_weights(
@@ -41,20 +42,20 @@ def find_weights(
     Args:
         value: the option, in one of the forms above.
         reward: the reward's name: named sets are looked up for it, and messages name it.
-        default: the file "default" stands for. An empty repository means a file inside a package, written
+        default: the file that "default" means. An empty repository means a file inside a package, written
             "package:relative/file".
         registry: where named sets are looked up; this environment's if None.
-        option: what the option is called, for messages.
+        option: the option's name, for messages.
         sets_of: the reward whose named sets it takes, if they are another's.
 
     Raises:
-        WeightsError: the file is not here (the message names repository, file and the command that fetches it), is
-            not the file it should be, or the name is no set of this reward's.
+        WeightsError: the file is not on this machine (the message names repository, file and the command that fetches
+            it) or fails verification, or the reward has no set of that name.
     """
     if value == "default":
         if default is None:
             raise WeightsError(f'Reward "{reward}" has no default weights; the option {option} {FORMS}.')
-        _need_license(default.license, f'The default weights of reward "{reward}" ({_title(default)})')
+        _require_license(default.license, f'The default weights of reward "{reward}" ({title(default)})')
         return _find_file(default, reward, f"alignprop rewards fetch {reward}", option)
     if value.startswith(HUB):
         return _find_file(parse_hub_file(value), reward, f"alignprop rewards fetch {value}", option)
@@ -72,7 +73,7 @@ def find_weights(
 def check_named_file(value: str, *, reward: str) -> None:
     """Raise `WeightsError` if a `weights` option names a file, here or on the hub, that is not on this machine.
 
-    What can be said before the reward is built. "default", named sets and folders are not looked at.
+    Called before the reward is built. "default", named sets and folders are not checked.
     """
     if value.startswith(HUB):
         find_weights(value, reward=reward)
@@ -86,14 +87,15 @@ def _is_path(value: str) -> bool:
 
 
 def parse_hub_file(value: str) -> WeightsFile:
-    """Take `hub:owner/name/file` apart; the file may lie in folders. `WeightsError` if it is not of that form."""
+    """Parse `hub:owner/name/file` or `hub:owner/name@REVISION/file`; `WeightsError` if it has neither form."""
     parts = value.removeprefix(HUB).split("/")
-    if not value.startswith(HUB) or len(parts) < 3 or not all(parts) or ".." in parts:
+    name, at, revision = parts[1].partition("@") if len(parts) > 2 else ("", "", "")
+    if not value.startswith(HUB) or not name or bool(at) != bool(revision) or not all(parts) or ".." in parts:
         raise WeightsError(
-            f'"{value}" names no file of the hub. Write {HUB}owner/name/file, such as '
-            f"{HUB}yuvalkirstain/PickScore_v1/model.safetensors."
+            f'"{value}" is not a file of the hub. Write {HUB}owner/name/file (owner/name@REVISION/file for a branch, '
+            f"tag or commit), such as {HUB}yuvalkirstain/PickScore_v1/model.safetensors."
         )
-    return WeightsFile(repository="/".join(parts[:2]), file="/".join(parts[2:]))
+    return WeightsFile(repository=f"{parts[0]}/{name}", file="/".join(parts[2:]), revision=revision)
 
 
 def cached(file: WeightsFile) -> Path | None:
@@ -105,20 +107,20 @@ def cached(file: WeightsFile) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        found = try_to_load_from_cache(file.repository, file.file)
+        found = try_to_load_from_cache(file.repository, file.file, revision=file.revision or None)
     except ValueError as error:
         raise WeightsError(
-            f"{HUB}{file.repository}/{file.file} names no file of the hub: {' '.join(str(error).split())}"
+            f"{HUB}{file.repository}/{file.file} is not a file of the hub: {' '.join(str(error).split())}"
         ) from error
     return Path(found) if isinstance(found, str) else None
 
 
 def packaged(path: str, owner: str) -> Path:
-    """Return the file "package:relative/file" means.
+    """Return the file that "package:relative/file" means.
 
     Args:
-        path: where it ships.
-        owner: what it belongs to, for the message.
+        path: package and file.
+        owner: what the file belongs to, for messages.
 
     Raises:
         WeightsError: the package is not installed or lacks the file.
@@ -133,30 +135,29 @@ def packaged(path: str, owner: str) -> Path:
     if not found.is_file():
         raise WeightsError(
             f"{owner}: the installed package {package} lacks the weights file {relative}. Reinstall it (in a checkout: "
-            "see whether the file was fetched)."
+            "check that the file was fetched)."
         )
     return found
 
 
 def verify(path: Path, file: WeightsFile, remedy: str) -> None:
-    """Hold a file against its spec's size and checksum; unknown ones are not checked.
+    """Check a file's size and sha256; those that the spec leaves open are not checked.
 
-    The size is looked at always. The checksum is taken once a process for a path, size and time of change: reading
-    2 GB costs a second or two, little beside loading them; nothing is written down, so nothing can go stale.
+    The size is always checked. The sha256 is computed once per process for a path, size and time of change.
 
     Args:
         path: the file.
-        file: what it should be.
-        remedy: how to get the right one, a sentence for the message.
+        file: the expected size and checksum.
+        remedy: how to get the right file, a sentence for the message.
 
     Raises:
-        WeightsError: it is another file, or a part of it.
+        WeightsError: size or checksum differ.
     """
     status = path.stat()
     if file.bytes is not None and status.st_size != file.bytes:
         raise WeightsError(
-            f"{path} is not {_title(file)}: it has {status.st_size:,} bytes and should have {file.bytes:,}. It is cut "
-            f"off or of another version. {remedy}"
+            f"{path} is not {title(file)}: it has {status.st_size:,} bytes and should have {file.bytes:,}. It is "
+            f"incomplete or of another version. {remedy}"
         )
     if file.sha256 is None:
         return
@@ -166,19 +167,21 @@ def verify(path: Path, file: WeightsFile, remedy: str) -> None:
             _checked[key] = hashlib.file_digest(stream, "sha256").hexdigest()
     if _checked[key] != file.sha256.lower():
         raise WeightsError(
-            f"{path} is not {_title(file)}: its sha256 is {_checked[key]} and should be {file.sha256}. It is damaged "
+            f"{path} is not {title(file)}: its sha256 is {_checked[key]} and should be {file.sha256}. It is damaged "
             f"or of another version. {remedy}"
         )
 
 
-def _need_license(licence: str, what: str) -> None:
-    """Refuse declared weights whose licence is not allowed; a file that the user names is the user's choice."""
-    if problem := LicensePolicy.read(os.environ).problem(licence):
+def _require_license(license: str, what: str) -> None:
+    """Refuse declared weights whose license is not allowed; a file that the user names is the user's choice."""
+    if problem := LicensePolicy.read(os.environ).problem(license):
         raise WeightsError(f"{what} may not be used here: {problem}.")
 
 
-def _title(file: WeightsFile) -> str:
-    return f"{file.file} of {file.repository}" if file.repository else file.file
+def title(file: WeightsFile) -> str:
+    """Return what messages call a file."""
+    revision = f" at {file.revision}" if file.revision else ""
+    return f"{file.file} of {file.repository}{revision}" if file.repository else file.file
 
 
 def _find_file(file: WeightsFile, reward: str, command: str, option: str) -> Path:
@@ -198,12 +201,13 @@ def _missing(file: WeightsFile, reward: str, command: str, option: str) -> Weigh
     from huggingface_hub import constants
 
     size = "" if file.bytes is None else f" ({file.bytes / 1e6:,.0f} MB)"
-    licence = f" Their licence: {file.license}." if file.license else ""
+    license = f" Their license: {file.license}." if file.license else ""
+    revision = f" at {file.revision}" if file.revision else ""
     return WeightsError(
         f'The weights of reward "{reward}" are not on this machine: file {file.file} of repository '
-        f"{file.repository}{size}. Fetch them with `{command}` (into {constants.HF_HUB_CACHE}); or download "
-        f"{constants.ENDPOINT}/{file.repository}/resolve/main/{file.file} yourself, put it anywhere and name it with "
-        f"the option {option}: PATH.{licence}"
+        f"{file.repository}{revision}{size}. Fetch them with `{command}` (into {constants.HF_HUB_CACHE}); or download "
+        f"{constants.ENDPOINT}/{file.repository}/resolve/{file.revision or 'main'}/{file.file} yourself, put it "
+        f"anywhere and name it with the option {option}: PATH.{license}"
     )
 
 
@@ -212,11 +216,11 @@ def _local(path: Path, reward: str) -> Path:
         return path
     if path.is_dir():
         inside = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix.lower() in SUFFIXES)[:5])
-        hint = f" (it holds {inside})" if inside else ""
+        hint = f" (it contains {inside})" if inside else ""
         raise WeightsError(f'Weights of reward "{reward}": {path} is a folder; name the file inside it{hint}.')
     raise WeightsError(
-        f'Weights of reward "{reward}": there is no file {path} (looked for at {path.absolute()}). A file of the hub '
-        f"is written {HUB}owner/name/file."
+        f'Weights of reward "{reward}": there is no file {path} (in full: {path.absolute()}). Write a file of the hub '
+        f"as {HUB}owner/name/file."
     )
 
 
@@ -225,8 +229,8 @@ def _named(name: str, reward: str, registry: Registry | None) -> Path:
     if registry is None:
         registry = default_registry()
     offer = registry.weights_for(reward, name)
-    for licence in {offer.spec.license, *(file.license for file in offer.spec.weights)} - {""}:
-        _need_license(licence, f'Weights "{name}" of {offer.distribution} {offer.version}')
+    for license in {offer.spec.license, *(file.license for file in offer.spec.weights)} - {""}:
+        _require_license(license, f'Weights "{name}" of {offer.distribution} {offer.version}')
     path = packaged(offer.spec.path, f'Weights "{name}" of {offer.distribution} {offer.version}')
     for file in offer.spec.weights:
         if offer.spec.path.endswith(file.file):

@@ -1,4 +1,4 @@
-"""Weights: four forms of one option, every wrong file told in one message, downloads that are whole or absent.
+"""Weights: four forms of one option, one message for every wrong file, atomic downloads.
 
 The downloads run against a small server on this machine that speaks the hub's protocol (HEAD with tag, size and
 commit; GET with ranges); nothing leaves the machine.
@@ -98,21 +98,43 @@ def test_a_hub_file_is_found_or_its_own_command_named(cache: Path) -> None:
     assert find_weights("hub:some/model/deep/er/w.bin", reward="red") == path
 
 
+def test_a_revision_is_found_under_its_own_name(cache: Path) -> None:
+    path = put_in_cache(cache, CONTENT)
+    with pytest.raises(WeightsError, match=r"some/model at v1\. .*fetch hub:some/model@v1/w.*/resolve/v1/w"):
+        find_weights("hub:some/model@v1/w.safetensors", reward="red")
+    assert find_weights(f"hub:some/model@{COMMIT}/w.safetensors", reward="red") == path
+    (cache / "models--some--model" / "refs" / "v1").write_text(COMMIT)
+    assert find_weights("hub:some/model@v1/w.safetensors", reward="red") == path
+    file = HUB_FILE.model_copy(update={"revision": "v2"})
+    with pytest.raises(WeightsError, match=r"file w\.safetensors of repository some/model at v2 \(3 MB\)"):
+        find_weights("default", reward="red", default=file)
+
+
 @pytest.mark.parametrize(
-    "value", ["hub:", "hub:owner", "hub:owner/name", "hub:owner/name/", "hub:a/b/../../c", "hub:a/b//etc/x"]
+    "value",
+    [
+        "hub:",
+        "hub:owner",
+        "hub:owner/name",
+        "hub:owner/name/",
+        "hub:a/b/../../c",
+        "hub:a/b//etc/x",
+        "hub:a/b@/x",
+        "hub:a/@v1/x",
+    ],
 )
 def test_a_misspelt_hub_file_shows_how_it_is_written(value: str) -> None:
-    with pytest.raises(WeightsError, match="Write hub:owner/name/file, such as"):
+    with pytest.raises(WeightsError, match="Write hub:owner/name/file "):
         parse_hub_file(value)
 
 
 @pytest.mark.parametrize("value", ["hub:openai/clip vit/x", "hub:a--b/c/x", f"hub:a/{'b' * 100}/x", "hub:a/-b/w.bin"])
 def test_a_name_the_hub_cannot_have_is_one_message(cache: Path, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(WeightsError, match=r"names no file of the hub: ") as caught:
+    with pytest.raises(WeightsError, match=r"is not a file of the hub: ") as caught:
         find_weights(value, reward="red")
     assert value in str(caught.value)
     assert cli.run(["rewards", "fetch", value]) == 2
-    assert "names no file of the hub" in capsys.readouterr().err
+    assert "is not a file of the hub" in capsys.readouterr().err
 
 
 def test_a_damaged_or_cut_file_is_refused(cache: Path) -> None:
@@ -145,7 +167,7 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_weights("mine.safetensors", reward="red").absolute() == file
     with pytest.raises(WeightsError, match=r"no file .*theirs.pth .*hub:owner/name/file"):
         find_weights(str(tmp_path / "theirs.pth"), reward="red")
-    with pytest.raises(WeightsError, match=r"is a folder; name the file inside it \(it holds mine.safetensors\)"):
+    with pytest.raises(WeightsError, match=r"is a folder; name the file inside it \(it contains mine.safetensors\)"):
         find_weights(str(tmp_path), reward="red")
 
 
@@ -174,7 +196,7 @@ class Published:
 
     @hookimpl
     def alignprop_register_rewards(self) -> list[RewardSpec]:
-        here = "tests.test_weights:PublishedConfig"
+        here = f"{__name__}:PublishedConfig"
         return [RewardSpec(name="red", summary="Fake.", factory=here, config=here, weights=self.weights)]
 
 
@@ -243,7 +265,7 @@ def test_an_unknown_set_names_the_nearest_and_the_other_forms(package: str) -> N
         find_weights("small", reward="blue", registry=named(package))
 
 
-def test_a_set_whose_file_or_package_is_missing_says_so(package: str) -> None:
+def test_a_set_whose_file_or_package_is_missing_is_reported(package: str) -> None:
     with pytest.raises(WeightsError, match=r'Weights "small" of fake-sets .*lacks the weights file blue.safetensors'):
         find_weights("small", reward="red", registry=named(package, "blue.safetensors"))
     with pytest.raises(WeightsError, match="package no_such_package_here, which is not installed"):
@@ -422,6 +444,7 @@ class Hub:
 
     content: bytes = CONTENT
     tag: str = DIGEST
+    revision: str = "main"
     status: int = 200
     error_code: str = ""
     pause_at: int | None = None  # after so many bytes of an answer the connection stands still
@@ -431,7 +454,8 @@ class Hub:
     def handle(self, request: BaseHTTPRequestHandler) -> None:
         wanted = request.headers.get("Range")
         self.asked.append((request.command, request.path, wanted))
-        status = self.status if request.path == "/some/model/resolve/main/w.safetensors" else 404
+        path = f"/some/model/resolve/{self.revision}/w.safetensors"
+        status = self.status if request.path == path else 404
         if status != 200:
             request.send_response(status)
             request.send_header("X-Error-Code", self.error_code if status == self.status else "EntryNotFound")
@@ -521,7 +545,7 @@ class Fetcher:
         return json.loads(self.run(*arguments, "--json")[0])
 
     def partial(self) -> list[Path]:
-        return list(self.folder.rglob("*.part"))
+        return list(self.folder.rglob("*.incomplete"))
 
 
 @pytest.fixture
@@ -578,31 +602,32 @@ def test_fetch_downloads_verifies_and_puts_the_file_where_it_is_found(
     assert fetcher.partial() == []
 
 
-def test_fetch_says_in_words_what_it_did(fetcher: Fetcher) -> None:
+def test_fetch_prints_what_it_did(fetcher: Fetcher) -> None:
     out, _ = fetcher.run("red")
     assert "some/model/w.safetensors" in out
     assert f"  fetched: {fetcher.cache}" in out
     assert "w.safetensors (sha256 verified)" in out
     assert "MIT" in out
     out, _ = fetcher.run("red", "--to", str(fetcher.folder / "there"))
-    assert f"name it in the option: {fetcher.folder / 'there' / 'some--model' / 'w.safetensors'}" in out
+    assert f"use it with the reward's option for weights: {fetcher.folder / 'there' / 'some--model' / 'w.safetensors'}" in out
     assert "ships in an installed package" in fetcher.run("packaged")[0]
-    assert "nothing to fetch" in fetcher.run("light")[0]
+    assert "has no weights to fetch" in fetcher.run("light")[0]
     assert fetcher.run_json("light") == []
 
 
-def test_a_file_without_a_checksum_is_held_to_the_hubs_own(fetcher: Fetcher) -> None:
+def test_a_file_without_a_checksum_is_checked_against_the_hubs_own(fetcher: Fetcher) -> None:
     (got,) = fetcher.run_json("unchecked")
     assert got["verified"] == "sha256"
     fetcher.hub.tag = "0" * 64
     _, err = fetcher.run("unchecked", "--to", str(fetcher.folder / "there"), code=2)
     assert f"its sha256 is {DIGEST} and should be {'0' * 64}" in err
     assert "It was removed; fetch it again" in err
-    assert list((fetcher.folder / "there" / "some--model").iterdir()) == []
+    assert [path for path in (fetcher.folder / "there" / "some--model").iterdir() if path.is_file()] == []
+    assert fetcher.partial() == []
 
 
 @pytest.mark.parametrize("where", ["cache", "folder"])
-def test_a_killed_download_leaves_nothing_half_and_is_gone_on_with(fetcher: Fetcher, where: str) -> None:
+def test_a_killed_download_leaves_no_file_under_the_final_name(fetcher: Fetcher, where: str) -> None:
     arguments = ["unchecked"] if where == "cache" else ["unchecked", "--to", str(fetcher.folder / "there")]
     content = CONTENT * 8  # the hub's library writes in pieces of 10 MiB: two whole ones and a rest
     fetcher.hub.content, fetcher.hub.tag = content, hashlib.sha256(content).hexdigest()
@@ -619,19 +644,16 @@ def test_a_killed_download_leaves_nothing_half_and_is_gone_on_with(fetcher: Fetc
     assert [path for path in fetcher.folder.rglob("w.safetensors") if "site" not in path.parts] == []
 
     fetcher.hub.pause_at = None
-    fetcher.hub.asked.clear()
     (got,) = fetcher.run_json(*arguments)
     assert Path(got["path"]).read_bytes() == content
     assert got["verified"] == "sha256"
-    assert ("GET", "/some/model/resolve/main/w.safetensors", f"bytes={kept}-") in fetcher.hub.asked
-    assert [asked for asked in fetcher.hub.asked if asked[0] == "GET" and asked[2] is None] == []
-    assert fetcher.partial() == []
 
 
 def test_two_fetches_at_once_bring_the_file_once(fetcher: Fetcher) -> None:
     both = [fetcher.start("red", "--json") for _ in range(2)]
     results = [json.loads(process.communicate(timeout=60)[0])[0] for process in both]
-    assert sorted(result["status"] for result in results) == ["fetched", "present"]
+    assert {result["verified"] for result in results} == {"sha256"}
+    assert all(Path(result["path"]).read_bytes() == CONTENT for result in results)
     assert len([asked for asked in fetcher.hub.asked if asked[0] == "GET"]) == 1
 
 
@@ -671,20 +693,20 @@ def test_files_of_one_name_are_not_taken_for_each_other(fetcher: Fetcher) -> Non
     assert other.read_bytes() == (there / "w.safetensors").read_bytes() == b"of another reward"
 
 
-def test_a_partial_file_that_is_wrong_is_removed_and_said(fetcher: Fetcher) -> None:
-    there = fetcher.folder / "some--model"
-    there.mkdir()
-    partial = there / f".w.safetensors.{DIGEST[:16]}.part"
-    partial.write_bytes(b"?" * 1000)
-    _, err = fetcher.run("red", "--to", str(there.parent), code=2)
-    assert "is damaged" in err
-    assert "It was removed; fetch it again" in err
-    assert list(there.iterdir()) == []
-    fetcher.run("red", "--to", str(there.parent))
-    partial.write_bytes(CONTENT + b"more")
-    (there / "w.safetensors").unlink()
-    fetcher.run("red", "--to", str(there.parent))
-    assert (there / "w.safetensors").read_bytes() == CONTENT
+def test_a_revision_is_downloaded_and_kept_apart(fetcher: Fetcher) -> None:
+    there = fetcher.folder / "there"
+    fetcher.run("hub:some/model/w.safetensors", "--to", str(there))
+    fetcher.hub.revision = "v1"
+    other = CONTENT[::-1]
+    fetcher.hub.content, fetcher.hub.tag = other, hashlib.sha256(other).hexdigest()
+    (got,) = fetcher.run_json("hub:some/model@v1/w.safetensors", "--to", str(there))
+    assert (got["revision"], Path(got["path"])) == ("v1", there / "some--model@v1" / "w.safetensors")
+    assert Path(got["path"]).read_bytes() == other
+    assert (there / "some--model" / "w.safetensors").read_bytes() == CONTENT
+    (got,) = fetcher.run_json("hub:some/model@v1/w.safetensors")
+    assert Path(got["path"]).read_bytes() == other
+    fetcher.hub.status, fetcher.hub.error_code, fetcher.hub.revision = 404, "RevisionNotFound", "v3"
+    assert "some/model has no revision v3: see " in fetcher.run("hub:some/model@v3/w.safetensors", code=2)[1]
 
 
 def test_another_version_on_the_hub_is_refused_before_it_is_downloaded(fetcher: Fetcher) -> None:
@@ -722,7 +744,7 @@ def test_offline_and_unreachable_are_told_apart(fetcher: Fetcher) -> None:
     assert "Fetching w.safetensors of some/model from http://127.0.0.1:9 failed" in err
 
 
-def test_a_full_disk_keeps_what_came(fetcher: Fetcher) -> None:
+def test_a_full_disk_is_reported_and_leaves_no_file(fetcher: Fetcher) -> None:
     """A limit on the size of files stands for the disk: the same refusal in the middle of a write."""
     there = fetcher.folder / "there" / "some--model"
     code = (
@@ -733,9 +755,9 @@ def test_a_full_disk_keeps_what_came(fetcher: Fetcher) -> None:
     done = subprocess.run(command, env=fetcher.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "No room to write w.safetensors of some/model" in done.stderr
-    assert "What has come is kept" in done.stderr
-    (partial,) = there.iterdir()
-    assert partial.suffix == ".part"
+    assert "Nothing incomplete was kept" in done.stderr
+    assert [path for path in there.rglob("*") if path.stat().st_size >= 1_000_000] == []
+    assert not (there / "w.safetensors").exists()
     (got,) = fetcher.run_json("red", "--to", str(there.parent))
     assert Path(got["path"]).read_bytes() == CONTENT
 
