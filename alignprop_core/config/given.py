@@ -1,4 +1,4 @@
-"""Rewards passed from Python: how they enter a run config, and what became of them in the config of an old run."""
+"""Objects passed from Python: how they enter a run config, and what the config of an earlier run says of them."""
 
 from __future__ import annotations
 
@@ -31,30 +31,31 @@ def with_given(config: RunConfig, registry: Registry) -> RunConfig:
 
 
 def given_to_run(folder: Path) -> dict[str, str]:
-    """Return which rewards of a run were objects passed from Python: name -> `Class of module`, by environment.json.
+    """Return which rewards of a run were passed from Python: name -> `class NAME of module MODULE`, or a function.
 
-    Empty where the folder holds no run, or its environment.json cannot be read or is of a version that does not say.
+    Empty if the folder is not a run, or its environment.json cannot be read or is of a version without them.
     """
-    told = read_table(folder / "environment.json").get("local_rewards")
+    known = read_table(folder / "environment.json").get("local_rewards")
     return {
-        name: f"{origin['class']} of module {origin['module']}"
-        for name, origin in (told.items() if isinstance(told, dict) else ())
-        if isinstance(origin, dict) and {"class", "module"} <= set(origin)
+        name: f"{what} {origin[what]} of module {origin['module']}"
+        for name, origin in (known.items() if isinstance(known, dict) else ())
+        for what in ("class", "function")
+        if isinstance(origin, dict) and {what, "module"} <= set(origin)
     }
 
 
-def was_given(name: str, kind: str, folder: Path) -> str:
-    """Say why a run's reward from Python cannot be found by its name, and what to do.
+def was_given(name: str, code: str, folder: Path) -> str:
+    """Return why a run's reward from Python cannot be found by its name, and what to do.
 
     Args:
         name: the reward.
-        kind: its class, as `given_to_run` tells.
+        code: its class or function, as `given_to_run` returns it.
         folder: the run folder.
     """
-    named = kind.partition(" ")[0].rpartition(".")[2]
+    what, named, *_ = code.split()
     return (
-        f'"{name}" was an object passed from Python (class {kind}); a command cannot make it again. To go on or to '
-        f'train anew, do it from Python: alignprop_core.train("{folder / "config.yaml"}", rewards={{"{name}": ...}}), '
-        f'with resume=Path("{folder}") to go on. To evaluate, put the class into a file and name it in place of '
-        f'"{name}" in this config: ./my_rewards.py:{named} (the path starts at the config\'s folder).'
+        f'"{name}" was an object passed from Python ({code}), which a command cannot create. To resume or to train '
+        f'again, use Python: alignprop_core.train("{folder / "config.yaml"}", rewards={{"{name}": ...}}), with '
+        f'resume=Path("{folder}") to resume. To evaluate, put the {what} into a file and name it in place of "{name}" '
+        f"in this config: ./my_rewards.py:{named.rpartition('.')[2]} (the path starts at the config's folder)."
     )

@@ -1,4 +1,4 @@
-"""Rewards without a plugin: classes in a Python file that a config names, and objects passed from Python. No torch.
+"""Rewards without a plugin: code in a Python file that a config names, and code passed from Python. No torch.
 
 A config's `name: ./my_rewards.py:Redness` runs that file with the rights of whoever starts the run. So only a path
 written out as one is taken: it starts with `./`, `../`, `~` or `/` and ends in `.py:Name`; nothing is searched for.
@@ -12,8 +12,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
+from inspect import isfunction, signature
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
@@ -36,26 +38,25 @@ class LocalReward:
     """A reward that no plugin offers.
 
     Attributes:
-        offer: what a plugin would have said of it; its distribution is the file, or the class's module.
+        offer: its spec, as a plugin would give it; the distribution is the file, or the module of the code.
         kind: its class.
-        given: the object itself, if one was passed from Python.
-        sha256: of the file it comes from; empty for an object.
+        code: the class or function that computes the score.
+        given: the object itself, if there is one: passed from Python, or made of a function.
+        sha256: of the file it comes from; empty if it was passed from Python.
     """
 
     offer: Offer[RewardSpec]
     kind: type[Reward]
+    code: Any
     given: Reward | None = None
     sha256: str = ""
 
     @property
     def origin(self) -> dict[str, str]:
-        """Where it comes from, for a run's environment.json: file and checksum, or module; and the class."""
-        where = (
-            {"file": self.offer.distribution, "sha256": self.sha256}
-            if self.sha256
-            else {"module": self.kind.__module__}
-        )
-        return {**where, "class": self.kind.__qualname__}
+        """Where it comes from, for a run's environment.json: file and checksum, or module; and class or function."""
+        where = {"file": self.offer.distribution, "sha256": self.sha256}
+        what = "class" if isinstance(self.code, type) else "function"
+        return (where if self.sha256 else {"module": self.code.__module__}) | {what: _name(self.code)}
 
     @property
     def config_class(self) -> type[RewardConfig]:
@@ -64,7 +65,7 @@ class LocalReward:
 
 
 def split_file_name(name: str) -> tuple[str, str] | None:
-    """Return path and class of a reward's name that means a Python file, or None."""
+    """Return the path and the class or function of a reward's name that means a Python file, or None."""
     found = _FILE.match(name)
     return (found["path"], found["name"]) if found else None
 
@@ -96,52 +97,82 @@ def from_file(name: str) -> LocalReward | None:
     """Run the Python file that a reward's name means and return the reward; None if the name means no file.
 
     Raises:
-        PluginError: the file is missing or raises (with its own traceback), or the class is missing or no reward.
+        PluginError: the file is missing or raises (with its own traceback), or the name is
+            missing in it or not a reward.
     """
     parts = split_file_name(name)
     if parts is None:
         return None
-    path, kind_name = Path(parts[0]), parts[1]
+    path, code_name = Path(parts[0]), parts[1]
     absolute_name(name, Path())  # refuses a path that is not written as one
     try:
         source = path.expanduser().read_bytes()
     except OSError as error:
-        raise PluginError(f"{path}: cannot be read: {error.strerror or error}. It should hold a reward.") from None
+        raise PluginError(f"{path}: cannot be read: {error.strerror or error}. It should contain a reward.") from None
     digest = hashlib.sha256(source).hexdigest()
     module = _run(path, source, digest)
-    kind = getattr(module, kind_name, None)
-    from alignprop_core.reward import Reward
-
-    if not (isinstance(kind, type) and issubclass(kind, Reward)) or kind is Reward:
-        raise PluginError(_no_reward(path, kind_name, kind, module, Reward))
-    return LocalReward(_offer(default_label(name), kind, str(path)), kind, sha256=digest)
+    code = getattr(module, code_name, None)
+    if code is None or not (isfunction(code) or _is_reward_class(code)):
+        raise PluginError(_no_reward(path, code_name, code, module))
+    try:
+        return _local(default_label(name), code, str(path), digest)
+    except PluginError as error:
+        raise PluginError(f"{path}: {error}") from None
 
 
 def given_rewards(rewards: Mapping[str, object]) -> dict[str, LocalReward]:
-    """Check reward objects passed from Python and return them by name.
+    """Check rewards passed from Python, and return them by name: functions, and classes or objects of `Reward`.
 
     Raises:
-        PluginError: a name is not snake_case, or an object is no reward.
+        PluginError: a name is not snake_case, or a value is not a reward.
     """
-    from alignprop_core.reward import Reward
-
     found = {}
-    for name, reward in rewards.items():
+    for name, code in rewards.items():
         if not _NAME.match(name):
             raise PluginError(f'rewards["{name}"]: names are snake_case: letters, digits and underscores.')
-        if not isinstance(reward, Reward):
-            hint = ""
-            if isinstance(reward, type):
-                hint = f" Pass an object: {reward.__name__}()."
-            what = reward.__name__ if isinstance(reward, type) else f"of type {type(reward).__name__}"
-            raise PluginError(f'rewards["{name}"]: must be an object of a subclass of Reward, not {what}.{hint}')
-        kind = type(reward)
-        found[name] = LocalReward(_offer(name, kind, kind.__module__), kind, given=reward)
+        try:
+            found[name] = _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
+        except PluginError as error:
+            raise PluginError(f'rewards["{name}"]: {error}') from None
     return found
 
 
-def _offer(name: str, kind: type[Reward], origin: str) -> Offer[RewardSpec]:
-    summary = ((kind.__doc__ or "").strip().splitlines() or [f"{kind.__name__}, without a description."])[0]
+def code_name(code: Any) -> str:
+    """Return the name of a function, or of the class of an object, in snake_case; empty for a lambda."""
+    while isinstance(code, partial):
+        code = code.func
+    name = default_label(f".py:{getattr(code, '__name__', type(code).__name__)}")
+    return "" if "lambda" in name else re.sub(r"[^a-z0-9_]", "", name).lstrip("_0123456789")
+
+
+def _is_reward_class(code: object) -> bool:
+    from alignprop_core.reward import Reward
+
+    return isinstance(code, type) and issubclass(code, Reward) and code is not Reward
+
+
+def _local(name: str, code: Any, origin: str, sha256: str = "") -> LocalReward:
+    from alignprop_core.registry.function import FunctionReward
+    from alignprop_core.reward import Reward
+
+    if _is_reward_class(code):
+        return LocalReward(_offer(name, code, code, origin), code, code, sha256=sha256)
+    if isinstance(code, Reward):
+        kind = type(code)
+        return LocalReward(_offer(name, kind, kind, kind.__module__), kind, kind, given=code)
+    if isinstance(code, type) or not callable(code):
+        what = f"the class {code.__name__}" if isinstance(code, type) else f"of type {type(code).__name__}"
+        raise PluginError(f"must be a function, or a class or object of alignprop_core.Reward, not {what}.")
+    reward = FunctionReward(code)
+    return LocalReward(_offer(name, FunctionReward, code, origin), FunctionReward, code, given=reward, sha256=sha256)
+
+
+def _name(code: Any) -> str:
+    return str(getattr(code, "__qualname__", type(code).__qualname__))
+
+
+def _offer(name: str, kind: type[Reward], code: Any, origin: str) -> Offer[RewardSpec]:
+    summary = ((code.__doc__ or "").strip().splitlines() or [f"{_name(code)}, without a description."])[0]
     spec = RewardSpec(
         name=name if _NAME.match(name) else "local",
         summary=summary,
@@ -193,16 +224,16 @@ def _run(path: Path, source: bytes, digest: str) -> ModuleType:
     return module
 
 
-def _no_reward(path: Path, name: str, found: object, module: ModuleType, base: type[Any]) -> str:
-    rewards = [
-        key
-        for key, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, base) and value.__module__ == module.__name__
-    ]
+def _no_reward(path: Path, name: str, found: object, module: ModuleType) -> str:
     if found is not None:
-        return f"{path}: {name} is no subclass of alignprop_core.Reward."
-    nearest = get_close_matches(name, rewards, n=1)
-    if nearest:
-        return f'{path}: has no {name or "class named after the colon"}. Did you mean "{nearest[0]}"?'
-    known = f"its rewards are {', '.join(rewards)}" if rewards else "there is no subclass of Reward in it"
-    return f"{path}: has no {name or 'class named after the colon'}; {known}."
+        return f"{path}: {name} is not a function or a subclass of alignprop_core.Reward."
+    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    rewards = [key for key, value in own.items() if _is_reward_class(value) or _takes_images(value)]
+    missing = f"{path}: there is no {name or 'class or function named after the colon'} in it"
+    if nearest := get_close_matches(name, rewards, n=1):
+        return f'{missing}. Did you mean "{nearest[0]}"?'
+    return f"{missing}; " + (f"its rewards are {', '.join(rewards)}." if rewards else "it does not contain a reward.")
+
+
+def _takes_images(value: object) -> bool:
+    return isfunction(value) and next(iter(signature(value).parameters), "") == "images"

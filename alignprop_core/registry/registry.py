@@ -90,10 +90,10 @@ class Registry:
         return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
 
     def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
-        """Return a registry that also knows reward objects, by name.
+        """Return a registry that also knows rewards passed from Python, by name: functions, classes or objects.
 
         Raises:
-            PluginError: a name is taken by a plugin's reward or is not snake_case, or an object is no reward.
+            PluginError: a name is taken by a plugin's reward or is not snake_case, or a value is not a reward.
         """
         found = given_rewards(rewards)
         for name in found:

@@ -1,9 +1,8 @@
-"""Which checkpoint a run goes on from, and whether it would still be the same run. No torch."""
+"""Which checkpoint a run resumes from, and whether it would still be the same run. No torch."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
 from alignprop_core.registry.local import LocalReward, split_file_name
+from alignprop_core.training.code_checksum import SCHEME, code_checksum
 
 STATE = "state.json"
 """The file of a checkpoint that makes a folder one."""
@@ -33,12 +33,12 @@ _MAY_DIFFER = {
     "backprop.sample_batch_size",
     "backprop.decode_batch_size",
 }
-"""What a resumed run may change: sections and keys that do not touch what is trained."""
+"""What a resumed run may change: sections and keys that do not affect training."""
 
 _SHOWN = 40
-_MEND = (
-    "Put it back as it was, or start a new run (lora.init_from goes on from its LoRA). If you mended it and its scores "
-    "mean the same, go on with --edited (from Python: edited=True)."
+_REMEDY = (
+    "Put it back as it was, or start a new run (lora.init_from starts from this run's LoRA). If the change fixes the "
+    "code and scores mean the same, resume with --edited (from Python: edited=True)."
 )
 
 
@@ -47,19 +47,19 @@ def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> 
 
     Args:
         where: the run folder or checkpoint.
-        config: of the run that goes on.
+        config: of the resumed run.
         edited: allow a changed file of a reward.
 
     Raises:
         UserError: there is none.
         ConfigError: its run had another config, with the keys and both values.
-        PluginError: a Python file that it trains on was changed since.
+        PluginError: a Python file of its rewards has changed since.
     """
     found = [where] if (where / STATE).is_file() else sorted((where / "checkpoints").glob("step-*"))
     if not found:
         raise UserError(
-            f"There is no checkpoint in {where}: nothing to resume. Start the run without --resume, or give the folder "
-            "of a run or of one checkpoint."
+            f"There is no checkpoint in {where}, so there is nothing to resume. Start the run without --resume, or "
+            "give the folder of a run or of one checkpoint."
         )
     stored = found[-1].parent.parent / "config.yaml"
     if stored.is_file():
@@ -76,31 +76,25 @@ def file_checksum(name: str) -> str | None:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
 
 
-def class_checksum(given: LocalReward) -> str | None:
-    """Return the SHA-256 of the source of a reward object's class; None where Python does not know it.
-
-    Not of the file: a script that is gone on with is edited to say so.
-    """
-    try:
-        return hashlib.sha256(inspect.getsource(given.kind).encode()).hexdigest()
-    except (OSError, TypeError):  # typed into an interpreter
-        return None
+def class_checksum(given: LocalReward) -> str:
+    """Return the checksum of the code of a reward that was passed from Python."""
+    return code_checksum(given.code)
 
 
 def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: RunConfig) -> None:
-    """Raise `PluginError` if a class of a reward object that is trained on was changed since the run began.
+    """Raise `PluginError` if the code of a reward passed from Python has changed since the run began.
 
-    Where a checksum is missing, on either side, nothing can be compared.
+    Without a checksum, or with one of another version of Python or alignprop, there is nothing to compare.
     """
     before = _environment(checkpoint, "class_sources")
     for i, term in enumerate(config.rewards):
-        known = before.get(term.name)
-        if known is None or (found := given.get(term.name)) is None or (now := class_checksum(found)) is None:
-            continue
-        if known != now:
+        known, found = str(before.get(term.name)), given.get(term.name)
+        if found is not None and known.startswith(SCHEME) and known != class_checksum(found):
+            what = f'class {found.kind.__qualname__} of the object "{term.name}"'
+            what = what if isinstance(found.code, type) else f'function "{term.name}"'
             raise PluginError(
-                f'--resume: rewards.{i}: the class {found.kind.__qualname__} of the object "{term.name}" was changed '
-                f"since the run in {checkpoint.parent.parent} began, so this would be another run. {_MEND}"
+                f"--resume: rewards.{i}: the {what} was changed since the run in {checkpoint.parent.parent} began, so "
+                f"this would be another run. {_REMEDY}"
             )
 
 
@@ -109,17 +103,17 @@ def _same_files(config: RunConfig, checkpoint: Path) -> None:
     for i, term in enumerate(config.rewards):
         origin = _mapping(elsewhere.get(term.label)).get("from") if term.loader else here.get(term.name)
         known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
-        # A file that is gone is said when it is to be run.
+        # A missing file is reported when it is run.
         if known is not None and now is not None and known != now:
             path = term.name.rpartition(":")[0]
             raise PluginError(
                 f"--resume: rewards.{i}.name: {path} was changed since the run in {checkpoint.parent.parent} began, so "
-                f"this would be another run. {_MEND}"
+                f"this would be another run. {_REMEDY}"
             )
 
 
 def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
-    """Return a table of the environment.json of a checkpoint's run; empty where it lies in none that has it."""
+    """Return a table of the environment.json of a checkpoint's run; empty if there is none."""
     return _mapping(read_table(checkpoint.parent.parent / "environment.json").get(key))
 
 
@@ -142,7 +136,7 @@ def _same_run(config: RunConfig, stored: Path) -> None:
         raise ConfigError(
             f"--resume: {', '.join(differing)} {'differ' if several else 'differs'} from the run in {stored.parent}, "
             f"so this would be another run. Put {'them' if several else 'it'} back, or start a new run "
-            "(lora.init_from goes on from its LoRA)."
+            "(lora.init_from starts from its LoRA)."
         )
 
 

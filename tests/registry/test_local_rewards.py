@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable
+from functools import partial
 from html import unescape
 from pathlib import Path
 from textwrap import dedent
@@ -25,8 +26,9 @@ from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import ConfigError, PluginError, TrialError
 from alignprop_core.mix.load import load_terms
 from alignprop_core.prompts import PromptSet
+from alignprop_core.registry.function import FunctionReward
 from alignprop_core.registry.local import from_file, public_name
-from alignprop_core.reward import Reward
+from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.training.trainer import Trainer
 from alignprop_core.training.trial import score_advice, try_local
@@ -78,6 +80,23 @@ class Measure(Plain):
 
 class NoReward:
     pass
+
+
+FACTOR = 2.0
+
+
+def brightness(images, prompts, metadata):
+    """Bright images."""
+    assert len(images) == len(prompts) == len(metadata)
+    return FACTOR * mean(images), {"info": 1}
+
+
+def mean(x):
+    return x.mean((1, 2, 3))
+
+
+def four(images, prompts, metadata, scale):
+    return mean(images)
 '''
 
 
@@ -136,6 +155,50 @@ def test_a_class_in_a_file_trains_with_the_logs_of_a_plugin(folder: Path, data: 
     assert told["plugins"].keys() == {"toy-rewards"}
 
 
+def test_a_function_in_a_file_trains_and_is_checked_like_a_class(
+    folder: Path, data: Callable[..., dict[str, Any]]
+) -> None:
+    config = parse(folder, data({"name": "./my_rewards.py:brightness"}))
+    run = train(config, registry=registry())
+    (first, _) = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert 0 < first["terms"]["brightness"]["raw"] < 2
+    origin = json.loads((run / "environment.json").read_text())["local_rewards"][config.rewards[0].name]
+    assert origin["function"] == "brightness"
+    assert len(origin["sha256"]) == 64
+    found = refused(folder, data({"name": "./my_rewards.py:brightness", "options": {"gain": 1}}))
+    assert found["rewards.0.options.gain"].startswith("unknown key")
+
+
+def test_a_function_takes_what_its_signature_says() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    batch = ImageBatch(images=images, prompts=["a", "b"], metadata=[{"n": 1}, {"n": 2}])
+    seen: list[Any] = []
+
+    def scores(*given: Any) -> torch.Tensor:
+        seen.append(given[1:])
+        return given[0].mean((1, 2, 3))
+
+    class Scorer(torch.nn.Module):
+        def forward(self, images: Any, prompts: Any) -> Any:
+            return scores(images, prompts)
+
+    functions = [
+        lambda images: scores(images),
+        lambda images, prompts: scores(images, prompts),
+        lambda images, prompts, metadata: (scores(images, prompts, metadata), {}),
+        lambda images, gain=2.0: scores(images),
+        lambda images, prompts=None, metadata=None: scores(images, prompts, metadata),
+        scores,
+        partial(scores),
+        Scorer(),
+    ]
+    for function in functions:
+        assert FunctionReward(function)(batch).shape == (2,)
+    texts, metadata = ["a", "b"], [{"n": 1}, {"n": 2}]
+    both = (texts, metadata)
+    assert seen == [(), (texts,), both, (), both, both, both, (texts,)]
+
+
 def test_the_saved_config_resumes(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
     run = train(parse(folder, data({"name": "./my_rewards.py:Plain"})), registry=registry())
     saved = load_config(run / "config.yaml", ["training.steps=3"], registry=registry())
@@ -189,10 +252,15 @@ def test_an_edited_file_is_read_anew(folder: Path) -> None:
         ("my_rewards.py:Plain", ["write its path out", "./my_rewards.py:Plain"]),
         ("./missing.py:Plain", ["missing.py", "cannot be read"]),
         ("./my_rewards.py:Plane", ["Did you mean", "Plain"]),
-        ("./my_rewards.py:Zebra", ["its rewards are MyRedness, Plain"]),
-        ("./my_rewards.py:", ["class named after the colon"]),
-        ("./my_rewards.py:NoReward", ["no subclass of"]),
-        ("./my_rewards.py:Reward", ["no subclass of"]),
+        ("./my_rewards.py:Zebra", ["its rewards are MyRedness, Plain, Detached, Measure, brightness, four."]),
+        ("./my_rewards.py:", ["class or function named after the colon"]),
+        ("./my_rewards.py:NoReward", ["not a function or a subclass of"]),
+        ("./my_rewards.py:Reward", ["not a function or a subclass of"]),
+        ("./my_rewards.py:FACTOR", ["not a function or a subclass of"]),
+        (
+            "./my_rewards.py:four",
+            ["the function takes (images, prompts, metadata, scale); it must take (images), (images,"],
+        ),
         ("./broken.py:Plain", ["broken.py", "ZeroDivisionError"]),
         ("./leaves.py:Plain", ["leaves.py", "sys.exit"]),
         ("./my_rewards.py:Measure", ["no gradient", "use it under evaluation.rewards"]),
@@ -289,9 +357,9 @@ def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., 
     large = {"name": "./picky.py:Large"}
     sized = {"sampling": {"steps": 2, "width": 136, "height": 104}}
     assert trial(folder, data(large, **sized)).seen == ((1, 3, 104, 136), "torch.float32")
-    with pytest.raises(TrialError, match=r"trial before training, with 1 random image of 96x104 pixels \(the size the"):
+    with pytest.raises(TrialError, match=r"trial before training, with 1 random image of 96x104 pixels \(the size of"):
         trial(folder, data(large, sampling={"steps": 2, "width": 96, "height": 104}))
-    with pytest.raises(TrialError, match=r"512x512 pixels \(as the model's own size is not known before it loads\)"):
+    with pytest.raises(TrialError, match=r"512x512 pixels \(because the model's own size is not known before it loads\)"):
         trial(folder, data({"name": "./picky.py:Broken"}), size=None)
 
 
@@ -423,7 +491,7 @@ def test_a_config_without_rewards_takes_the_objects(folder: Path, data: Callable
     assert [term.name for term in config.rewards] == ["mine"]
     plain = parse(folder, data({"name": "redness"}))
     trainer = Trainer(plain, registry=registry(), rewards={"mine": Redness()})
-    assert trainer.mix.labels == ["redness", "mine"]
+    assert list(trainer.mix.labels) == ["redness", "mine"]
 
 
 def test_a_config_made_in_python_needs_no_rewards_beside_objects(
@@ -465,12 +533,15 @@ class Bare(Reward):
     ("rewards", "message"),
     [
         ({"Mine": Redness()}, "snake_case"),
-        ({"mine": Redness}, r"Pass an object: Redness\(\)"),
-        ({"mine": print}, "must be an object of a subclass of Reward"),
+        ({"mine": int}, r'^rewards\["mine"\]: must be a function, or a class or object of .*, not the class int'),
+        ({"mine": 3}, "must be a function, or a class or object of .*, not of type int"),
+        ({"mine": lambda images, prompts, metadata, scale: images}, "it must take"),
+        ({"mine": lambda *, images: images}, "it must take"),
+        ({"mine": lambda: 0}, "it must take"),
         ({"redness": Redness()}, "toy-rewards offers a reward of that name"),
     ],
 )
-def test_what_is_no_reward_object_is_refused(rewards: dict[str, Any], message: str) -> None:
+def test_what_is_not_a_reward_is_refused(rewards: dict[str, Any], message: str) -> None:
     with pytest.raises(PluginError, match=message):
         registry().with_rewards(rewards)
 
