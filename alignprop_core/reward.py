@@ -1,4 +1,4 @@
-"""What a reward is: a frozen torch module that turns images and prompts into one score a sample."""
+"""The reward interface: a frozen torch module that maps images and prompts to one score per sample."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from alignprop_core.specs import RewardConfig
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageBatch:
-    """Images with the prompts they were made from.
+    """Images with the prompts they were generated from.
 
     Attributes:
         images: (B, 3, H, W), RGB in [0, 1], floating point; carries the gradient.
-        prompts: B strings; empty strings where none are known.
-        metadata: B mappings: whatever the prompt file says beside `prompt` (such as `{"number": 3}`).
+        prompts: B strings; empty strings if none are given.
+        metadata: B mappings: the prompt file's keys other than `prompt` (such as `{"number": 3}`); empty if none
+            are given.
+
+    Raises:
+        ValueError: the images have another shape or an integer dtype, or the lengths differ.
     """
 
     images: Tensor
@@ -47,7 +51,7 @@ class ImageBatch:
     def __getitem__(self, index: slice) -> ImageBatch:
         """Return a part of the batch; the images stay attached to their graph."""
         if not isinstance(index, slice):
-            raise TypeError("an ImageBatch is cut with slices: batch[i : i + 1] is one sample")
+            raise TypeError("an ImageBatch takes slices only: batch[i : i + 1] is one sample")
         return ImageBatch(images=self.images[index], prompts=self.prompts[index], metadata=self.metadata[index])
 
 
@@ -61,7 +65,7 @@ class Reward(nn.Module, ABC):
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig
     differentiable: ClassVar[bool] = True
-    """Whether `score` gives a gradient. A plugin says so in its spec; a class without a plugin says it here."""
+    """Whether `score` has a gradient. Plugins declare it in their spec; a class without a plugin declares it here."""
 
     def __init__(self, config: RewardConfig | None = None) -> None:
         super().__init__()
@@ -71,31 +75,34 @@ class Reward(nn.Module, ABC):
     def score(self, batch: ImageBatch) -> Tensor:
         """Score a batch.
 
+        Args:
+            batch: images (B, 3, H, W) in [0, 1], prompts and metadata; not modified in place.
+
         Returns:
-            (B,), one score a sample; float32, or float64 if the images are. A sample's score does not depend on
+            (B,), one score per sample; float32, or float64 if the images are. A sample's score does not depend on
             the other samples.
         """
 
     def check_prompt(self, prompt: str, metadata: Mapping[str, Any]) -> None:
-        """Look at a prompt that `score` will be given, before a model loads; does nothing unless a reward needs to.
+        """Check a prompt before the base model loads; the default accepts every prompt.
 
-        For rewards that read something out of prompts or metadata. It is called for every prompt of a run, so it costs
-        little: no network looks at anything.
+        For rewards that parse prompts or metadata, such as a number of objects. It is called for every prompt of a
+        run, so it must be cheap and run no network.
 
         Args:
             prompt: the prompt.
-            metadata: whatever the prompt file says beside it.
+            metadata: the prompt file's other keys for this prompt.
 
         Raises:
-            PromptError: `score` would refuse it.
+            PromptError: `score` cannot use the prompt.
         """
 
     def forward(self, batch: ImageBatch) -> Tensor:
-        """Return `score(batch)`; exists so that module hooks work."""
+        """Return `score(batch)`; exists so that torch module hooks work."""
         return self.score(batch)
 
     def freeze(self) -> Reward:
-        """Freeze all parameters and switch to eval mode. The loader calls this once after building."""
+        """Freeze all parameters and switch to eval mode; the loader calls it once. Returns the reward."""
         self.requires_grad_(False)
         return self.train(False)
 
@@ -106,20 +113,29 @@ class Reward(nn.Module, ABC):
 
 
 def check_scores(name: str, scores: object, size: int, *, differentiable: bool) -> Tensor:
-    """Check what a reward returned and give it back as a tensor; raises `RewardError` naming the reward.
+    """Check a reward's return value and return it as a tensor.
 
-    Checks type, shape and (where a gradient is due) that the scores hang on a graph. Does not look at values:
-    that would be a host sync a term; the training step checks finiteness once for all terms.
+    Checks type, shape, dtype and gradient, but not values: that would cost one host sync per term. The training step
+    checks once for all terms that the values are finite.
+
+    Args:
+        name: name of the reward, for messages.
+        scores: what the reward returned.
+        size: number of images, B.
+        differentiable: whether the scores must carry a gradient.
+
+    Raises:
+        RewardError: the scores are not a tensor (B,) of float32 or float64, or have no gradient but need one.
     """
     if not isinstance(scores, Tensor):
         raise RewardError(
             f'Reward "{name}" returned {type(scores).__name__}; it must return a tensor of shape ({size},), '
-            "one score a sample."
+            "one score per sample."
         )
     if tuple(scores.shape) != (size,):
         raise RewardError(
             f'Reward "{name}" returned shape {tuple(scores.shape)} for a batch of {size}; it must return ({size},), '
-            "one score a sample. Reduce over pixels inside the reward, never over the batch."
+            "one score per sample. Reduce over pixels inside the reward, never over the batch."
         )
     if scores.dtype not in (torch.float32, torch.float64):
         raise RewardError(

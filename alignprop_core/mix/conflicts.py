@@ -1,4 +1,4 @@
-"""From gradients of several terms to one direction: by their products alone, so that no large tensor is made twice."""
+"""Combine the gradients of several terms, using only their inner products: no image-sized tensor is copied."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from torch import Tensor
 
 
 def project_conflicts(products: Tensor) -> Tensor:
-    """Take out of each term's gradient what pulls against another's, sample by sample.
+    """Remove from each term's gradient the component that conflicts with another term's, for each sample (PCGrad).
 
-    Gradient surgery of "Gradient Surgery for Multi-Task Learning" (Yu et al., 2020, https://arxiv.org/abs/2001.06782,
-    algorithm 1): a gradient with a negative product with another term's gradient is projected onto the plane at right
-    angles to that; the others are visited in turn. Two differences: each sample's gradient is projected by itself (a
-    sample's direction then depends on no neighbour, and chunks and processes change nothing), and the others are
-    visited from the next term in the list onwards instead of in random order.
+    Algorithm 1 of "Gradient Surgery for Multi-Task Learning" (Yu et al. 2020, https://arxiv.org/abs/2001.06782):
+    if <g_k, g_j> < 0, then g_k becomes g_k - <g_k, g_j> / ||g_j||^2 g_j, for all other terms j in turn. Two
+    differences: each sample's gradient is projected separately (so it does not depend on the other samples, chunks or
+    processes), and the other terms are visited in list order, starting after k, instead of in random order.
 
     Args:
-        products: (B, K, K), products of the K gradients of each sample.
+        products: (B, K, K), inner products of the K gradients of each sample.
 
     Returns:
-        (B, K, K): row k says of which multiples of the K gradients the projected gradient of term k consists.
+        (B, K, K): row k contains the coefficients of term k's projected gradient in terms of the K gradients.
     """
     size = products.shape[-1]
     rows = []
     for term in range(size):
+        # (B, K): the projected gradient of this term as coefficients of all K gradients; at first 1 of its own.
         parts = torch.zeros_like(products[:, 0])
         parts[:, term] = 1
         for other in ((term + offset) % size for offset in range(1, size)):
+            # <projected gradient, g_other> is linear in the coefficients, so the Gram matrix suffices: (B,).
             product = (parts * products[:, :, other]).sum(1)
             square = products[:, other, other]
             conflict = (product < 0) & (square > 0)
+            # The inner `where` keeps a zero gradient from dividing by zero; the outer one ignores its result.
             multiple = torch.where(conflict, product / torch.where(square > 0, square, 1), 0)
             parts = parts.clone()
             parts[:, other] = parts[:, other] - multiple
@@ -43,6 +45,9 @@ def weighted_sum(gradients: Tensor, coefficients: Tensor) -> Tensor:
     Args:
         gradients: (B, K, ...).
         coefficients: (B, K).
+
+    Returns:
+        (B, ...), in the gradients' dtype.
     """
-    flat = gradients.flatten(2)
+    flat = gradients.flatten(2)  # (B, K, N); one batched product (B, 1, K) x (B, K, N) needs no scaled copy
     return torch.bmm(coefficients.to(flat).unsqueeze(1), flat).view(gradients[:, 0].shape)

@@ -1,4 +1,4 @@
-"""From the run config's reward entries to loaded terms of a mix."""
+"""Load the rewards of the run config's entries as terms of a mix."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from alignprop_core.reward import Reward
 
 
 def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str = "") -> list[Term]:
-    """Load the rewards of config entries; the first that cannot load raises with its plugin's own traceback.
+    """Load the rewards of config entries.
 
     Args:
         entries: the rewards.
         registry: where they are looked up.
-        where: key of the entries in the run config, for messages; empty if they stand in none.
+        where: key of the entries in the run config, for messages; empty if they are not from a run config.
+
+    Raises:
+        RewardError: a reward cannot be loaded; the plugin's own exception is its cause.
     """
     return [
         Term(
@@ -49,17 +52,17 @@ def _load(entry: RewardTerm, registry: Registry, key: str) -> Reward:
 
 
 def check_prompts(terms: Sequence[Term], prompts: PromptSet) -> None:
-    """Let every reward look at the prompts it will be given, so that it is not a step that finds the wrong one.
+    """Check with every reward that it can use the prompts, before training starts.
 
     Raises:
-        PromptError: naming the prompts a reward cannot use, each with its line, and the reward.
-        RewardError: a reward failed to look.
+        PromptError: names the prompts that a reward cannot use, each with its line, and the reward.
+        RewardError: a reward's `check_prompt` failed.
     """
     problems = []
     for term in terms:
         for i, (prompt, metadata) in enumerate(zip(prompts.prompts, prompts.metadata, strict=True)):
             try:
-                with term.named("could not look at a prompt:"):
+                with term.named("could not check a prompt:"):
                     term.reward.check_prompt(prompt, metadata)
             except UserError as error:
                 problems.append(prompts.problem(i, error))

@@ -59,16 +59,16 @@ class Mix:
 
     @property
     def at_latent(self) -> bool:
-        """Whether terms are balanced where `pullback` leads, instead of at the images."""
+        """Whether terms are balanced at the latents, where `pullback` leads, instead of at the images."""
         return self.config.balance_at == "latent" and self.config.combine in ("balanced", "pcgrad")
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether `update` must see a step's statistics before the factors have a meaning."""
+        """Whether the factors are undefined until `update` has added a first step's statistics."""
         return self.config.combine != "sum" and not all(running.mass for running in self.running.values())
 
     def to(self, device: torch.device | str) -> Mix:
-        """Move all rewards to a device, or let them come to it for each use (`offload`); returns the mix."""
+        """Move all rewards to a device, or only for each use (`mix.offload`); returns the mix."""
         device = torch.device(device)
         for term in self.terms:
             if not self.config.offload or device.type == "cpu":
@@ -112,31 +112,35 @@ class Mix:
         Returns:
             The gradient (direction of ascent), (B, 3, H, W) or in the shape that `pullback` gives; and the statistics.
         """
+        # Each reward is differentiated once, weighted by the samples' shares. Everything that depends on the scores
+        # (clipping, factors, projection) is a coefficient of these gradients and enters afterwards.
         shares = sample_weights.to(batch.images)
         parts = [self._differentiate(term, batch, shares) for term in self.terms]
         raw = torch.stack([score for score, _ in parts], dim=1)  # (B, K)
         at_image = torch.stack([gradient for _, gradient in parts], dim=1)  # (B, K, 3, H, W)
         del parts
-        # Clipping is a function of the score alone, so it enters afterwards, as a slope (B, K) of 1, 0 or -1.
+        # Clipping is a function of the score alone: a slope (B, K) of 1, 0 or -1 on the raw score's gradient.
         counts = [term.clipped(raw[:, i]) for i, term in enumerate(self.terms)]
         clipped, slopes = (torch.stack(columns, dim=1) for columns in zip(*counts, strict=True))
         place, image_squares = at_image, None
         if self.at_latent:
             if pullback is None:
                 raise ValueError("balance_at: latent needs `pullback`")
+            # Norms are always reported at the images, so they are computed before moving to the latents: (B, K).
             image_squares = at_image.flatten(2).square().sum(2) * slopes.square()
             place = torch.stack([pullback(at_image[:, i]) for i in range(len(self.terms))], dim=1)
         flat = place.flatten(2)
-        # All that follows needs only the products of the K gradients, so no large tensor is made twice.
+        # All that follows needs only the inner products of the K gradients, so no image-sized tensor is copied.
         products = torch.bmm(flat, flat.transpose(1, 2))  # (B, K, K), of the raw scores' gradients
         sizes = products.diagonal(dim1=1, dim2=2)
         clipped_products = products * slopes.unsqueeze(1) * slopes.unsqueeze(2)
         factors = self._factors_of_samples(step, sizes, shares)  # (B, K)
-        reached = factors * slopes
+        reached = factors * slopes  # (B, K), d objective / d raw score
         scaled_products = products * reached.unsqueeze(1) * reached.unsqueeze(2)
         if self.config.combine == "pcgrad":
             multiples = project_conflicts(scaled_products)
         else:
+            # No projection: every scaled gradient consists of itself alone.
             multiples = torch.eye(len(self.terms)).to(scaled_products).expand_as(scaled_products)
         whole = multiples.sum(1)  # (B, K): how much of each scaled gradient the result contains
         stats = self._stats(raw, clipped, slopes, factors)
@@ -144,6 +148,7 @@ class Mix:
         if image_squares is None:
             image_squares = clipped_products.diagonal(dim1=1, dim2=2)
         stats.per_term("image_square").copy_(image_squares.sum(0))
+        # Inner product of a term's part of the result with the result; over the terms these add up to its square.
         stats.per_term("share").copy_(torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole))
         stats.gram.copy_(clipped_products.sum(0))
         return weighted_sum(place, whole * reached), stats
@@ -154,11 +159,11 @@ class Mix:
             self.running[label].add(*moments, self.config.decay)
 
     def why_idle(self, step: int) -> str:
-        """Return why a step in which no image has a gradient changes nothing."""
+        """Return why no image of a step has a gradient."""
         if not any(term.weight_at(step) for term in self.terms):
             return "every weight is 0 at this step"
         if not any(self.factors(step)):
-            return "no term has a standard deviation or gradient to be scaled by"
+            return "no term has a nonzero standard deviation or gradient to scale by"
         return "every image is at the ceiling, floor or target of every term"
 
     def state(self) -> dict[str, dict[str, float]]:
@@ -166,7 +171,7 @@ class Mix:
         return {label: running.as_json() for label, running in self.running.items()}
 
     def load_state(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Restore what `state` returned; terms that are not in it start anew."""
+        """Restore what `state` returned; terms that are not in it start without statistics."""
         for label in self.running:
             self.running[label] = Running.from_json(state[label]) if label in state else Running()
 
@@ -176,9 +181,11 @@ class Mix:
         """Return raw scores, (B,), and the gradient of their weighted sum at the images, (B, 3, H, W)."""
         scores, gradients = [], []
         size = self.config.reward_batch_size or len(batch)
+        # Offloaded weights must stay on the device until the backward pass is done.
         with term.placed(), torch.enable_grad():
             for start in range(0, len(batch), size):
                 part = batch[start : start + size]
+                # A leaf for each micro-batch, so that its graph is freed before the next one is built.
                 images = part.images.detach().requires_grad_()
                 score = term.score(ImageBatch(images=images, prompts=part.prompts, metadata=part.metadata))
                 with term.named("raised in its backward pass"):
@@ -191,18 +198,19 @@ class Mix:
         """Return factors, (B, K), from the squared gradient norms (B, K)."""
         if not self.config.per_sample:
             return torch.tensor(self.factors(step), device=sizes.device, dtype=sizes.dtype).expand_as(sizes)
-        # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) per sample.
+        # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) per sample: (B, 1).
         usual = shares.to(sizes).sqrt().unsqueeze(1)
         weights = torch.tensor([term.weight_at(step) for term in self.terms], device=sizes.device, dtype=sizes.dtype)
         highest = [self.running[term.label].highest_gradient for term in self.terms]
         least = self.config.scale_floor * torch.tensor(highest, device=sizes.device, dtype=sizes.dtype) * usual
+        # Rounding can make the product of a vanishing gradient with itself negative.
         norms = torch.maximum(sizes.clamp(min=0).sqrt(), least)
         return torch.where(least > 0, weights * usual / torch.where(least > 0, norms, 1), 0)
 
     def _stats(self, raw: Tensor, clipped: Tensor, slopes: Tensor, factors: Tensor) -> StepStats:
         """Return the statistics of the scores, all (B, K); those of the gradients are left at zero."""
         stats = StepStats.zeros(self.labels, factors.device)
-        exact = raw.to(stats.sums)
+        exact = raw.to(stats.sums)  # float64, so that variances survive the subtraction of squares
         weighted = (clipped * factors.to(clipped)).to(stats.sums)
         stats.scalar("images").fill_(float(len(raw)))
         stats.scalar("moving").copy_(((slopes != 0) & (factors != 0)).sum())

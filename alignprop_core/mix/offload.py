@@ -1,4 +1,4 @@
-"""Rewards whose weights stay on the CPU between uses, so that several encoders fit beside the model."""
+"""Keep rewards' weights on the CPU between uses, so that several encoders fit on the GPU beside the model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 
 class Offload:
-    """Brings a frozen module's weights to a device for as long as the context is open.
+    """Context manager that keeps a frozen module's weights on a device while it is open.
 
-    The weights never change, so the CPU's copy stays and the device's is dropped: leaving costs nothing, entering one
+    The weights never change, so the CPU's copy is kept and the device's is dropped: leaving is free, entering costs one
     copy from page-locked memory. Contexts of one module may be nested.
 
     Args:

@@ -1,4 +1,4 @@
-"""Running statistics of a term's scores and gradient, used to bring the terms of a mix to a common scale."""
+"""Running statistics of a term's scores and gradient, which bring the terms of a mix to a common scale."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ OUTLIER = 10.0
 
 @dataclass
 class Running:
-    """Exponentially decaying means over the steps of a run; each step enters with the statistics of its whole batch.
+    """Exponential moving averages over the steps of a run; each step counts with the statistics of its whole batch.
 
-    Sums are stored undivided beside the sum of their weights, which corrects the bias of the first steps as Adam does.
+    Sums are stored with the sum of their weights, `mass`; dividing by it corrects the bias of the first steps, as Adam
+    does (Kingma & Ba 2015, section 3).
 
     Attributes:
         mass: sum of the weights, 1 - decay^n after n steps.
@@ -50,7 +51,7 @@ class Running:
         return math.sqrt(self.gradient_square / self.mass) if self.mass else 0.0
 
     def add(self, score: float, score_square: float, gradient_square: float, decay: float) -> None:
-        """Add one step's statistics; a step with anything that is not finite is ignored."""
+        """Add one step's statistics; a step with NaN or infinity is ignored."""
         if not all(math.isfinite(value) for value in (score, score_square, gradient_square)):
             return
         # One outlier must not mute a term for the rest of the run through `highest_gradient`; two in a row are real.

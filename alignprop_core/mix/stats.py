@@ -21,7 +21,7 @@ class StepStats:
 
     While the step runs, `sums` collects sums over samples on the device: plain addition joins chunks and batches, an
     all-reduce joins processes. `to_host` brings them to the CPU in one transfer; only then the properties below are
-    read. The trainer fills in the other attributes.
+    read. The trainer sets the other attributes.
 
     Layout of `sums`, S scalars then P values for each of K terms, then a (K, K) matrix:
 
@@ -49,7 +49,7 @@ class StepStats:
         reward_queries: images scored since the run began.
         seconds: wall time of the step.
         peak_memory: bytes: peak memory allocated so far on the GPU, or used by the process on a CPU.
-        idle: why this step changed nothing on purpose, such as every image at its ceiling; None if it did.
+        idle: why no image has a gradient, such as every image at its ceiling; None if one has.
         skipped: why this step did not change the adapters; None if it did.
     """
 
@@ -66,9 +66,9 @@ class StepStats:
 
     @classmethod
     def zeros(cls, labels: Sequence[str], device: torch.device) -> StepStats:
-        """Return the statistics of no image."""
+        """Return statistics in which every sum is 0."""
         terms = len(labels)
-        # Half and single precision lose what is subtracted later; Apple GPUs have no double precision.
+        # float64, because variances subtract sums of nearly equal size; Apple GPUs have no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         size = len(_SCALARS) + len(_PER_TERM) * terms + terms * terms
         return cls(tuple(labels), torch.zeros(size, device=device, dtype=dtype))
@@ -92,7 +92,7 @@ class StepStats:
         return replace(self, sums=self.sums + other.sums.to(self.sums))
 
     def to_host(self) -> StepStats:
-        """Return the statistics on the CPU; the step's one transfer."""
+        """Return the statistics on the CPU; this is the step's only transfer from the device."""
         return replace(self, sums=self.sums.cpu())
 
     # -- on the host ----------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class StepStats:
                 **{name: values[i] for name, values in means.items()},
                 "saturated": saturated[i],
                 "grad_norm": norms[i],
-                # Terms that cancel to nothing leave no gradient to have a share of.
+                # Where the terms cancel out, shares are undefined.
                 "share": shares[i] / whole if whole > 0 else None,
             }
             for i, label in enumerate(self.labels)

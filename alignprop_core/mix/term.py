@@ -1,4 +1,4 @@
-"""A term of a mix: a reward, its weight over the steps, and the limits within which its score counts."""
+"""A term of a mix: a reward, its weight over the steps, and the limits its score is clipped to."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from alignprop_core.reward import ImageBatch, Reward, check_scores
 _LIBRARIES = Path(torch.__file__).parents[1]
 _NOT_THE_REWARDS = (Path(__file__).parents[1], _LIBRARIES / "torch", _LIBRARIES / "torchvision")
 _STANDARD, _INSTALLED = Path(sysconfig.get_path("stdlib")), ("site-packages", "dist-packages")
-"""Code in which the author of a reward has nothing to mend."""
+"""Folders of code that the author of a reward does not maintain."""
 
 
 def raised_at(error: BaseException) -> str:
-    """Return ` (my_rewards.py:12, in score)`, the last place in a reward's own code that an error passed; or nothing.
+    """Return ` (my_rewards.py:12, in score)`, the innermost frame of an error in a reward's own code; "" without one.
 
     Frames of this package, torch, torchvision and the standard library are left out.
     """
@@ -43,11 +43,11 @@ class Term:
     Attributes:
         label: its name in logs, unique in the mix.
         reward: the frozen module.
-        weight: factor of its score in the total, or {steps done: factor}, linear between the points; negative asks
-            for less of it.
-        ceiling: a sample's score counts only up to here; at or above it the sample's gradient is zero.
-        floor: a sample's score counts as at least this; at or below it the sample's gradient is zero.
-        target: minus the distance of a sample's score to this counts instead of the score; excludes the other two.
+        weight: factor of its score in the total, or {steps done: factor}, linear between the points; a negative
+            weight minimizes the score.
+        ceiling: scores are clipped to at most this; at or above it a sample's gradient is zero.
+        floor: scores are clipped to at least this; at or below it a sample's gradient is zero.
+        target: -|score - target| replaces the score; excludes ceiling and floor.
         differentiable: whether scores must carry a gradient.
         offload: keeps the reward's weights on the CPU between uses; None leaves them where they are.
     """
@@ -80,7 +80,7 @@ class Term:
 
     @contextmanager
     def placed(self) -> Iterator[None]:
-        """Keep an offloaded reward on its device; backward passes of its scores belong inside."""
+        """Keep an offloaded reward on its device; run backward passes of its scores inside the block."""
         if self.offload is None:
             yield
             return
@@ -88,7 +88,7 @@ class Term:
             yield
 
     def score(self, batch: ImageBatch) -> Tensor:
-        """Return checked raw scores, (B,); raises `RewardError` naming the term."""
+        """Return checked raw scores, (B,), float32 or float64; raises `RewardError` with the term's label."""
         with self.placed(), self.named("raised"):
             scores = self.reward(batch)
         due = self.differentiable and torch.is_grad_enabled() and batch.images.requires_grad
@@ -96,14 +96,14 @@ class Term:
 
     @contextmanager
     def named(self, what: str) -> Iterator[None]:
-        """Turn whatever the reward raises into a `RewardError` that names the term."""
+        """Re-raise the reward's errors with the term's label; errors of other types become a `RewardError`."""
         try:
             yield
-        except (UserError, RewardError) as error:  # the reward's own words: a prompt without a number, say
-            told = type(error)(f'Reward "{self.label}": {error}')
+        except (UserError, RewardError) as error:  # a message of the reward itself, such as a prompt without a number
+            labelled = type(error)(f'Reward "{self.label}": {error}')
             for note in getattr(error, "__notes__", ()):
-                told.add_note(note)
-            raise told from error
+                labelled.add_note(note)
+            raise labelled from error
         except torch.OutOfMemoryError as error:
             raise RewardError(
                 f'Reward "{self.label}" ran out of memory. Score fewer images at a time (mix.reward_batch_size), or '
@@ -126,6 +126,7 @@ class Term:
         if self.target is not None:
             return -(scores - self.target).abs(), torch.sign(self.target - scores)
         clipped = scores
+        # Where the score is strictly inside the limits; elsewhere the derivative is 0.
         free = torch.ones_like(scores, dtype=torch.bool)
         if self.ceiling is not None:
             clipped, free = clipped.clamp(max=self.ceiling), free & (scores < self.ceiling)

@@ -165,7 +165,7 @@ def test_only_the_first_wrong_prompts_are_listed_and_a_fault_in_looking_names_th
     lines = str(caught.value).split("\n")
     assert len(lines) == 6
     assert lines[-1] == "and 4 more lines."
-    with pytest.raises(Exception, match='Reward "fails" could not look at a prompt: ZeroDivisionError'):
+    with pytest.raises(Exception, match='Reward "fails" could not check a prompt: ZeroDivisionError'):
         check("Fails")
 
 
