@@ -1,7 +1,9 @@
-"""`alignprop rewards check`: the conformance suite on an installed reward, with a verdict a check."""
+"""`alignprop rewards check`: run the conformance checks on a reward."""
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import typer
@@ -11,19 +13,19 @@ from alignprop_core.cli import common
 if TYPE_CHECKING:
     from alignprop_core.testing import Verdict
 
-_STYLES = {"kept": "green", "broken": "red", "not applicable": "dim", "skipped": "yellow"}
+_STYLES = {"passed": "green", "failed": "red", "not applicable": "dim", "skipped": "yellow"}
 
 
 def check(
     name: str = typer.Argument(help="A reward's name."),
     options: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Its options, such as weights=starter."),
-    prompt: list[str] = typer.Option([], help="A prompt to try it with; may be given several times."),
-    skip: list[str] = typer.Option([], metavar="CHECK", help="Leave a check out; may be given several times."),
+    prompt: list[str] = typer.Option([], help="A prompt to score with; can be repeated."),
+    skip: list[str] = typer.Option([], metavar="CHECK", help="Skip a check; can be repeated."),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Hold an installed reward to everything runs rely on: shape, types, gradient, independence of samples, and so on.
+    """Check that an installed reward keeps the contract: shapes, dtypes, gradients, independence of samples and more.
 
-    Exit code 1 if it breaks a promise.
+    The exit code is 1 if a check fails.
     """
     common.quiet_libraries()
     from alignprop_core.config.input import apply_overrides
@@ -31,53 +33,41 @@ def check(
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
-    registry.reward(name)  # a wrong name is said before torch is imported
-    chosen, _ = apply_overrides({}, options or [])
-    registry.reward_options(name, chosen)
+    registry.reward(name)  # report a wrong name before importing torch
+    values, _ = apply_overrides({}, options or [])
+    registry.reward_options(name, values)
     from alignprop_core.testing import CHECKS, Subject, run_checks
     from alignprop_core.testing.subject import DEFAULT_PROMPTS
 
     known = [check.name for check in CHECKS]
     for wrong in (one for one in skip if one not in known):
-        raise UserError(
-            f'--skip: there is no check "{wrong}".{did_you_mean(wrong, known)} There are: {", ".join(known)}.'
-        )
-    subject = Subject(name, chosen, prompts=tuple(prompt) or DEFAULT_PROMPTS, registry=registry)
+        hint = did_you_mean(wrong, known)
+        raise UserError(f'--skip: there is no check "{wrong}".{hint} The checks are: {", ".join(known)}.')
+    subject = Subject(name, values, prompts=tuple(prompt) or DEFAULT_PROMPTS, registry=registry)
     with common.status(f"loading {name}"):
         _ = subject.reward
     with common.status(f"checking {name}"):
-        verdicts = list(run_checks(subject, dict.fromkeys(skip, "left out with --skip")))
-    broken = [verdict for verdict in verdicts if verdict.status == "broken"]
+        verdicts = list(run_checks(subject, dict.fromkeys(skip, "--skip")))
+    passed = all(verdict.status != "failed" for verdict in verdicts)
     if json:
-        common.print_json(
-            {
-                "reward": name,
-                "options": chosen,
-                "passed": not broken,
-                "checks": [verdict.as_json() for verdict in verdicts],
-            }
-        )
+        checks = [asdict(verdict) for verdict in verdicts]
+        common.print_json({"reward": name, "options": values, "passed": passed, "checks": checks})
     else:
         _print(name, verdicts)
-    if broken:
+    if not passed:
         raise typer.Exit(1)
 
 
 def _print(name: str, verdicts: list[Verdict]) -> None:
     rows = [
-        [
-            verdict.check,
-            common.styled(verdict.status, _STYLES[verdict.status]),
-            verdict.promise if not verdict.message else f"{verdict.promise}\n{verdict.message}",
-        ]
-        for verdict in verdicts
+        [v.check, common.styled(v.status, _STYLES[v.status]), f"{v.description}\n{v.message}".rstrip()]
+        for v in verdicts
     ]
-    common.print_table(["check", "verdict", "promise, and what was found"], rows)
+    common.print_table(["check", "result", "description"], rows)
     for verdict in verdicts:
         if verdict.traceback:
             common.note(f"{verdict.check}:\n{verdict.traceback}")
-    count = {status: sum(verdict.status == status for verdict in verdicts) for status in _STYLES}
-    words = ", ".join(f"{n} {status}" for status, n in count.items() if n)
-    typer.echo(
-        f"{name}: {words}. " + ("It keeps its promises." if not count["broken"] else "It is not ready for runs.")
-    )
+    count = Counter(verdict.status for verdict in verdicts)
+    text = ", ".join(f"{count[status]} {status}" for status in _STYLES if count[status])  # type: ignore[index]
+    end = "The reward is not ready for runs." if count["failed"] else "The reward keeps the contract."
+    typer.echo(f"{name}: {text}. {end}")

@@ -1,4 +1,4 @@
-"""The class a plugin's test subclasses. Imports pytest."""
+"""The base class for the conformance tests of a plugin's reward. Imports pytest."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from alignprop_core.testing.suite import CHECKS, Check, judge
 
 
 class RewardConformance:
-    """All conformance checks of a reward as tests, one each.
+    """All conformance checks of a reward, one test per check.
 
         class TestWarmth(RewardConformance):
             reward = "warmth"
             options = {"margin": 0.25}
 
-    Options that need a fixture (a file of weights, best made once a module) come from a fixture of the subclass:
+    Options that need a fixture, such as a weights file, come from a fixture of the subclass:
 
         @pytest.fixture
         def reward_options(self, weights: Path) -> dict[str, object]:
@@ -28,10 +28,10 @@ class RewardConformance:
     Attributes:
         reward: the reward's name.
         options: its options, as in a run config.
-        prompts: prompts to try it with; cycled over three pictures.
-        metadata: what a prompt file would say beside each.
-        skip: name of a check -> why it is left out, such as {"range": "random weights"}.
-        gradient_tolerance: largest relative error of the gradient against finite differences.
+        prompts: prompts to score with, repeated as needed for three images.
+        metadata: the prompts' metadata, as in a JSONL prompt file.
+        skip: name of a check -> why it is skipped, such as {"range": "random weights"}.
+        gradient_tolerance: maximum relative error of the gradient against finite differences.
         gradient_dtype: float64, or float32 for a reward that cannot compute in float64.
     """
 
@@ -46,12 +46,12 @@ class RewardConformance:
 
     @pytest.fixture
     def reward_options(self) -> Mapping[str, Any]:
-        """Return the options; override it where they need other fixtures."""
+        """Return the options; override this fixture if they depend on other fixtures."""
         return self.options
 
     @pytest.fixture
     def subject(self, reward_options: Mapping[str, Any]) -> Subject:
-        """Return the reward under test; built once for all checks, again where the options differ."""
+        """Return the reward under test, built once per class and set of options."""
         kind = type(self)
         known: Subject | None = kind.__dict__.get("_subject")
         if known is None or known.options != reward_options:
@@ -67,15 +67,14 @@ class RewardConformance:
         return known
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.name)
-    def test_keeps_its_promise(self, subject: Subject, check: Check) -> None:
-        """The reward keeps one promise; its name is the test's id, the reason is in the message."""
+    def test_contract(self, subject: Subject, check: Check) -> None:
+        """Run one conformance check; its name is the test's id."""
         if check.name in self.skip:
             pytest.skip(self.skip[check.name])
         _ = subject.reward
         verdict = judge(check, subject)
         if verdict.status == "not applicable":
             pytest.skip(verdict.message)
-        if verdict.status == "broken":
-            pytest.fail(
-                f"{self.reward}: {check.promise}\n{verdict.message}\n{verdict.traceback}".rstrip(), pytrace=False
-            )
+        if verdict.status == "failed":
+            text = f"{self.reward}: {check.description}\n{verdict.message}\n{verdict.traceback}"
+            pytest.fail(text.rstrip(), pytrace=False)

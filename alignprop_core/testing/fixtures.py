@@ -1,6 +1,6 @@
 """pytest fixtures to import by name: `from alignprop_core.testing.fixtures import temporary_plugin`.
 
-They are never loaded by themselves (there is no pytest entry point), so they change nobody else's test run.
+There is no pytest entry point, so pytest loads none of them automatically.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from alignprop_core.registry import registry as registry_module
 from alignprop_core.registry.registry import Registry, default_registry
-from alignprop_core.testing.pictures import natural_images as _natural_images
-from alignprop_core.testing.pictures import starter_images as _starter_images
+from alignprop_core.testing.images import natural_images as _natural_images
+from alignprop_core.testing.images import starter_images as _starter_images
 from alignprop_core.testing.pipelines import TINY_PIPELINES
 from alignprop_core.testing.pipelines import tiny_pipeline as _tiny_pipeline
 from alignprop_core.testing.runs import train_two_steps
@@ -34,14 +34,14 @@ __all__ = [
 
 @pytest.fixture
 def isolated_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Registry]]:
-    """Make registries from plain objects, while looking at what is installed is refused.
+    """Make registries from plain objects; discovery of installed plugins raises.
 
     Call it with distribution names and objects that have hooks (a module, or `SimpleNamespace`):
-    `isolated_registry({"my-plugin": my_plugin})`. The registry becomes the default one for the length of the test.
+    `isolated_registry({"my-plugin": my_plugin})`. The registry is the default one until the end of the test.
     """
 
     def refuse(*_: object, **__: object) -> Iterator[Any]:
-        raise AssertionError("this test uses isolated_registry, and something looked for installed plugins")
+        raise AssertionError("installed plugins were looked up in a test that uses isolated_registry")
 
     monkeypatch.setattr(registry_module, "installed", refuse)
     default_registry.cache_clear()
@@ -58,7 +58,7 @@ def isolated_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[...,
 
 @pytest.fixture
 def temporary_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
-    """Install plugins for the length of a test: real distributions with metadata, found by real discovery.
+    """Install plugins until the end of the test: real distributions with metadata, found by normal discovery.
 
     Call it as `temporary_plugin("my-plugin", {"my_plugin/__init__.py": source, ...})`; it returns the distribution's
     name. The entry point names the first package in `files`. Keywords: `version`, `requires` (Requires-Dist lines) and
@@ -108,13 +108,13 @@ def tiny_pipelines(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def natural_images() -> Tensor:
-    """Pieces of photographs, (3, 3, 64, 64) float32 inside [0, 1]."""
+    """Crops of photographs, (3, 3, 64, 64) float32 in [0, 1]."""
     return _natural_images()
 
 
 @pytest.fixture
 def starter_images() -> tuple[Tensor, list[str]]:
-    """Three scenes of the starter's world, (3, 3, 128, 128), and their captions; skips without alignprop-starter."""
+    """Three scenes of the starter plugin, (3, 3, 128, 128), and captions; skips without alignprop-starter."""
     pytest.importorskip("alignprop_starter", reason="starter_images needs alignprop-starter")
     return _starter_images()
 

@@ -1,4 +1,4 @@
-"""Tiny diffusers pipelines from config, one for each family: random weights, seeded, offline, 32x32 pixels, fast."""
+"""Tiny diffusers pipelines with random seeded weights, one per family: 32x32 pixels, offline, fast."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """Return a CLIP tokenizer that spells every text in single bytes: 512 symbols and the two markers, no merges."""
+    """Return a CLIP tokenizer on bytes: 512 symbols and the two special tokens, no merges."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)  # CLIP writes each remaining byte as the next character after 255
     letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
     symbols = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
-    # transformers 5 ignores vocab_file= and merges_file= without a word; vocab= and merges= are read.
+    # transformers 5 silently ignores vocab_file= and merges_file=.
     return CLIPTokenizer(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
 
 
@@ -27,7 +27,7 @@ def tiny_sd(
 ) -> StableDiffusionPipeline:
     """Return a Stable Diffusion pipeline of about 0.3M float32 parameters; the same `seed` gives the same weights.
 
-    Images are 32x32, latents (B, 4, 4, 4): the VAE shrinks eightfold. The global random state is left as it was.
+    Images are 32x32, latents (B, 4, 4, 4). The global random state is unchanged.
     """
     tokenizer = tiny_tokenizer()
     with torch.random.fork_rng(devices=[]):
@@ -96,8 +96,8 @@ def tiny_pipeline(family: str = "stable_diffusion", *, seed: int = 0) -> Any:
     """Return a tiny pipeline of a family; the same `seed` gives the same weights.
 
     Raises:
-        ValueError: no family of the core has that name.
+        ValueError: the core has no family of that name.
     """
     if family not in TINY_PIPELINES:
-        raise ValueError(f'no tiny pipeline of the family "{family}"; there are: {", ".join(TINY_PIPELINES)}')
+        raise ValueError(f'no tiny pipeline of the family "{family}"; the families are: {", ".join(TINY_PIPELINES)}')
     return TINY_PIPELINES[family](seed=seed)

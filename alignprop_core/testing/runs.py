@@ -1,4 +1,4 @@
-"""A real training run of two steps, small enough for a test."""
+"""A training run of two steps for tests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def train_two_steps(
     prompts: tuple[str, ...] = ("a cat", "two dogs"),
     registry: Registry | None = None,
 ) -> Path:
-    """Fine-tune a tiny pipeline (random weights, 32x32) on a reward for two steps, with everything a run writes.
+    """Fine-tune a tiny pipeline (random weights, 32x32) on a reward for two steps, and write a complete run folder.
 
     Args:
         reward: the reward's name.
         folder: an empty folder for the model, the prompts and the run.
         options: the reward's options.
-        prompts: what the model draws.
-        registry: where the reward is found; this environment's if None.
+        prompts: the training prompts.
+        registry: where the reward is looked up; the installed plugins if None.
 
     Returns:
         The run folder: metrics.jsonl has two lines, lora/ the adapters.

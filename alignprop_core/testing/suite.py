@@ -1,24 +1,25 @@
-"""All conformance checks in their order, and running them on one reward."""
+"""The list of conformance checks, and functions that run them on a reward."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from alignprop_core.testing import declaration_checks as declared
 from alignprop_core.testing import gradient_checks as gradients
 from alignprop_core.testing import score_checks as scored
-from alignprop_core.testing.subject import BrokenPromise, NotApplicable, Subject
+from alignprop_core.testing.subject import CheckFailed, NotApplicable, Subject
 
 
 @dataclass(frozen=True)
 class Check:
-    """A promise and the function that holds a reward to it.
+    """A conformance check.
 
     Attributes:
-        run: raises `BrokenPromise` or `NotApplicable`; anything else it raises came from the reward and is a failure.
+        run: the check; raises `CheckFailed` or `NotApplicable`. Any other exception comes from the reward and is a
+            failure as well.
     """
 
     run: Callable[[Subject], None]
@@ -29,8 +30,8 @@ class Check:
         return self.run.__name__.removeprefix("check_")
 
     @property
-    def promise(self) -> str:
-        """What it holds a reward to, in a sentence."""
+    def description(self) -> str:
+        """What it checks, in one sentence."""
         return " ".join((self.run.__doc__ or "").split("\n\n")[0].split())
 
 
@@ -64,58 +65,54 @@ CHECKS: tuple[Check, ...] = tuple(
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found.
+    """Result of a check.
 
     Attributes:
         check: the check's name.
-        promise: what it holds the reward to.
-        status: `kept`, `broken`, `not applicable`, or `skipped` because the author said so.
-        message: why, unless kept.
-        traceback: where the reward raised, if it did.
+        description: what it checks.
+        status: `passed`, `failed`, `not applicable` or `skipped`.
+        message: the reason, unless it passed.
+        traceback: the reward's traceback, if it raised.
     """
 
     check: str
-    promise: str
-    status: Literal["kept", "broken", "not applicable", "skipped"]
+    description: str
+    status: Literal["passed", "failed", "not applicable", "skipped"]
     message: str = ""
     traceback: str = ""
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the verdict for `--json`."""
-        return {"check": self.check, "promise": self.promise, "status": self.status, "message": self.message}
-
 
 def judge(check: Check, subject: Subject) -> Verdict:
-    """Run one check; whatever is raised becomes a verdict."""
+    """Run one check and return the result; exceptions of the reward become failures."""
     try:
         check.run(subject)
     except NotApplicable as reason:
-        return Verdict(check.name, check.promise, "not applicable", str(reason))
-    except BrokenPromise as broken:
-        return Verdict(check.name, check.promise, "broken", str(broken))
+        return Verdict(check.name, check.description, "not applicable", str(reason))
+    except CheckFailed as failure:
+        return Verdict(check.name, check.description, "failed", str(failure))
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
-        return Verdict(check.name, check.promise, "broken", message, "".join(traceback.format_exception(error)))
-    return Verdict(check.name, check.promise, "kept")
+        return Verdict(check.name, check.description, "failed", message, "".join(traceback.format_exception(error)))
+    return Verdict(check.name, check.description, "passed")
 
 
 def run_checks(subject: Subject, skip: Mapping[str, str] | None = None) -> Iterator[Verdict]:
-    """Run all checks on a reward, one verdict after another; no check stops the next.
+    """Run all checks on a reward and yield the results; a failed check does not stop the others.
 
     Args:
-        subject: the reward. It is built first, so what its building raises is raised here.
-        skip: name of a check -> why it is left out.
+        subject: the reward. It is built first, so exceptions from building it are raised here.
+        skip: name of a check -> why it is skipped.
 
     Raises:
-        ValueError: `skip` names no check.
+        ValueError: `skip` names an unknown check.
     """
     skip = skip or {}
     known = [check.name for check in CHECKS]
     if unknown := set(skip) - set(known):
-        raise ValueError(f"no check is called {', '.join(sorted(unknown))}; there are: {', '.join(known)}")
+        raise ValueError(f"no check is called {', '.join(sorted(unknown))}; the checks are: {', '.join(known)}")
     _ = subject.reward
     for check in CHECKS:
         if check.name in skip:
-            yield Verdict(check.name, check.promise, "skipped", skip[check.name])
+            yield Verdict(check.name, check.description, "skipped", skip[check.name])
         else:
             yield judge(check, subject)

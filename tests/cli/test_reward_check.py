@@ -1,4 +1,4 @@
-"""`alignprop rewards check`: a verdict a check, and an exit code."""
+"""`alignprop rewards check`: one result per check, and an exit code."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> t
     return capsys.readouterr()
 
 
-def test_a_good_reward_passes_with_a_verdict_a_check(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_good_reward_passes_with_one_result_per_check(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
     use(GOOD["a reward"])
     out, err = run(capsys, "subject", "gain=2.0")
     words = " ".join(out.split())
     for check in CHECKS:
-        assert f"{check.name} kept {check.promise[:20]}" in words
-    assert out.endswith(f"subject: {len(CHECKS)} kept. It keeps its promises.\n")
+        assert f"{check.name} passed {check.description[:20]}" in words
+    assert out.endswith(f"subject: {len(CHECKS)} passed. The reward keeps the contract.\n")
     assert err == ""
 
 
-def test_a_broken_promise_is_said_and_the_exit_code_is_1(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_check_is_reported_and_the_exit_code_is_1(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
     spec, words = BREAKERS["samples_independent"][0]
     use(spec)
     out, _ = run(capsys, "subject", code=1)
     assert words in " ".join(out.split())
-    assert "It is not ready for runs." in out
+    assert "The reward is not ready for runs." in out
     data = json.loads(run(capsys, "subject", "--json", code=1)[0])
     assert not data["passed"]
-    assert "samples_independent" in {one["check"] for one in data["checks"] if one["status"] == "broken"}
-    assert set(data["checks"][0]) == {"check", "promise", "status", "message"}
+    assert "samples_independent" in {one["check"] for one in data["checks"] if one["status"] == "failed"}
+    assert set(data["checks"][0]) == {"check", "description", "status", "message", "traceback"}
 
 
-def test_options_prompts_and_skips_are_heard(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_prompts_and_skips_are_used(use: Use, capsys: pytest.CaptureFixture[str]) -> None:
     use(GOOD["a measure"])
     data = json.loads(run(capsys, "subject", "gain=0.5", "--prompt", "a fox", "--skip", "shape", "--json")[0])
     assert data["options"] == {"gain": 0.5}

@@ -1,4 +1,4 @@
-"""A reward that keeps every promise, and for each promise one that breaks it and, as far as possible, no other."""
+"""A reward that passes every conformance check, and for each check rewards that fail it and, if possible, no other."""
 
 from __future__ import annotations
 
@@ -233,9 +233,9 @@ def _spec(kind: type[Reward], **facts: Any) -> RewardSpec:
 BREAKERS: dict[str, list[tuple[RewardSpec, str]]] = {
     "spec_without_torch": [(_spec(Good, config=HeavyOptions), "imports torch")],
     "spec_facts": [
-        (_spec(Good, license=""), "says no license"),
-        (_spec(Good, typical_range=(2, -2)), "is no range"),
-        (_spec(Good, typical_range=(0, math.inf)), "is no range"),
+        (_spec(Good, license=""), "has no license"),
+        (_spec(Good, typical_range=(2, -2)), "is not a range"),
+        (_spec(Good, typical_range=(0, math.inf)), "is not a range"),
         (_spec(Good, config=Silent), "Set Config in the reward"),
     ],
     "config_round_trip": [
@@ -243,38 +243,41 @@ BREAKERS: dict[str, list[tuple[RewardSpec, str]]] = {
         (_spec(Good, config=Lenient), "accepts unknown options"),
     ],
     "json_schema": [(_spec(Good, config=Silent), "no description: gain")],
-    "shape": [(_spec(BatchMean), "must return"), (_spec(FixedSize), "32x32 pixels, 1 at a time, fail")],
+    "shape": [(_spec(BatchMean), "must return"), (_spec(FixedSize), "32x32 images in a batch of 1 fail")],
     "batch_of_one": [(_spec(Squeezed), "Look for squeeze"), (_spec(Standardised), "Look for a standard deviation")],
     "dtype": [
-        (_spec(Half), r"torch\.bfloat16 pictures fail"),
-        (_spec(NoFloat64), r"torch\.float64 pictures give torch\.float32 scores"),
+        (_spec(Half), r"torch\.bfloat16 images fail"),
+        (_spec(NoFloat64), r"torch\.float64 images give torch\.float32 scores"),
     ],
-    "finite": [(_spec(NanOnFlat), "black pictures score .nan")],
+    "finite": [(_spec(NanOnFlat), "black images: the scores are .nan")],
     "range": [(_spec(Huge), "far outside the declared typical_range")],
     "prompts_declared": [(_spec(ReadsPrompts), "Declare needs_prompts=True")],
-    "samples_independent": [(_spec(Neighbours), "must not depend on its neighbours")],
+    "samples_independent": [(_spec(Neighbours), "must not depend on its neighbors")],
     "input_unchanged": [
-        (_spec(InPlace), "changes the pictures"),
-        (_spec(WritesMetadata), "changes the prompts or the metadata"),
+        (_spec(InPlace), "modifies the images"),
+        (_spec(WritesMetadata), "modifies the prompts or the metadata"),
     ],
     "deterministic": [(_spec(Random), "Look for dropout")],
     "frozen": [(_spec(Thawed), "not frozen"), (_spec(Trains), "into training mode")],
     "mixed_precision": [(_spec(Autocast), "under bfloat16 autocast")],
     "device_move": [
-        (_spec(StaysBehind), "a tensor stays behind"),
-        (_spec(OnTheCpu, differentiable=False), "scores of pictures on meta are on cpu"),
+        (_spec(StaysBehind), "a tensor was not moved"),
+        (_spec(OnTheCpu, differentiable=False), "scores of images on meta are on cpu"),
     ],
     "differentiable": [
         (_spec(Detached), "without a gradient"),
         (_spec(LooseGraph), "no gradient reaches batch.images"),
-        (_spec(Good, differentiable=False), "Declare it"),
+        (_spec(Good, differentiable=False), "Declare differentiable=True"),
     ],
-    "gradient": [(_spec(Rounds), "no gradient at all"), (_spec(NormAtZero), "flat picture of value 0")],
+    "gradient": [
+        (_spec(Rounds), "is zero, so nothing can be learned"),
+        (_spec(NormAtZero), "uniform image of value 0"),
+    ],
     "gradcheck": [(_spec(HalfDetached), "Part of the score is detached")],
     "saturated_pixels": [(_spec(Clamps), "white and black areas cannot learn")],
-    "improves": [(_spec(Descends), "points the wrong way")],
+    "improves": [(_spec(Descends), "points in the wrong direction")],
 }
-"""Check -> rewards that break it, and what the message must say."""
+"""Check -> rewards that fail it, and a pattern that the message must match."""
 
 GOOD = {"a reward": _spec(Good), "a measure": _spec(Measure, differentiable=False)}
 

@@ -1,4 +1,4 @@
-"""The conformance suite: each check passes a good reward and fails one that breaks exactly its promise."""
+"""The conformance suite: each check passes a good reward and fails a reward with exactly that fault."""
 
 from __future__ import annotations
 
@@ -40,52 +40,52 @@ def subject_of(spec: RewardSpec) -> Subject:
     return Subject(spec.name, registry=registry_of(spec))
 
 
-def test_every_check_has_a_reward_that_breaks_it() -> None:
+def test_every_check_has_a_reward_that_fails_it() -> None:
     assert set(BREAKERS) == {check.name for check in CHECKS}
-    assert all(check.promise.endswith(".") for check in CHECKS)
+    assert all(check.description.endswith(".") for check in CHECKS)
 
 
 @pytest.mark.parametrize("spec", GOOD.values(), ids=GOOD)
-def test_a_good_reward_keeps_all_promises(spec: RewardSpec) -> None:
+def test_a_good_reward_passes_all_checks(spec: RewardSpec) -> None:
     verdicts = list(run_checks(subject_of(spec)))
-    assert [v for v in verdicts if v.status == "broken"] == []
-    kept = {v.check for v in verdicts if v.status == "kept"}
+    assert [v for v in verdicts if v.status == "failed"] == []
+    passed = {v.check for v in verdicts if v.status == "passed"}
     if spec.differentiable:
-        assert kept == {check.name for check in CHECKS}
+        assert passed == {check.name for check in CHECKS}
     else:
-        assert {check.name for check in CHECKS} - kept == {"gradient", "gradcheck", "saturated_pixels", "improves"}
+        assert {check.name for check in CHECKS} - passed == {"gradient", "gradcheck", "saturated_pixels", "improves"}
 
 
 @pytest.mark.parametrize(("check", "spec", "words"), BROKEN)
-def test_a_broken_promise_is_found_and_said(check: str, spec: RewardSpec, words: str) -> None:
+def test_a_fault_is_found_and_reported(check: str, spec: RewardSpec, words: str) -> None:
     (found,) = (one for one in CHECKS if one.name == check)
     verdict = judge(found, subject_of(spec))
-    assert verdict.status == "broken"
+    assert verdict.status == "failed"
     assert re.search(words, " ".join(verdict.message.split())), verdict.message
 
 
-def test_what_a_reward_raises_is_a_broken_promise_with_its_traceback() -> None:
+def test_an_exception_of_a_reward_is_a_failure_with_its_traceback() -> None:
     class Raises(Subject):
         def scores(self, images: torch.Tensor | None = None) -> torch.Tensor:
             raise ZeroDivisionError("in the reward")
 
     subject = Raises("subject", registry=registry_of(next(iter(GOOD.values()))))
     verdicts = {verdict.check: verdict for verdict in run_checks(subject)}
-    assert verdicts["finite"].status == "broken"
+    assert verdicts["finite"].status == "failed"
     assert verdicts["finite"].message == "ZeroDivisionError: in the reward"
     assert "in the reward" in verdicts["finite"].traceback
-    assert verdicts["json_schema"].status == "kept", "one check must not stop the next"
+    assert verdicts["json_schema"].status == "passed", "one check must not stop the next"
 
 
-def test_a_check_may_be_left_out_with_a_reason_and_a_misspelt_one_is_refused() -> None:
+def test_a_check_can_be_skipped_with_a_reason_and_a_misspelled_one_is_refused() -> None:
     subject = subject_of(next(iter(GOOD.values())))
     skipped = [v for v in run_checks(subject, skip={"range": "random weights"}) if v.status == "skipped"]
     assert [(v.check, v.message) for v in skipped] == [("range", "random weights")]
-    with pytest.raises(ValueError, match="no check is called rnage; there are: spec_without_torch"):
+    with pytest.raises(ValueError, match="no check is called rnage; the checks are: spec_without_torch"):
         list(run_checks(subject, skip={"rnage": ""}))
 
 
-# -- as a plugin's tests use it ---------------------------------------------------------------------------------
+# -- in a plugin's tests ---------------------------------------------------------------------------------
 
 
 SUITE = """
@@ -94,7 +94,7 @@ from alignprop_core.testing import RewardConformance
 class TestFake(RewardConformance):
     reward = "{name}"
     options = {{"quality": 7}}
-    skip = {{"dtype": "float64 is not its strength", "gradcheck": "likewise"}}
+    skip = {{"dtype": "no float64", "gradcheck": "likewise"}}
 """
 
 
@@ -115,7 +115,7 @@ def run_pytest(folder: Path, *paths: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_the_class_gives_a_test_for_each_check_and_says_what_is_broken(tmp_path: Path) -> None:
+def test_the_class_has_one_test_per_check_and_reports_failures(tmp_path: Path) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "tests").mkdir()
     broken = REWARD.replace(".mean(dim=(1, 2, 3)).float()", ".mean(dim=(1, 2, 3)).float().detach()")
@@ -124,14 +124,14 @@ def test_the_class_gives_a_test_for_each_check_and_says_what_is_broken(tmp_path:
         install(tmp_path / "site", name, hook, reward=reward)
         (tmp_path / "tests" / f"test_{name}.py").write_text(SUITE.format(name=name))
     done = run_pytest(tmp_path / "tests", str(tmp_path / "site"))
-    assert "broken: The declaration is true: a gradient where one is declared, none where not." in done.stdout
+    assert "broken: The spec declares correctly whether the reward has a gradient." in done.stdout
     assert "Remove .detach()" in done.stdout
-    failed = set(re.findall(r"FAILED test_(\w+).py::TestFake::test_keeps_its_promise\[(\w+)\]", done.stdout))
+    failed = set(re.findall(r"FAILED test_(\w+).py::TestFake::test_contract\[(\w+)\]", done.stdout))
     assert {name for name, _ in failed} == {"broken"}, done.stdout
     assert {"differentiable", "gradient"} <= {check for _, check in failed}
 
 
-def test_nothing_loads_itself_into_other_peoples_tests(tmp_path: Path) -> None:
+def test_nothing_is_loaded_into_other_tests(tmp_path: Path) -> None:
     (tmp_path / "test_plain.py").write_text(
         "import sys\ndef test_plain():\n    assert not [m for m in sys.modules if m.startswith('alignprop')]\n"
     )
@@ -155,7 +155,7 @@ def test_the_checks_need_no_pytest() -> None:
 
 
 def test_the_isolated_registry_refuses_discovery(isolated_registry: Callable[..., Registry]) -> None:  # noqa: F811
-    with pytest.raises(AssertionError, match="looked for installed plugins"):
+    with pytest.raises(AssertionError, match="installed plugins were looked up"):
         default_registry()
     made = isolated_registry({})
     assert default_registry() is made
@@ -185,25 +185,25 @@ def test_there_is_a_tiny_pipeline_for_each_family(tiny_pipelines: Any) -> None: 
     from alignprop_core.testing.pipelines import TINY_PIPELINES, tiny_pipeline
 
     assert set(TINY_PIPELINES) == {spec.name for spec in BUILT_IN}
-    with pytest.raises(ValueError, match="there are: stable_diffusion"):
+    with pytest.raises(ValueError, match="the families are: stable_diffusion"):
         tiny_pipeline("no_such_family")
 
 
-def test_pictures_are_photographs_inside_the_range(
+def test_images_are_photographs_inside_the_range(
     starter_images: tuple[torch.Tensor, list[str]],  # noqa: F811
 ) -> None:
     for count, height, width in ((3, 64, 64), (1, 32, 200), (6, 300, 33)):
-        pictures = natural_images(count, height, width)
-        assert pictures.shape == (count, 3, height, width)
-        assert 0.01 < float(pictures.min()) < float(pictures.max()) < 0.99
-        assert torch.equal(pictures, natural_images(count, height, width))
+        images = natural_images(count, height, width)
+        assert images.shape == (count, 3, height, width)
+        assert 0.01 < float(images.min()) < float(images.max()) < 0.99
+        assert torch.equal(images, natural_images(count, height, width))
     assert float(natural_images().std()) > 0.15
     scenes, captions = starter_images
     assert scenes.shape == (3, 3, 128, 128)
     assert len(captions) == 3
 
 
-def test_the_public_names_are_there() -> None:
+def test_the_public_names_are_available() -> None:
     import alignprop_core.testing as testing
 
     assert all(getattr(testing, name) is not None for name in testing.__all__)

@@ -78,7 +78,7 @@ def spec_table(kind: type[BaseModel]) -> str:
 def check_table() -> str:
     """Return a table of the conformance checks."""
     lines = ["| check | what it checks |", "| --- | --- |"]
-    return "\n".join([*lines, *(f"| `{check.name}` | {_cell(check.promise)} |" for check in CHECKS), ""])
+    return "\n".join([*lines, *(f"| `{check.name}` | {_cell(check.description)} |" for check in CHECKS), ""])
 
 
 def plugin_table(folder: Path, registry: Registry) -> str:

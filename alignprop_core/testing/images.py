@@ -1,4 +1,4 @@
-"""Pictures for tests: pieces of photographs that ship with this package, and scenes of the starter's world."""
+"""Images for tests: crops of photographs in this package, and scenes of the starter plugin."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 PHOTOGRAPHS = ("astronaut", "cat", "coffee", "rocket")
-"""128x128 pieces of photographs in the public domain (NASA; CC0), as scikit-image collects them."""
+"""128x128 crops of public-domain photographs (NASA, CC0) from scikit-image's collection."""
 
 
 @cache
@@ -18,18 +18,18 @@ def _photographs() -> Tensor:
     import numpy as np
     from PIL import Image
 
-    pictures = []
+    images = []
     for name in PHOTOGRAPHS:
         with files("alignprop_core.testing").joinpath(f"photographs/{name}.webp").open("rb") as stream:
-            pictures.append(np.array(Image.open(stream).convert("RGB")))
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+            images.append(np.array(Image.open(stream).convert("RGB")))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
 
 
 def natural_images(count: int = 3, height: int = 64, width: int = 64) -> Tensor:
-    """Return pieces of photographs: (count, 3, height, width) float32, strictly inside [0, 1].
+    """Return crops of photographs: (count, 3, height, width) float32, always the same.
 
-    The same every time. The larger side fills from a 128x128 piece, resized where it is larger or smaller; values stay
-    within 0.02 to 0.98, so that a small step in any direction is no clipped one.
+    Each is the largest center crop of a 128x128 photograph with that aspect ratio, resized. Values are within 0.02 to
+    0.98, so that small steps in any direction stay inside [0, 1].
     """
     whole = _photographs()[[i % len(PHOTOGRAPHS) for i in range(count)]]
     flip = torch.tensor([i // len(PHOTOGRAPHS) % 2 for i in range(count)], dtype=torch.bool)
@@ -43,10 +43,10 @@ def natural_images(count: int = 3, height: int = 64, width: int = 64) -> Tensor:
 
 
 def starter_images(count: int = 3, *, seed: int = 0) -> tuple[Tensor, list[str]]:
-    """Return scenes as the starter model draws them, with their captions; needs the plugin alignprop-starter.
+    """Return scenes like those the starter model generates, and captions; needs the plugin alignprop-starter.
 
     Returns:
-        (count, 3, 128, 128) float32 in [0, 1], and a caption each ("three foxes on a blue background").
+        (count, 3, 128, 128) float32 in [0, 1], and one caption per image ("three foxes on a blue background").
     """
     from importlib import import_module
 
