@@ -1,4 +1,4 @@
-"""Train from Python and watch each step with a callback.
+"""Train from Python with a callback that receives every step.
 
 python examples/watch_a_run.py [CONFIG] [KEY=VALUE ...]
 """
@@ -12,13 +12,13 @@ from alignprop_core import Callback, StepStats, Trainer, train
 
 
 class BestSoFar(Callback):
-    """Print the best step so far; any callback may look at the trainer and its run folder."""
+    """Print each step that exceeds the best total so far; callbacks can read the trainer and its run folder."""
 
     def __init__(self) -> None:
         self.best = float("-inf")
 
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:
-        """Compare this step's total with the best one."""
+        """Compare this step's total with the best total."""
         if stats.total > self.best:
             self.best = stats.total
             print(f"step {stats.step}: best total so far, {stats.total:.4g}")

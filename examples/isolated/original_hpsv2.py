@@ -1,7 +1,7 @@
-"""The original hpsv2 package as a reward, in an environment of its own: its pins fit no environment of today.
+"""The original hpsv2 package as a reward in its own Python environment; its pins conflict with current packages.
 
-Runs where `alignprop rewards isolate` put hpsv2 1.2.0 (see original_hpsv2.yaml); the run itself never imports it. The
-network, its tokenizer and its preprocessing are the original's, on weights of any size in open_clip's format.
+`alignprop rewards isolate` installs hpsv2 1.2.0 there (see original_hpsv2.yaml); the run itself never imports it.
+Network, tokenizer and preprocessing are the original's; weights can have any size in open_clip's format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class OriginalHpsv2Config(RewardConfig):
 
 
 class OriginalHpsv2(Reward):
-    """Human Preference Score v2 as hpsv2 1.2.0 computes it: cosine of picture and prompt."""
+    """Human Preference Score v2 as hpsv2 1.2.0 computes it: cosine similarity of image and prompt."""
 
     Config = OriginalHpsv2Config
     config: OriginalHpsv2Config
@@ -39,24 +39,24 @@ class OriginalHpsv2(Reward):
 
         path = find_weights(self.config.weights, reward="hpsv2")
         with safe_open(path, "pt") as file:
-            described = json.loads(file.metadata()["config"])
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - no mapping
-        sizes = described["open_clip"]
+            metadata = json.loads(file.metadata()["config"])
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 - not a mapping
+        sizes = metadata["open_clip"]
         text = {key: value for key, value in sizes["text_cfg"].items() if key != "mlp_ratio"}
         self.model = CLIP(sizes["embed_dim"], sizes["vision_cfg"], text)
-        # The original has one ratio for every text tower, 4; smaller weights say theirs.
+        # The original uses an MLP ratio of 4 for every text tower; smaller weights declare their own.
         ratio = sizes["text_cfg"].get("mlp_ratio", 4.0)
         self.model.transformer = Transformer(text["width"], text["layers"], text["heads"], mlp_ratio=ratio)
         state = to_open_clip(state, str(path), vocabulary=text["vocab_size"])
-        state.pop("logit_bias", None)  # no part of a cosine
+        state.pop("logit_bias", None)  # not used by a cosine
         self.model.load_state_dict(state)
         self.context_length = text["context_length"]
-        # Its first two steps turn PIL images into tensors; ours are tensors already.
-        self.prepare = image_transform(
-            described["image_size"],
+        # The first two steps convert PIL images to tensors; the batch already has tensors.
+        self.preprocessing = image_transform(
+            metadata["image_size"],
             is_train=False,
-            mean=described["mean"],
-            std=described["std"],
+            mean=metadata["mean"],
+            std=metadata["std"],
             resize_longest_max=True,
         ).transforms[2:]
 
@@ -64,13 +64,13 @@ class OriginalHpsv2(Reward):
         """Return (B,) cosines, float32."""
         from hpsv2.src.open_clip import tokenize
 
-        images = torch.stack([self._prepared(image) for image in batch.images.float()])
+        images = torch.stack([self._preprocess(image) for image in batch.images.float()])
         tokens = tokenize(list(batch.prompts), self.context_length).to(images.device)
-        pictures = F.normalize(self.model.encode_image(images), dim=-1)
-        prompts = F.normalize(self.model.encode_text(tokens), dim=-1)
-        return (pictures * prompts).sum(-1)
+        image_features = F.normalize(self.model.encode_image(images), dim=-1)
+        prompt_features = F.normalize(self.model.encode_text(tokens), dim=-1)
+        return (image_features * prompt_features).sum(-1)
 
-    def _prepared(self, image: Tensor) -> Tensor:
-        for step in self.prepare:
+    def _preprocess(self, image: Tensor) -> Tensor:
+        for step in self.preprocessing:
             image = step(image)
         return image
