@@ -1,14 +1,14 @@
 """Cheaper forwards of the networks' layers on a CPU: the same function and the same gradient, with fewer products.
 
-Effective weights: W + scale * B A is added up once per batch, instead of two thin products in every layer at every
-step. dA and dB follow from the gradient at the sum. Exact up to rounding in full precision only: in bfloat16 the sum
-would lose most of a small change. It pays where thin products cost as much as they do on CPUs, and where one sum serves
-many denoising steps.
+Effective weights: W + scale * B A is computed once per batch, instead of two thin matrix products in every layer at
+every step. Autograd derives dA and dB from the gradient of the sum. It is exact up to rounding in full precision only:
+in bfloat16 the sum would lose most of a small change. It is faster on CPUs, where thin products are slow, because one
+sum is used at many denoising steps.
 
-Doubling and convolving in one: nearest-neighbour upsampling repeats each pixel 2x2 times, so the 3x3 convolution after
-it multiplies the same value by several weights. Adding those weights up first gives one transposed convolution (kernel
-4, stride 2, padding 1): 4 products per output pixel and channel pair instead of 9, the same function, edges included,
-up to rounding. These are the widest layers of a decoder: at Stable Diffusion's sizes over a quarter of its work.
+Fused upsampling: nearest-neighbor upsampling repeats each pixel 2x2 times, so the 3x3 convolution after it multiplies
+the same value by several weights. Summing those weights first gives one transposed convolution (kernel 4, stride 2,
+padding 1): 4 products per output pixel and channel pair instead of 9, the same function up to rounding, edges included.
+These are the widest layers of a decoder: over a quarter of its work at Stable Diffusion's sizes.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from torch import Tensor, nn
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 """Module -> the function that replaces its `forward`."""
 
+# Fused kernels with the version of the weights they were computed from; an entry lives as long as its convolution.
 _kernels: WeakKeyDictionary[nn.Conv2d, tuple[int, Tensor]] = WeakKeyDictionary()
 
 
 @contextmanager
 def replaced(forwards: Forwards) -> Iterator[None]:
-    """Let each module compute with its stand-in inside the block."""
+    """Replace the modules' `forward` inside the block; nests, and is undone after an error."""
     before: dict[Any, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
@@ -48,16 +49,18 @@ def replaced(forwards: Forwards) -> Iterator[None]:
 
 
 def recomputes(network: nn.Module) -> bool:
-    """Whether a network checkpoints parts of itself: it would run them again in the backward pass, outside any
-    `replaced` block, and find another graph there."""
+    """Return whether a network uses gradient checkpointing inside.
+
+    It would run parts of itself again in the backward pass, outside any `replaced` block, and build another graph.
+    """
     return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
 
 
 def effective_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """Forwards with effective weights for the network's adapted linear layers; the sums keep their graph to A and B.
+    """Return forwards with effective weights for the network's adapted linear layers.
 
-    Layers that hold more than plain LoRA (dropout, DoRA, merged or switched-off adapters, convolutions) are left to
-    peft, and so is a network that recomputes parts of itself.
+    The sums keep their graph to A and B if gradients are on. Layers with more than plain LoRA (dropout, DoRA, merged or
+    disabled adapters, convolutions) are not replaced, nor is a network that uses gradient checkpointing inside.
     """
     if recomputes(network):
         return {}
@@ -73,15 +76,17 @@ def _linear(x: Tensor, *_args: Any, weight: Tensor, bias: Tensor | None, **_kwar
 
 
 def _effective(layer: Any) -> Tensor:
-    weight: Tensor = layer.base_layer.weight
+    weight: Tensor = layer.base_layer.weight  # (out, in)
     for name in layer.active_adapters:
         if name in layer.lora_A:
+            # (out, rank) @ (rank, in), in the adapter's dtype.
             change = layer.lora_B[name].weight @ layer.lora_A[name].weight
             weight = weight + (layer.scaling[name] * change).to(weight.dtype)
     return weight
 
 
 def _plain_lora(layer: Any) -> bool:
+    # Everything here would change the layer's function in a way that W + scale * B A does not express.
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return (
         type(layer.base_layer) is nn.Linear
@@ -94,9 +99,9 @@ def _plain_lora(layer: Any) -> bool:
 
 
 def doubling_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """Forwards for the network's upsampling layers that double and convolve in one.
+    """Return forwards for the network's upsampling layers that upsample and convolve in one operation.
 
-    Layers of another kind (adapted or trained convolutions, other kernels, upsampling without one) keep their own.
+    Layers of other kinds (adapted or trained convolutions, other kernels, no convolution) are not replaced.
     """
     if recomputes(network):
         return {}
@@ -111,17 +116,21 @@ def _double(
     x: Tensor, output_size: Any = None, *_args: Any, layer: Any, kernel: Tensor, bias: Tensor | None, **_kwargs: Any
 ) -> Tensor:
     if output_size is not None and tuple(output_size) != (2 * x.shape[-2], 2 * x.shape[-1]):
+        # Odd sizes, as UNets ask for them when the input is not a multiple of their factor: not a plain doubling.
         own: Tensor = type(layer).forward(layer, x, output_size)
         return own
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
 
 
 def _kernel(conv: nn.Conv2d) -> Tensor:
-    """(in, out, 4, 4): the 3x3 kernel convolved with a 2x2 block of ones, in the transposed convolution's order."""
+    """Return the fused kernel, (in, out, 4, 4): the 3x3 kernel convolved with a 2x2 block of ones."""
+    # torch counts in-place changes of a tensor: weights that were loaded or trained meanwhile are summed again.
     version = conv.weight._version
     if conv not in _kernels or _kernels[conv][0] != version:
         out, inside = conv.weight.shape[:2]
         with torch.no_grad():
+            # Every (out, in) pair is a one-channel image, and 2x2 ones with padding 1 add up the weights that meet one
+            # input pixel. A transposed convolution applies its kernel flipped, with the channels swapped.
             flat = conv.weight.detach().reshape(out * inside, 1, 3, 3)
             wide = F.conv2d(flat, flat.new_ones(1, 1, 2, 2), padding=1).view(out, inside, 4, 4)
             kernel = wide.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""A base model by name, hub id, folder or single file -> a frozen diffusers pipeline on its device."""
+"""Load a base model, by name, hub id, folder or single file, as a frozen diffusers pipeline."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def load_pipeline(
 ) -> Any:
     """Load a pipeline for sampling and fine-tuning: frozen, in eval mode, channels last, without a safety checker.
 
-    Only safetensors weights are read; nothing is ever unpickled. Each network has all of its weights from its file.
+    Only safetensors weights are read; nothing is unpickled. A network whose file lacks weights is refused.
 
     Args:
         base: a registered model, a diffusers folder, one .safetensors file, or a hub id "owner/name".
@@ -37,34 +37,34 @@ def load_pipeline(
         vae: folder or hub id of another VAE, or None for the model's own.
 
     Raises:
-        ModelError: nothing is found under this name, it cannot be loaded, or a network's file lacks weights or has them
-            in another shape; says what was tried.
+        ModelError: the model is not found or cannot be loaded, or a network's file lacks weights or contains them
+            in another shape.
     """
     source = find_base(base, registry)
     autoencoder = None if vae is None else find_vae(vae)
     try:
         with _quietly():
             pipeline = _open(source, {} if autoencoder is None else {"vae": _open_vae(autoencoder)})
-    # Besides files that cannot be read: how a library fails at what another version of it wrote.
+    # Beyond unreadable files, these are what the libraries raise on files that another version of them wrote.
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
         raise ModelError(_not_here(source) or f'"{base}" could not be loaded from {source}: {error}') from error
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
-            nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns of modules this family does not have
+            nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns about modules that the model lacks
     return prepare(pipeline, device)
 
 
 def _not_here(source: Path | str) -> str:
-    """Say that a hub id was never fetched, and could not be now; empty if something of it is on this machine."""
+    """Return the message for a hub model that cannot be downloaded; empty if it is in the cache or a local path."""
     from huggingface_hub import constants, try_to_load_from_cache
 
     if Path(source).exists() or isinstance(try_to_load_from_cache(str(source), "model_index.json"), str):
         return ""
-    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached, or has no such model"
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached or has no such model"
     return (
-        f"model.base: {source} is not on this machine and could not be fetched: {why}. With a connection the run "
-        f"fetches what it needs into {constants.HF_HUB_CACHE}; or name a diffusers folder or a .safetensors file that "
-        "is here."
+        f"model.base: {source} is not on this machine and could not be downloaded: {why}. With a connection, the run "
+        f"downloads it to {constants.HF_HUB_CACHE}. Or set model.base to a local diffusers folder or .safetensors "
+        "file."
     )
 
 
@@ -77,10 +77,10 @@ def _open(source: Path | str, given: dict[str, Any]) -> Any:
         except NotImplementedError as error:
             if "meta tensor" not in str(error):
                 raise
-            # Weights not in the file got no storage; diffusers moves them all the same, which torch refuses.
+            # Weights that the file lacks stay on the meta device, from which torch cannot move them.
             raise ModelError(
                 f"{source} lacks weights of its unet or vae, which would stay random, so the model is not used. "
-                "The file is damaged, or holds only a part of a model: download a complete one."
+                "The file is damaged or contains only a part of a model: download a complete one."
             ) from error
         for part, network in pipeline.components.items():
             if isinstance(network, nn.Module) and part not in given:
@@ -94,7 +94,7 @@ def _open(source: Path | str, given: dict[str, Any]) -> Any:
         folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
     given = {**given, **load_parts(Path(folder), index, given)}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **given)
-    pipeline.register_to_config(_name_or_path=str(source))  # a hub id stays one; where it is cached is this machine's
+    pipeline.register_to_config(_name_or_path=str(source))  # the hub id, not the path of its cache
     return pipeline
 
 
@@ -107,7 +107,7 @@ def _open_vae(source: Path | str) -> nn.Module:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep the libraries' bars for a fraction of a second's work, and what they say to each other, from people."""
+    """Hide the libraries' progress bars and their deprecation warnings about each other."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -116,7 +116,7 @@ def _quietly() -> Iterator[None]:
         module.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # diffusers still passes it, huggingface_hub warns of it.
+            # diffusers still passes this argument, about which huggingface_hub warns.
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
             yield
     finally:

@@ -1,4 +1,4 @@
-"""The networks of a base model, one by one: each has every weight from its file, or is refused; none stays random."""
+"""Loading the networks of a base model: a network whose file lacks weights is refused, so none stays random."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ _NAMED = 3
 def load_parts(folder: Path, index: Mapping[str, Any], given: Iterable[str] = ()) -> dict[str, nn.Module]:
     """Load the networks a diffusers folder lists, for `DiffusionPipeline.from_pretrained(folder, **parts)`.
 
-    That function can load them too, but keeps what was missing to itself. What is no network (tokenizer, scheduler), or
-    of no library we know, is left to it.
+    That function can load them too, but does not report missing weights. It loads what is not a network (tokenizer,
+    scheduler) or not from diffusers or transformers.
 
     Args:
         folder: the diffusers folder.
@@ -41,7 +41,7 @@ def load_parts(folder: Path, index: Mapping[str, Any], given: Iterable[str] = ()
             continue
         kind = getattr(import_module(entry[0]), str(entry[1]), None)
         if isinstance(kind, type) and issubclass(kind, nn.Module) and hasattr(kind, "from_pretrained"):
-            # As diffusers does it: a part without a folder of its own may lie at the top.
+            # As in diffusers: files of a part without its own folder can be in the top folder.
             parts[part] = load_part(kind, folder / part if (folder / part).is_dir() else folder, part)
     return parts
 
@@ -51,31 +51,31 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
 
     Args:
         kind: the network's class, of diffusers or transformers.
-        source: the folder its files lie in, or a hub id.
-        part: what the pipeline calls it; for messages.
+        source: the folder that contains its files, or a hub id.
+        part: its name in the pipeline, for messages.
 
     Raises:
         ModelError: the file lacks weights of this network, has them in another shape, or is damaged.
-        OSError, ValueError: the library finds nothing there, or cannot read it.
+        OSError, ValueError: the library finds no files, or cannot read them.
     """
     from safetensors import SafetensorError
 
     try:
         with _no_load_report():
-            # Other shapes are asked for too: left alone, the libraries name one of them, or none, and advise what
-            # leaves weights random.
+            # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
+            # libraries raise errors that name one of them or none, and advise an option that leaves weights random.
             network, info = kind.from_pretrained(
                 source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except SafetensorError as error:
         raise ModelError(f"{part} at {source} is damaged ({error}); download it again.") from error
-    # A shard that lacks what its index promises is in no list of missing weights, but shows in the network.
+    # Weights that the index lists but the shard lacks are not in `missing_keys`; they are still on the meta device.
     missing = set(info["missing_keys"]) | set(_never_filled(network))
     shapes = {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}
     refuse_unfilled(network, part, source, missing, shapes)
     if info["unexpected_keys"]:
         unused = _some(sorted(info["unexpected_keys"]))
-        _log.warning("%s at %s: weights that %s has no place for are left out: %s", part, source, kind.__name__, unused)
+        _log.warning("%s at %s: ignored weights that %s does not have: %s", part, source, kind.__name__, unused)
     assert isinstance(network, nn.Module)
     return network
 
@@ -87,21 +87,21 @@ def refuse_unfilled(
     missing: Iterable[str] | None = None,
     shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
 ) -> None:
-    """Refuse a network that did not get all of its weights from the file.
+    """Raise an error if a network did not get all of its weights from the file.
 
     Args:
         network: the network as its library loaded it.
-        part: what the pipeline calls it.
+        part: its name in the pipeline.
         where: the folder, file or hub id it came from.
-        missing: names of weights the file lacks; None looks for those still without storage, which is how diffusers
-            leaves them.
+        missing: names of weights the file lacks; None means those still on the meta device, where diffusers leaves
+            them.
         shapes: name -> (shape in the file, shape in the network), where they differ.
 
     Raises:
-        ModelError: there are such weights; says which, and what to do.
+        ModelError: weights are missing or have other shapes; names them.
     """
     shapes = shapes or {}
-    # A weight left out for its shape is without storage as well.
+    # A weight skipped for its shape is on the meta device as well.
     lacking = sorted(set(_never_filled(network) if missing is None else missing) - set(shapes))
     if not lacking and not shapes:
         return
@@ -136,7 +136,7 @@ def _some(names: list[str]) -> str:
 
 @contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Keep the libraries' own tables of missing and unused weights out; `load_part` says what they say."""
+    """Silence the libraries' own tables of missing and unused weights; `load_part` reports them."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""All randomness of a batch, from (seed, step, global sample index) alone.
+"""The noise of a batch, a function of (seed, step, global sample index) alone.
 
 A sample's noise does not depend on the batch, chunk or process it is computed in, so a run is reproduced exactly
 when it is resumed, or repeated with other chunk sizes or another number of processes.
@@ -64,7 +64,7 @@ def sample_noise(
 ) -> Noise:
     """Draw the noise of the samples with these global indices.
 
-    Drawn on the CPU in float32, so every device gets the same numbers.
+    Drawn on the CPU in float32, so that every device gets the same values.
 
     Args:
         shape: (C, h, w) of one latent.
@@ -77,6 +77,7 @@ def sample_noise(
     """
 
     def draw(purpose: str, count: int) -> Tensor:
+        # One generator for each sample and purpose: the values do not depend on B, T or n.
         rows = [
             torch.randn((count, *shape), generator=seeded(seed, purpose, step, index), dtype=torch.float32)
             for index in indices

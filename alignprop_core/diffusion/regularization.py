@@ -1,4 +1,4 @@
-"""A pull towards the base model: the squared difference of adapted and un-adapted predictions."""
+"""Regularization towards the base model: the squared difference of adapted and base predictions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Off = Callable[[], AbstractContextManager[object]]
 
 
 class _Frozen(torch.autograd.Function):
-    """A frozen network's output: run without a graph, and once more for its input's gradient where that is asked for.
+    """A frozen network's output: computed without a graph, and again with one if the backward pass needs its gradient.
 
-    What switches the adapters off is entered around both runs and the second one's backward pass, where a network that
-    recomputes parts of itself would otherwise find them on again.
+    The adapters are off in both forward passes and in the second one's backward pass: a network with gradient
+    checkpointing inside runs parts of itself again there and would otherwise use the adapters.
     """
 
     @staticmethod
@@ -30,24 +30,25 @@ class _Frozen(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (latents,) = ctx.saved_tensors
         with ctx.off(), torch.enable_grad():
+            # Only the vector-Jacobian product at the latents: nothing in the network is trainable with adapters off.
             latents = latents.detach().requires_grad_()
             (at_latents,) = torch.autograd.grad(ctx.network(latents), latents, gradient)
         return at_latents, None, None
 
 
 def squared_difference(latents: Tensor, prediction: Tensor, base: Callable[[Tensor], Tensor], off: Off) -> Tensor:
-    """Return the sum over a batch of each sample's mean squared difference between two predictions, a scalar.
+    """Return sum_b mean((prediction_b - base(latents)_b)^2), a scalar, with its full gradient.
 
-    The gradient is the whole one. It reaches the adapters through `prediction`, and, where the latents hang on earlier
-    kept steps, through what both predictions see; leaving out the base model's half would pull the latents to where
-    the adapted network happens to predict what the base model predicted elsewhere.
+    The gradient reaches the adapters through `prediction` and, if the latents depend on earlier kept steps, through
+    the input of both networks. Without the base network's part of it, the latents would be pulled to where the adapted
+    prediction equals a constant, instead of to where the two predictions agree.
 
     Args:
-        latents: (B, C, h, w), what both networks see.
-        prediction: (B, C, h, w), the adapted network's prediction there.
-        base: the un-adapted, frozen network; called without a graph, and again in the backward pass if the latents
-            carry one.
-        off: opens a context in which the network is un-adapted.
+        latents: (B, C, h, w), input of both networks.
+        prediction: (B, C, h, w), the adapted network's prediction.
+        base: the frozen base network; called without a graph, and again in the backward pass if the latents have one.
+        off: opens a context in which the adapters are off.
     """
     unadapted: Tensor = _Frozen.apply(latents, base, off)
+    # Mean over (C, h, w), sum over B: chunks of a batch add up to the batch's.
     return (prediction - unadapted).square().flatten(1).mean(1).sum()

@@ -1,7 +1,7 @@
 """Scheduler steps as pure functions: (latents, prediction, step, state, noise) -> (latents, state).
 
-diffusers' schedulers keep state in place and look things up by timestep value, which costs host syncs and makes a
-step impossible to recompute. Here every coefficient is worked out once, from diffusers' own tables, and a step is
+diffusers' schedulers change state in place and look up coefficients by timestep value, which costs host syncs and
+makes a step impossible to recompute. Here all coefficients are computed once, from diffusers' own tables, and a step is
 arithmetic on tensors: it can be checkpointed, repeated and differentiated.
 """
 
@@ -17,11 +17,17 @@ from torch import Tensor
 from alignprop_core.errors import ModelError
 
 State = tuple[Tensor, ...]
-"""What a multistep scheduler carries from step to step; empty for one-step schedulers."""
+"""Tensors that a multistep scheduler passes from step to step; empty for one-step schedulers."""
 
 
 class Scheduler(Protocol):
-    """What the sampler asks of a scheduler."""
+    """The interface between the sampler and a scheduler.
+
+    Attributes:
+        timesteps: (T,) int64 on the sampler's device, noisiest first.
+        steps: T.
+        needs_noise: whether `step` adds fresh noise.
+    """
 
     timesteps: Tensor
     steps: int
@@ -34,11 +40,19 @@ class Scheduler(Protocol):
     def step(
         self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None
     ) -> tuple[Tensor, State]:
-        """Return latents and state after step number `step` (0 is the noisiest)."""
+        """Return latents, (B, C, h, w), and state after a step.
+
+        Args:
+            latents: (B, C, h, w), before the step.
+            prediction: (B, C, h, w), the network's guided output at these latents.
+            step: number of the step; 0 is the noisiest.
+            state: what the step before returned.
+            noise: (B, C, h, w), standard normal; read only if `needs_noise`.
+        """
         ...
 
     def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
-        """Return the estimate of the clean latents at this step."""
+        """Return the estimate of the clean latents, (B, C, h, w), at this step."""
         ...
 
     def renoise(self, latents: Tensor, step: int, noise: Tensor) -> Tensor:
@@ -58,15 +72,20 @@ class _Coefficients:
 
 
 class DDIM:
-    """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes it.
+    """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes them.
 
-    Handles epsilon, v and sample prediction, `clip_sample`, every timestep spacing and zero terminal SNR. The tables
+    Supports epsilon, v and sample prediction, `clip_sample`, every timestep spacing and zero terminal SNR. The tables
     are diffusers' own, built from the pipeline's scheduler config, and the arithmetic keeps its order, so results are
     equal to the last bit.
 
-    Attributes:
-        timesteps: (T,) int64 on the sampler's device, noisiest first.
-        needs_noise: whether a step adds fresh noise (eta > 0).
+    Args:
+        config: config of the pipeline's scheduler.
+        steps: number of denoising steps T.
+        eta: 0 is deterministic, 1 adds the noise of DDPM.
+        device: where `timesteps` is needed.
+
+    Raises:
+        ModelError: the config uses dynamic thresholding, or has fewer timesteps than `steps`.
     """
 
     def __init__(self, config: Any, steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu") -> None:
@@ -92,9 +111,11 @@ class DDIM:
 
     @staticmethod
     def _coefficients(table: Any, timestep: int, eta: float) -> _Coefficients:
+        # A table lookup by arithmetic on Python numbers: the step before this one, or the final alpha past the end.
         previous = timestep - table.config.num_train_timesteps // table.num_inference_steps
         alpha = table.alphas_cumprod[timestep]
         alpha_prev = table.alphas_cumprod[previous] if previous >= 0 else table.final_alpha_cumprod
+        # Equation 16: sigma of the added noise, and what remains of the variance for the direction.
         std = eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
         return _Coefficients(
             sqrt_alpha=alpha**0.5,
@@ -105,11 +126,15 @@ class DDIM:
         )
 
     def initial_state(self) -> State:
-        """DDIM carries nothing from step to step."""
+        """Return the empty state: DDIM is a one-step scheduler."""
         return ()
 
     def _split(self, latents: Tensor, prediction: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
-        """Return (clean estimate, noise estimate) from the network's prediction."""
+        """Return estimates of the clean latents and of the noise, both (B, C, h, w), from the network's prediction.
+
+        Both solve latents = sqrt_alpha * clean + sqrt_beta * epsilon, with v = sqrt_alpha * epsilon - sqrt_beta * clean
+        (Salimans & Ho 2022, appendix D).
+        """
         if self.prediction_type == "epsilon":
             clean, epsilon = (latents - c.sqrt_beta * prediction) / c.sqrt_alpha, prediction
         elif self.prediction_type == "v_prediction":
@@ -118,6 +143,7 @@ class DDIM:
         else:
             clean, epsilon = prediction, (latents - c.sqrt_alpha * prediction) / c.sqrt_beta
         if self._clip is not None:
+            # As in diffusers, the noise estimate is not recomputed from the clipped clean latents.
             clean = clean.clamp(-self._clip, self._clip)
         return clean, epsilon
 
@@ -127,6 +153,7 @@ class DDIM:
         """Take one DDIM step; `noise` (same shape as latents) is read only if eta > 0."""
         c = self._table[step]
         clean, epsilon = self._split(latents, prediction, c)
+        # Equation 12: the clean estimate, the direction back to the current latents, and fresh noise.
         previous = c.sqrt_alpha_prev * clean + c.direction * epsilon
         if self.needs_noise and noise is not None:
             previous = previous + c.std * noise

@@ -13,7 +13,7 @@ from alignprop_core.locate import find_base, find_vae
 from alignprop_core.registry.registry import Registry
 
 UNKNOWN_SIZE = (512, 512)
-"""Height and width of the trial's picture where the model's own are not known before it loads: Stable Diffusion's."""
+"""Height and width, in pixels, of the trial images if the model's size is not known before it loads."""
 
 
 def image_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> tuple[int, int] | None:
@@ -21,12 +21,12 @@ def image_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> t
 
     Args:
         config: the run config.
-        registry: where its model is looked up.
+        registry: where registered models are looked up.
         pipeline: a loaded pipeline that is trained instead of `model.base`.
 
     Returns:
-        What `sampling` says, else the model's own; None where that is not known before the model loads: a single file,
-        or a model of the hub that is not on this machine.
+        The size in `sampling`, else the model's own. None if that is not known before the model loads: the model is a
+        single file, or a hub model that is not on this machine.
     """
     height, width = config.sampling.height, config.sampling.width
     if height and width:
@@ -50,7 +50,7 @@ def _size_from_files(config: RunConfig, registry: Registry) -> tuple[int, int] |
 
 
 def _pixels(side: Any, factor: int | None) -> tuple[int, int] | None:
-    """Return a latent's size, a number or two, in pixels."""
+    """Return the size in pixels, (height, width), of a latent's side or sides; None if it is not known."""
     if not side or not factor:
         return None
     height, width = (side, side) if isinstance(side, int) else side
@@ -58,7 +58,7 @@ def _pixels(side: Any, factor: int | None) -> tuple[int, int] | None:
 
 
 def _settings(model: Path | str, part: str) -> dict[str, Any]:
-    """Return the config.json of a network of a folder, or of a hub model that is on this machine; empty for none."""
+    """Return the config.json of a network in a folder or in the hub cache; empty if there is none."""
     name = f"{part}/config.json" if part else "config.json"
     file: Any = Path(model) / name
     if isinstance(model, str) and not Path(model).is_dir():

@@ -1,4 +1,4 @@
-"""Truncated backpropagation: which denoising steps keep their gradient, drawn once per batch.
+"""Truncated backpropagation: choose the denoising steps that keep their gradient, once per batch.
 
 A strategy turns the number of steps and a random generator into a `Truncation`. Everything before the first kept step
 runs without an autograd graph; at least one step always keeps its gradient, whatever the settings.

@@ -1,1 +1,1 @@
-"""Held-out evaluation: base against tuned at the same seeds, intervals, and sheets to look at."""
+"""Held-out evaluation: base and tuned model at the same seeds, with intervals, and image sheets."""

@@ -1,4 +1,4 @@
-"""Base against tuned: the same prompts, the same noise, every term and its true measure, diversity and drift."""
+"""Compare variants of a model on the same prompts and noise: scores, diversity and drift."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Variant:
     """Images and scores of one variant of the model, in prompt order.
 
     Attributes:
-        scores: label -> one score an image.
+        scores: label -> one score per image.
         images: (N, 3, H, W) uint8 on the CPU: the first image of each prompt.
-        diversity: mean distance between the images of a prompt, one a prompt; empty where it was not measured.
-        drift: relative change of the predicted noise from the base model's; None where it was not measured.
+        diversity: mean distance between the images of a prompt, one value per prompt; empty if not measured.
+        drift: relative change of the prediction from the base model's; None if not measured.
     """
 
     scores: dict[str, list[float]] = field(default_factory=dict)
@@ -42,7 +42,14 @@ class Variant:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An evaluation: what was asked, and each variant's images and scores."""
+    """The result of an evaluation.
+
+    Attributes:
+        prompts: the held-out prompts.
+        config: images per prompt, batch size, seed.
+        variants: name -> images and scores; the first variant is the one that the others are compared with.
+        encoder: what diversity was measured with; None if it was not measured.
+    """
 
     prompts: PromptSet
     config: EvaluationConfig
@@ -67,8 +74,8 @@ class Comparison:
             }
         if self.encoder is not None and (first := self.variants[names[0]].diversity):
             result["diversity"] = {"encoder": self.encoder.name} | {
-                name: summary(spread) | ({} if name == names[0] else paired(first, spread))
-                for name, spread in ((name, self.variants[name].diversity) for name in names)
+                name: summary(values) | ({} if name == names[0] else paired(first, values))
+                for name, values in ((name, self.variants[name].diversity) for name in names)
             }
         if any(variant.drift is not None for variant in self.variants.values()):
             result["drift"] = {name: variant.drift for name, variant in self.variants.items()}
@@ -93,13 +100,14 @@ def compare(
         terms: rewards and measures to report; labels are unique.
         prompts: held-out prompts.
         config: images per prompt, batch size, seed.
-        variants: name -> context in which the model is that variant; base first. None is the model as it stands.
-        encoder: measures the diversity of each prompt's images; None measures none.
-        drift: measures each variant's distance from the base model; None measures none.
-        advance: called with the number of images just done.
+        variants: name -> context in which the model is that variant; base first. None is the current model.
+        encoder: measures the diversity of each prompt's images; None skips it.
+        drift: measures each variant's distance from the base model; None skips it.
+        advance: called with the number of images finished since the last call.
     """
     variants = variants or {"model": nullcontext}
     per = config.images_per_prompt
+    # (prompt, global sample index): the index alone decides an image's noise, so batches do not change the images.
     jobs = [
         (prompt, index) for prompt in range(len(prompts.prompts)) for index in range(prompt * per, (prompt + 1) * per)
     ]
@@ -109,8 +117,10 @@ def compare(
         part = jobs[start : start + config.batch_size]
         texts = [prompts.prompts[prompt] for prompt, _ in part]
         noise = sampler.noise(texts, seed=config.seed, step=0, indices=[index for _, index in part])
+        # All variants take the same noise: differences between them are paired.
         for name, switch in variants.items():
             with switch(), torch.no_grad():
+                # (b, 3, H, W) in [0, 1]
                 images = sampler.decode(sampler.sample(texts, noise).latents)
                 batch = ImageBatch(
                     images=images, prompts=texts, metadata=[prompts.metadata[prompt] for prompt, _ in part]
@@ -120,6 +130,7 @@ def compare(
                 if encoder is not None and per > 1:
                     features[name].append(encoder.features(images).cpu())
             firsts = [row for row, (_, index) in enumerate(part) if index % per == 0]
+            # Only each prompt's first image is kept, as uint8: all images of a long list would fill the memory.
             results[name].images += list((images[firsts] * 255).round().to(torch.uint8).cpu())
             advance(len(part))
     for name, switch in variants.items():

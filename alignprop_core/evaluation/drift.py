@@ -1,4 +1,4 @@
-"""Drift: how far the tuned model's predictions have moved from the base model's, on fixed inputs."""
+"""Drift: the relative distance of the tuned model's predictions from the base model's, on fixed inputs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ MOST_PROMPTS, MOST_STEPS = 8, 4
 class Drift:
     """Relative change of the guided prediction, ||tuned - base|| / ||base||, on fixed inputs.
 
-    The inputs are those the base model meets: the first prompts (at most 8), each from noise of its own, denoised by
-    the base model, and seen at the middle of each quarter of the denoising steps (all of them where there are fewer
-    than 4). Norms run over all inputs together. 0 is the base model. For models that predict velocity it is the
-    velocity's change.
+    The inputs are latents of the base model's own chains: the first prompts (at most 8), each from its own noise, at
+    the middle of each quarter of the denoising steps (all steps if there are fewer than 4). The norms are taken over
+    all inputs together. 0 is the base model; the prediction is noise or velocity, whichever the model predicts.
 
     Args:
         sampler: the sampler.
         prompts: held-out prompts.
         base: opens a context in which the model is the base model.
         seed: of the noise.
-        batch_size: predictions at a time.
+        batch_size: prompts per call of the model.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class Drift:
                 self._walk(part, list(range(start, start + len(part))), seed)
 
     def _walk(self, prompts: list[str], indices: list[int], seed: int) -> None:
-        """Denoise with the base model and keep latents and predictions of the chosen steps."""
+        """Denoise with the base model and store latents and predictions, (b, C, h, w), of the chosen steps."""
         sampler = self.sampler
         noise = sampler.noise(prompts, seed=seed, step=0, indices=indices)
         latents = noise.initial.to(sampler.device, sampler.dtype)
@@ -61,9 +60,10 @@ class Drift:
             latents, state = sampler.scheduler.step(latents, prediction, i, state, None if added is None else added[i])
 
     def measure(self) -> float:
-        """Return the drift of the model as it stands."""
+        """Return the drift of the model with its current adapters."""
         moved, whole = 0.0, 0.0
         for prompts, i, latents, base in self._inputs:
+            # Squares are summed in float64 on the CPU; Apple GPUs have no float64.
             before = base.cpu().double()
             change = self.sampler.predict(latents, i, prompts).cpu().double() - before
             moved += float(change.square().sum())
@@ -72,6 +72,6 @@ class Drift:
 
 
 def chosen_steps(total: int) -> tuple[int, ...]:
-    """Return the step numbers at the middle of each quarter of a chain of `total` steps; all if it has fewer than 4."""
+    """Return the step numbers at the middle of each quarter of a chain of `total` steps; all steps of fewer than 4."""
     count = min(MOST_STEPS, total)
     return tuple((2 * j + 1) * total // (2 * count) for j in range(count))

@@ -1,4 +1,4 @@
-"""Evaluating variants of a model on held-out prompts: what the trainer, `alignprop evaluate` and sweeps call."""
+"""Evaluate variants of a model on held-out prompts, for the trainer, `alignprop evaluate` and sweeps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.registry import Registry
 
 BASE = "base"
-"""Name of adapters that change nothing: those switched off, and those whose B is zero."""
+"""Key of adapters that change nothing: those that are off, and those whose B is zero."""
 
 
 def evaluation_terms(
@@ -38,7 +38,7 @@ def evaluation_terms(
     where: str = "",
     prompts_key: str = "prompts.heldout",
 ) -> list[Term]:
-    """Load the rewards an evaluation reports, and their true measures.
+    """Load the rewards that an evaluation reports, and the measures they name in `evaluate_with`.
 
     Args:
         entries: the rewards.
@@ -62,18 +62,18 @@ def evaluation_terms(
 class Evaluator:
     """Evaluates variants of a model: the same prompts and noise, all rewards and measures, diversity and drift.
 
-    What is known is not generated again, where the adapters' values are the same.
+    With `remember`, variants whose adapters have the same values are not generated again.
 
     Args:
         sampler: the sampler; its LoRA can be switched off.
-        terms: what to report, from `evaluation_terms`; labels are unique.
+        terms: rewards to report, from `evaluation_terms`; labels are unique.
         prompts: held-out prompts.
         config: images per prompt, batch size, seed, diversity encoder.
-        remember: keep images and scores of the base, the last and the best variant of a trainable adapter.
+        remember: keep images and scores of the base, the last and the best values of the trainable adapter.
 
     Attributes:
-        last: which adapters were evaluated last, by a checksum of their values.
-        best: which adapters are kept beside the base and the last.
+        last: checksum of the adapters that were evaluated last.
+        best: checksum of the adapters that are remembered besides the base and the last.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Evaluator:
         self._known: dict[str, tuple[object, Variant]] = {}
 
     def base(self) -> AbstractContextManager[object]:
-        """Switch the LoRA off: the base model, with the LoRAs that belong to it."""
+        """Switch the LoRA off inside the block; the base model's own LoRAs stay on."""
         return self.sampler.without_lora()
 
     def evaluate(
@@ -104,7 +104,7 @@ class Evaluator:
         Args:
             variants: name -> function that opens a context in which the model is that variant; base first.
             bar: the progress bar to show progress in; a new one if None.
-            drift: whether to measure each variant's distance from the base model, or what to measure it with.
+            drift: whether to measure each variant's distance from the base model, or the `Drift` to measure it with.
         """
         keys = {name: self._key(switch) for name, switch in variants.items()} if self.remember else {}
         asked = (self.prompts, self.config, [(term.label, term.reward) for term in self.terms])

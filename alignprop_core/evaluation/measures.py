@@ -1,4 +1,4 @@
-"""What evaluations measure: a run's rewards, further ones, and the true measures that belong to them. No torch."""
+"""Config entries of what evaluations measure: rewards and the measures they name in `evaluate_with`. No torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from alignprop_core.errors import ConfigError, did_you_mean, under
 from alignprop_core.registry.registry import Registry
 
 TOTAL = "total"
-"""What `early_stopping.monitor` calls the mix's weighted sum."""
+"""The value of `early_stopping.monitor` that means the mix's weighted sum."""
 
 
 def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[RewardTerm]:
-    """Return entries for the true measures that the given rewards name in `evaluate_with`.
+    """Return entries for the measures that the given rewards name in `evaluate_with`.
 
-    A measure takes over the options it shares with its reward by name (a JPEG quality, say). A measure that is listed
-    already, under any label, is not added again with the same options.
+    A measure gets the options that it has in common with its reward, such as a JPEG quality. A measure that is already
+    listed with the same options, under any label, is not added again.
     """
     added: list[RewardTerm] = []
     for entry in entries:
-        source = registry.source(entry.loader)  # a measure comes from where its reward does
+        source = registry.source(entry.loader)  # a measure is loaded in the same way as its reward
         for name in source.reward(entry.name).spec.evaluate_with:
             known = source.option_names(name)
             options = {key: value for key, value in entry.options.items() if key in known}
@@ -36,7 +36,7 @@ def measure_entries(entries: Sequence[RewardTerm], registry: Registry) -> list[R
 
 
 def check_monitor(config: RunConfig, registry: Registry) -> None:
-    """Raise `ConfigError` if `early_stopping.monitor` names nothing that evaluations measure; loads nothing."""
+    """Raise `ConfigError` if evaluations do not measure `early_stopping.monitor`; loads nothing."""
     entries = [*config.rewards, *config.evaluation.rewards]
     labels = [TOTAL, *(entry.label for entry in (*entries, *measure_entries(entries, registry)))]
     monitor = config.early_stopping.monitor

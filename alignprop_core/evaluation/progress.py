@@ -1,4 +1,4 @@
-"""The progress bar of everything that takes longer than two seconds."""
+"""The progress bar of commands that take longer than two seconds."""
 
 from __future__ import annotations
 

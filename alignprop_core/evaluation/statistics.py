@@ -1,4 +1,4 @@
-"""Means, spreads and paired intervals of scores."""
+"""Means, standard deviations and paired confidence intervals of scores."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 
 def t_quantile(probability: float, degrees: int) -> float:
-    """Return Student's t quantile; Abramowitz & Stegun 26.7.5, within 1% from 3 degrees of freedom on."""
+    """Return Student's t quantile, exact for 1 and 2 degrees of freedom, else within 1%.
+
+    Abramowitz & Stegun 1964, equation 26.7.5: an expansion around the normal quantile in 1 / degrees.
+    """
+    # Closed forms where the expansion is too coarse.
     if degrees == 1:
         return math.tan(math.pi * (probability - 0.5))
     if degrees == 2:
@@ -30,7 +34,15 @@ def summary(scores: Sequence[float]) -> dict[str, Any]:
 
 
 def paired(base: Sequence[float], tuned: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of tuned - base over pairs and its 95% interval (Student's t; null for a single pair)."""
+    """Return the mean of tuned - base over pairs and its 95% confidence interval.
+
+    The interval is mean +- t_{0.975, n - 1} s / sqrt(n), with the differences' standard deviation s; None for a single
+    pair.
+
+    Args:
+        base: n scores.
+        tuned: n scores of the same prompts and noise, in the same order.
+    """
     differences = [b - a for a, b in zip(base, tuned, strict=True)]
     mean = fmean(differences)
     if len(differences) < 2:

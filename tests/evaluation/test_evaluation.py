@@ -19,7 +19,7 @@ from alignprop_core.config.sections import EvaluationConfig
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import ConfigError, RewardError
 from alignprop_core.evaluation.compare import compare
-from alignprop_core.evaluation.diversity import BUILT_IN, diversity, diversity_by_prompt, encoder_of, picture_features
+from alignprop_core.evaluation.diversity import BUILT_IN, built_in_features, diversity_by_prompt, encoder_of
 from alignprop_core.evaluation.drift import Drift, chosen_steps
 from alignprop_core.evaluation.sheet import before_after, grid
 from alignprop_core.evaluation.statistics import paired, summary, t_quantile
@@ -155,39 +155,38 @@ output: {tmp_path / "run"}
 def test_built_in_features_are_distances_between_zero_and_one() -> None:
     random = torch.rand(6, 3, 48, 64, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.zeros(1, 3, 48, 64), torch.ones(1, 3, 48, 64), random])
-    features = picture_features(images)
+    features = built_in_features(images)
     assert features.shape == (8, 280)
     assert features.dtype == torch.float32
     distances = torch.cdist(features, features)
     assert distances.max() <= 1
-    assert torch.equal(picture_features(images[:1]), features[:1]), "a picture's features do not depend on the batch"
-    # Black and white: all of the layout and seven of eight cumulated bins differ, there are no edges.
+    assert torch.equal(built_in_features(images[:1]), features[:1]), "an image's features do not depend on the batch"
+    # Black and white: the whole layout and seven of eight cumulative bins differ; there are no edges.
     assert float(distances[0, 1]) == pytest.approx(math.sqrt((1 + 7 / 8) / 3), abs=1e-5)
     larger = torch.nn.functional.interpolate(images, scale_factor=2, mode="nearest")
-    near = (picture_features(larger) - features).norm(dim=1)
+    near = (built_in_features(larger) - features).norm(dim=1)
     assert near[:2].max() < 1e-5
 
 
-def test_built_in_features_see_layout_colour_and_edges() -> None:
-    def square(row: int, column: int, colour: tuple[float, float, float]) -> Tensor:
+def test_built_in_features_depend_on_layout_color_and_edges() -> None:
+    def square(row: int, column: int, color: tuple[float, float, float]) -> Tensor:
         image = torch.full((3, 64, 64), 0.5)
-        image[:, row : row + 24, column : column + 24] = torch.tensor(colour).view(3, 1, 1)
+        image[:, row : row + 24, column : column + 24] = torch.tensor(color).view(3, 1, 1)
         return image
 
     here, there = square(4, 4, (1, 0, 0)), square(36, 36, (1, 0, 0))
     green, striped = square(4, 4, (0, 1, 0)), square(4, 4, (1, 0, 0))
     striped[:, 4:28:2, 4:28] = 0.5
-    features = picture_features(torch.stack([here, there, green, striped]))
+    features = built_in_features(torch.stack([here, there, green, striped]))
     assert (features[1:] - features[0]).norm(dim=1).min() > 0.03
-    nudged = picture_features(square(5, 4, (1, 0, 0))[None])
+    nudged = built_in_features(square(5, 4, (1, 0, 0))[None])
     assert float((nudged - features[0]).norm()) < 0.03
 
 
 def test_diversity_is_the_mean_distance_within_each_prompt() -> None:
     features = torch.tensor([[0.0, 0], [3, 4], [0, 0], [9, 9], [9, 9], [9, 9]])
     assert diversity_by_prompt(features, 3) == pytest.approx([(5 + 0 + 5) / 3, 0])
-    assert diversity(features, 3) == pytest.approx(5 / 3)
-    assert diversity(features, 1) is None
+    assert diversity_by_prompt(features, 1) == []
 
 
 def test_a_term_with_image_features_can_be_the_encoder() -> None:
@@ -305,7 +304,7 @@ def test_comparison_reports_diversity_and_drift_of_every_variant(sampler: Sample
     data = compare(sampler, [term], PROMPTS, config, variants, encoder=BUILT_IN, drift=drift).as_json()
     assert data["drift"]["base"] == pytest.approx(0, abs=1e-6)
     assert data["drift"]["tuned"] > 0.01
-    assert data["diversity"]["encoder"] == "layout, colour and edges"
+    assert data["diversity"]["encoder"] == "layout, color and edges"
     tuned = data["diversity"]["tuned"]
     assert tuned["n"] == 3
     assert tuned["difference"] == pytest.approx(tuned["mean"] - data["diversity"]["base"]["mean"])

@@ -1,4 +1,4 @@
-"""What a family of pipelines must tell the sampler; one subclass a family, one file each."""
+"""The interface between the sampler and a family of pipelines; one subclass per family."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Family(ABC):
 
     @property
     def denoiser(self) -> nn.Module:
-        """The network that predicts noise or velocity."""
+        """The network that predicts noise or velocity, to which LoRA is attached."""
         module: nn.Module = getattr(self.pipeline, self.denoiser_name)
         return module
 
@@ -81,15 +81,15 @@ class Family(ABC):
 
     @abstractmethod
     def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
-        """Encode prompts without gradient; with guidance, the negative prompt too."""
+        """Encode B prompts without gradient; with guidance, also the negative prompt for each of them."""
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the guided prediction, (B, C, h, w), at a 0-dim timestep tensor."""
+        """Return the guided prediction, (B, C, h, w), for latents (B, C, h, w) at a 0-dim timestep tensor."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped."""
+        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w)."""
 
     def checkpoint_decoder(self, enabled: bool) -> None:
         """Recompute the decoder's blocks in the backward pass (on) or keep their activations (off)."""

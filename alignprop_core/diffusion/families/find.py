@@ -1,4 +1,4 @@
-"""Which family adapter runs a pipeline: the core's own, or one a plugin registered."""
+"""Find the family adapter for a pipeline: the core's own, or one that a plugin registered."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class StableDiffusion(Family):
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
-        """Encode with the pipeline's own `encode_prompt`; warn once about a prompt that is cut off."""
+        """Encode with the pipeline's own `encode_prompt`; warn once about a truncated prompt."""
         self._warn_if_cut([*prompts, negative_prompt])
         guided = self.sampling.guidance_scale > 1
         positive, negative = self.pipeline.encode_prompt(
@@ -79,7 +79,7 @@ class StableDiffusion(Family):
         return Conditioning({key: positive}, {key: negative} if guided else None)
 
     def _warn_if_cut(self, prompts: Sequence[str]) -> None:
-        """Warn of the first prompt that is longer than the text encoder reads: its end has no effect."""
+        """Warn about the first prompt that is longer than the text encoder's limit: its end has no effect."""
         tokenizer = self.pipeline.tokenizer
         for prompt in () if self._warned else prompts:
             length = len(tokenizer(prompt, verbose=False).input_ids)
@@ -87,7 +87,7 @@ class StableDiffusion(Family):
                 self._warned = True
                 warnings.warn(
                     f"A prompt has {length} tokens, and the base model reads {tokenizer.model_max_length}: the end of "
-                    f'long prompts has no effect (shown once). The prompt begins "{prompt[:60]}".',
+                    f'long prompts has no effect (shown once). The prompt starts with "{prompt[:60]}".',
                     stacklevel=2,
                 )
                 return
