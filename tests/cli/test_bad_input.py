@@ -141,7 +141,7 @@ def test_pickled_model_is_refused_unopened(
 
 def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(config: Callable[..., Path], tmp_path: Path) -> None:
     """The limit on file size stands for the disk: the LoRA files fit, the optimizer's state does not."""
-    path = config(save={"every": 1}, training={"steps": 3, "batch_size": 2, "device": "cpu", "checkpoint_every": 2})
+    path = config(save={"every": 1, "state_every": 2}, training={"steps": 3, "batch_size": 2, "device": "cpu"})
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))

@@ -106,7 +106,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr("alignprop_core.training.trainer.load_pipeline", load)
+    monkeypatch.setattr("alignprop_core.diffusion.sampler.load_pipeline", load)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -201,9 +201,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["train", "CONFIG", "prompts.heldout=PROMPTS", "evaluation.rewards=[{name: published}]"],
         "evaluation.rewards.0.options.weights (from the command line): The weights of",
     ),
-    "watched score nobody measures": (
-        ["train", "CONFIG", "prompts.heldout=PROMPTS", "evaluation.every=1", "guards.watch=jpeg_byte"],
-        'guards.watch (from the command line): "jpeg_byte" is measured by no evaluation; these are: reward, '
+    "monitored score that is not measured": (
+        ["train", "CONFIG", "prompts.heldout=PROMPTS", "evaluation.every=1", "early_stopping.monitor=jpeg_byte"],
+        'early_stopping.monitor (from the command line): no evaluation measures "jpeg_byte". Choose one of: total, '
         'jpeg_compressibility, jpeg_bytes. Did you mean "jpeg_bytes"?',
     ),
     "nothing to resume": (["train", "CONFIG", "--resume", "latest"], "nothing to resume"),
@@ -398,7 +398,7 @@ def test_devices_have_names() -> None:
             "another run. Put them back",
         ),
         (["rewards.1.name=jpeg_incompressibility"], "rewards (was a list of 1, is a list of 2) differs from"),
-        (["lora.targets=[to_q]"], 'lora.targets (was null, is ["to_q"]) differs from'),
+        (["lora.target_modules=[to_q]"], 'lora.target_modules (was null, is ["to_q"]) differs from'),
     ],
 )
 def test_resume_names_what_differs_with_both_values(
@@ -435,18 +435,18 @@ def test_an_isolated_rewards_environment_may_be_moved_before_a_resume(data: dict
 # -- the closing lines ------------------------------------------------------------------------------------------------
 
 
-def test_train_says_at_its_end_why_it_stopped(
+def test_train_reports_at_its_end_why_it_stopped(
     config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = {"train": "prompts.txt", "heldout": "prompts.txt"}
     training = {"steps": 3, "batch_size": 2, "device": "cpu"}
     evaluation = {"every": 1, "at_end": False, "images_per_prompt": 1}
-    path = config(prompts=prompts, training=training, evaluation=evaluation, guards={"drift_limit": 1e-9})
+    path = config(prompts=prompts, training=training, evaluation=evaluation, early_stopping={"max_drift": 1e-9})
     assert run(["train", str(path)]) == 0
     closing = " ".join(capsys.readouterr().out.split())
     assert closing.startswith("stopped at step 1: drift ")
-    assert "is above guards.drift_limit 1e-09 LoRA" in closing
-    assert run(["train", str(path), "guards.drift_limit=null", f"output={tmp_path / 'free'}"]) == 0
+    assert "is above early_stopping.max_drift 1e-09 LoRA" in closing
+    assert run(["train", str(path), "early_stopping.max_drift=null", f"output={tmp_path / 'free'}"]) == 0
     assert "stopped" not in capsys.readouterr().out
 
 

@@ -73,7 +73,7 @@ def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
     assert [command.split()[0] for command in commands] == ["pip", "python", "alignprop"]
     for command in commands:
         done = environment.run(command, tmp_path)
-    assert "It keeps its promises." in done.stdout
+    assert "The reward keeps the contract." in done.stdout
     code = (
         "from pathlib import Path; from alignprop_core.testing import train_two_steps;"
         "Path('work').mkdir(); train_two_steps('warm_colours', Path('work'), {'colour': [1, 0, 0]})"
@@ -92,7 +92,7 @@ def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
         "src/alignprop_warm_colours/__init__.py", "src/alignprop_warm_colours/config.py",
         "src/alignprop_warm_colours/reward.py", "src/alignprop_warm_colours/py.typed",
         "src/alignprop_warm_colours/weights/example.safetensors",
-        "tests/testing/test_conformance.py", "tests/test_reward.py",
+        "tests/test_conformance.py", "tests/test_reward.py",
     }  # fmt: skip
     facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
     assert facts["license"] == "MIT"

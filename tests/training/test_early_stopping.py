@@ -217,7 +217,7 @@ def test_a_monitored_score_that_is_not_measured_is_refused_before_anything_loads
     make: Callable[..., RunConfig],
 ) -> None:
     config = make(evaluation__every=2, early_stopping__monitor="red_shar", model__base="owner/name")
-    with pytest.raises(ConfigError, match=r'"red_shar" is measured by no evaluation.*Did you mean "red_share"'):
+    with pytest.raises(ConfigError, match=r'no evaluation measures "red_shar".*Did you mean "red_share"'):
         Trainer(config, registry=registry())
 
 
