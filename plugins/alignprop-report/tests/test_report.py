@@ -818,7 +818,7 @@ class InTheWay(Callback):
     """Puts a folder where the page would go."""
 
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:
-        (trainer.folder.report / "something").mkdir(parents=True, exist_ok=True)
+        (trainer.folder.path / "report.html" / "something").mkdir(parents=True, exist_ok=True)
 
 
 def test_a_page_that_cannot_be_written_costs_no_run(tiny_model: Path, tmp_path: Path) -> None:
