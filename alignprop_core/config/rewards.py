@@ -72,32 +72,22 @@ class RewardTerm(Section):
     model_config = ConfigDict(extra="allow", json_schema_extra={"additionalProperties": False})
     __pydantic_extra__: dict[str, Annotated[Any, AfterValidator(_checked)]] = Field(init=False)
 
-    name: Text = Field(
-        description="A reward of an installed plugin (distribution/reward if two offer the name), or a class or "
-        "function in a Python file, which is run: ./my_rewards.py:MyReward, relative to this config."
-    )
-    weight: float | Annotated[dict[int, float], Field(min_length=1)] = Field(
-        default=1.0,
-        description="Weight in the mix; negative asks for less, zero is refused. Or a schedule {steps done: weight}, "
-        "linear between its points and constant outside them: {0: 0.0, 20: 1.0}.",
-    )
-    ceiling: float | None = Field(
-        default=None,
-        description="Scores are clipped to at most this, in the reward's unit: samples above it have no gradient.",
-    )
-    floor: float | None = Field(
-        default=None,
-        description="With a negative weight: scores are clipped to at least this; samples below it have no gradient.",
-    )
-    target: float | None = Field(
-        default=None,
-        description="Minus the distance of the score to this value counts instead of the score; excludes ceiling and "
-        "floor.",
-    )
-    label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = Field(
-        default="", description="Name in logs and reports; unique. The default is the reward's name."
-    )
-    options: dict[str, Any] = Field(default={}, description="The reward's own options: `alignprop rewards show NAME`.")
+    name: Text
+    """A reward of an installed plugin (distribution/reward if two offer the name), or a class or function in a Python
+    file, which is run: ./my_rewards.py:MyReward, relative to this config."""
+    weight: float | Annotated[dict[int, float], Field(min_length=1)] = 1.0
+    """Weight in the mix; negative asks for less, zero is refused. Or a schedule {steps done: weight}, linear between
+    its points and constant outside them: {0: 0.0, 20: 1.0}."""
+    ceiling: float | None = None
+    """Scores are clipped to at most this, in the reward's unit: samples above it have no gradient."""
+    floor: float | None = None
+    """With a negative weight: scores are clipped to at least this; samples below it have no gradient."""
+    target: float | None = None
+    """Minus the distance of the score to this value counts instead of the score; excludes ceiling and floor."""
+    label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = ""
+    """Name in logs and reports; unique. The default is the reward's name."""
+    options: dict[str, Any] = Field(default={})
+    """The reward's own options: `alignprop rewards show NAME`."""
 
     @property
     def loader(self) -> tuple[str, BaseModel] | None:
@@ -189,38 +179,25 @@ class RewardTerm(Section):
 class MixConfig(Section):
     """How several rewards are combined into one gradient."""
 
-    combine: Literal["sum", "normalized", "balanced", "pcgrad"] = Field(
-        default="sum",
-        description="sum: the weighted sum of the scores. normalized: each score over its running standard deviation. "
-        "balanced: each term's gradient over its running norm, so that weights are shares. pcgrad: balanced, and the "
-        "part of a term's gradient that conflicts with another's is projected out.",
-    )
-    balance_at: Literal["image", "latent"] = Field(
-        default="image",
-        description="Where balanced and pcgrad compare and add gradients: at the images, or at the final latents, "
-        "which costs one decoder backward pass per term.",
-    )
-    per_sample: bool = Field(
-        default=False,
-        description="balanced and pcgrad normalize every image's gradient, not only the batch's. This changes the "
-        "direction even of a single term, and keeps gradients from fading near a goal.",
-    )
-    decay: float = Field(
-        default=0.9, ge=0, lt=1, description="Decay of the running statistics per step; 0 uses the last step alone."
-    )
-    scale_floor: Annotated[float, Field(gt=0, le=1)] = Field(
-        default=0.1,
-        description="Running statistics are kept above this fraction of their highest value so far, which limits how "
-        "much a term with a fading gradient or standard deviation is scaled up.",
-    )
-    reward_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Images a reward scores at a time; null is all that are decoded. Changes memory and time only.",
-    )
-    offload: bool = Field(
-        default=False,
-        description="Keep the rewards' weights in host memory between uses; no effect on a CPU.",
-    )
+    combine: Literal["sum", "normalized", "balanced", "pcgrad"] = "sum"
+    """sum: the weighted sum of the scores. normalized: each score over its running standard deviation. balanced: each
+    term's gradient over its running norm, so that weights are shares. pcgrad: balanced, and the part of a term's
+    gradient that conflicts with another's is projected out."""
+    balance_at: Literal["image", "latent"] = "image"
+    """Where balanced and pcgrad compare and add gradients: at the images, or at the final latents, which costs one
+    decoder backward pass per term."""
+    per_sample: bool = False
+    """balanced and pcgrad normalize every image's gradient, not only the batch's. This changes the direction even of a
+    single term, and keeps gradients from fading near a goal."""
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the running statistics per step; 0 uses the last step alone."""
+    scale_floor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Running statistics are kept above this fraction of their highest value so far, which limits how much a term with
+    a fading gradient or standard deviation is scaled up."""
+    reward_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images a reward scores at a time; null is all that are decoded. Changes memory and time only."""
+    offload: bool = False
+    """Keep the rewards' weights in host memory between uses; no effect on a CPU."""
 
     @model_validator(mode="after")
     def _only_what_the_mode_uses(self) -> Self:

@@ -52,6 +52,10 @@ def schema_with_loaders(registry: Registry) -> dict[str, Any]:
     """Return the JSON Schema of a run config with the keys of loaders in reward entries, and free options."""
     schema = RunConfig.model_json_schema()
     definitions: dict[str, Any] = schema["$defs"]
+    for definition in (schema, *definitions.values()):
+        for field in definition.get("properties", {}).values():
+            if "description" in field:  # docstrings, which are wrapped
+                field["description"] = " ".join(field["description"].split())
     term = definitions["RewardTerm"]
     count = Counter(offer.name for offer in registry.loaders())
     loaders = {offer.name: offer for offer in registry.loaders() if count[offer.name] == 1}

@@ -23,146 +23,124 @@ from alignprop_core.validation import Problems
 class OptimizerConfig(Section):
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: Positive = Field(default=1e-3, description="Peak learning rate.")
-    weight_decay: float = Field(default=1e-4, ge=0, description="Decoupled weight decay.")
-    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the gradient's running mean.")
-    beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of the squared gradient's running mean.")
-    epsilon: Positive = Field(default=1e-8, description="Added to the denominator of the update.")
-    max_grad_norm: Positive | None = Field(
-        default=1.0, description="Clip the gradient norm over all adapters to this value; null never clips."
-    )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Learning-rate schedule after the warm-up; linear and cosine end at zero."
-    )
-    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps over which the rate rises from zero.")
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="Saved LoRAs, previews and evaluations use an exponential moving average of the adapters with this "
-        "decay (lower in the first steps); null uses the adapters as they are.",
-    )
-    spike_threshold: Annotated[float, Field(gt=1)] | None = Field(
-        default=1000.0,
-        description="A step is skipped when its gradient norm exceeds this many times the median of the last 32 steps; "
-        "null skips only steps that are not finite.",
-    )
-    max_skipped_steps: int = Field(
-        default=3, ge=1, description="The run fails when this many steps in a row had to be skipped."
-    )
+    learning_rate: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+    epsilon: Positive = 1e-8
+    """Added to the denominator of the update."""
+    max_grad_norm: Positive | None = 1.0
+    """Clip the gradient norm over all adapters to this value; null never clips."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning-rate schedule after the warm-up; linear and cosine end at zero."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Optimizer steps over which the rate rises from zero."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Saved LoRAs, previews and evaluations use an exponential moving average of the adapters with this decay (lower in
+    the first steps); null uses the adapters as they are."""
+    spike_threshold: Annotated[float, Field(gt=1)] | None = 1000.0
+    """A step is skipped when its gradient norm exceeds this many times the median of the last 32 steps; null skips only
+    steps that are not finite."""
+    max_skipped_steps: int = Field(default=3, ge=1)
+    """The run fails when this many steps in a row had to be skipped."""
 
 
 class RegularizationConfig(Section):
     """Regularization towards the base model."""
 
-    weight: float = Field(
-        default=0.0,
-        ge=0,
-        description="Weight of the mean squared difference between the predictions with and without the adapters, over "
-        "the steps that keep their gradient; subtracted from the mix's total. 0 turns it off, at no cost.",
-    )
+    weight: float = Field(default=0.0, ge=0)
+    """Weight of the mean squared difference between the predictions with and without the adapters, over the steps that
+    keep their gradient; subtracted from the mix's total. 0 turns it off, at no cost."""
 
 
 class TrainingConfig(Section):
     """The training loop."""
 
-    steps: int = Field(default=100, ge=0, description="Optimizer steps.")
-    batch_size: int = Field(
-        default=8,
-        ge=1,
-        description="Images per batch across all processes; multiply by gradient_accumulation_steps for one optimizer "
-        "step.",
-    )
-    gradient_accumulation_steps: int = Field(default=1, ge=1, description="Batches summed into one optimizer step.")
-    seed: Seed = Field(default=0, description="Seed of the prompt order, the noise and the truncation.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
-        default="no", description="Number format of the networks; no is float32."
-    )
-    device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = Field(
-        default="auto", description="Device: auto, cpu, cuda, cuda:N or mps."
-    )
-    trackers: list[Text] = Field(
-        default=[],
-        description="Where metrics are also logged: tensorboard, wandb, or the name of a plugin's callback.",
-    )
+    steps: int = Field(default=100, ge=0)
+    """Optimizer steps."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images per batch across all processes; multiply by gradient_accumulation_steps for one optimizer step."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    """Batches summed into one optimizer step."""
+    seed: Seed = 0
+    """Seed of the prompt order, the noise and the truncation."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Number format of the networks; no is float32."""
+    device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = "auto"
+    """Device: auto, cpu, cuda, cuda:N or mps."""
+    trackers: list[Text] = Field(default=[])
+    """Where metrics are also logged: tensorboard, wandb, or the name of a plugin's callback."""
 
 
 class SaveConfig(Section):
     """Files along the way: LoRA files and complete training states."""
 
-    every: Annotated[int, Field(ge=1)] | None = Field(
-        default=10, description="Optimizer steps between LoRA files; null saves one at the end only."
-    )
-    keep: Annotated[int, Field(ge=1)] | None = Field(
-        default=8, description="Number of newest LoRA files to keep; null keeps all."
-    )
-    state_every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Optimizer steps between checkpoints to resume from; null uses save.every."
-    )
-    state_keep: int = Field(default=1, ge=1, description="Number of newest checkpoints to keep.")
+    every: Annotated[int, Field(ge=1)] | None = 10
+    """Optimizer steps between LoRA files; null saves one at the end only."""
+    keep: Annotated[int, Field(ge=1)] | None = 8
+    """Number of newest LoRA files to keep; null keeps all."""
+    state_every: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps between checkpoints to resume from; null uses save.every."""
+    state_keep: int = Field(default=1, ge=1)
+    """Number of newest checkpoints to keep."""
 
 
 class PreviewsConfig(Section):
     """Preview images, generated before the first step, along the way, and after the last step."""
 
-    every: Annotated[int, Field(ge=1)] | None = Field(
-        default=10, description="Optimizer steps between previews; null generates them at the start and the end only."
-    )
-    seeds: list[Seed] = Field(default=[42], description="Seeds; each preview prompt is generated once per seed.")
-    prompts: list[Text] | None = Field(
-        default=None,
-        description="Prompts of the previews; null uses the first four held-out (or training) prompts, an empty list "
-        "generates no previews.",
-    )
-    negative_prompt: str | None = Field(
-        default=None, description="Negative prompt of the previews; null uses sampling.negative_prompt."
-    )
+    every: Annotated[int, Field(ge=1)] | None = 10
+    """Optimizer steps between previews; null generates them at the start and the end only."""
+    seeds: list[Seed] = Field(default=[42])
+    """Seeds; each preview prompt is generated once per seed."""
+    prompts: list[Text] | None = None
+    """Prompts of the previews; null uses the first four held-out (or training) prompts, an empty list generates no
+    previews."""
+    negative_prompt: str | None = None
+    """Negative prompt of the previews; null uses sampling.negative_prompt."""
 
 
 class EvaluationConfig(Section):
     """Evaluation of base against tuned model on held-out prompts, with the same noise."""
 
-    rewards: list[RewardTerm] = Field(default=[], description="Rewards that are reported but not trained on.")
-    images_per_prompt: int = Field(default=4, ge=1, description="Images per prompt.")
-    batch_size: int = Field(default=8, ge=1, description="Images generated and scored at a time.")
-    seed: Seed = Field(default=1234, description="Seed of the evaluation noise.")
-    at_end: bool = Field(default=True, description="Evaluate when training ends (needs prompts.heldout).")
-    every: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Steps between evaluations while training, which early_stopping uses; also before the first step "
-        "and after the last (needs prompts.heldout). null evaluates at the end only.",
-    )
-    diversity_encoder: Text | None = Field(
-        default=None,
-        description="What diversity is measured with: the label of a term whose reward has image features, such as a "
-        "CLIP score; null uses built-in features of layout, color and edges.",
-    )
+    rewards: list[RewardTerm] = Field(default=[])
+    """Rewards that are reported but not trained on."""
+    images_per_prompt: int = Field(default=4, ge=1)
+    """Images per prompt."""
+    batch_size: int = Field(default=8, ge=1)
+    """Images generated and scored at a time."""
+    seed: Seed = 1234
+    """Seed of the evaluation noise."""
+    at_end: bool = True
+    """Evaluate when training ends (needs prompts.heldout)."""
+    every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations while training, which early_stopping uses; also before the first step and after the
+    last (needs prompts.heldout). null evaluates at the end only."""
+    diversity_encoder: Text | None = None
+    """What diversity is measured with: the label of a term whose reward has image features, such as a CLIP score; null
+    uses built-in features of layout, color and edges."""
 
 
 class EarlyStoppingConfig(Section):
     """When a run stops before its last step, and which LoRA is its result (needs evaluation.every)."""
 
-    monitor: Text = Field(
-        default="total",
-        description="Held-out score to monitor: total (the mix's weighted sum), or the label of a term, of an "
-        "evaluation reward or of a true measure.",
-    )
-    mode: Literal["max", "min"] = Field(
-        default="max", description="max: higher is better. min: lower is better, for a measure such as a file size."
-    )
-    patience: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Stop after this many evaluations in a row without a new best; null never stops."
-    )
-    max_drift: Positive | None = Field(
-        default=None,
-        description="Stop when the drift from the base model exceeds this; such an evaluation is never the best.",
-    )
-    min_diversity: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None,
-        description="Stop when diversity falls below this fraction of its value at the first evaluation; such an "
-        "evaluation is never the best.",
-    )
-    restore_best: bool = Field(
-        default=False, description="The run's LoRA is that of the best evaluation instead of the last step."
-    )
+    monitor: Text = "total"
+    """Held-out score to monitor: total (the mix's weighted sum), or the label of a term, of an evaluation reward or of
+    a true measure."""
+    mode: Literal["max", "min"] = "max"
+    """max: higher is better. min: lower is better, for a measure such as a file size."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations in a row without a new best; null never stops."""
+    max_drift: Positive | None = None
+    """Stop when the drift from the base model exceeds this; such an evaluation is never the best."""
+    min_diversity: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Stop when diversity falls below this fraction of its value at the first evaluation; such an evaluation is never
+    the best."""
+    restore_best: bool = False
+    """The run's LoRA is that of the best evaluation instead of the last step."""
 
 
 def _rewards_are_required(schema: dict[str, Any]) -> None:
@@ -181,7 +159,8 @@ class RunConfig(Section):
 
     model_config = ConfigDict(json_schema_extra=_rewards_are_required)
 
-    version: Literal[1] = Field(default=1, description="Version of this file's format.")
+    version: Literal[1] = 1
+    """Version of this file's format."""
     model: ModelConfig
     prompts: PromptsConfig
     sampling: SamplingConfig = SamplingConfig()
@@ -190,16 +169,16 @@ class RunConfig(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     regularization: RegularizationConfig = RegularizationConfig()
     # Required in a file. Empty only where all rewards are passed from Python.
-    rewards: list[RewardTerm] = Field(
-        default=[], validate_default=False, min_length=1, description="Rewards to train on."
-    )
+    rewards: list[RewardTerm] = Field(default=[], validate_default=False, min_length=1)
+    """Rewards to train on."""
     mix: MixConfig = MixConfig()
     training: TrainingConfig = TrainingConfig()
     save: SaveConfig = SaveConfig()
     previews: PreviewsConfig = PreviewsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
-    output: Text = Field(description="Run folder to write; it must not contain a run yet.")
+    output: Text
+    """Run folder to write; it must not contain a run yet."""
 
     @model_validator(mode="after")
     def _possible_together(self) -> Self:
