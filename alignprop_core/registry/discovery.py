@@ -1,7 +1,7 @@
-"""Finding plugins: reading distribution metadata first, importing late, and keeping every failure to itself.
+"""Plugin discovery: reads distribution metadata first, imports late, and isolates every failure. Imports no torch.
 
-pluggy's own loader skips a second distribution with the same entry-point name and dies with the first plugin that
-raises; this one goes through the installed distributions itself. No torch.
+pluggy's own loader skips a second distribution with the same entry-point name and stops at the first plugin that
+raises, so this module reads the installed distributions itself.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
+from functools import partial
 from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from alignprop_core import __version__, hookspecs
+from alignprop_core.errors import did_you_mean
 from alignprop_core.registry.guard import PluginFailure, describe, guarded
 from alignprop_core.registry.licenses import LicensePolicy, license_of
 from alignprop_core.specs import (
@@ -58,20 +59,20 @@ Status = Literal["loaded", "blocked", "not allowed", "incompatible", "failed"]
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """One entry point of one installed distribution, and what became of it.
+    """One entry point of an installed distribution, and the result of loading it.
 
     Attributes:
         distribution: normalised distribution name, such as `alignprop-jpeg`.
         version: its version.
         entry_point: the entry point's name; `distribution:entry_point` is the plugin's name.
         status: `loaded`; `blocked` and `not allowed` by the environment, `incompatible` with this core (none of these
-            three was imported, except for an API version that only its specs tell), or `failed`.
+            three was imported, except for an API version known only from its specs), or `failed`.
         error: why it is not loaded, in one line.
         traceback: the plugin's own traceback, if it raised.
-        warnings: what is wrong with a plugin that works nevertheless.
+        warnings: problems of a plugin that works nevertheless.
         offers: what each hook returned, by hook name; empty unless loaded.
-        seconds: time its import took.
-        license: SPDX expression from its metadata; empty if they say none.
+        seconds: duration of its import.
+        license: SPDX expression from its metadata; empty if there is none.
     """
 
     distribution: str
@@ -91,13 +92,13 @@ class PluginRecord:
         return f"{self.distribution}:{self.entry_point}"
 
     def names(self, kind: str) -> tuple[str, ...]:
-        """Return the names it offers, each once, of a kind such as `rewards`, the last word of a hook's name."""
+        """Return the distinct names it offers of a kind such as `rewards`, the last word of a hook's name."""
         return tuple(dict.fromkeys(spec.name for spec in self.offers.get(f"alignprop_register_{kind}", ())))
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plugin that was found and not imported yet."""
+    """A plugin that is not imported yet."""
 
     distribution: str
     version: str
@@ -107,7 +108,7 @@ class Candidate:
     license: str = ""
 
     def record(self, status: Status, **facts: Any) -> PluginRecord:
-        """Return the record of what became of it."""
+        """Return the record of the result."""
         return PluginRecord(self.distribution, self.version, self.entry_point, status, license=self.license, **facts)
 
 
@@ -121,8 +122,8 @@ def names_in(value: str | None) -> frozenset[str] | None:
 def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
     """Find the plugins among the installed distributions by their metadata; imports none.
 
-    A distribution that stands on the path twice counts once, as Python would import it. An allow list that is set
-    and empty allows none.
+    A distribution that is on the path twice counts once, as Python would import it. An allow list that is set and
+    empty allows none.
     """
     allowed = names_in(environment.get(ALLOW_VARIABLE))
     blocked = names_in(environment.get(BLOCK_VARIABLE)) or frozenset()
@@ -138,10 +139,10 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
             license = license_of(distribution)
             unlicensed = policy.problem(license)
         except Exception as error:
-            # Without a name the lists cannot be asked, so it is not imported. A broken install raises many things here.
-            entry_name, value = section[0]
+            # Without a name the lists cannot be applied, so it is not imported. A broken install raises many errors.
             broken = f"its metadata cannot be read ({describe(error)}); reinstall it"
-            yield Candidate(f"unknown ({value})", "?", entry_name, _loader(entry_name, value), ("failed", broken))
+            entry, value = section[0]
+            yield Candidate(f"unknown ({value})", "?", entry, partial(_load, entry, value), ("failed", broken))
             continue
         if name in seen:
             continue
@@ -155,41 +156,34 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
             refused = "not allowed", unlicensed
         elif problem:
             refused = "incompatible", problem
-        for entry_name, value in section:
-            yield Candidate(name, version, entry_name, _loader(entry_name, value), refused, license)
+        for entry, value in section:
+            yield Candidate(name, version, entry, partial(_load, entry, value), refused, license)
 
 
 def _entry_points(distribution: Distribution) -> list[tuple[str, str]]:
-    """Read the group's entry points; by hand, because one malformed line makes importlib.metadata raise."""
+    """Read the group's entry points. importlib.metadata's own reader raises at one malformed line."""
     try:
         text = distribution.read_text("entry_points.txt") or ""
     except (OSError, UnicodeDecodeError):
         return []
-    found: list[tuple[str, str]] = []
-    group = ""
-    for raw in text.splitlines():
-        line = raw.strip()
-        if not line or line.startswith(("#", ";")):
-            continue
+    found, group = [], ""
+    for line in map(str.strip, text.splitlines()):
         if line.startswith("[") and line.endswith("]"):
             group = line[1:-1].strip()
-        elif group == hookspecs.PROJECT:
+        elif group == hookspecs.PROJECT and line and not line.startswith(("#", ";")):
             name, _, value = (part.strip() for part in line.partition("="))
             found.append((name, value))
     return found
 
 
-def _loader(name: str, value: str) -> Callable[[], object]:
-    def load() -> object:
-        if not re.fullmatch(r"[A-Za-z_][\w.]*(\s*:\s*[A-Za-z_][\w.]*)?(\s*\[.*\])?", value):
-            raise ValueError(f'invalid entry point "{name} = {value}": it must name a module, such as "my_plugin"')
-        return EntryPoint(name, value, hookspecs.PROJECT).load()
-
-    return load
+def _load(name: str, value: str) -> object:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*(\s*:\s*[A-Za-z_][\w.]*)?(\s*\[.*\])?", value):
+        raise ValueError(f'invalid entry point "{name} = {value}": it must name a module, such as "my_plugin"')
+    return EntryPoint(name, value, hookspecs.PROJECT).load()
 
 
 def _core_range_problem(distribution: Distribution) -> str | None:
-    """Say why this core is outside the range the distribution requires; None if it is inside."""
+    """Return why this core is outside the range that the distribution requires; None if it is inside."""
     for line in distribution.requires or ():
         try:
             requirement = Requirement(line)
@@ -210,7 +204,7 @@ def _core_range_problem(distribution: Distribution) -> str | None:
 
 
 class _Hooks(pluggy.PluginManager):
-    """pluggy looking at `alignprop_*` names only: looking at every name would trigger a module's lazy imports."""
+    """pluggy that reads only `alignprop_*` names; reading every name would trigger a module's lazy imports."""
 
     def parse_hookimpl_opts(self, plugin: Any, name: str) -> Any:
         return super().parse_hookimpl_opts(plugin, name) if name.startswith("alignprop_") else None
@@ -223,41 +217,35 @@ def load_all(candidates: Iterable[Candidate]) -> tuple[PluginRecord, ...]:
     """Import the candidates that are not refused, call their hooks one plugin at a time, and record what happened."""
     hooks = _Hooks(hookspecs.PROJECT)
     hooks.add_hookspecs(hookspecs)
-    records: list[PluginRecord | None] = []
-    waiting: list[tuple[int, Candidate, object, float, list[str]]] = []
-    for candidate in candidates:
-        records.append(None)
-        at = len(records) - 1
-        if candidate.refused:
-            status, error = candidate.refused
-            records[at] = candidate.record(status, error=error)
-            continue
-        start, had_torch = time.perf_counter(), "torch" in sys.modules
-        try:
-            with guarded() as printed:
-                plugin = candidate.load()
-                _add_own_hookspecs(hooks, plugin)
-        except PluginFailure as failure:
-            records[at] = candidate.record("failed", error=str(failure), traceback=failure.traceback)
-            continue
-        seconds = time.perf_counter() - start
-        warnings = _import_warnings(printed.getvalue(), seconds, not had_torch and "torch" in sys.modules)
-        waiting.append((at, candidate, plugin, seconds, warnings))
-    # Only now are all hook specifications known: a plugin may implement a hook that another one specifies.
-    for at, candidate, plugin, seconds, warnings in waiting:
-        records[at] = _call_hooks(hooks, candidate, plugin, seconds, warnings)
-    return tuple(record for record in records if record is not None)
+    # All are imported before hooks are called: a plugin may implement a hook that another one specifies.
+    imported = [(candidate, _import(hooks, candidate)) for candidate in candidates]
+    return tuple(
+        found if isinstance(found, PluginRecord) else _call_hooks(hooks, candidate, *found)
+        for candidate, found in imported
+    )
 
 
-def _add_own_hookspecs(hooks: _Hooks, plugin: object) -> None:
-    if any(hooks.parse_hookspec_opts(plugin, name) is not None for name in dir(plugin)):
-        hooks.add_hookspecs(plugin)  # type: ignore[arg-type]  # any object with attributes will do
+def _import(hooks: _Hooks, candidate: Candidate) -> PluginRecord | tuple[object, float, list[str]]:
+    """Import a plugin; return it with the seconds that took and warnings, or the record of a plugin that fails."""
+    if candidate.refused:
+        status, error = candidate.refused
+        return candidate.record(status, error=error)
+    start, had_torch = time.perf_counter(), "torch" in sys.modules
+    try:
+        with guarded() as printed:
+            plugin = candidate.load()
+            if any(hooks.parse_hookspec_opts(plugin, name) is not None for name in dir(plugin)):
+                hooks.add_hookspecs(plugin)  # type: ignore[arg-type]  # any object with attributes
+    except PluginFailure as failure:
+        return candidate.record("failed", error=str(failure), traceback=failure.traceback)
+    seconds = time.perf_counter() - start
+    return plugin, seconds, _import_warnings(printed.getvalue(), seconds, not had_torch and "torch" in sys.modules)
 
 
 def _import_warnings(printed: str, seconds: float, imported_torch: bool) -> list[str]:
     warnings = []
     if printed.strip():
-        warnings.append(f'prints when imported ("{" ".join(printed.split())[:60]}"); this was not shown')
+        warnings.append(f'prints when imported ("{" ".join(printed.split())[:60]}"); the output was suppressed')
     if imported_torch:
         warnings.append("its hook module imports torch; keep torch in the modules that factories name")
     if seconds > SLOW_IMPORT_SECONDS:
@@ -268,11 +256,10 @@ def _import_warnings(printed: str, seconds: float, imported_torch: bool) -> list
 def _call_hooks(
     hooks: _Hooks, candidate: Candidate, plugin: object, seconds: float, warnings: list[str]
 ) -> PluginRecord:
-    name = f"{candidate.distribution}:{candidate.entry_point}"
     offers: dict[str, tuple[Any, ...]] = {}
     try:
         with guarded():
-            hooks.register(plugin, name)
+            hooks.register(plugin, f"{candidate.distribution}:{candidate.entry_point}")
         for caller in hooks.get_hookcallers(plugin) or ():
             implementations = [impl for impl in caller.get_hookimpls() if impl.plugin is plugin]
             if caller.spec is None:
@@ -280,7 +267,7 @@ def _call_hooks(
                     warnings.append(_unknown_hook(caller.name, hooks))
                 continue
             for implementation in implementations:
-                # A generator runs, and may fail, only while it is read: hence tuple() inside the guard.
+                # _checked() runs inside the guard, because a generator may fail while it is read.
                 with guarded():
                     offered = _checked(caller.name, implementation.function())
                 offers[caller.name] = offers.get(caller.name, ()) + offered
@@ -294,21 +281,17 @@ def _call_hooks(
             warnings=tuple(warnings),
             seconds=seconds,
         )
-    warnings += _deprecations(offers)
+    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
+    warnings += [
+        f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
+        for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())
+    ]
     warnings += [
         f"{hook} is not marked with @hookimpl, so it is not called"
         for hook in SPEC_OF_HOOK
         if hook not in offers and hook in dir(plugin) and callable(getattr(plugin, hook))
     ]
     return candidate.record("loaded", warnings=tuple(warnings), offers=offers, seconds=seconds)
-
-
-def _deprecations(offers: Mapping[str, tuple[Any, ...]]) -> list[str]:
-    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
-    return [
-        f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
-        for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())
-    ]
 
 
 class _WrongOffer(Exception):
@@ -321,8 +304,7 @@ class _WrongApi(_WrongOffer):
 
 def _unknown_hook(name: str, hooks: _Hooks) -> str:
     known = [caller for caller, hook in vars(hooks.hook).items() if getattr(hook, "spec", None) is not None]
-    nearest = get_close_matches(name, known, n=1)
-    return f"unknown hook {name}, not called" + (f'; did you mean "{nearest[0]}"?' if nearest else "")
+    return f"unknown hook {name}, not called.{did_you_mean(name, known)}"
 
 
 def _checked(hook: str, returned: object) -> tuple[Any, ...]:
@@ -336,7 +318,7 @@ def _checked(hook: str, returned: object) -> tuple[Any, ...]:
         return offers
     for i, offer in enumerate(offers):
         if not isinstance(offer, kind):
-            raise _WrongOffer(f"{hook} returned {type(offer).__name__} at place {i}; it must return {kind.__name__}")
+            raise _WrongOffer(f"{hook} returned {type(offer).__name__} at index {i}; it must return {kind.__name__}")
         if not OLDEST_API_VERSION <= offer.api_version <= API_VERSION:
             older = "plugin" if offer.api_version < OLDEST_API_VERSION else "core"
             package = "NAME" if older == "plugin" else CORE

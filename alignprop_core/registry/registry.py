@@ -1,7 +1,7 @@
-"""Which plugin gives what: looking up rewards, models, families, prompt sets and weights by name. No torch.
+"""The registry: looks up by name what plugins offer. Imports no torch.
 
 A name offered by two distributions is an error that names both; `distribution/name` chooses. Code behind a spec is
-imported only when it is asked for, and what a plugin raises comes back as one error with the plugin's own traceback.
+imported only when it is used, and what a plugin raises becomes one error with the plugin's own traceback.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from alignprop_core.errors import AlignpropError, PluginError, RewardError
+from alignprop_core.errors import AlignpropError, PluginError, RewardError, did_you_mean
 from alignprop_core.registry.discovery import (
     BLOCK_VARIABLE,
     SPEC_OF_HOOK,
@@ -49,6 +48,9 @@ if TYPE_CHECKING:
 __all__ = ["Offer", "PluginRecord", "Registry", "default_registry", "load_object"]
 
 S = TypeVar("S")
+T = TypeVar("T")
+C = TypeVar("C")
+M = TypeVar("M", bound=BaseModel)
 
 _HOOK_OF_SPEC = {spec: hook for hook, spec in SPEC_OF_HOOK.items()}
 
@@ -107,7 +109,7 @@ class Registry:
         """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
         return self.given.get(name) or from_file(name)
 
-    # -- what there is ------------------------------------------------------------------------------------------
+    # -- offers -------------------------------------------------------------------------------------------------
 
     def offered(self, hook: str, kind: type[S]) -> tuple[Offer[S], ...]:
         """Return what all plugins returned from a hook, one that a plugin specified included.
@@ -200,17 +202,17 @@ class Registry:
     def _unknown(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> str:
         known = sorted({offer.name for offer in offers} | (self.given.keys() if what == "reward" else set()))
         message = f'No installed plugin offers the {what} "{name}".'
-        nearest = get_close_matches(name.rpartition("/")[2], known, n=1) or get_close_matches(name, known, n=1)
-        if nearest:
-            message += f' Did you mean "{nearest[0]}"?'
-        elif known:
+        nearest = did_you_mean(name.rpartition("/")[2], known) or did_you_mean(name, known)
+        if nearest or not known:
+            message += nearest
+        else:
             message += f" There are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
         broken = [record for record in self.plugins if record.status != "loaded"]
         if broken:
             listed = "; ".join(f"{r.distribution} ({r.status}: {r.error})" for r in broken[:5])
             message += f" It may belong to an installed plugin that is not loaded: {listed}."
         if what == "reward":
-            message += " `alignprop rewards list` shows what is there; more rewards come with `pip install`."
+            message += " `alignprop rewards list` lists the installed rewards; `pip install` adds more."
         return message
 
     # -- loaders ------------------------------------------------------------------------------------------------
@@ -225,13 +227,7 @@ class Registry:
     def loader_config_class(self, key: str) -> type[BaseModel]:
         """Import the config class of a loader, and not the loader; `PluginError` if it is missing or no such class."""
         offer = self.loader(key)
-        found = load_object(offer, offer.spec.config, "config class")
-        if not (isinstance(found, type) and issubclass(found, BaseModel)):
-            raise PluginError(
-                f"{belongs(offer)}: its config class {offer.spec.config} is {_what_it_is(found)}; it must be a "
-                "pydantic model. Report this to the plugin's authors."
-            )
-        return found
+        return _load_class(offer, offer.spec.config, "config class", BaseModel)
 
     def loader_config(self, key: str, value: object) -> BaseModel:
         """Check the value under a loader's key with the loader's config class.
@@ -240,23 +236,8 @@ class Registry:
             InvalidConfig: with one problem for every wrong key.
             PluginError: the loader or its config class is not available.
         """
-        from alignprop_core.validation import InvalidConfig, explain
-
         kind = self.loader_config_class(key)
-        if isinstance(value, kind):
-            return value
-        try:
-            with guarded():
-                # Strict, by way of JSON: as for options.
-                return kind.model_validate_json(json.dumps(value, default=str), strict=True)
-        except PluginFailure as failure:
-            if not isinstance(failure.__cause__, ValidationError):
-                raise _plugin_error(
-                    f"{belongs(self.loader(key))}: checking its config failed: {failure}.", failure
-                ) from failure
-            problems = explain(failure.__cause__, kind, key)
-            lines = [f"{key}{'.' if problem.path else ''}{problem.key}: {problem.message}" for problem in problems]
-            raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+        return value if isinstance(value, kind) else _validate(self.loader(key), kind, value, key)
 
     def source(self, loader: tuple[str, BaseModel] | None) -> RewardSource:
         """Return what looks up the reward of an entry: its loader, or this registry if the entry has none.
@@ -270,16 +251,10 @@ class Registry:
         """Import and build a loader; `PluginError` if that fails."""
         offer = self.loader(key)
         factory: Any = load_object(offer, offer.spec.factory, "factory")
-        try:
-            with guarded():
-                found = factory(config, self)
-        except PluginFailure as failure:
-            if isinstance(failure.__cause__, AlignpropError):
-                raise failure.__cause__ from failure.__cause__.__cause__
-            raise _plugin_error(f"{belongs(offer)}: it could not be built: {failure}.", failure) from failure
+        found = _build(offer, partial(factory, config, self), PluginError)
         if not isinstance(found, RewardLoader):
             raise PluginError(
-                f"{belongs(offer)}: {offer.spec.factory} returned an object {_what_it_is(found)} that is not a "
+                f"{belongs(offer)}: {offer.spec.factory} returned an object {_kind(found)} that is not a "
                 "`RewardLoader`. Report this to the plugin's authors."
             )
         return found
@@ -292,16 +267,10 @@ class Registry:
         if local is not None:
             return local.config_class
         offer = self.reward(name)
-        # A plugin may hold rewards under other licences than its own; the spec's is asked before their code loads.
+        # A plugin may contain rewards with other licenses than its own; the spec's is checked before their code loads.
         if offer.spec.license and (problem := self.licenses.problem(offer.spec.license)):
             raise PluginError(f"{belongs(offer)} may not be used here: {problem}.")
-        found = load_object(offer, offer.spec.config, "options class")
-        if not (isinstance(found, type) and issubclass(found, RewardConfig)):
-            raise PluginError(
-                f"{belongs(offer)}: its options class {offer.spec.config} is {_what_it_is(found)}; it must be a "
-                "subclass of alignprop_core.RewardConfig. Report this to the plugin's authors."
-            )
-        return found
+        return _load_class(offer, offer.spec.config, "options class", RewardConfig)
 
     def option_names(self, name: str) -> frozenset[str]:
         """Return the names of a reward's options."""
@@ -319,26 +288,13 @@ class Registry:
 
         Raises:
             ConfigError: with one line for every wrong key.
-            PluginError: the reward or its options class cannot be had.
+            PluginError: the reward or its options class is not available.
         """
-        from alignprop_core.validation import InvalidConfig, dotted, explain
-
         kind = self.reward_config_class(name)
         given = self.given.get(name)
         if given is not None and given.given is not None:
             return _own_options(name, given.given, options or {}, where)
-        try:
-            with guarded():
-                # Strict, as the rest of the config is: true is not 1 and "95" is not 95. By way of JSON, because only
-                # there does pydantic's strict mode still take a list for a tuple or a string for a path.
-                return kind.model_validate_json(json.dumps(dict(options or {}), default=str), strict=True)
-        except PluginFailure as failure:
-            if not isinstance(failure.__cause__, ValidationError):
-                offer = self.reward(name)
-                raise _plugin_error(f"{belongs(offer)}: checking its options failed: {failure}.", failure) from failure
-            problems = explain(failure.__cause__, kind, where)
-            lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
-            raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+        return _validate(self.reward(name), kind, dict(options or {}), where)
 
     def load_reward(self, name: str, options: Mapping[str, Any] | RewardConfig | None = None) -> Reward:
         """Import a reward, build it with its options and freeze it. Imports torch.
@@ -350,29 +306,14 @@ class Registry:
         """
         local = self.local(name)
         offer = self.reward(name)
-        self.reward_config_class(name)  # its licence is looked at there, also for options that are checked already
+        self.reward_config_class(name)  # it checks the license, also for options that are checked already
         config = options if isinstance(options, RewardConfig) else self.reward_options(name, options)
         if local is not None and local.given is not None:
             return local.given.freeze()
-        factory = local.kind if local is not None else load_object(offer, offer.spec.factory, "class")
         from alignprop_core.reward import Reward
 
-        if not (isinstance(factory, type) and issubclass(factory, Reward)):
-            raise PluginError(
-                f"{belongs(offer)}: {offer.spec.factory} is {_what_it_is(factory)}; it must be a subclass of "
-                f"alignprop_core.Reward. Report this to the plugin's authors."
-            )
-        try:
-            with guarded() as printed:
-                reward = factory(config).freeze()
-        except PluginFailure as failure:
-            if isinstance(failure.__cause__, AlignpropError):
-                raise failure.__cause__ from failure.__cause__.__cause__
-            message = f"{belongs(offer)}: it could not be built: {failure}."
-            error = RewardError(message)
-            error.add_note(failure.traceback)
-            raise error from failure.__cause__
-        sys.stderr.write(printed.getvalue())
+        kind = local.kind if local is not None else _load_class(offer, offer.spec.factory, "class", Reward)  # type: ignore[type-abstract]
+        reward = _build(offer, lambda: kind(config).freeze(), RewardError)
         if not isinstance(reward, Reward):
             raise PluginError(f"{belongs(offer)}: its freeze() must return the reward itself.")
         return reward
@@ -380,7 +321,7 @@ class Registry:
 
 @cache
 def default_registry() -> Registry:
-    """Return the registry of this environment; plugins are discovered once a process."""
+    """Return the registry of this environment; plugins are discovered once per process."""
     return Registry.discover()
 
 
@@ -396,12 +337,12 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
             module = import_module(module_name)
             found: object = getattr(module, attribute, None)
     except PluginFailure as failure:
-        raise _plugin_error(
+        message = (
             f"{belongs(offer)}: its {what} {path} cannot be imported: {failure}. Repair or reinstall "
-            f"{offer.distribution}, or keep it out with {BLOCK_VARIABLE}={offer.distribution}.",
-            failure,
-        ) from failure.__cause__
-    # Standard output may be a JSON document by now, so a plugin's own words go to standard error.
+            f"{offer.distribution}, or keep it out with {BLOCK_VARIABLE}={offer.distribution}."
+        )
+        raise _with_traceback(PluginError(message), failure) from failure.__cause__
+    # Standard output may be a JSON document, so what a plugin prints goes to standard error.
     sys.stderr.write(printed.getvalue())
     if found is None:
         raise PluginError(
@@ -409,6 +350,50 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
             "plugin's authors."
         )
     return found
+
+
+def _load_class(offer: Offer[Any], path: str, what: str, base: type[C]) -> type[C]:
+    """Import a subclass of `base` that an offer names."""
+    found = load_object(offer, path, what)
+    if isinstance(found, type) and issubclass(found, base):
+        return found
+    expected = f"{base.__module__.partition('.')[0]}.{base.__name__}"
+    raise PluginError(
+        f"{belongs(offer)}: its {what} {path} is {_kind(found)}; it must be a subclass of {expected}. Report this to "
+        "the plugin's authors."
+    )
+
+
+def _validate(offer: Offer[Any], kind: type[M], value: object, where: str) -> M:
+    """Check a value with a plugin's own pydantic class; `where` is its key, for messages."""
+    from alignprop_core.validation import InvalidConfig, dotted, explain
+
+    try:
+        with guarded():
+            # Strict, as the rest of the config is: true is not 1 and "95" is not 95. As JSON, because only there does
+            # pydantic's strict mode accept a list for a tuple or a string for a path.
+            return kind.model_validate_json(json.dumps(value, default=str), strict=True)
+    except PluginFailure as failure:
+        if not isinstance(failure.__cause__, ValidationError):
+            message = f"{belongs(offer)}: checking its options failed: {failure}."
+            raise _with_traceback(PluginError(message), failure) from failure
+        problems = explain(failure.__cause__, kind, where)
+        lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
+        raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+
+
+def _build(offer: Offer[Any], factory: Callable[[], T], error: type[AlignpropError]) -> T:
+    """Call a plugin's factory; its own `AlignpropError`s pass, everything else becomes `error`."""
+    try:
+        with guarded() as printed:
+            built = factory()
+    except PluginFailure as failure:
+        if isinstance(failure.__cause__, AlignpropError):
+            raise failure.__cause__ from failure.__cause__.__cause__
+        message = f"{belongs(offer)}: it could not be built: {failure}."
+        raise _with_traceback(error(message), failure) from failure.__cause__
+    sys.stderr.write(printed.getvalue())
+    return built
 
 
 def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: str) -> RewardConfig:
@@ -426,11 +411,10 @@ def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: s
     return reward.config
 
 
-def _what_it_is(found: object) -> str:
+def _kind(found: object) -> str:
     return f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
 
 
-def _plugin_error(message: str, failure: PluginFailure) -> PluginError:
-    error = PluginError(message)
+def _with_traceback(error: AlignpropError, failure: PluginFailure) -> AlignpropError:
     error.add_note(failure.traceback)
     return error

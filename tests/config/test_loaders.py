@@ -212,7 +212,7 @@ def test_a_key_of_two_distributions_is_refused(install: Callable[..., Registry],
 
 BROKEN = {
     "config": ("raise OSError('no disk')\n", LOADER, r"rewards\.0\.scaled: .*config class .*no disk"),
-    "no model": ("class Settings: pass\n", LOADER, r"rewards\.0\.scaled: .*must be a pydantic model"),
+    "no model": ("class Settings: pass\n", LOADER, r"rewards\.0\.scaled: .*must be a subclass of pydantic\.BaseModel"),
     "factory": (CONFIG, "class Scaled:\n    def __init__(self, *_): raise OSError('no disk')\n", "could not be built"),
     "no loader": (CONFIG, "class Scaled:\n    def __init__(self, *_): pass\n", "not a `RewardLoader`"),
 }

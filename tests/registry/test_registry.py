@@ -51,7 +51,7 @@ BROKEN: dict[str, tuple[dict[str, object], str, str]] = {
         "failed",
         "OSError: late",
     ),
-    "wrong-type": ({"module": rewards_hook("return ['redness']")}, "failed", "returned str at place 0"),
+    "wrong-type": ({"module": rewards_hook("return ['redness']")}, "failed", "returned str at index 0"),
     "one-spec": ({"module": rewards_hook(f"return {reward_spec('one', 'x')}")}, "failed", "must return a list of"),
     "nothing": ({"module": rewards_hook("return None")}, "failed", "alignprop_register_rewards returned NoneType"),
     "bad-spec": ({"module": rewards_hook("return [RewardSpec(name='Bad Name')]")}, "failed", "ValidationError"),
@@ -120,7 +120,7 @@ def test_a_torn_installation_is_reported_and_not_imported(site: Path, metadata: 
     assert record(registry, "fake-works").status == "loaded"
 
 
-def test_a_plugins_traceback_is_its_own(site: Path) -> None:
+def test_a_traceback_has_only_frames_of_the_plugin(site: Path) -> None:
     install(site, "fake-raises", rewards_hook("raise RuntimeError('boom')"))
     shown = record(discover(), "fake-raises").traceback or ""
     assert "fake_raises" in shown
@@ -128,7 +128,7 @@ def test_a_plugins_traceback_is_its_own(site: Path) -> None:
     assert "discovery.py" not in shown
 
 
-def test_keyboard_interrupt_is_the_users(site: Path) -> None:
+def test_keyboard_interrupt_is_not_caught(site: Path) -> None:
     install(site, "fake-interrupt", "raise KeyboardInterrupt")
     with pytest.raises(KeyboardInterrupt):
         discover()
@@ -177,7 +177,7 @@ def test_a_distribution_on_the_path_twice_counts_once(site: Path, monkeypatch: p
     assert record(discover(), "fake-works").version == "1.0"
 
 
-def test_printing_on_import_is_caught_and_said(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_on_import_is_caught_and_reported(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loud = "print('HELLO')\n" + rewards_hook(f"print('AGAIN'); return [{reward_spec('loud', 'fake_loud')}]")
     install(site, "fake-loud", loud)
     found = record(discover(), "fake-loud")
@@ -186,16 +186,16 @@ def test_printing_on_import_is_caught_and_said(site: Path, capsys: pytest.Captur
     assert capsys.readouterr().out == ""
 
 
-def test_an_unknown_hook_is_said_with_the_nearest_name(site: Path) -> None:
+def test_an_unknown_hook_is_reported_with_the_nearest_name(site: Path) -> None:
     install(site, "fake-typo", f"{HEAD}@hookimpl\ndef alignprop_register_reward():\n    return []\n")
     found = record(discover(), "fake-typo")
     assert found.status == "loaded"
     assert found.warnings == (
-        'unknown hook alignprop_register_reward, not called; did you mean "alignprop_register_rewards"?',
+        'unknown hook alignprop_register_reward, not called. Did you mean "alignprop_register_rewards"?',
     )
 
 
-def test_a_hook_without_its_mark_is_said(site: Path) -> None:
+def test_a_hook_without_hookimpl_is_reported(site: Path) -> None:
     install(site, "fake-unmarked", "def alignprop_register_rewards():\n    return []\n")
     assert "is not marked with @hookimpl" in record(discover(), "fake-unmarked").warnings[0]
 
@@ -356,7 +356,7 @@ def test_a_reward_is_built_frozen_with_its_options(site: Path) -> None:
         ),
     ],
 )
-def test_a_reward_that_cannot_load_says_why(site: Path, reward: str, error: type[Exception], message: str) -> None:
+def test_a_reward_that_cannot_load_is_reported(site: Path, reward: str, error: type[Exception], message: str) -> None:
     install(site, "fake-broken", reward=reward)
     registry = discover()
     with pytest.raises(error) as caught:
