@@ -14,7 +14,7 @@ from alignprop_core.cli import common
 from alignprop_core.cli.extensions import ExtensibleGroup
 
 if TYPE_CHECKING:
-    from alignprop_core.lora.whole import WholeLora
+    from alignprop_core.lora.files import LoraFile
 
 app = typer.Typer(cls=ExtensibleGroup, help="Inspect, convert, scale, merge and fuse LoRA files.", no_args_is_help=True)
 
@@ -93,11 +93,11 @@ def convert(
 ) -> None:
     """Convert a LoRA between diffusers' and kohya's formats."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.whole import read_whole
+    from alignprop_core.lora.files import read_file
 
     if to not in ("both", "diffusers", "kohya"):
         raise UserError(f"--to {to}: choose diffusers, kohya or both.")
-    _write(read_whole(lora), output, name, ("diffusers", "kohya") if to == "both" else (to,))
+    _write(read_file(lora), output, name, ("diffusers", "kohya") if to == "both" else (to,))
 
 
 @app.command(cls=_TakesNegativeNumbers)
@@ -109,9 +109,9 @@ def scale(
 ) -> None:
     """Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the original."""
     from alignprop_core.lora.merging import scale as scaled
-    from alignprop_core.lora.whole import read_whole
+    from alignprop_core.lora.files import read_file
 
-    _write(scaled(read_whole(lora), strength), output, name)
+    _write(scaled(read_file(lora), strength), output, name)
 
 
 @app.command()
@@ -130,11 +130,11 @@ def merge(
     """Merge LoRAs: the weighted sum of their weight changes, not an average of their factors."""
     from alignprop_core.errors import UserError
     from alignprop_core.lora.merging import merge as merged
-    from alignprop_core.lora.whole import read_whole
+    from alignprop_core.lora.files import read_file
 
     if sweep and (weights or len(loras) != 2):
         raise UserError("--sweep merges two LoRAs at several shares: give two LoRAs and no --weights.")
-    read = [read_whole(lora) for lora in loras]
+    read = [read_file(lora) for lora in loras]
     names = [lora.name for lora in loras]
     given = common.numbers(weights, "--weights") if weights else [1 / len(loras)] * len(loras)
     shares = common.numbers(sweep, "--sweep") if sweep else []
@@ -165,9 +165,9 @@ def fuse(
         raise UserError(f"--precision {precision}: choose fp32, fp16 or bf16.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and is not empty; choose another folder.")
-    from alignprop_core.lora.whole import read_whole
+    from alignprop_core.lora.files import read_file
 
-    read = read_whole(lora)
+    read = read_file(lora)
     with common.status("loading the model"):
         import torch
 
@@ -187,9 +187,9 @@ def fuse(
     )
 
 
-def _write(lora: WholeLora, output: Path, name: str, formats: tuple[str, ...] = ("diffusers", "kohya")) -> None:
+def _write(lora: LoraFile, output: Path, name: str, formats: tuple[str, ...] = ("diffusers", "kohya")) -> None:
     from alignprop_core._files import safe_name
-    from alignprop_core.lora.whole import write_whole
+    from alignprop_core.lora.files import write_files
 
-    files = write_whole(lora, output, name or safe_name(output.absolute().name), formats=formats)
+    files = write_files(lora, output, name or safe_name(output.absolute().name), formats=formats)
     common.print_facts([("LoRA", str(file)) for file in files] + [("rank", str(lora.rank))])

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the denoiser: attach, save and load in the formats others read.
+"""Low-rank adapters (LoRA) on the denoiser: attach, scale, merge, fuse, save and load.
 
 A layer's weight W becomes W + scale * B A, with A (rank, in) and B (out, rank); W is frozen, B starts at zero
 (LoRA, https://arxiv.org/abs/2106.09685). `scale` is alpha / rank, or alpha / sqrt(rank) where it is rank-stabilized
@@ -15,28 +15,23 @@ _PUBLIC = {
     "ADAPTER": "alignprop_core.lora.adapters",
     "DEFAULT_TARGETS": "alignprop_core.lora.adapters",
     "DIFFUSERS_NAME": "alignprop_core.locate",
-    "Factors": "alignprop_core.lora.formats",
-    "Merged": "alignprop_core.lora.merging",
-    "WholeLora": "alignprop_core.lora.whole",
+    "LoraFile": "alignprop_core.lora.files",
     "attach": "alignprop_core.lora.adapters",
     "attach_frozen": "alignprop_core.lora.adapters",
     "current": "alignprop_core.lora.adapters",
     "disabled": "alignprop_core.lora.adapters",
     "fuse": "alignprop_core.lora.fusing",
-    "load_delta": "alignprop_core.lora.formats",
     "load_state": "alignprop_core.lora.adapters",
     "merge": "alignprop_core.lora.merging",
     "parameters": "alignprop_core.lora.adapters",
     "read_lora": "alignprop_core.lora.formats",
-    "read_whole": "alignprop_core.lora.whole",
+    "read_file": "alignprop_core.lora.files",
     "save": "alignprop_core.lora.adapters",
-    "save_kohya": "alignprop_core.lora.adapters",
     "scale": "alignprop_core.lora.merging",
     "set_strength": "alignprop_core.lora.adapters",
     "state": "alignprop_core.lora.adapters",
-    "write_diffusers": "alignprop_core.lora.formats",
     "write_kohya": "alignprop_core.lora.formats",
-    "write_whole": "alignprop_core.lora.whole",
+    "write_files": "alignprop_core.lora.files",
 }
 
 if TYPE_CHECKING:
@@ -50,27 +45,22 @@ if TYPE_CHECKING:
     from alignprop_core.lora.adapters import load_state as load_state
     from alignprop_core.lora.adapters import parameters as parameters
     from alignprop_core.lora.adapters import save as save
-    from alignprop_core.lora.adapters import save_kohya as save_kohya
     from alignprop_core.lora.adapters import set_strength as set_strength
     from alignprop_core.lora.adapters import state as state
-    from alignprop_core.lora.formats import Factors as Factors
-    from alignprop_core.lora.formats import load_delta as load_delta
+    from alignprop_core.lora.files import LoraFile as LoraFile
+    from alignprop_core.lora.files import read_file as read_file
+    from alignprop_core.lora.files import write_files as write_files
     from alignprop_core.lora.formats import read_lora as read_lora
-    from alignprop_core.lora.formats import write_diffusers as write_diffusers
     from alignprop_core.lora.formats import write_kohya as write_kohya
     from alignprop_core.lora.fusing import fuse as fuse
-    from alignprop_core.lora.merging import Merged as Merged
     from alignprop_core.lora.merging import merge as merge
     from alignprop_core.lora.merging import scale as scale
-    from alignprop_core.lora.whole import WholeLora as WholeLora
-    from alignprop_core.lora.whole import read_whole as read_whole
-    from alignprop_core.lora.whole import write_whole as write_whole
 
 __all__ = [*_PUBLIC]
 
 
 def __getattr__(name: str) -> object:
-    """Load a name from its module the first time it is asked for: importing this package imports no torch."""
+    """Load a name from its module at first access: importing this package imports no torch."""
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'alignprop_core.lora' has no attribute {name!r}")

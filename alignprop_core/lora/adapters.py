@@ -1,4 +1,4 @@
-"""Adapters on a live model, through peft: attach, freeze, scale, switch off, save."""
+"""Adapters on a loaded model, through peft: attach, scale, disable, save."""
 
 from __future__ import annotations
 
@@ -14,34 +14,27 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from alignprop_core.errors import LoraError
-from alignprop_core.locate import DIFFUSERS_NAME
-from alignprop_core.lora.formats import (
-    DENOISER,
-    Factors,
-    read_lora,
-    write_diffusers,
-    write_kohya,
-)
+from alignprop_core.lora.files import FORMATS, LoraFile, architecture, write_files
+from alignprop_core.lora.formats import DENOISER, Factors, read_lora
 from alignprop_core.lora.layers import (
     activate,
     adapter_names,
     attached,
     bare,
-    drawn,
     ending,
     find_targets,
     fit,
+    initial_a,
     inject,
     layers_of,
     scale_of,
 )
-from alignprop_core.lora.whole import architecture
 
 ADAPTER = "alignprop"
 """Name of the adapter that is trained."""
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-"""The attention projections of the denoiser."""
+"""Layers that are adapted by default: the attention projections of the denoiser."""
 
 
 def attach(
@@ -59,26 +52,28 @@ def attach(
 
     Args:
         denoiser: the network to adapt; linear and convolution layers can be.
-        rank: inner size of the factors.
+        rank: rank of the weight changes.
         alpha: the change is scaled by alpha / rank; None means alpha = rank.
         target_modules: names of layers, or ends of names at a dot (`to_q`, `mid_block.attentions.0.proj_in`);
             None means `DEFAULT_TARGETS`.
-        use_rslora: scale by alpha / sqrt(rank) instead.
-        init_from: a LoRA folder or file to go on from, in either format: the weight change starts as the file's.
-            Target layers the file does not name start at no change.
-        seed: A is drawn from this and the layer's name alone, uniform in +-1/sqrt(inputs); B is zero. The global
-            random state is neither read nor moved.
-        dtype: of the adapter, whatever the base has.
+        use_rslora: scale by alpha / sqrt(rank) instead (rsLoRA).
+        init_from: a LoRA folder or file, in either format, whose weight change is the initial one. Target layers that
+            are not in the file start with B = 0.
+        seed: without `init_from`, A depends on the seed and the layer's name alone, uniform in +-1/sqrt(inputs), and
+            B = 0. The global random state is neither used nor changed.
+        dtype: dtype of the adapter, independent of the base network's.
 
     Raises:
-        LoraError: an adapter is attached already, a target is unknown, or the file does not fit.
+        LoraError: the network already has a trainable adapter, a target is unknown, or the file does not fit.
     """
     if rank < 1:
         raise LoraError(f"lora.rank is {rank}: it must be at least 1.")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-        raise LoraError(f"lora.alpha is {alpha}: it must be above 0; leave it out for alpha = rank.")
+        raise LoraError(f"lora.alpha is {alpha}: it must be above 0; omit it for alpha = rank.")
     if ADAPTER in adapter_names(denoiser):
-        raise LoraError("This model carries a trainable adapter already. Build a fresh model, or train the one it has.")
+        raise LoraError(
+            "This model already has a trainable adapter. Load the model again, or train that adapter."
+        )
     names = find_targets(denoiser, DEFAULT_TARGETS if target_modules is None else target_modules)
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 
@@ -95,9 +90,10 @@ def attach(
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
             if name in start:
                 a.copy_(start[name].down)
+                # The file's scale goes into B, divided by this adapter's own, so that the product is the file's change.
                 b.copy_(start[name].folded_up() / scale_of(layer, ADAPTER))
             else:
-                a.copy_(drawn(a.shape, seed, name))
+                a.copy_(initial_a(a.shape, seed, name))
                 b.zero_()
     return parameters(denoiser)
 
@@ -105,40 +101,42 @@ def attach(
 def attach_frozen(
     model: Any, path: str | Path, strength: float = 1.0, name: str = "frozen", dtype: torch.dtype = torch.float32
 ) -> None:
-    """Apply a LoRA of either format at `strength`, and freeze it; it stays active beside every other adapter.
+    """Apply a LoRA of either format, frozen, in addition to all other adapters.
 
     Args:
-        model: a diffusers pipeline, whose denoiser and text encoders take their parts of the file; or a denoiser
-            alone, and then a file that also changes a text encoder is refused.
+        model: a diffusers pipeline, whose denoiser and text encoders get their parts of the file; or a denoiser alone,
+            with which a file that also changes a text encoder is an error.
         path: a LoRA folder or file.
-        strength: factor on the weight change; 1 is the file's own.
-        name: name of the adapter; every LoRA on a model has its own.
-        dtype: of the adapter, whatever the base has.
+        strength: factor on the weight change.
+        name: name of the adapter; unique on the model.
+        dtype: dtype of the adapter, independent of the base network's.
 
     Raises:
-        LoraError: the file cannot be read or does not fit; the model is as it was.
+        LoraError: the file cannot be read or does not fit; the model is unchanged.
     """
     if not math.isfinite(strength):
-        raise LoraError(f"{path}: its strength is {strength}; give a finite number.")
+        raise LoraError(f"{path}: the strength is {strength}; it must be a finite number.")
     if isinstance(model, nn.Module):
         components: dict[str, nn.Module | None] = {DENOISER: model}
     else:
         components = {DENOISER: getattr(model, "unet", None) or getattr(model, "transformer", None)}
         components |= {part: getattr(model, part, None) for part in ("text_encoder", "text_encoder_2")}
 
+    # All parts are checked before the first is changed.
     fitted: list[tuple[nn.Module, dict[str, Factors]]] = []
     for component, factors in read_lora(path).items():
         part = components.get(component)
         if part is None:
             raise LoraError(
-                f"{path} also changes the {component}, which this model lacks or which was not given. "
+                f"{path} also changes the {component}, which this model does not have or which was not passed. "
                 "Use a LoRA made for this kind of model; in code, pass the whole pipeline."
             )
         if name in adapter_names(part):
-            raise LoraError(f"{path}: an adapter named {name} is on the model already; choose another name.")
+            raise LoraError(f"{path}: the model already has an adapter named {name}; choose another name.")
         fitted.append((part, fit(factors, part, path)))
 
     for part, factors in fitted:
+        # alpha = rank for each layer: the scale is folded into B.
         ranks = {f"^{re.escape(module)}": layer.rank for module, layer in factors.items()}
         config = LoraConfig(target_modules=list(factors), rank_pattern=ranks, alpha_pattern=ranks)
         inject(part, config, name, dtype, trainable=False)
@@ -150,7 +148,7 @@ def attach_frozen(
 
 
 def parameters(denoiser: nn.Module) -> list[nn.Parameter]:
-    """The trainable adapter's parameters, A and B of each layer in module order."""
+    """Return the trainable parameters: A (rank, in, ...) and B (out, rank, ...) of each layer, in module order."""
     found: list[nn.Parameter] = []
     for _, layer in attached(denoiser, ADAPTER):
         found += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
@@ -158,16 +156,16 @@ def parameters(denoiser: nn.Module) -> list[nn.Parameter]:
 
 
 def set_strength(denoiser: nn.Module, strength: float, *, name: str = ADAPTER) -> None:
-    """Scale an adapter's weight change: 0 is the base, 1 as trained. `save` and `state` do not see it."""
+    """Multiply an adapter's weight change: 0 is the base, 1 as trained. `save` and `state` ignore it."""
     if not math.isfinite(strength):
-        raise LoraError(f"A LoRA strength of {strength} means nothing; give a finite number.")
+        raise LoraError(f"The LoRA strength is {strength}; it must be a finite number.")
     for _, layer in attached(denoiser, name):
         layer.set_scale(name, strength)
 
 
 @contextmanager
 def disabled(denoiser: nn.Module, *, name: str = ADAPTER) -> Iterator[None]:
-    """The model without the trained adapter; frozen LoRAs stay on. Nests, and costs nothing in the forward pass."""
+    """Disable an adapter inside the block, by default the trainable one; others stay on. Nests."""
     before = [(layer, list(layer.active_adapters)) for _, layer in attached(denoiser, name)]
     try:
         for layer, active in before:
@@ -179,7 +177,7 @@ def disabled(denoiser: nn.Module, *, name: str = ADAPTER) -> Iterator[None]:
 
 
 def state(denoiser: nn.Module) -> dict[str, Tensor]:
-    """The trainable adapter's raw tensors (copies, same device and dtype), for checkpoints: exact."""
+    """Return copies of the trainable adapter's tensors, on the same device in the same dtype, for checkpoints."""
     tensors: dict[str, Tensor] = {}
     for name, layer in attached(denoiser, ADAPTER):
         tensors[f"{name}.lora_A"] = layer.lora_A[ADAPTER].weight.detach().clone()
@@ -188,10 +186,10 @@ def state(denoiser: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `state` gave.
+    """Restore what `state` returned.
 
     Raises:
-        LoraError: names or shapes differ from the attached adapter's; nothing is changed then.
+        LoraError: names or shapes differ from the attached adapter's; nothing is changed.
     """
     own: dict[str, Tensor] = {}
     for name, layer in attached(denoiser, ADAPTER):
@@ -212,9 +210,9 @@ def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def current(denoiser: nn.Module) -> dict[str, Factors]:
-    """The trained weight change at strength 1: {module name: Factors}, in the CPU's memory.
+    """Return the trained weight change at strength 1, {module name: Factors}, on the CPU.
 
-    There because it is written in float64 first, which Apple GPUs lack.
+    Files are computed in float64, which Apple GPUs lack.
     """
     return {
         name: Factors(
@@ -233,37 +231,27 @@ def save(
     name: str,
     metadata: Mapping[str, str] | None = None,
     component: str = "unet",
+    formats: tuple[str, ...] = FORMATS,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write the trained adapter twice into `folder`: diffusers' format, and NAME.safetensors in kohya's layout.
+    """Write the trained adapter into a folder: diffusers' format, and NAME.safetensors in kohya's layout.
 
-    Each file appears whole or not at all. `component` is the denoiser's name in its pipeline ("unet" or "transformer").
+    Args:
+        denoiser: the network with the trainable adapter.
+        folder: the folder; created if it does not exist. Each file is written atomically.
+        name: name of the file in kohya's layout, without suffix.
+        metadata: entries of the files' headers.
+        component: the denoiser's name in its pipeline, "unet" or "transformer".
+        formats: what to write: "diffusers", "kohya" or both.
+        dtype: dtype of the stored tensors.
 
     Raises:
-        LoraError: the name is that of diffusers' own file, or is no plain file name.
+        LoraError: the name is that of diffusers' file, or contains a folder.
         OutputError: the folder cannot be written to.
     """
-    file = f"{name}.safetensors"
-    if file.endswith(DIFFUSERS_NAME) or Path(file).name != file:
-        raise LoraError(f'"{name}" cannot name a LoRA file; choose a plain name such as "my-style".')
-    folder = Path(folder)
-    header = {str(key): str(value) for key, value in (metadata or {}).items()}
-    write_diffusers(folder / DIFFUSERS_NAME, current(denoiser), component=component, metadata=header, dtype=dtype)
-    save_kohya(denoiser, folder / file, metadata=header, component=component, dtype=dtype)
-
-
-def save_kohya(
-    denoiser: nn.Module,
-    file: Path,
-    *,
-    metadata: Mapping[str, str] | None = None,
-    component: str = "unet",
-    dtype: torch.dtype = torch.float32,
-) -> None:
-    """Write the trained adapter in kohya's layout with a modelspec header, atomically. Errors as `save`."""
-    header = _architecture(bare(denoiser))
-    header |= {str(key): str(value) for key, value in (metadata or {}).items()}
-    write_kohya(Path(file), current(denoiser), component=component, metadata=header, dtype=dtype)
+    header = _architecture(bare(denoiser)) | {str(key): str(value) for key, value in (metadata or {}).items()}
+    lora = LoraFile({DENOISER: current(denoiser)}, component, header)
+    write_files(lora, folder, name, formats=formats, title=header.get("modelspec.title"), dtype=dtype)
 
 
 def _architecture(denoiser: nn.Module) -> dict[str, str]:
@@ -272,12 +260,12 @@ def _architecture(denoiser: nn.Module) -> dict[str, str]:
 
 
 def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequence[str]) -> dict[str, Factors]:
-    """The factors of `lora.init_from`, checked against the adapter about to be made."""
+    """Return the factors of `lora.init_from` by layer name, checked against the new adapter's rank and layers."""
     parts = read_lora(path)
     if others := sorted(parts.keys() - {DENOISER}):
         raise LoraError(
             f"lora.init_from: {path} also changes the {others[0]}, and only the denoiser is trained here. "
-            "List it under model.loras instead: it is then applied and frozen."
+            "List it under model.loras instead, which applies it frozen."
         )
     start = fit(parts[DENOISER], denoiser, path)
     ranks = sorted({layer.rank for layer in start.values()})

@@ -1,7 +1,7 @@
-"""LoRA files: read either format, write both. Knows tensors and names, no model.
+"""LoRA file formats: read and write diffusers' format and kohya's key layout. Needs no model.
 
-diffusers' format names a factor `unet.down_blocks.0...to_q.lora_A.weight` and keeps alpha in the header;
-kohya's names it `lora_unet_down_blocks_0_..._to_q.lora_down.weight` and keeps alpha in a tensor beside it.
+diffusers' format names a factor `unet.down_blocks.0...to_q.lora_A.weight` and stores alpha in the header;
+kohya's names it `lora_unet_down_blocks_0_..._to_q.lora_down.weight` and stores alpha in a tensor of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _KOHYA_COMPONENTS = {
 _PEFT = "base_model.model."  # peft's own files
 _FACTOR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>A|B|down|up)\.weight")
 
-# Identifiers with an underscore inside, so that a flattened name can be taken apart again.
+# Module names that contain an underscore: kohya's flattened names use it in place of dots, too.
 _COMPOUNDS = re.findall(
     r"\w+",
     """down_blocks up_blocks mid_block transformer_blocks single_transformer_blocks ff_context
@@ -57,7 +57,13 @@ _FLATTENED = re.compile(  # whole parts between dots, the longest first
 
 
 class Factors(NamedTuple):
-    """One layer's weight change, scale * B A. `down` is A (rank, in, *kernel), `up` is B (out, rank, *ones)."""
+    """The weight change of one layer, scale * B A.
+
+    Attributes:
+        down: A, (rank, in, *kernel).
+        up: B, (out, rank, *ones).
+        scale: alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling.
+    """
 
     down: Tensor
     up: Tensor
@@ -65,37 +71,45 @@ class Factors(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """Rank of the change: rows of A."""
+        """Rank of the change: number of rows of A."""
         return int(self.down.shape[0])
 
     def folded_up(self) -> Tensor:
-        """scale * B in float64."""
+        """Return scale * B, (out, rank, *ones), in float64."""
         return self.up.double() * self.scale
 
     def change(self) -> Tensor:
-        """The weight change (out, in, *kernel) in float64."""
+        """Return the weight change, (out, in, *kernel), in float64."""
+        # A convolution's A contains the whole kernel and its B is 1x1, so the change is one matrix product.
         product = self.folded_up().flatten(1) @ self.down.double().flatten(1)
         return product.reshape(self.up.shape[0], *self.down.shape[1:])
 
 
 def flatten_name(module: str) -> str:
-    """`down_blocks.0.attn1.to_q` -> `down_blocks_0_attn1_to_q`, as kohya's keys write it."""
+    """Return kohya's name of a module: `down_blocks.0.attn1.to_q` -> `down_blocks_0_attn1_to_q`."""
     return module.replace(".", "_")
 
 
 def unflatten_name(flat: str) -> str:
-    """The inverse of `flatten_name` for the module names of diffusers' denoisers and CLIP text encoders."""
+    """Return the inverse of `flatten_name`, for modules of diffusers' denoisers and CLIP text encoders."""
     return _FLATTENED.sub(lambda match: match[0].replace(".", "_"), flat.replace("_", "."))
 
 
 def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
-    """Read a LoRA of either format: {component: {module name: Factors}}, on the CPU in the file's dtype.
+    """Read a LoRA of either format.
 
-    Components are "denoiser", "text_encoder" and "text_encoder_2". The scale of a layer comes from its alpha tensor,
-    else from diffusers' header or peft's adapter_config.json, else it is 1.
+    The scale of a layer comes from its alpha tensor, else from diffusers' header or peft's adapter_config.json, else it
+    is 1.
+
+    Args:
+        path: a file, a LoRA folder or a run folder.
+
+    Returns:
+        {component: {module name: Factors}}, on the CPU in the file's dtype. Components are "denoiser", "text_encoder"
+        and "text_encoder_2".
 
     Raises:
-        LoraError: the file is missing, pickled, damaged, empty, not finite or of a kind other than plain LoRA.
+        LoraError: the file is missing, pickled, damaged or empty, contains NaN or infinity, or is not a plain LoRA.
     """
     file = find_lora(path)
     try:
@@ -103,14 +117,14 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             header = opened.metadata() or {}
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{file} is not a whole safetensors file ({error}). Copy or save it again.") from error
+        raise LoraError(f"{file} is not a complete safetensors file ({error}). Copy or save it again.") from error
 
     down: dict[tuple[str, str], Tensor] = {}
     up: dict[tuple[str, str], Tensor] = {}
     alpha: dict[tuple[str, str], float] = {}
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise LoraError(f"{file}: {key} holds NaN or infinity; the run that wrote it had broken down.")
+            raise LoraError(f"{file}: {key} contains NaN or infinity: the training that wrote it diverged.")
         if match := _FACTOR.fullmatch(key):
             (down if match["role"] in ("A", "down") else up)[_place(match["module"])] = tensor
         elif key.endswith(".alpha") and tensor.numel() == 1:
@@ -122,7 +136,9 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             )
     if not down or down.keys() != up.keys():
         odd = sorted(module for _, module in down.keys() ^ up.keys())
-        raise LoraError(f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA in it."))
+        raise LoraError(
+            f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA keys.")
+        )
 
     settings = _settings(file, header, peft=any(key.startswith(_PEFT) for key in tensors))
     parts: dict[str, dict[str, Factors]] = {}
@@ -138,13 +154,8 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     return parts
 
 
-def load_delta(path: str | Path) -> dict[str, Factors]:
-    """The denoiser's part of a LoRA of either format: {module name: (A, B, scale)}. Errors as `read_lora`."""
-    return read_lora(path).get(DENOISER, {})
-
-
 def _place(module: str) -> tuple[str, str]:
-    """A key's (component, module name)."""
+    """Return the (component, module name) of a key."""
     for prefix, component in _KOHYA_COMPONENTS.items():
         if module.startswith(prefix):
             return component, unflatten_name(module.removeprefix(prefix))
@@ -159,7 +170,7 @@ def _place(module: str) -> tuple[str, str]:
 
 
 def _settings(file: Path, header: Mapping[str, str], *, peft: bool) -> dict[str, dict[str, Any]]:
-    """Adapter settings by component, {"denoiser": {"lora_alpha": 16, ...}}: from the header, or the file peft adds."""
+    """Return {"denoiser": {"lora_alpha": 16, ...}, ...} from the header, or from peft's adapter_config.json."""
     try:
         if peft:
             return {DENOISER: json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))}
@@ -174,7 +185,7 @@ def _settings(file: Path, header: Mapping[str, str], *, peft: bool) -> dict[str,
 
 
 def _header_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / rank or alpha / sqrt(rank) as peft computes it from its settings; 1 where there are none."""
+    """Return the scale of a layer as peft computes it from its settings; 1 if there are none."""
     if "lora_alpha" not in settings:
         return 1.0
     alpha = float(settings["lora_alpha"])
@@ -196,8 +207,15 @@ def write_diffusers(
 ) -> None:
     """Write diffusers' format, atomically: scale folded into B, alpha = rank in the header.
 
-    The header's settings are the few that every peft version knows, so that older ones read it too. `text_encoders`
-    are further parts by component name, as `read_lora` gives them.
+    The header contains only settings that every version of peft knows, so that older ones read the file too.
+
+    Args:
+        file: the file.
+        factors: the denoiser's factors by module name.
+        component: the denoiser's name in its pipeline, "unet" or "transformer".
+        text_encoders: factors of the text encoders, by component and module name.
+        metadata: further entries of the header.
+        dtype: dtype of the stored tensors.
 
     Raises:
         OutputError: the file cannot be written.
@@ -208,6 +226,7 @@ def write_diffusers(
         for module, layer in layers.items():
             tensors[f"{name}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
             tensors[f"{name}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
+        # peft's settings name the most frequent rank; layers with another one are listed as patterns.
         rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
         others = {f"^{re.escape(module)}": layer.rank for module, layer in layers.items() if layer.rank != rank}
         settings |= {
@@ -234,9 +253,15 @@ def write_kohya(
 ) -> None:
     """Write kohya's key layout, atomically: scale folded into B, alpha = rank as tensors, a modelspec header.
 
-    `metadata` overrides the header's entries (`modelspec.title`, `modelspec.architecture`, ...). The header follows
-    https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files. `text_encoders` as in
-    `write_diffusers`.
+    The header follows https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files.
+
+    Args:
+        file: the file.
+        factors: the denoiser's factors by module name.
+        component: the denoiser's name in its pipeline, "unet" or "transformer".
+        text_encoders: factors of the text encoders, by component and module name.
+        metadata: entries that override the header's (`modelspec.title`, `modelspec.architecture`, ...).
+        dtype: dtype of the stored tensors.
 
     Raises:
         OutputError: the file cannot be written.
@@ -266,7 +291,8 @@ def write_kohya(
         **(metadata or {}),
     }
     plain = safetensors.torch.save(tensors)
-    digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()  # of the tensors alone
+    # The hash covers the tensors alone: a safetensors file starts with 8 bytes, the length of the header after them.
+    digest = hashlib.sha256(plain[8 + int.from_bytes(plain[:8], "little") :]).hexdigest()
     header |= {"format": "pt", "modelspec.hash_sha256": f"0x{digest}", "sshs_model_hash": digest}
     write_atomic(file, safetensors.torch.save(tensors, metadata=header))
 

@@ -14,9 +14,9 @@ from torch import nn
 
 from alignprop_core._files import cannot_write
 from alignprop_core.errors import LoraError
+from alignprop_core.lora.files import LoraFile
 from alignprop_core.lora.formats import DENOISER
 from alignprop_core.lora.layers import adaptable, fit
-from alignprop_core.lora.whole import WholeLora
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Fused:
 @torch.no_grad()
 def fuse(
     pipeline: Any,
-    lora: WholeLora,
+    lora: LoraFile,
     strength: float = 1.0,
     *,
     dtype: torch.dtype = torch.float32,

@@ -1,4 +1,4 @@
-"""The layers an adapter sits in: find them by name, put peft's layers there, fit a file's factors to them."""
+"""The layers of adapters: find them by name, add peft's layers, match a file's factors with them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from alignprop_core.lora.formats import Factors, flatten_name
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The network inside the wrappers of torch.compile and DistributedDataParallel, which change layer names."""
+    """Return the network inside torch.compile and DistributedDataParallel, which change layer names."""
     while inner := getattr(model, "_orig_mod", None) or (
         model.module if isinstance(model, nn.parallel.DistributedDataParallel) else None
     ):
@@ -30,17 +30,17 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def adapter_names(model: nn.Module) -> set[str]:
-    """Names of all adapters on the model."""
+    """Return the names of all adapters on the model."""
     return {name for module in model.modules() if isinstance(module, LoraLayer) for name in module.lora_A}
 
 
 def layers_of(model: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """(module name, peft layer) of an adapter, in module order."""
+    """Return (module name, peft layer) of each layer of an adapter, in module order."""
     return [(n, m) for n, m in bare(model).named_modules() if isinstance(m, LoraLayer) and name in m.lora_A]
 
 
 def attached(model: nn.Module, name: str) -> list[tuple[str, Any]]:
-    """`layers_of`, or LoraError where the model has no such adapter."""
+    """Return `layers_of`; raises `LoraError` if the model does not have the adapter."""
     layers = layers_of(model, name)
     if not layers:
         raise LoraError(f'This model has no adapter "{name}": call alignprop_core.lora.attach first.')
@@ -48,13 +48,13 @@ def attached(model: nn.Module, name: str) -> list[tuple[str, Any]]:
 
 
 def scale_of(layer: Any, name: str) -> float:
-    """alpha / rank or alpha / sqrt(rank), whatever strength is set."""
+    """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilized scaling; independent of the strength."""
     rank = layer.r[name]
     return float(layer.lora_alpha[name]) / (math.sqrt(rank) if layer.use_rslora.get(name) else rank)
 
 
 def activate(layer: Any, names: Sequence[str]) -> None:
-    """Make these adapters of a layer act; peft would also change who is trained, so put that back."""
+    """Activate exactly these adapters of a layer, without peft's side effect on `requires_grad`."""
     flags = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
     layer.set_adapter(list(names))
     for parameter, flag in flags:
@@ -62,16 +62,16 @@ def activate(layer: Any, names: Sequence[str]) -> None:
 
 
 def inject(model: nn.Module, config: LoraConfig, name: str, dtype: torch.dtype, *, trainable: bool) -> None:
-    """Add peft's layers for one adapter and leave every other adapter as it was: active, frozen or trained."""
+    """Add peft's layers for one adapter; other adapters stay active, frozen or trainable as they are."""
     model = bare(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    # peft draws factors we overwrite: keep that from moving anybody's random numbers.
+    # peft initializes the factors at random, and they are overwritten: keep the global random state unchanged.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, adapter_name=name)
     marked: Any = model
     if hasattr(marked, "_hf_peft_config_loaded"):
-        marked._hf_peft_config_loaded = True  # so that diffusers' own adapter methods know
+        marked._hf_peft_config_loaded = True  # so that diffusers' own adapter methods see it
     for _, layer in layers_of(model, name):
         layer.set_adapter(list(layer.lora_A))
         for factor in (layer.lora_A[name], layer.lora_B[name]):
@@ -81,8 +81,8 @@ def inject(model: nn.Module, config: LoraConfig, name: str, dtype: torch.dtype, 
         parameter.requires_grad_(flag)
 
 
-def drawn(shape: torch.Size, seed: int, name: str) -> Tensor:
-    """Uniform in +-1/sqrt(inputs), peft's and LoRA's own start; from the seed and the layer's name alone."""
+def initial_a(shape: torch.Size, seed: int, name: str) -> Tensor:
+    """Return the initial A of a layer: uniform in +-1/sqrt(inputs), as peft's, from the seed and the name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = 1 / math.sqrt(math.prod(shape[1:]))
@@ -90,10 +90,11 @@ def drawn(shape: torch.Size, seed: int, name: str) -> Tensor:
 
 
 def adaptable(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers a LoRA can change, by their name without any adapter."""
+    """Return the layers that a LoRA can change, by their names without adapters."""
     found: dict[str, nn.Module] = {}
     inside: list[str] = []
     for name, module in bare(model).named_modules():
+        # Modules inside an adapted layer are peft's.
         if any(name.startswith(f"{outer}.") for outer in inside[-1:]):
             continue
         if isinstance(module, BaseTunerLayer):
@@ -105,10 +106,10 @@ def adaptable(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """Full names of the layers that the targets name, in module order."""
+    """Return the full names of the layers that match the targets, in module order; raises `LoraError`."""
     known = adaptable(model)
     if not targets:
-        raise LoraError("lora.target_modules is empty: name layers, or leave it out for the attention projections.")
+        raise LoraError("lora.target_modules is empty: name layers, or omit it for the attention projections.")
     for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in known):
             ends = sorted({ending(name) for name in known})
@@ -120,13 +121,22 @@ def find_targets(model: nn.Module, targets: Sequence[str]) -> list[str]:
 
 
 def ending(name: str) -> str:
-    """The last part of a name that says something: `to_out.0`, `net.0.proj`, `to_q`."""
+    """Return the descriptive end of a layer's name: `to_out.0`, `net.0.proj`, `to_q`."""
     match = re.search(r"[A-Za-z]\w*(\.\d+)*(\.proj)?$", name)
     return match[0] if match else name
 
 
 def fit(factors: Mapping[str, Factors], model: nn.Module, path: str | Path) -> dict[str, Factors]:
-    """The file's factors under this model's own layer names, shapes checked."""
+    """Return a file's factors by this model's own layer names.
+
+    Args:
+        factors: the file's factors by its module names.
+        model: the network.
+        path: the file, for messages.
+
+    Raises:
+        LoraError: the model does not have one of the layers, or its weight has another shape.
+    """
     known = adaptable(model)
     by_flat = {flatten_name(name): name for name in known}
     fitted: dict[str, Factors] = {}
@@ -141,7 +151,7 @@ def fit(factors: Mapping[str, Factors], model: nn.Module, path: str | Path) -> d
             )
         weight = getattr(known[name], "weight", None)
         change = (layer.up.shape[0], *layer.down.shape[1:])
-        plain = isinstance(weight, Tensor) and weight.is_floating_point()  # quantised weights are packed otherwise
+        plain = isinstance(weight, Tensor) and weight.is_floating_point()  # quantized weights have packed shapes
         if isinstance(weight, Tensor) and plain and tuple(weight.shape) != change:
             raise LoraError(
                 f"{path} does not fit this model: {module} changes weights of shape {change}, and they are "

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from alignprop_core.errors import LoraError
+from alignprop_core.lora.files import LoraFile
 from alignprop_core.lora.formats import Factors
-from alignprop_core.lora.whole import WholeLora
 
 _OURS, _TITLE = "alignprop.", "modelspec.title"
 _STRENGTH, _BASE = f"{_OURS}strength", f"{_OURS}base_model"
@@ -33,13 +33,13 @@ class Merged:
         max_error_layer: name of that layer.
     """
 
-    lora: WholeLora
+    lora: LoraFile
     error: float = 0.0
     max_error: float = 0.0
     max_error_layer: str = ""
 
 
-def scale(lora: WholeLora, strength: float) -> WholeLora:
+def scale(lora: LoraFile, strength: float) -> LoraFile:
     """Return the LoRA with its weight change multiplied by `strength`.
 
     The header's `alignprop.strength` is the product of all factors applied since training or merging.
@@ -62,7 +62,7 @@ def _product(before: str | None, strength: float) -> str:
 
 
 def merge(
-    loras: Sequence[WholeLora], weights: Sequence[float], *, rank: int | None = None, names: Sequence[str] = ()
+    loras: Sequence[LoraFile], weights: Sequence[float], *, rank: int | None = None, names: Sequence[str] = ()
 ) -> Merged:
     """Merge LoRAs: the result's weight change is the weighted sum of their weight changes.
 
@@ -105,11 +105,11 @@ def merge(
     inputs = [_metadata(lora) for lora in loras]
     header |= {"alignprop.merge": json.dumps(named)} if named else {}
     header |= {"alignprop.inputs": json.dumps(inputs)} if any(inputs) else {}
-    merged = WholeLora(parts, used[0][0].component, header)
+    merged = LoraFile(parts, used[0][0].component, header)
     return Merged(merged) if rank is None else _truncate(merged, rank)
 
 
-def _metadata(lora: WholeLora) -> dict[str, object]:
+def _metadata(lora: LoraFile) -> dict[str, object]:
     """Return a LoRA's title and alignprop metadata without the prefix; JSON values (rewards, inputs) are decoded."""
     title = {key: lora.header[_TITLE] for key in ("title",) if _TITLE in lora.header}
     ours = {key.removeprefix(_OURS): value for key, value in lora.header.items() if key.startswith(_OURS)}
@@ -133,7 +133,7 @@ def _join(name: str, together: Sequence[Factors]) -> Factors:
     return Factors(torch.cat(downs, 0), torch.cat([layer.folded_up() for layer in together], 1))
 
 
-def _truncate(lora: WholeLora, rank: int) -> Merged:
+def _truncate(lora: LoraFile, rank: int) -> Merged:
     total, lost, max_error, max_error_layer = 0.0, 0.0, 0.0, ""
     parts: dict[str, Mapping[str, Factors]] = {}
     for component, part in lora.parts.items():

@@ -74,8 +74,14 @@ class LoraFiles(Callback):
         if settings.every and stats.step % settings.every == 0:
             file = trainer.folder.inside(f"lora/{name}-{stats.step:06d}.safetensors")
             with trainer.as_saved():
-                header = lora_metadata(trainer)
-                lora.save_kohya(trainer.denoiser, file, metadata=header, component=trainer.denoiser_name)
+                lora.save(
+                    trainer.denoiser,
+                    file.parent,
+                    name=file.stem,
+                    metadata=lora_metadata(trainer),
+                    component=trainer.denoiser_name,
+                    formats=("kohya",),
+                )
             if settings.keep is not None:
                 trainer.folder.keep_newest(f"lora/{name}-*.safetensors", settings.keep)
 

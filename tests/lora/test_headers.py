@@ -20,12 +20,12 @@ def make(folder: Path, **header: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     factors = Factors(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator))
     written = {f"alignprop.{key}": value for key, value in header.items()}
-    lora.write_whole(lora.WholeLora({"denoiser": {LAYER: factors}}, header=written), folder, folder.name)
+    lora.write_files(lora.LoraFile({"denoiser": {LAYER: factors}}, header=written), folder, folder.name)
     return folder
 
 
 def header(folder: Path) -> dict[str, str]:
-    return dict(lora.read_whole(folder).header)
+    return dict(lora.read_file(folder).header)
 
 
 def test_strength_is_the_product_of_all_scalings(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_a_negative_strength_needs_no_dashes(tmp_path: Path, number: str, place:
     words = [str(made), "--output", str(tmp_path / "less")]
     words.insert(place, number)
     assert run(["lora", "scale", *words]) == 0
-    change = lora.load_delta(made)[LAYER].change() * float(number)
-    torch.testing.assert_close(lora.load_delta(tmp_path / "less")[LAYER].change(), change, atol=1e-6, rtol=0)
+    change = lora.read_lora(made)["denoiser"][LAYER].change() * float(number)
+    torch.testing.assert_close(lora.read_lora(tmp_path / "less")["denoiser"][LAYER].change(), change, atol=1e-6, rtol=0)
     assert run(["lora", "scale", str(made), "--output", str(tmp_path / "same"), "--", number]) == 0
 
 

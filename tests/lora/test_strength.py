@@ -36,7 +36,7 @@ def make_lora(
 
 
 def changes(path: Path) -> dict[str, Tensor]:
-    return {name: factors.change() for name, factors in lora.load_delta(path).items()}
+    return {name: factors.change() for name, factors in lora.read_lora(path)["denoiser"].items()}
 
 
 def both(folder: Path) -> list[dict[str, Tensor]]:
@@ -81,9 +81,9 @@ def test_merge_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> 
     }
     for found in both(tmp_path / "soup"):
         assert_same(found, expected)
-    ranks = {name: factors.rank for name, factors in lora.load_delta(tmp_path / "soup").items()}
+    ranks = {name: factors.rank for name, factors in lora.read_lora(tmp_path / "soup")["denoiser"].items()}
     assert set(ranks.values()) == {3, 4, 7}, "ranks add up where both change a layer"
-    header = lora.read_whole(tmp_path / "soup").header["alignprop.merge"]
+    header = lora.read_file(tmp_path / "soup").header["alignprop.merge"]
     assert json.loads(header) == [{"lora": "one", "weight": 0.7}, {"lora": "two.safetensors", "weight": -1.5}]
 
 
@@ -91,7 +91,7 @@ def test_merge_to_a_rank_is_the_best_approximation_and_reports_its_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [make_lora(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2))]
-    read = [lora.read_whole(path) for path in paths]
+    read = [lora.read_file(path) for path in paths]
     exact = lora.merge(read, [0.5, 0.5]).lora.denoiser
     for rank in (1, 3, 8):
         merged = lora.merge(read, [0.5, 0.5], rank=rank)
@@ -154,7 +154,7 @@ def test_convert_keeps_text_encoders_and_headers(tmp_path: Path) -> None:
     arguments = ["lora", "convert", str(tmp_path / "in.safetensors"), "--to", "kohya", "--name", "other"]
     assert run([*arguments, "--output", str(tmp_path / "kohya")]) == 0
     assert [path.name for path in (tmp_path / "kohya").iterdir()] == ["other.safetensors"]
-    alone = lora.WholeLora(expected)
+    alone = lora.LoraFile(expected)
     assert lora.scale(alone, 0.0).parts["text_encoder"].keys() == encoders["text_encoder"].keys()
 
 
@@ -179,9 +179,9 @@ def test_fusing_into_half_precision_reports_the_rounding_error(
 ) -> None:
     one = make_lora(tmp_path / "one")
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    exact, rough = lora.fuse(pipe, lora.read_whole(one), 1e-3), None
+    exact, rough = lora.fuse(pipe, lora.read_file(one), 1e-3), None
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    rough = lora.fuse(pipe, lora.read_whole(one), 1e-3, dtype=torch.bfloat16)
+    rough = lora.fuse(pipe, lora.read_file(one), 1e-3, dtype=torch.bfloat16)
     assert exact.rounding_error < 1e-3
     assert rough.rounding_error > 0.5, "a change of a thousandth is mostly lost in bfloat16"
     assert next(pipe.unet.parameters()).dtype == torch.bfloat16
@@ -214,7 +214,7 @@ def test_lora_mistakes_have_one_message(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     one = make_lora(tmp_path / "one")
-    name = next(iter(lora.load_delta(one)))
+    name = next(iter(lora.read_lora(one)["denoiser"]))
     odd = {name: Factors(torch.ones(2, 10), torch.ones(10, 2))}
     lora.write_kohya(tmp_path / "other.safetensors", odd)
     places = {"ONE": one, "OTHER": tmp_path / "other.safetensors", "OUT": tmp_path / "out", "MODEL": tiny_model}
@@ -229,9 +229,9 @@ def test_lora_mistakes_have_one_message(
 def test_a_unet_lora_and_a_transformer_lora_cannot_be_merged() -> None:
     part = {"denoiser": {"a": Factors(torch.ones(1, 2), torch.ones(2, 1))}}
     with pytest.raises(LoraError, match="different kinds of model"):
-        lora.merge([lora.WholeLora(part), lora.WholeLora(part, "transformer")], [1, 1])
+        lora.merge([lora.LoraFile(part), lora.LoraFile(part, "transformer")], [1, 1])
     with pytest.raises(LoraError, match="at least 1"):
-        lora.merge([lora.WholeLora(part)], [1], rank=0)
+        lora.merge([lora.LoraFile(part)], [1], rank=0)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -282,10 +282,10 @@ def test_a_soup_sweep_evaluates_the_merged_weight_changes(
     two = make_lora(tmp_path / "two", seed=2)
     data = evaluated("soup.json", "--soup", str(two), "--strengths", "0,0.5,1")
     points = {point["share"]: point for point in data["points"]}
-    read = [lora.read_whole(tmp_path / name) for name in ("one", "two")]
+    read = [lora.read_file(tmp_path / name) for name in ("one", "two")]
     for share in (0.0, 0.5, 1.0):
         merged = lora.merge(read, [1 - share, share]).lora
-        lora.write_whole(merged, tmp_path / f"merged-{share}", "merged")
+        lora.write_files(merged, tmp_path / f"merged-{share}", "merged")
         whole = evaluated("evaluation.json", "--lora", str(tmp_path / f"merged-{share}"))
         found = points[share]["scores"]["jpeg_compressibility"]["mean"]
         assert found == pytest.approx(whole["tuned"]["jpeg_compressibility"]["mean"], rel=1e-4)

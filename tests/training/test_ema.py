@@ -60,7 +60,7 @@ def test_the_average_is_saved_and_evaluated(make: Callable[..., RunConfig], tmp_
     folder = trainer.train()
     raw, mean = torch.cat([t.flatten() for t in watch.raw.values()]), torch.cat([t.flatten() for t in watch.average])
     assert not torch.allclose(raw, mean)
-    saved = lora.load_delta(folder)
+    saved = lora.read_lora(folder)["denoiser"]
     live = lora.current(trainer.denoiser)
     assert all(torch.equal(saved[name].down, live[name].down) for name in live)
     assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.parameters]), mean)
