@@ -1,9 +1,9 @@
-"""What a reward costs in an environment of its own, against the same reward in this process.
+"""Compare the time of an isolated reward with that of the same reward in this process.
 
     python -m tests.bench.isolation_overhead [--output docs/results/isolation.md]
 
-Each round times both, one after the other; the table has medians and the median of the rounds' differences. Besides the
-reward itself, an isolated one copies the images into the shared file and out of it, and as many gradients back.
+Each round times both, one after the other. The table reports medians and the median difference per round. An isolated
+reward additionally copies the images and their gradients through a shared file.
 """
 
 from __future__ import annotations
@@ -49,37 +49,37 @@ def main() -> None:
     registry = default_registry()
     with tempfile.TemporaryDirectory() as folder:
         python = make_environment(Path(folder) / "environment", [], share=True)
-        there = IsolatedRewards(IsolationConfig(python=str(python)), registry)
+        isolation = IsolatedRewards(IsolationConfig(python=str(python)), registry)
         rows = []
         for name, options, size, side in CASES:
             start = time.perf_counter()
-            isolated = there.load_reward(name, options)
+            isolated = isolation.load_reward(name, options)
             loading = time.perf_counter() - start
-            own = registry.load_reward(name, options)
+            local = registry.load_reward(name, options)
             images = torch.rand(size, 3, side, side)
-            for reward in (own, isolated):
+            for reward in (local, isolated):
                 seconds(reward, images)
             rounds = [
-                (seconds(own, images), seconds(isolated, images))
+                (seconds(local, images), seconds(isolated, images))
                 for _ in track(range(arguments.rounds), description=f"{name} {side}")
             ]
-            here, away = (statistics.median(column) * 1e3 for column in zip(*rounds, strict=True))
-            more = statistics.median(b - a for a, b in rounds) * 1e3
+            local_ms, isolated_ms = (statistics.median(column) * 1e3 for column in zip(*rounds, strict=True))
+            difference = statistics.median(b - a for a, b in rounds) * 1e3
             mib = 2 * images.numel() * 4 / 2**20
-            facts = [f"`{name}`", f"{size} x {side} x {side}", f"{mib:.1f}"]
-            facts += [f"{here:.1f}", f"{away:.1f}", f"{more:+.1f}", f"{loading:.1f}"]
-            rows.append(f"| {' | '.join(facts)} |")
+            cells = [f"`{name}`", f"{size} x {side} x {side}", f"{mib:.1f}"]
+            cells += [f"{local_ms:.1f}", f"{isolated_ms:.1f}", f"{difference:+.1f}", f"{loading:.1f}"]
+            rows.append(f"| {' | '.join(cells)} |")
     text = "\n".join(
         [
-            "# A reward in an environment of its own: what it costs",
+            "# Overhead of isolated rewards",
             "",
             "```bash",
             "python -m tests.bench.isolation_overhead --output docs/results/isolation.md",
             "```",
             "",
             f"{torch.get_num_threads()} thread(s) in each process, torch {torch.__version__}, medians of "
-            f"{arguments.rounds} rounds, each round both ways. A batch is scored and its gradient taken; nothing else "
-            "differs. Loading is the worker's start: Python, torch and the reward.",
+            f"{arguments.rounds} rounds. A round scores one batch and computes its gradient, once in this process and "
+            "once isolated. Loading is the time to start the worker: Python, torch and the reward.",
             "",
             "| reward | images | MiB in the file | in this process, ms | isolated, ms | difference, ms | loading, s |",
             "| --- | --- | --- | --- | --- | --- | --- |",

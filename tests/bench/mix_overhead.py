@@ -1,7 +1,7 @@
-"""Time a training step of three rewards under each mix: same trainer, same machine, modes in turns.
+"""Compare the time of a training step with three rewards under each mix: one trainer, alternating modes.
 
-Networks have the sizes of Stable Diffusion 1.5 and of CLIP's ViT-L/14 and ViT-H/14 and random weights, which cost what
-trained ones cost; the third reward is the JPEG size. `--tiny` only tries the script out, on a CPU.
+Networks have the sizes of Stable Diffusion 1.5 and of CLIP's ViT-L/14 and ViT-H/14, with random weights, which take as
+much time as trained ones. The third reward is the JPEG size. `--tiny` tests the script on a CPU.
 
     python -m tests.bench.mix_overhead --device cuda --rounds 6
 """
@@ -43,7 +43,7 @@ SIZES = {"clip_l": (1024, 24, 16, 4096), "clip_h": (1280, 32, 16, 5120), "clip_t
 
 
 class RandomClip(Reward):
-    """Cosine of a picture's features with a fixed direction; a CLIP image tower with random weights."""
+    """First normalized feature of a CLIP image tower with random weights."""
 
     def __init__(self, size: str) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def stable_diffusion(device: str) -> StableDiffusionPipeline:
         bos_token_id=pipeline.tokenizer.bos_token_id,
         eos_token_id=pipeline.tokenizer.eos_token_id,
     )
-    with torch.device(device):  # a billion random weights: drawn where they are used
+    with torch.device(device):  # initialize a billion random weights on the target device
         pipeline.unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
         pipeline.vae = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),
@@ -99,13 +99,13 @@ class Counter(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count and go on."""
+        """Count the operation and execute it."""
         self.count += 1
         return func(*args, **(kwargs or {}))
 
 
-def counted(work: Callable[[], object]) -> tuple[int, int]:
-    """Return how many tensor operations `work` starts, and the floating-point operations of its matrix products and
+def count_operations(work: Callable[[], object]) -> tuple[int, int]:
+    """Return the number of tensor operations of `work`, and the floating-point operations of its matrix products and
     convolutions."""
     with FlopCounterMode(display=False) as flops, Counter() as operations:
         work()
@@ -113,12 +113,12 @@ def counted(work: Callable[[], object]) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print a table: seconds a step of each mode, and what it takes over `sum`."""
+    """Print tables of seconds and operations per step of each mode, absolute and relative to `sum`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="which mixes; sum is one")
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES), help="mixes; sum is required")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -132,7 +132,7 @@ def main() -> None:
         (Path(folder) / "prompts.txt").write_text("a fox\nan owl\na boat\na hill\n")
         config = parse_config(
             {
-                "model": {"base": "owner/name"},  # not loaded: the pipeline is given
+                "model": {"base": "owner/name"},  # not loaded: the trainer gets a pipeline
                 "prompts": {"train": f"{folder}/prompts.txt"},
                 "sampling": {"steps": 4 if options.tiny else options.steps, "guidance_scale": 7.5},
                 "backprop": {"strategy": "last_k", "k": 2 if options.tiny else 8},
@@ -161,15 +161,15 @@ def main() -> None:
                 if options.device != "cpu":
                     torch.cuda.synchronize()
                     peaks[name] = torch.cuda.max_memory_allocated() / 2**30
-                if turn:  # the first round warms up, and learns the terms' sizes
+                if turn:  # the first round is a warm-up and calibrates the terms
                     times[name].append(time.perf_counter() - start)
         work = {}
         for name in options.modes:
             trainer.mix.config = MODES[name]
-            work[name] = counted(trainer.step)
+            work[name] = count_operations(trainer.step)
     device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
     print(f"{device}, torch {torch.__version__}, {options.rounds} rounds, {options.steps} denoising steps\n")
-    print("| mix | s a step (median) | over `sum`, round by round: median | middle half | peak GiB |")
+    print("| mix | seconds per step (median) | over `sum`: median | middle half | peak GiB |")
     print("| --- | --- | --- | --- | --- |")
     for name, seconds in times.items():
         over = [own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True)]
@@ -179,7 +179,8 @@ def main() -> None:
             f"{peaks[name]:.1f} |"
         )
     print(
-        "\n| mix | tensor operations | over `sum` | arithmetic, TFLOP | over `sum` |\n| --- | --- | --- | --- | --- |"
+        "\n| mix | tensor operations per step | over `sum` | arithmetic, TFLOP | over `sum` |"
+        "\n| --- | --- | --- | --- | --- |"
     )
     plain = work["sum"]
     for name, (operations, flops) in work.items():

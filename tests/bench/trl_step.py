@@ -1,8 +1,8 @@
-"""Time a whole training step against TRL 0.23.1's AlignPropTrainer: same machine, same process, in turns.
+"""Compare the time of a complete training step with TRL 0.23.1's AlignPropTrainer, in one process, alternating.
 
 Both sides fine-tune the same base model in float32 with the same prompts, batch, denoising steps, guidance, reward,
-adapter (rank 4 on the attention projections) and optimizer. Rounds go A B, B A, A B, ... so that a machine that slows
-down slows both; each side's first step is not counted.
+adapter (rank 4 on the attention projections) and optimizer. The order alternates (A B, B A, A B, ...) so that a machine
+that slows down affects both sides equally. The first step of each side is a warm-up and not counted.
 
     make bench
 """
@@ -23,7 +23,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: CPU only, and threads that sleep while they wait, so that a busy machine stays fair.
+# Set before torch is imported: CPU only; waiting threads sleep, so that the idle side takes no CPU time.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,7 +55,8 @@ class Comparison:
     Attributes:
         name: what is compared.
         backprop: alignprop's `backprop` section.
-        forced: TRL keeps the steps alignprop keeps in the same round; otherwise it draws cuts from (0, steps) its way.
+        forced: TRL keeps the same steps as alignprop in the same round; otherwise it samples its own truncation from
+            (0, steps).
     """
 
     name: str
@@ -65,27 +66,27 @@ class Comparison:
 
 COMPARISONS = (
     Comparison("`uniform`; TRL keeps the same number of steps", {"strategy": "uniform"}, forced=True),
-    Comparison("`uniform`; TRL draws its own cuts from (0, steps)", {"strategy": "uniform"}, forced=False),
+    Comparison("`uniform`; TRL samples its own truncation from (0, steps)", {"strategy": "uniform"}, forced=False),
     Comparison("last 4 steps on both sides", {"strategy": "last_k", "k": 4}, forced=True),
 )
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one side's steps: by the clock, and of processor time over all threads."""
+    """Seconds of one side's steps: wall-clock time, and CPU time over all threads."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
     def measure(self, step: Callable[[], object]) -> None:
-        """Run a step and note its seconds."""
+        """Run a step and record its seconds."""
         wall, cpu = time.perf_counter(), time.process_time()
         step()
         self.wall.append(time.perf_counter() - wall)
         self.cpu.append(time.process_time() - cpu)
 
-    def forget_first(self) -> Times:
-        """Return the times without the first step, which warms up."""
+    def without_warm_up(self) -> Times:
+        """Return the times without the first step."""
         return Times(self.wall[1:], self.cpu[1:])
 
 
@@ -100,7 +101,7 @@ class Row:
 
     @property
     def ratio(self) -> float:
-        """Ratio of the medians, by the clock."""
+        """Ratio of the median wall-clock times."""
         return statistics.median(self.ours.wall) / statistics.median(self.theirs.wall)
 
 
@@ -132,20 +133,20 @@ class TrlSide:
         self.done = 0
 
     def step(self, kept: int | None) -> None:
-        """Train one step; the last `kept` denoising steps keep their gradient, or its own draw of them if None."""
+        """Train one step. The last `kept` denoising steps keep their gradient; None lets TRL sample their number."""
         self.config.truncated_backprop_rand = kept is None
         if kept is not None:
             self.config.truncated_backprop_timestep = self.steps - kept
-        self.done = self.trainer.step(0, self.done)  # Its epoch 0 writes no checkpoint.
+        self.done = self.trainer.step(0, self.done)  # TRL writes no checkpoint in epoch 0.
 
 
 def kept_next(trainer: Trainer) -> int:
     """Return how many denoising steps keep their gradient in alignprop's next training step."""
-    return len(trainer.sampler.plan(seed=trainer.config.training.seed, step=trainer.step_number).kept)
+    return len(trainer.sampler.truncation(seed=trainer.config.training.seed, step=trainer.step_number).kept)
 
 
 def compare(comparison: Comparison, ours: Trainer, theirs: TrlSide, rounds: int) -> Row:
-    """Run both sides in turns, one round more than counted."""
+    """Run both sides alternately: one warm-up round, then `rounds` counted rounds."""
     row = Row(comparison.name, [], Times(), Times())
     for i in range(rounds + 1):
         kept = kept_next(ours)
@@ -157,21 +158,21 @@ def compare(comparison: Comparison, ours: Trainer, theirs: TrlSide, rounds: int)
             times.measure(step)
         row.kept.append(kept)
         print(f"{comparison.name}: kept {kept}, {row.ours.wall[-1]:.2f} s, TRL {row.theirs.wall[-1]:.2f} s", flush=True)
-    return Row(comparison.name, row.kept[1:], row.ours.forget_first(), row.theirs.forget_first())
+    return Row(comparison.name, row.kept[1:], row.ours.without_warm_up(), row.theirs.without_warm_up())
 
 
 def report(rows: Sequence[Row], config: RunConfig, model: str, reward: str) -> str:
-    """Write the page."""
+    """Return the Markdown page."""
     sampling, training = config.sampling, config.training
     lines = [
-        "# A training step against TRL's AlignPropTrainer",
+        "# Training step time against TRL's AlignPropTrainer",
         "",
-        f"Made by `{COMMAND}` (`tests/bench/trl_step.py`), which writes this page.",
+        f"Generated by `{COMMAND}` (`tests/bench/trl_step.py`).",
         "",
-        f"Model `{model}`, reward `{reward}`, float32, {training.batch_size} images a step, {sampling.steps} denoising "
-        f"steps, guidance {sampling.guidance_scale:g}, LoRA rank {RANK} on the attention projections, AdamW. A step is "
-        "everything from prompts to updated adapters. Both trainers run in one process and take turns; the seconds are "
-        f"medians over {len(rows[0].kept)} steps after one that is not counted. The goal: a ratio of at most {TARGET}.",
+        f"Model `{model}`, reward `{reward}`, float32, {training.batch_size} images per step, {sampling.steps} "
+        f"denoising steps, guidance {sampling.guidance_scale:g}, LoRA rank {RANK} on the attention projections, AdamW. A step "
+        "is everything from prompts to updated adapters. Both trainers run alternately in one process. The seconds are "
+        f"medians over {len(rows[0].kept)} steps after one warm-up step. The goal is a ratio of at most {TARGET}.",
         "",
         "| comparison | steps kept (mean) | alignprop, s | TRL 0.23.1, s | ratio of medians | ratio of CPU time |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -184,12 +185,12 @@ def report(rows: Sequence[Row], config: RunConfig, model: str, reward: str) -> s
     ]
     lines += [
         "",
-        "Where TRL draws its own cuts it draws again at every denoising step, so step *i* of *T* keeps its gradient "
-        'with probability *i* / (*T* + 1): *T* / 2 steps on average, against (*T* + 1) / 2 here. "Steps kept" is '
-        "alignprop's number.",
+        "TRL's own truncation is sampled again at every denoising step, so step *i* of *T* keeps its gradient with "
+        "probability *i* / (*T* + 1): *T* / 2 steps on average. alignprop keeps (*T* + 1) / 2 on average. The column "
+        '"steps kept" is alignprop\'s.',
         "",
-        "Where the time goes: TRL recomputes every kept step in the backward pass, whether or not memory is short, "
-        "leaves convolutions in the slower memory layout, and encodes every prompt at every step.",
+        "TRL is slower because it recomputes every kept step in the backward pass even if memory is sufficient, uses "
+        "the slower memory layout for convolutions, and encodes every prompt at every step.",
         "",
         f"Machine: {os.cpu_count()} CPU cores ({platform.machine()}), {torch.get_num_threads()} threads; Python "
         f"{platform.python_version()}, torch {torch.__version__.partition('+')[0]}, diffusers {diffusers.__version__}.",
@@ -207,14 +208,14 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--rounds", type=int, default=12, help="counted steps of each side and comparison")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's default, the machine's cores")
+    parser.add_argument("--rounds", type=int, default=12, help="counted steps per side and comparison")
+    parser.add_argument("--threads", type=int, default=0, help="0 is torch's default, the number of cores")
     parser.add_argument("--output", type=Path, help="page to write")
     options = parser.parse_args()
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
         library.utils.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore")  # TRL's and diffusers' deprecations; they are not what is measured.
+    warnings.filterwarnings("ignore")  # Deprecation warnings of TRL and diffusers.
     if options.threads:
         torch.set_num_threads(options.threads)
     registry = default_registry()

@@ -1,7 +1,7 @@
 """Compares the size estimate with Pillow's files and prints the results as Markdown.
 
     python plugins/alignprop-jpeg/scripts/calibrate.py                      accuracy tables
-    python plugins/alignprop-jpeg/scripts/calibrate.py --margins 1.0 1.25   choose ZERO_MARGIN, the calibrated number
+    python plugins/alignprop-jpeg/scripts/calibrate.py --margins 1.0 1.25   choose ZERO_MARGIN, the calibrated constant
     python plugins/alignprop-jpeg/scripts/calibrate.py --image out.webp     optimize the pixels of a photograph
 
 Needs `pip install -e "plugins/alignprop-jpeg[dev]"`. The images are crops of the photographs in scikit-image and
