@@ -45,13 +45,13 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DeviceError(
-            f"{name} is asked for, but PyTorch sees no CUDA device here. Choose auto (or cpu), or install a driver and "
-            "a PyTorch build for it; `alignprop doctor` shows what there is."
+            f"{name} is requested, but PyTorch finds no CUDA device. Choose auto (or cpu), or install a driver and "
+            "a PyTorch build for it; `alignprop doctor` shows the devices."
         )
     if name == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("mps is asked for, but PyTorch sees no Apple GPU here. Choose auto (or cpu).")
+        raise DeviceError("mps is requested, but PyTorch finds no Apple GPU. Choose auto (or cpu).")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
-        raise DeviceError(f"{name} is asked for, but the CUDA devices here are 0 to {torch.cuda.device_count() - 1}.")
+        raise DeviceError(f"{name} is requested, but the CUDA devices are 0 to {torch.cuda.device_count() - 1}.")
     if name in ("auto", "cuda"):
         from accelerate import PartialState
 
@@ -74,7 +74,7 @@ def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return bytes: the most allocated on the GPU so far, or the most the process has held on a CPU."""
+    """Return bytes: the peak allocated on the GPU, or the peak of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
@@ -83,16 +83,16 @@ def peak_memory(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return held if sys.platform == "darwin" else held * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc keep large freed blocks instead of handing them back to the system; returns whether it did.
+    """Let glibc keep large freed blocks instead of returning them to the system; return whether it does.
 
-    A training step on a CPU frees and takes gigabytes of activations. By default each large block is a fresh mapping
-    whose pages fault in and are zeroed every time: 100,000 to 170,000 faults a step at the starter model's size, about
-    a seventh of the processor time. The memory stays with the process until it ends. Values: mallopt(3),
+    A training step on a CPU allocates and frees gigabytes of activations. By default each large block is a fresh
+    mapping whose pages fault in and are zeroed every time: 100,000 to 170,000 faults per step at the starter model's
+    size, about a seventh of the processor time. The memory stays with the process until it ends. Values: mallopt(3),
     M_MMAP_THRESHOLD (-3; 32 MiB is its maximum) and M_TRIM_THRESHOLD (-1).
     """
     if platform.libc_ver()[0] != "glibc":

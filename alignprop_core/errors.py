@@ -1,7 +1,6 @@
-"""Typed errors. A message says what is wrong, where (file, key, plugin), and what to do instead.
+"""Typed errors, whose messages state what is wrong, where (file, key, plugin), and what to do instead.
 
-The command line prints the message alone and exits with `exit_code`: 2 for input the user can mend,
-1 for a run that failed.
+The command line prints the message alone and exits with `exit_code`: 2 for input the user can fix, 1 for a failed run.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ class UserError(AlignpropError):
     """The input is wrong: a file, a key, a value, a name. Exit code 2.
 
     Attributes:
-        key: what the wrong value stands under, a key of the run config or an option; the message starts with it.
+        key: key of the wrong value, in the run config or an option; the message starts with it.
     """
 
     exit_code = 2
     key: str | None = None
 
     def __str__(self) -> str:
-        """Return the message, the key in front."""
+        """Return the message, with the key in front."""
         message = super().__str__()
         return message if self.key is None else f"{self.key}: {message}"
 
@@ -42,7 +41,7 @@ class PromptError(UserError):
 
 
 class PluginError(UserError):
-    """A name no installed plugin offers, that two offer, or whose plugin is broken."""
+    """A name that no installed plugin offers, that two offer, or whose plugin is broken."""
 
 
 class WeightsError(UserError):
@@ -62,11 +61,11 @@ class OutputError(UserError):
 
 
 class DeviceError(UserError):
-    """A device was asked for that this machine does not have."""
+    """A requested device is not available on this machine."""
 
 
 class RunError(AlignpropError):
-    """A run failed while it was going on. Exit code 1; what was saved stays saved."""
+    """A run failed. Exit code 1; saved files are kept."""
 
 
 class RewardError(RunError):
@@ -74,14 +73,14 @@ class RewardError(RunError):
 
 
 class TrialError(UserError, RewardError):
-    """A reward failed the trial before training: no run has begun, and the config names what to mend. Exit code 2."""
+    """A reward failed the trial before training: no run has started, and the config needs a fix. Exit code 2."""
 
     exit_code = 2
 
 
 @contextmanager
 def under(key: str) -> Iterator[None]:
-    """Name the key a value stands under in the `UserError`s raised inside; one that names its key keeps it."""
+    """Add a value's key to the `UserError`s raised inside; an error that has a key keeps it."""
     try:
         yield
     except UserError as error:
@@ -97,5 +96,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def complaint(error: Exception) -> str:
-    """Return another library's complaint on one line, its type in front, cut to a readable length."""
+    """Return another library's error on one line, with its type in front, cut to a readable length."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(".: ")

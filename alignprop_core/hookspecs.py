@@ -1,4 +1,4 @@
-"""The hooks a plugin may implement. Importing this module imports no torch.
+"""The hooks that a plugin may implement. Imports no torch.
 
 A plugin is a distribution with an entry point in the group `alignprop` that names a module:
 
@@ -43,11 +43,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def alignprop_register_rewards() -> Iterable[RewardSpec]:  # type: ignore[empty-body]
     """Return the rewards this plugin offers.
 
-    Called at every listing and run, so it is quick: no torch, no files. `factory` and `config` of a spec are imported
-    only when a run names the reward.
+    Called at every listing and run, so it must be fast: no torch, no files. `factory` and `config` of a spec are
+    imported only when a run names the reward.
 
     Returns:
-        Any iterable of specs. What is no `RewardSpec`, or an error, is reported as this plugin's and stops no other.
+        Any iterable of specs. Anything else is reported as this plugin's error; other plugins are unaffected.
     """
 
 
@@ -64,7 +64,7 @@ def alignprop_register_models() -> Iterable[ModelSpec]:  # type: ignore[empty-bo
 def alignprop_register_families() -> Iterable[FamilySpec]:  # type: ignore[empty-body]
     """Return families of diffusers pipelines the sampler can run.
 
-    A family adapter says how a kind of pipeline encodes prompts, predicts and decodes; see
+    A family adapter defines how a kind of pipeline encodes prompts, predicts and decodes; see
     `alignprop_core.diffusion.Family`.
 
     Returns:
@@ -85,10 +85,10 @@ def alignprop_register_prompts() -> Iterable[PromptSpec]:  # type: ignore[empty-
 def alignprop_register_weights() -> Iterable[WeightsSpec]:  # type: ignore[empty-body]
     """Return named sets of weights for rewards, chosen with `weights: NAME` in a reward's options.
 
-    The reward may be another plugin's: so a package of small weights can serve rewards it does not depend on.
+    The reward may belong to another plugin, so a package of small weights needs no dependency on the rewards.
 
     Returns:
-        Any iterable of specs, one for each reward a set serves; several may have the same `name` and file.
+        Any iterable of specs, one for each reward of a set; several may have the same `name` and file.
     """
 
 

@@ -1,4 +1,4 @@
-"""Image files as people see them, and images of tensors. Imports torch only for tensors it is given."""
+"""Image files as people see them, and tensors as PIL images. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
 
 
 def read_image(path: Path) -> NDArray[uint8]:
-    """Return a picture file as (H, W, 3) RGB bytes: upright, 16-bit grey brought to 8, transparency laid on white.
+    """Return an image file as (H, W, 3) RGB bytes: upright, 16-bit gray reduced to 8, transparency on white.
 
     Raises:
-        UserError: there is no such file, or it is no picture that can be read.
+        UserError: there is no such file, or it is not a readable image.
     """
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as file:
-            picture = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGBA")
+            image = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGBA")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such picture.") from None
-    # ultralytics, where it is loaded, makes Pillow try another format first, whose package may be missing.
+        raise UserError(f"{path}: no such image.") from None
+    # ultralytics, if it is loaded, makes Pillow try another format first, whose package may be missing.
     except (UnidentifiedImageError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}.") from error
-    paper = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return np.array(Image.alpha_composite(paper, picture).convert("RGB"))
+        raise UserError(f"{path} is not a readable image: {error}.") from error
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return np.array(Image.alpha_composite(white, image).convert("RGB"))
 
 
-def _eight_bits(picture: Image.Image, path: Path) -> Image.Image:
-    """Bring 16-bit grey to 8 bits: Pillow's own conversion cuts off at 255, so that nearly everything is white."""
+def _eight_bits(image: Image.Image, path: Path) -> Image.Image:
+    """Reduce 16-bit gray to 8 bits; Pillow's own conversion clips at 255, which makes nearly everything white."""
     import numpy as np
     from PIL import Image
 
-    if picture.mode == "F":
-        raise UserError(f"{path} has floating-point pixels, whose range is not known. Save it with 8 bits a channel.")
-    if not picture.mode.startswith("I"):
-        return picture
-    values = np.asarray(picture).astype("int64")
+    if image.mode == "F":
+        raise UserError(f"{path} has floating-point pixels, whose range is not known. Save it with 8 bits per channel.")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype("int64")
     if values.min() < 0 or values.max() > 65535:
-        raise UserError(f"{path} has 32-bit pixels, whose range is not known. Save it with 8 bits a channel.")
+        raise UserError(f"{path} has 32-bit pixels, whose range is not known. Save it with 8 bits per channel.")
     return Image.fromarray((values / 257).round().astype("uint8"))
 
 

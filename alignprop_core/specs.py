@@ -1,7 +1,7 @@
-"""What a plugin declares about the things it offers. Importing this module imports no torch.
+"""Specs: what a plugin declares about its offers. Imports no torch.
 
-A hook returns specs; listing commands read them; the code behind a spec (`factory`, `config`) is imported
-only when a run names it.
+Hooks return specs, and listing commands read them. The code behind a spec (`factory`, `config`) is imported only when
+a run uses it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ API_VERSION = 1
 """Version of the plugin contract: specs, hooks, `Reward` and `ImageBatch`."""
 
 OLDEST_API_VERSION = 1
-"""The oldest version this core still takes."""
+"""The oldest version that this core accepts."""
 
 DEPRECATED_API_VERSIONS: dict[int, str] = {}
-"""Versions still taken but soon no more -> what to change, and which core is the last to take them."""
+"""Deprecated versions -> what to change, and the last core that accepts them."""
 
 SnakeName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$")]
 ScopedName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*(/[a-z0-9][a-z0-9_]*)?$")]
@@ -27,11 +27,11 @@ ObjectPath = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z
 
 
 DEVICE_PATTERN = r"^(auto|cpu|mps|cuda(:\d+)?)$"
-"""What names a device, in a config and in options."""
+"""Names of devices, in a config and in options."""
 
 
 def default_label(name: str) -> str:
-    """Return what a reward is called in logs: its name, or a Python class's in snake_case."""
+    """Return a reward's name in logs: its own, or a Python class's in snake_case."""
     if ".py:" in name:
         name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.rpartition(":")[2]).lower()
     return name.rpartition("/")[2]
@@ -49,14 +49,14 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     summary: str = Field(description="One line for listings.")
-    # Not API_VERSION: a spec that does not say was written before there was anything to say, whatever core reads it.
+    # Not API_VERSION: a spec without a version was written for the first one, whichever core reads it.
     api_version: int = Field(default=1, description="Plugin contract this was written for.")
     license: str = Field(default="", description="SPDX identifier of the code or data behind this spec.")
     source: str = Field(default="", description="Where it comes from: repository or page.")
 
 
 class WeightsFile(BaseModel):
-    """One file of weights: where it comes from and how to know it is whole."""
+    """One file of weights: its source, size and checksum."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -81,7 +81,7 @@ class RewardSpec(Spec):
         default="sample", description='"batch" is reserved for rewards that compare samples (evaluation only).'
     )
     unit: str = Field(default="", description="Unit of the score.")
-    typical_range: tuple[float, float] | None = Field(default=None, description="Where scores usually lie.")
+    typical_range: tuple[float, float] | None = Field(default=None, description="Usual range of the score.")
     evaluate_with: tuple[str, ...] = Field(
         default=(), description="True measures reported beside it in evaluations, by reward name."
     )
@@ -99,7 +99,7 @@ class RewardSpec(Spec):
 class ModelSpec(Spec):
     """A base model by name: a diffusers folder that ships in a package, or a hub repository."""
 
-    name: SnakeName = Field(description="What `model.base` says, snake_case.")
+    name: SnakeName = Field(description="Name for `model.base`, snake_case.")
     path: str = Field(
         description='"package.module:function" returning the folder as a Path, or a hub repository id "owner/name".'
     )
@@ -123,26 +123,26 @@ class FamilySpec(Spec):
 class PromptSpec(Spec):
     """A set of prompts by name, such as `starter/simple_animals`."""
 
-    name: ScopedName = Field(description="What `prompts.train` says: snake_case, with one slash if it likes.")
+    name: ScopedName = Field(description="Name for `prompts.train`: snake_case, optionally with one slash.")
     path: str = Field(description='"package:relative/file.jsonl" (or .txt): a file that ships in a package.')
-    size: int | None = Field(default=None, description="How many prompts it holds.")
+    size: int | None = Field(default=None, description="Number of prompts.")
 
 
 class WeightsSpec(Spec):
     """A named set of weights for rewards (such as `starter`), chosen with `weights: NAME`."""
 
-    name: SnakeName = Field(description="What the option `weights` says, snake_case.")
+    name: SnakeName = Field(description="Name for the option `weights`, snake_case.")
     reward: SnakeName = Field(description="The reward these weights are for.")
     path: str = Field(description='"package:relative/file.safetensors": a file that ships in a package.')
     weights: tuple[WeightsFile, ...] = Field(
-        default=(), description="The file again, with its checksum, size and licence; it is held to them."
+        default=(), description="The file again, with its checksum, size and license; it is verified."
     )
 
 
 class CallbackSpec(Spec):
     """A callback that watches runs, such as a tracker or a report."""
 
-    name: SnakeName = Field(description="What `training.trackers` says, snake_case.")
+    name: SnakeName = Field(description="Name for `training.trackers`, snake_case.")
     factory: ObjectPath = Field(
         description='"package.module:Class", a subclass of alignprop_core.Callback; built without arguments.'
     )
@@ -162,7 +162,7 @@ class CommandSpec(Spec):
 
     @property
     def name(self) -> str:
-        """The path, which is what identifies a command."""
+        """The path, which identifies a command."""
         return self.path
 
 

@@ -12,25 +12,25 @@ from alignprop_core.errors import UserError
 from alignprop_core.images import read_image
 
 
-def test_pictures_are_turned_upright(tmp_path: Path) -> None:
+def test_images_are_turned_upright(tmp_path: Path) -> None:
     stored = Image.new("RGB", (40, 20), "red")
     stored.paste("blue", (0, 0, 20, 20))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter, clockwise: what is stored left is seen above
     stored.save(tmp_path / "turned.png", exif=exif)
-    picture = read_image(tmp_path / "turned.png")
-    assert picture.shape == (40, 20, 3)
-    assert picture[0, 0].tolist() == [0, 0, 255]
-    assert picture[-1, 0].tolist() == [255, 0, 0]
+    image = read_image(tmp_path / "turned.png")
+    assert image.shape == (40, 20, 3)
+    assert image[0, 0].tolist() == [0, 0, 255]
+    assert image[-1, 0].tolist() == [255, 0, 0]
 
 
-def test_transparency_lies_on_white(tmp_path: Path) -> None:
+def test_transparency_is_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (5, 5), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert (read_image(tmp_path / "clear.png") == 255).all()
 
 
 @pytest.mark.parametrize("ending", ["png", "tif"])
-def test_sixteen_bit_grey_keeps_its_greys(ending: str, tmp_path: Path) -> None:
+def test_sixteen_bit_gray_keeps_its_levels(ending: str, tmp_path: Path) -> None:
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(levels * 257).save(tmp_path / f"deep.{ending}")
     assert (read_image(tmp_path / f"deep.{ending}") == levels[:, :, None]).all()
@@ -43,9 +43,9 @@ def test_pixels_of_unknown_range_are_refused(values: np.ndarray, tmp_path: Path)
         read_image(tmp_path / "odd.tif")
 
 
-def test_what_is_no_picture_is_said(tmp_path: Path) -> None:
-    (tmp_path / "no.png").write_text("not a picture")
-    with pytest.raises(UserError, match=r"no\.png is no picture that can be read"):
+def test_what_is_not_an_image_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("not an image")
+    with pytest.raises(UserError, match=r"no\.png is not a readable image"):
         read_image(tmp_path / "no.png")
-    with pytest.raises(UserError, match=r"gone\.png: no such picture"):
+    with pytest.raises(UserError, match=r"gone\.png: no such image"):
         read_image(tmp_path / "gone.png")

@@ -1,1 +1,1 @@
-"""Plugins: discovery, calling their code safely, and looking up by name what they offer. Imports no torch."""
+"""Plugin discovery, safe calls of plugin code, and lookup of offers by name. Imports no torch."""

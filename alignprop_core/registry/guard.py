@@ -1,4 +1,4 @@
-"""Running code of plugins: whatever it raises or prints, the rest goes on. No torch."""
+"""Runs plugin code so that its errors and output cannot affect the rest. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def describe(error: BaseException) -> str:
 
 
 def own_traceback(error: BaseException) -> str:
-    """Return the traceback without the frames of our loading and of the import machinery."""
+    """Return the traceback without the frames of this package and of the import machinery."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename not in _OURS and "importlib" not in frame.filename]
     head = ["Traceback (most recent call last):\n", *traceback.format_list(own)] if own else []
@@ -39,9 +39,9 @@ def own_traceback(error: BaseException) -> str:
 
 @contextmanager
 def guarded() -> Iterator[io.StringIO]:
-    """Run a plugin's code: whatever it raises becomes `PluginFailure`, what it prints is caught (and yielded).
+    """Run a plugin's code: whatever it raises becomes `PluginFailure`, what it prints is captured (and yielded).
 
-    KeyboardInterrupt passes: it is the user's.
+    KeyboardInterrupt is not caught.
     """
     printed = io.StringIO()
     try:

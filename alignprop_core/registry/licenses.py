@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import Distribution
 
-from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
-
 LICENSES_VARIABLE = "ALIGNPROP_ALLOW_LICENSES"
 
 # Trove classifiers that mean exactly one SPDX license, for metadata older than License-Expression (PEP 639).
@@ -68,6 +66,8 @@ class LicensePolicy:
 
 def _is_allowed(expression: str, allowed: frozenset[str]) -> bool:
     """Evaluate an SPDX expression with every license replaced by whether it is allowed."""
+    from packaging.licenses import InvalidLicenseExpression, canonicalize_license_expression
+
     if expression.strip().lower() in allowed:  # also names that are not in SPDX's list, such as OpenRAIL-M
         return True
     try:

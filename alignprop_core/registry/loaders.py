@@ -1,4 +1,4 @@
-"""Loaders: keys of reward entries that change where a reward comes from, such as `isolation`. No torch."""
+"""Loaders: keys of reward entries that change where a reward comes from, such as `isolation`. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Something a plugin offers, and finding it by name. No torch."""
+"""Offers of plugins, and lookup by name. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Offer(Generic[S]):
-    """Something a plugin offers, and the distribution it comes with."""
+    """A spec that a plugin offers, with the plugin's distribution."""
 
     spec: S
     distribution: str
@@ -28,13 +28,13 @@ class Offer(Generic[S]):
 
     @property
     def full_name(self) -> str:
-        """`distribution/name`, which means this offer even where another distribution has the same name."""
+        """`distribution/name`, which is unambiguous if another distribution offers the same name."""
         return f"{self.distribution}/{self.name}"
 
 
 def matching(name: str, offers: tuple[Offer[S], ...]) -> list[Offer[S]]:
     """Return the offers a name means, written alone or as `distribution/name`."""
-    # A prompt set's own name holds a slash already ("starter/simple_animals"), so both readings are tried.
+    # A prompt set's own name contains a slash ("starter/simple_animals"), so both readings are tried.
     head, _, rest = name.partition("/")
     distribution = canonicalize_name(head)
     return [
@@ -43,11 +43,11 @@ def matching(name: str, offers: tuple[Offer[S], ...]) -> list[Offer[S]]:
 
 
 def conflict(what: str, name: str, found: list[Offer[S]]) -> str:
-    """Say that several offers have a name, and how to choose one."""
+    """Return the message that several offers have a name, and how to choose one."""
     names = " and ".join(f"{offer.distribution} {offer.version}" for offer in found)
     if len({offer.distribution for offer in found}) == 1:
         return (
-            f'{found[0].distribution} offers the {what} "{name}" {len(found)} times; that is a fault in the plugin. '
+            f'{found[0].distribution} offers the {what} "{name}" {len(found)} times, which is a bug of the plugin. '
             f"Report it, or keep the plugin out with {BLOCK_VARIABLE}={found[0].distribution}."
         )
     choices = " or ".join(f'"{offer.full_name}"' for offer in found)
@@ -57,6 +57,6 @@ def conflict(what: str, name: str, found: list[Offer[S]]) -> str:
 
 
 def belongs(offer: Offer[Any]) -> str:
-    """Return what an error message calls an offer: `Reward "x" of my-plugin 1.0`."""
+    """Return the name of an offer in messages: `Reward "x" of my-plugin 1.0`."""
     what = type(offer.spec).__name__.removesuffix("Spec").lower() if isinstance(offer.spec, Spec) else "offer"
     return f'{what.capitalize()} "{offer.name}" of {offer.distribution} {offer.version}'.rstrip()

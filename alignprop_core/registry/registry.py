@@ -61,7 +61,7 @@ class Registry:
     Attributes:
         plugins: a record of every plugin found, loaded or not, in the order of their names.
         given: rewards passed from Python, by name.
-        licenses: which licences the rewards of plugins may have.
+        licenses: the licenses that rewards of plugins may have.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Registry:
 
     @classmethod
     def from_plugins(cls, plugins: Mapping[str, object]) -> Registry:
-        """Build a registry from objects with hooks, by distribution name; looks at nothing installed. For tests."""
+        """Build a registry from objects with hooks, by distribution name; ignores what is installed. For tests."""
         return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
 
     def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
@@ -106,7 +106,7 @@ class Registry:
         return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
 
     def local(self, name: str) -> LocalReward | None:
-        """Return a reward given from Python or in a Python file (which is run); None for names of plugins."""
+        """Return a reward passed from Python or in a Python file (which is executed); None for other names."""
         return self.given.get(name) or from_file(name)
 
     # -- offers -------------------------------------------------------------------------------------------------
@@ -183,10 +183,14 @@ class Registry:
         """Find a prompt set, or None if no plugin offers it; `PluginError` if two do."""
         return self._one("prompt set", name, self.prompts()) if matching(name, self.prompts()) else None
 
+    def callback(self, name: str) -> Offer[CallbackSpec]:
+        """Find a callback; `PluginError` if no plugin or more than one offers it."""
+        return self._one("callback", name, self.callbacks())
+
     def weights_for(self, reward: str, name: str) -> Offer[WeightsSpec]:
         """Find the set of weights `name` for a reward; `PluginError` if no plugin or more than one offers it.
 
-        A set's own name may be shared by several rewards; only the sets made for this reward are looked at.
+        A set's own name may be shared by several rewards; only the sets for this reward are searched.
         """
         offers = tuple(o for o in self.weights() if o.spec.reward == reward.rpartition("/")[2])
         return self._one(f'set of weights for "{reward}"', name, offers)
@@ -240,7 +244,7 @@ class Registry:
         return value if isinstance(value, kind) else _validate(self.loader(key), kind, value, key)
 
     def source(self, loader: tuple[str, BaseModel] | None) -> RewardSource:
-        """Return what looks up the reward of an entry: its loader, or this registry if the entry has none.
+        """Return the source of an entry's reward: its loader, or this registry if the entry has none.
 
         Args:
             loader: key and config, as `RewardTerm.loader` gives them.
@@ -283,7 +287,7 @@ class Registry:
 
         Args:
             name: the reward.
-            options: its options; what is left out takes the defaults.
+            options: its options; omitted ones take their defaults.
             where: key of the options in the run config, for messages.
 
         Raises:

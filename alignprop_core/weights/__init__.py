@@ -1,7 +1,4 @@
-"""Weights of rewards: from a hub id, a named set or a path to a verified local file, and what is inside it.
-
-Importing this imports no torch, and finding a file never touches the network: only `fetch_weights` does.
-"""
+"""Weights of rewards: find, verify, download and read their files. Imports no torch."""
 
 from __future__ import annotations
 

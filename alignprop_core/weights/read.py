@@ -1,4 +1,4 @@
-"""What is inside a weights file. Nothing is ever unpickled; torch is imported only when tensors are read."""
+"""Reading weights files without unpickling; torch is imported only to read tensors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from alignprop_core.errors import WeightsError
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"  # protocol 2 and later, as torch wrote before its zip format
-_LOOKED_AT = 4096  # numbers at the start of each tensor: a page or two, where all would cost a tenth of loading
+_CHECKED = 4096  # numbers at the start of each tensor; checking all would add a tenth to the loading time
 
 
 def load_state_dict(path: Path) -> dict[str, Any]:
     """Read the tensors of a weights file onto the CPU.
 
-    What the file is, is read from its first bytes, not from its name. safetensors files are read as they are, torch's
-    own through `torch.load(weights_only=True)`.
+    The format is detected from the first bytes, not from the name. torch files are read with
+    `torch.load(weights_only=True)`.
 
     Returns:
-        What the file holds: name -> Tensor. A torch file may nest it ("state_dict", "model"), or hold numbers beside
-        it; that is left to the caller.
+        The content of the file: name -> Tensor. A torch file may nest it ("state_dict", "model") or contain numbers as
+        well; the caller handles that.
 
     Raises:
-        WeightsError: the file would need unpickling, is cut off or damaged, is of another format, cannot be read, or is
-            of a training that diverged: a tensor begins with NaN or infinity. (Only beginnings are looked at.)
+        WeightsError: the file needs unpickling, is incomplete or damaged, has another format, cannot be read, or comes
+            from a training that diverged: a tensor begins with NaN or infinity (only beginnings are checked).
     """
     path = Path(path)
     try:
@@ -38,25 +38,27 @@ def load_state_dict(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not start:
         raise WeightsError(f"{path} is empty. Fetch or copy it again.")
-    if start[8:] == b"{":  # before the others: the eight bytes of the header's length may be any
+    if (
+        start[8:] == b"{"
+    ):  # checked first: the eight bytes before it are the header's length and may look like another format
         found = _load_safetensors(path)
     elif start.startswith((_ZIP, _PICKLE)):
         found = _load_torch(path, zipped=start.startswith(_ZIP))
     else:
         hint = " It is a Git LFS pointer: fetch the file itself (`git lfs pull`)." if start == b"version h" else ""
-        raise WeightsError(f"{path} is no weights file: neither safetensors nor a file torch.save wrote.{hint}")
+        raise WeightsError(f"{path} is not a weights file: it is neither safetensors nor written by torch.save.{hint}")
     _check_finite(path, found)
     return found
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Return what a weights file says of its own architecture: the safetensors metadata key "config", as JSON.
+    """Return a weights file's own description of its architecture: the safetensors metadata key "config", as JSON.
 
     Returns:
         The parsed mapping; {} if the file has none (every torch file, and the real full-size weights).
 
     Raises:
-        WeightsError: the file is damaged, or its "config" is no JSON mapping.
+        WeightsError: the file is damaged, or its "config" is not a JSON mapping.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -71,7 +73,7 @@ def read_header(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
     except ValueError as error:
-        raise WeightsError(f'{path}: the "config" in its header is no JSON: {error}.') from error
+        raise WeightsError(f'{path}: the "config" in its header is not JSON: {error}.') from error
     if not isinstance(config, dict):
         raise WeightsError(f'{path}: the "config" in its header is a {type(config).__name__}; it must be a mapping.')
     return config
@@ -95,7 +97,7 @@ def _load_torch(path: Path, *, zipped: bool) -> dict[str, Any]:
 
     try:
         with open(path, "rb") as stream, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # TorchScript archives are warned of, then refused
+            warnings.simplefilter("ignore")  # torch warns about TorchScript archives, which are then refused
             # Mapped into memory where that is possible, so that a checkpoint of gigabytes is not there twice while it
             # is copied into a module. (torch goes by the name of a .safetensors path; this file is none.)
             mapped = zipped and path.suffix != ".safetensors"
@@ -108,30 +110,30 @@ def _load_torch(path: Path, *, zipped: bool) -> dict[str, Any]:
             raise _pickled(path) from error
         raise _damaged(path, error) from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{path} holds a {type(found).__name__}; a weights file holds tensors by name.")
+        raise WeightsError(f"{path} contains a {type(found).__name__}; a weights file contains tensors by name.")
     return found
 
 
 def _check_finite(path: Path, found: Mapping[Any, Any], inside: str = "") -> None:
-    """Refuse weights that make every score NaN. Minus infinity alone is let through: attention masks are made of it."""
+    """Refuse weights that make every score NaN. Minus infinity alone is accepted: attention masks contain it."""
     import torch
 
     for key, value in found.items():
         if isinstance(value, Mapping):
             _check_finite(path, value, f"{inside}{key}.")
         elif isinstance(value, torch.Tensor) and value.is_floating_point() and not value.is_sparse:
-            start = value.flatten()[:_LOOKED_AT].float()
+            start = value.flatten()[:_CHECKED].float()
             if start.isnan().any() or start.isposinf().any():
                 raise WeightsError(
-                    f"{path} cannot be used: its tensor {inside}{key} holds NaN or infinity. The training that wrote "
-                    "it diverged, or the file is damaged. Take an earlier checkpoint, or fetch or copy it again."
+                    f"{path} cannot be used: its tensor {inside}{key} contains NaN or infinity. The training "
+                    "that wrote it diverged, or the file is damaged. Use an earlier checkpoint, or fetch it again."
                 )
 
 
 def _pickled(path: Path) -> WeightsError:
     return WeightsError(
-        f"{path} holds more than tensors: this file would need unpickling, which can run any code it likes, so it is "
-        "not read. Convert it to safetensors where you trust it, and name that file."
+        f"{path} contains more than tensors: reading it would need unpickling, which can run any code, so it "
+        "is refused. Convert it to safetensors if you trust it, and name that file."
     )
 
 
@@ -141,7 +143,7 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that holds a mapping; `WeightsError` if it does not."""
+    """Read a JSON file that contains a mapping; `WeightsError` if it does not."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -153,7 +155,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' load reports and progress bars out; who calls it says what they would have said."""
+    """Suppress transformers' load reports and progress bars; the caller reports problems itself."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

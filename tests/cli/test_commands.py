@@ -184,7 +184,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing held-out prompts": (["train", "CONFIG", "prompts.heldout=gone.txt"], "prompts.heldout"),
     "output in use": (["train", "CONFIG", "output=USED"], "exists already and is not empty"),
     "missing model": (["train", "CONFIG", "model.base=./gone"], "gone does not exist"),
-    "missing autoencoder": (["train", "CONFIG", "model.vae=./gone"], "gone is no folder"),
+    "missing autoencoder": (["train", "CONFIG", "model.vae=./gone"], "gone is not a folder"),
     "missing LoRA": (["train", "CONFIG", "lora.init_from=gone.safetensors"], "lora.init_from"),
     "missing frozen LoRA": (["train", "CONFIG", "model.loras=[{path: gone.safetensors}]"], "model.loras.0.path"),
     "missing weights": (["train", "CONFIG", "rewards=[{name: seen, options: {weights: gone.pt}}]"], "no file"),
@@ -234,7 +234,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["score", "PROMPTS", "--reward", "published"],
         "--option published.weights: The weights of reward",
     ),
-    "score: missing picture": (["score", "gone.png", "--reward", "seen"], "gone.png: no such picture"),
+    "score: missing image": (["score", "gone.png", "--reward", "seen"], "gone.png: no such image"),
     "score: wrong option": (["score", "gone.png", "--reward", "seen", "-o", "qality=3"], "--option seen.qality"),
 }
 
@@ -315,9 +315,9 @@ def test_a_warning_is_one_line_without_the_place_in_our_code(places: dict[str, s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["train", "CONFIG", "training.device=cuda"], "training.device (from the command line): cuda is asked for"),
+        (["train", "CONFIG", "training.device=cuda"], "training.device (from the command line): cuda is requested"),
         (["train", "CONFIG", "training.mixed_precision=fp16"], "training.mixed_precision (from the command line): fp"),
-        (["sample", "fox", "--model", "MODEL", "--device", "cuda"], "--device: cuda is asked for"),
+        (["sample", "fox", "--model", "MODEL", "--device", "cuda"], "--device: cuda is requested"),
         (["sample", "fox", "--model", "MODEL", "--device", "gpu"], "--device: must be auto, cpu, mps, cuda or cuda:N"),
         (
             ["evaluate", "--model", "MODEL", "--prompts", "PROMPTS", "--reward", "seen", "--device", "cuda"],
