@@ -167,12 +167,13 @@ def upgraded(config: dict[str, Any]) -> dict[str, Any]:
     new = deepcopy(config)
     for old_key, new_key in _MOVED.items():
         (section, key), (target, name) = old_key.split("."), new_key.split(".")
-        if key in new[section]:
+        if key in new.get(section, {}):
             new.setdefault(target, {})[name] = new[section].pop(key)
     samples, guards = new.pop("samples"), new.pop("guards")
-    new["previews"]["seeds"] = [samples["seed"]]
-    stopping = new["early_stopping"]
-    stopping["mode"] = "min" if guards["lower_is_better"] else "max"
-    if stopping["monitor"] == "reward":
+    if "seed" in samples:
+        new.setdefault("previews", {})["seeds"] = [samples["seed"]]
+    stopping = new.setdefault("early_stopping", {})
+    stopping["mode"] = "min" if guards.get("lower_is_better") else "max"
+    if stopping.get("monitor") == "reward":
         stopping["monitor"] = "total"
     return new
