@@ -1,8 +1,8 @@
-"""The command `alignprop`: one file a command group. Command files import heavy rooms only inside a command.
+"""The command `alignprop`, with one module per command group. Heavy packages are imported only inside commands.
 
-Adding a command is an import and one line below; plugins add theirs through `alignprop_register_commands`. A command
-raises `AlignpropError` where something is wrong; `main` turns that into one message and an exit code: 0 done, 1 the run
-failed, 2 the user's input is wrong, 130 interrupted.
+To add a command, import it and register it below; plugins use `alignprop_register_commands`. Commands raise
+`AlignpropError`; `run` prints it as one message and returns an exit code: 0 success, 1 the run failed, 2 the user's
+input is wrong, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _print_version(wanted: bool) -> None:
 def _options(
     version: bool = typer.Option(False, "--version", help="Print the version.", is_eager=True, callback=_print_version),
     debug: bool = typer.Option(
-        False, "--debug", help="Show the full traceback of an error; may stand anywhere. Also ALIGNPROP_DEBUG=1."
+        False, "--debug", help="Show the traceback of errors; can be given anywhere. Also ALIGNPROP_DEBUG=1."
     ),
 ) -> None:
     """Fine-tune text-to-image diffusion models on differentiable rewards."""
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str]) -> int:
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (`| head`) has gone; what is still buffered must not raise again when Python exits.
+        # The reader (`| head`) has exited; buffered output must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -87,20 +87,20 @@ def _report(error: Exception, debug: bool) -> int:
     """Print one message for an error and return the exit code."""
     if isinstance(error, AlignpropError):
         print(f"error: {error}", file=sys.stderr)
-        # The traceback of a plugin's own code: without it nobody could mend the plugin.
+        # The traceback of the plugin's own code, which its author needs to fix it.
         for note in () if debug else getattr(error, "__notes__", ()):
             print(f"\n{note.rstrip()}", file=sys.stderr)
         return error.exit_code
     usage = getattr(error, "format_message", None)
     if callable(usage):
-        # A usage error of typer's command-line library, which some versions bundle under a private name.
+        # A usage error of click, which some versions of typer bundle under a private name.
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "alignprop"
-        if message := str(usage()):  # empty where the help was printed instead
+        if message := str(usage()):  # empty if the help was printed instead
             key = str(getattr(error, "option_name", "")).lstrip("-")
             dashes = f" Write {key}=VALUE without dashes to change a key of the run config." if "." in key else ""
             end = "" if message.endswith((".", "?")) else "."
-            print(f"error: {message}{end}{dashes} `{command} --help` shows what it takes.", file=sys.stderr)
+            print(f"error: {message}{end}{dashes} See `{command} --help`.", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
@@ -115,12 +115,12 @@ def _report(error: Exception, debug: bool) -> int:
         return 1
     text = f"{type(error).__name__}: {error}"
     hint = "" if debug else " Run it again with --debug for the traceback."
-    print(f"error: unexpected {text}\nThis is a fault in alignprop or in a plugin.{hint}", file=sys.stderr)
+    print(f"error: unexpected {text}\nThis is a bug in alignprop or in a plugin.{hint}", file=sys.stderr)
     return 1
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Print a warning as a line for people: where in whose code it arose helps nobody here."""
+    """Print a warning as one line, without its source location."""
     name = "" if category is UserWarning else f" ({category.__name__})"
     print(f"warning{name}: {message}", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""The checks of `alignprop doctor`. Only the look at accelerators imports torch."""
+"""The checks of `alignprop doctor`. Only the check of accelerators imports torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from packaging.requirements import Requirement
 
@@ -22,21 +22,17 @@ from alignprop_core.registry.registry import Registry
 Status = Literal["ok", "warning", "error"]
 
 LOW_DISK_BYTES = 5e9
-"""A Stable Diffusion 1.5 download is about 4 GB, and a checkpoint must fit beside the last one."""
+"""A Stable Diffusion 1.5 download is about 4 GB, and a new checkpoint is written before the last one is deleted."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found, and what to do about it."""
+    """Result of one check, with advice where something is wrong."""
 
     what: str
     status: Status
     found: str
     advice: str = ""
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the finding for `--json`."""
-        return asdict(self)
 
 
 def check_all(registry: Registry, *, quick: bool) -> list[Finding]:
@@ -44,7 +40,7 @@ def check_all(registry: Registry, *, quick: bool) -> list[Finding]:
 
     Args:
         registry: the plugins to report.
-        quick: leave out what needs torch.
+        quick: skip the checks that import torch.
     """
     found = [*_machine(), *_packages()]
     if not quick:
@@ -59,7 +55,7 @@ def _machine() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    """Compare installed versions with what the core's own metadata requires; imports none of them."""
+    """Compare installed versions with the requirements in the core's metadata, without importing the packages."""
     try:
         lines = requires(CORE) or []
     except PackageNotFoundError:
@@ -69,16 +65,16 @@ def _packages() -> Iterator[Finding]:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        mend = f'pip install -U "{requirement.name}{requirement.specifier}"'
+        fix = f'pip install -U "{requirement.name}{requirement.specifier}"'
         try:
             installed = version(requirement.name)
         except PackageNotFoundError:
-            yield Finding(requirement.name, "error", "not installed", mend)
+            yield Finding(requirement.name, "error", "not installed", fix)
             continue
         if requirement.specifier.contains(installed, prereleases=True):
             yield Finding(requirement.name, "ok", installed)
         else:
-            yield Finding(requirement.name, "error", f"{installed}, needed is {requirement.specifier}", mend)
+            yield Finding(requirement.name, "error", f"{installed}, required is {requirement.specifier}", fix)
 
 
 def _accelerators() -> Iterator[Finding]:
@@ -97,26 +93,16 @@ def _accelerators() -> Iterator[Finding]:
             memory = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
             yield Finding(f"cuda:{i}", "ok", f"{facts.name}, {memory}, {bf16}")
     elif torch.backends.mps.is_available():
-        fallback = os.environ.get("PYTORCH_ENABLE_MPS_FALLBACK") == "1"
-        advice = "" if fallback else "If an operation is missing there, set PYTORCH_ENABLE_MPS_FALLBACK=1."
+        advice = "If an operation is not implemented for MPS, set PYTORCH_ENABLE_MPS_FALLBACK=1."
         yield Finding("mps", "ok", "Apple GPU", advice)
-    elif shutil.which("nvidia-smi") and torch.version.cuda is None:
-        yield Finding(
-            "accelerator",
-            "warning",
-            f"an NVIDIA driver is here, but torch {torch.__version__} is built without CUDA",
-            "Install a CUDA build of torch: pytorch.org.",
-        )
     elif shutil.which("nvidia-smi"):
-        yield Finding(
-            "accelerator",
-            "warning",
-            f"an NVIDIA driver is here, but torch (CUDA {torch.version.cuda}) finds no device",
-            "See whether nvidia-smi lists one, CUDA_VISIBLE_DEVICES hides it, or the driver is too old.",
-        )
+        build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        found = f"an NVIDIA driver is installed, but torch {torch.__version__} ({build}) finds no device"
+        advice = "Install a CUDA build of torch (pytorch.org); check CUDA_VISIBLE_DEVICES and the driver's version."
+        yield Finding("accelerator", "warning", found, advice)
     else:
-        found = "none: runs use the CPU"
-        yield Finding("accelerator", "ok", found, "Small models train on a CPU; Stable Diffusion wants a GPU.")
+        advice = "Small models train on a CPU; Stable Diffusion needs a GPU."
+        yield Finding("accelerator", "ok", "none: runs use the CPU", advice)
 
 
 def _plugins(registry: Registry) -> Iterator[Finding]:
@@ -128,21 +114,25 @@ def _plugins(registry: Registry) -> Iterator[Finding]:
             yield Finding(what, "warning" if record.warnings else "ok", found, "; ".join(record.warnings))
         else:
             found = f"{record.version}, {record.status}: {record.error}"
-            advice = "" if record.status in ("blocked", "not allowed") else "`alignprop plugins --traceback` says more."
+            advice = (
+                ""
+                if record.status in ("blocked", "not allowed")
+                else "`alignprop plugins --traceback` shows the traceback."
+            )
             yield Finding(what, "warning", found, advice)
     if not any(record.status == "loaded" for record in registry.plugins):
-        advice = "Rewards and models come as plugins: pip install alignprop-starter alignprop-jpeg"
+        advice = "Rewards and models are plugins: pip install alignprop-starter alignprop-jpeg"
         yield Finding("plugins", "warning", "none is loaded", advice)
     for kind in ("rewards", "models", "families", "prompts"):
         count = Counter(offer.name for offer in getattr(registry, kind)())
         for name in (name for name, times in count.items() if times > 1):
             owners = [offer.full_name for offer in getattr(registry, kind)() if offer.name == name]
-            advice = f"Write {' or '.join(owners)} in run configs, or keep one out with {BLOCK_VARIABLE}."
+            advice = f"Write {' or '.join(owners)} in run configs, or block one of them with {BLOCK_VARIABLE}."
             yield Finding(f"{kind}: {name}", "warning", f"offered by {len(owners)} plugins", advice)
     here = {record.distribution for record in registry.plugins}
     for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE):
         for name in sorted((names_in(os.environ.get(variable)) or frozenset()) - here):
-            yield Finding(variable, "warning", f"names {name}, which is not an installed plugin", "See its spelling.")
+            yield Finding(variable, "warning", f"names {name}, which is not an installed plugin", "Check the spelling.")
 
 
 def _disk() -> Iterator[Finding]:
@@ -151,9 +141,8 @@ def _disk() -> Iterator[Finding]:
         free = shutil.disk_usage(there).free
         found = f"{free / 1e9:.1f} GB free at {folder}"
         if not os.access(there, os.W_OK):
-            yield Finding(
-                what, "warning", f"{folder} cannot be written", "Choose another place for output, or HF_HOME."
-            )
+            advice = "Choose another output folder, or set HF_HOME."
+            yield Finding(what, "warning", f"{folder} is not writable", advice)
         elif free < LOW_DISK_BYTES:
             yield Finding(what, "warning", found, "Downloads and checkpoints may not fit.")
         else:
@@ -168,11 +157,11 @@ def _hub_cache() -> Path:
 def _hub() -> Iterator[Finding]:
     on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(name)]
     if on:
-        advice = "Models and weights come from the local cache only; unset it to download."
+        advice = "Models and weights are read from the local cache only; unset the variable to download."
         yield Finding("hub", "ok", f"offline ({', '.join(on)} is set)", advice)
     else:
-        advice = "Whether the hub can be reached was not tried; HF_HUB_OFFLINE=1 keeps runs to the local cache."
-        yield Finding("hub", "ok", "not set to offline: a run downloads the base model it names", advice)
+        advice = "The connection was not tested; HF_HUB_OFFLINE=1 restricts runs to the local cache."
+        yield Finding("hub", "ok", "not set to offline: a run downloads its base model", advice)
 
 
 def _is_on(variable: str) -> bool:
@@ -180,22 +169,16 @@ def _is_on(variable: str) -> bool:
 
 
 def _threads() -> Iterator[Finding]:
-    cores = os.process_cpu_count() if hasattr(os, "process_cpu_count") else len(_affinity())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    if threads.isdecimal() and int(threads) > cores:
-        yield Finding(
-            "threads", "warning", f"OMP_NUM_THREADS={threads} on {cores} cores", f"Set it to {cores} or less."
-        )
-        return
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    waits = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" or threads == "1"
-    if load > cores and not waits:
-        # Spinning threads that wait for one another on busy cores make a step up to a hundred times slower.
+    spins = os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE" and threads != "1"
+    if threads.isdecimal() and int(threads) > cores:
+        found = f"OMP_NUM_THREADS={threads} on {cores} cores"
+        yield Finding("threads", "warning", found, f"Set it to {cores} or less.")
+    elif load > cores and spins:
+        # Threads that spin while they wait on busy cores make a step up to a hundred times slower.
         found = f"{cores} cores with a load of {load:.1f}"
         yield Finding("threads", "warning", found, "On busy cores set OMP_WAIT_POLICY=PASSIVE, or OMP_NUM_THREADS=1.")
     else:
         yield Finding("threads", "ok", f"{cores} cores")
-
-
-def _affinity() -> set[int]:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))

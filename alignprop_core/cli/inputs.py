@@ -1,10 +1,10 @@
-"""From options of commands to checked settings, before torch is imported: a mistake is reported at once."""
+"""Check the options of commands before torch is imported, so that mistakes are reported quickly."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,9 +20,25 @@ from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
 from alignprop_core.validation import explain
 
+if TYPE_CHECKING:
+    import torch
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that were given on the command line."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device for --device; imports torch."""
+    from alignprop_core.devices import choose_device
+
+    with under("--device"):
+        return choose_device(name)
+
 
 def check_model_options(model: str, lora: Path | None, registry: Registry) -> None:
-    """Raise `UserError` if --model or --lora is a path to nothing."""
+    """Raise `UserError` if --model or --lora does not exist."""
     with under("--model"):
         find_base(model, registry)
     if lora is not None:
@@ -31,15 +47,15 @@ def check_model_options(model: str, lora: Path | None, registry: Registry) -> No
 
 
 def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunConfig, dict[str, Any]]:
-    """Return a run's config, and its model with its LoRA as keywords for `Sampler.load`.
+    """Return a run's config, and its model and LoRA as keyword arguments of `Sampler.load`.
 
     Args:
         run: the run folder.
         lora: a LoRA to use instead of the run's result.
-        registry: where names are looked up.
+        registry: the installed plugins.
 
     Raises:
-        UserError: there is no such run, or its model or LoRA is missing.
+        UserError: the run, its model or its LoRA does not exist.
     """
     config = load_config(run / "config.yaml", registry=registry)
     lora = run / "lora" if lora is None else lora
@@ -54,42 +70,47 @@ def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunC
     }
 
 
-def sampling_settings(values: Mapping[str, Any]) -> SamplingConfig:
-    """Check sampling settings given as options; `UserError` naming the options that are wrong."""
+def sampling_settings(config: RunConfig | None, **options: Any) -> SamplingConfig:
+    """Return a run's sampling settings, or the defaults, with the options that were given.
+
+    Raises:
+        UserError: an option is invalid.
+    """
     try:
-        return SamplingConfig(**values)
+        return SamplingConfig(**(config.sampling.model_dump() if config else {}) | given(**options))
     except ValidationError as error:
         problems = explain(error, SamplingConfig)
         raise UserError("\n".join(f"--{p.key.replace('_', '-')}: {p.message}" for p in problems)) from error
 
 
 def reward_entries(names: Sequence[str], options: Sequence[str], registry: Registry) -> list[RewardTerm]:
-    """Return rewards given with `--reward NAME`, and their options with `--option NAME.key=value`, as config entries.
+    """Return config entries for `--reward NAME` and its options, `--option NAME.key=value`.
 
-    With one reward an option needs no name. Everything is checked that can be without loading the rewards.
+    With one reward, options need no name. Checks everything that is possible without loading the rewards.
 
     Raises:
-        UserError: a reward is unknown or given twice, an option is wrong or of no given reward, or weights are missing.
+        UserError: a reward is unknown or given twice, an option is invalid or of no given reward, or weights are
+            missing.
     """
-    given: dict[str, list[str]] = {}
+    options_of: dict[str, list[str]] = {}
     for name in names:
         registry.reward(name)
-        if default_label(name) in map(default_label, given):
+        if default_label(name) in map(default_label, options_of):
             raise UserError(f"--reward {name} is given twice.")
-        given[name] = []
+        options_of[name] = []
     for option in options:
         if "=" not in option:
             raise UserError(f"--option {option}: write KEY=VALUE, such as quality=80.")
-        whose = [n for n in given if option.startswith((f"{n}.", f"{default_label(n)}."))]
-        if whose:
-            prefix = next(p for p in (f"{whose[0]}.", f"{default_label(whose[0])}.") if option.startswith(p))
-            given[whose[0]].append(option.removeprefix(prefix))
-        elif len(given) == 1:
-            given[next(iter(given))].append(option)
+        owner = [n for n in options_of if option.startswith((f"{n}.", f"{default_label(n)}."))]
+        if owner:
+            prefix = next(p for p in (f"{owner[0]}.", f"{default_label(owner[0])}.") if option.startswith(p))
+            options_of[owner[0]].append(option.removeprefix(prefix))
+        elif len(options_of) == 1:
+            options_of[next(iter(options_of))].append(option)
         else:
-            known = ", ".join(default_label(n) for n in given) or "none"
-            raise UserError(f"--option {option}: say whose, NAME.key=value; the rewards given are: {known}.")
-    return [_entry(name, changes, registry) for name, changes in given.items()]
+            known = ", ".join(default_label(n) for n in options_of) or "none"
+            raise UserError(f"--option {option}: write NAME.key=value; the rewards given are: {known}.")
+    return [_entry(name, changes, registry) for name, changes in options_of.items()]
 
 
 def _entry(name: str, changes: Sequence[str], registry: Registry) -> RewardTerm:

@@ -54,32 +54,27 @@ def info(lora: Path = _LORA, json: bool = common.JSON_OPTION) -> None:
         header: dict[str, str] = opened.metadata() or {}
     keys = ("alignprop.base_model", "modelspec.architecture", "ss_base_model_version")
     base = next((header[key] for key in keys if key in header), None)
-    layers = [
-        {"component": component, "layer": name, "rank": factors.rank, "alpha": factors.scale * factors.rank}
-        for component, part in parts.items()
-        for name, factors in part.items()
-    ]
+    layers = [(component, name, factors) for component, part in parts.items() for name, factors in part.items()]
     if json:
-        common.print_json({"file": str(file), "base_model": base, "layers": layers, "header": header})
+        listed = [
+            {"component": component, "layer": name, "rank": factors.rank, "alpha": factors.scale * factors.rank}
+            for component, name, factors in layers
+        ]
+        common.print_json({"file": str(file), "base_model": base, "layers": listed, "header": header})
         return
-    ranks, alphas = ({layer[key] for layer in layers} for key in ("rank", "alpha"))
+    ranks, alphas = ({f.rank for *_, f in layers}, {f.scale * f.rank for *_, f in layers})
     common.print_facts(
         [
             ("file", str(file)),
             ("base model", base or "not in the header"),
-            ("rank", ", ".join(f"{rank}" for rank in sorted(ranks))),
+            ("rank", ", ".join(map(str, sorted(ranks)))),
             ("alpha", ", ".join(f"{alpha:g}" for alpha in sorted(alphas))),
             ("layers", str(len(layers))),
         ]
     )
-    # One row per kind of layer: a model has hundreds that differ only in their block numbers.
-    kinds = Counter(
-        (component, re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name), factors.rank)
-        for component, part in parts.items()
-        for name, factors in part.items()
-    )
-    rows = [[component, name, rank, count] for (component, name, rank), count in sorted(kinds.items())]
-    common.print_table(["component", "layer", "rank", "count"], rows)
+    # One row per kind of layer: a model has hundreds of layers that differ only in their block numbers.
+    kinds = Counter((component, re.sub(r"\b\d+\b", "*", name), factors.rank) for component, name, factors in layers)
+    common.print_table(["component", "layer", "rank", "count"], [[*kind, n] for kind, n in sorted(kinds.items())])
     if header:
         common.print_table(["header", "value"], sorted(header.items()))
 
@@ -108,8 +103,8 @@ def scale(
     name: str = _NAME,
 ) -> None:
     """Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the original."""
-    from alignprop_core.lora.merging import scale as scaled
     from alignprop_core.lora.files import read_file
+    from alignprop_core.lora.merging import scale as scaled
 
     _write(scaled(read_file(lora), strength), output, name)
 
@@ -129,8 +124,8 @@ def merge(
 ) -> None:
     """Merge LoRAs: the weighted sum of their weight changes, not an average of their factors."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.merging import merge as merged
     from alignprop_core.lora.files import read_file
+    from alignprop_core.lora.merging import merge as merged
 
     if sweep and (weights or len(loras) != 2):
         raise UserError("--sweep merges two LoRAs at several shares: give two LoRAs and no --weights.")

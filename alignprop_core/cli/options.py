@@ -1,4 +1,4 @@
-"""A reward's options in words: type, default, limits, description, and a line of YAML. Used by `rewards show`."""
+"""Describe a reward's options for `rewards show`: type, default, limits, description and a line of YAML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PAIRS = {
     ("minLength", "maxLength"): "{} to {} characters",
     ("minItems", "maxItems"): "{} to {} items",
 }
-"""Limits that are said together where both are set."""
+"""Limits that are written together if both are set."""
 
 
 @dataclass(frozen=True)
@@ -43,19 +43,8 @@ class Option:
 
     @property
     def default_text(self) -> str:
-        """The default as it stands in a run config."""
+        """The default as written in a run config."""
         return "(required)" if self.required else _inline(self.default)
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the option for `--json`."""
-        return {
-            "name": self.name,
-            "type": self.type,
-            "required": self.required,
-            "default": self.default,
-            "description": self.description,
-            "limits": self.limits,
-        }
 
     def yaml_line(self) -> str:
         """Return `name: default  # description`."""
@@ -66,7 +55,7 @@ class Option:
 
 
 def options_of(kind: type[RewardConfig]) -> list[Option]:
-    """Return the options of a reward, read from its options class's JSON Schema."""
+    """Return the options of a reward, from the JSON Schema of its options class."""
     schema = kind.model_json_schema()
     definitions = schema.get("$defs", {})
     required = set(schema.get("required", ()))
@@ -95,21 +84,22 @@ def _type(field: dict[str, Any], definitions: dict[str, Any]) -> str:
     if field.get("type") == "array":
         items = field.get("items")
         return f"list of {_type(items, definitions)}" if isinstance(items, dict) else "list"
-    names = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "mapping"}
-    return names.get(str(field.get("type", "anything")), str(field.get("type", "anything")))
+    kind = str(field.get("type", "any value"))
+    return {"boolean": "true or false", "object": "mapping"}.get(kind, kind)
 
 
 def _limits(field: dict[str, Any]) -> str:
     found: list[str] = []
     for part in (field, *field.get("anyOf", ())):
-        said: set[str] = set()
+        paired: set[str] = set()
         for (low, high), words in _PAIRS.items():
             if low in part and high in part:
-                same = part[low] == part[high]
-                words = words.replace("{} to {}", "exactly {}") if same else words
+                words = words.replace("{} to {}", "exactly {}") if part[low] == part[high] else words
                 found.append(words.format(_shown(part[low]), _shown(part[high])))
-                said |= {low, high}
-        found += [words.format(_shown(part[key])) for key, words in _LIMITS.items() if key in part and key not in said]
+                paired |= {low, high}
+        found += [
+            words.format(_shown(part[key])) for key, words in _LIMITS.items() if key in part and key not in paired
+        ]
     return ", ".join(text.replace(" 1 items", " 1 item").replace(" 1 characters", " 1 character") for text in found)
 
 
@@ -118,7 +108,7 @@ def _shown(limit: object) -> str:
 
 
 def _inline(value: object) -> str:
-    """Write a value as YAML on one line (JSON for lists and mappings, which YAML reads too)."""
+    """Return a value as one line of YAML; lists and mappings as JSON, which is valid YAML."""
     if isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False)
     return dump_yaml(value).removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""`alignprop plugins`: what is installed, whether it works, and what it offers."""
+"""`alignprop plugins`: list the installed plugins."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "inc
 def plugins(
     json: bool = common.JSON_OPTION,
     traceback: bool = typer.Option(False, "--traceback", help="Also print the tracebacks of failed plugins."),
-    requirements: bool = typer.Option(False, "--requirements", help="Print pinned lines for a requirements file."),
+    requirements: bool = typer.Option(False, "--requirements", help="Print pinned versions for a requirements file."),
 ) -> None:
-    """List the installed plugins: version, status, what they offer, what is wrong with them."""
+    """List the installed plugins: version, status, what they offer, and errors."""
     from alignprop_core import __version__
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.specs import API_VERSION
@@ -35,7 +35,7 @@ def plugins(
         listed = [_as_json(record) for record in registry.plugins]
         common.print_json({"core": __version__, "api_version": API_VERSION, "plugins": listed})
     elif not registry.plugins:
-        typer.echo("No plugins are installed. Rewards and models come as plugins: pip install alignprop-starter")
+        typer.echo("No plugins are installed. Rewards and models are plugins: pip install alignprop-starter")
     else:
         _print(registry.plugins, traceback)
         for problem in problems(registry, core_commands()):
@@ -49,7 +49,7 @@ def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
         remarks = [*([record.error] if record.error else []), *record.warnings]
         status = common.styled(record.status, _STYLES[record.status])
         rows.append([record.distribution, record.version, status, "\n".join([*offers, *remarks])])
-    common.print_table(["plugin", "version", "status", "offers, problems"], rows)
+    common.print_table(["plugin", "version", "status", "offers, errors"], rows)
     failed = [record for record in records if record.traceback]
     for record in failed if traceback else ():
         typer.echo(f"{record.name}\n{record.traceback}")
@@ -58,15 +58,6 @@ def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
 
 
 def _as_json(record: PluginRecord) -> dict[str, Any]:
-    return {
-        "distribution": record.distribution,
-        "version": record.version,
-        "entry_point": record.entry_point,
-        "license": record.license,
-        "status": record.status,
-        "error": record.error,
-        "warnings": list(record.warnings),
-        "traceback": record.traceback,
-        "import_seconds": round(record.seconds, 4),
-        **{kind: list(record.names(kind)) for kind in _KINDS},
-    }
+    keys = ("distribution", "version", "entry_point", "license", "status", "error", "warnings", "traceback")
+    facts = {key: getattr(record, key) for key in keys}
+    return facts | {"import_seconds": round(record.seconds, 4)} | {kind: record.names(kind) for kind in _KINDS}

@@ -1,4 +1,4 @@
-"""`alignprop sample`: images from a model, with or without a LoRA."""
+"""`alignprop sample`: generate images with a model and a LoRA."""
 
 from __future__ import annotations
 
@@ -15,28 +15,26 @@ from alignprop_core.cli import common
 def sample(
     prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one image per prompt and seed."),
     run: Path | None = typer.Option(None, help="A run folder: its model, LoRA and sampling settings."),
-    model: str = typer.Option(
-        "", help="Instead of a run: a registered model, a hub id, a diffusers folder or a .safetensors file."
-    ),
+    model: str = typer.Option("", help=f"Instead of a run: {common.MODELS}."),
     lora: Path | None = typer.Option(None, help="A LoRA file or folder; with --run, instead of the run's result."),
     prompts_from: str = typer.Option("", "--prompts", help="More prompts: a registered set or a file."),
     compare: bool = typer.Option(False, "--compare", help="Also generate each image without the LoRA, side by side."),
     strength: float = typer.Option(1.0, help="Strength of the LoRA; 0 is the base model."),
-    steps: int | None = typer.Option(None, help="Denoising steps; the run's own, or 50."),
+    steps: int | None = typer.Option(None, help="Denoising steps; the default is the run's, or 50."),
     guidance_scale: float | None = typer.Option(
-        None, help="Classifier-free guidance, 1 is off; the run's own, or 7.5."
+        None, help="Classifier-free guidance scale; 1 disables it; the default is the run's, or 7.5."
     ),
-    negative_prompt: str | None = typer.Option(None, help="Negative prompt; the run's own, or empty."),
-    width: int | None = typer.Option(None, help="Width in pixels; the run's or the model's own if left out."),
-    height: int | None = typer.Option(None, help="Height in pixels; the run's or the model's own if left out."),
-    seed: int = typer.Option(0, help="The first seed; each further image of a prompt takes the next."),
+    negative_prompt: str | None = typer.Option(None, help="Negative prompt; the default is the run's, or empty."),
+    width: int | None = typer.Option(None, help="Width in pixels; the default is the run's or the model's."),
+    height: int | None = typer.Option(None, help="Height in pixels; the default is the run's or the model's."),
+    seed: int = typer.Option(0, help="Seed of the first image of each prompt; further images use the next seeds."),
     count: int = typer.Option(1, min=1, help="Images per prompt."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
+    device: str = common.DEVICE_OPTION,
     output: Path = typer.Option(Path("samples"), help="Folder for the images."),
 ) -> None:
     """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
-    from alignprop_core.cli.inputs import check_model_options, model_of_run, sampling_settings
+    from alignprop_core.cli import inputs
     from alignprop_core.errors import UserError, under
     from alignprop_core.prompts import load_prompts
     from alignprop_core.registry.registry import default_registry
@@ -52,29 +50,25 @@ def sample(
         raise UserError("Give at least one prompt, or --prompts FILE.")
     if compare and run is None and lora is None:
         raise UserError("--compare needs a LoRA: give --run RUN or --lora F.")
-    given: dict[str, Any] = {
-        "steps": steps,
-        "guidance_scale": guidance_scale,
-        "negative_prompt": negative_prompt,
-        "width": width,
-        "height": height,
-    }
-    known: dict[str, Any] = {"model": model, "lora": lora}
-    own: dict[str, Any] = {}
+    config = None
+    source: dict[str, Any] = {"model": model, "lora": lora}
     if run is not None:
-        config, known = model_of_run(run, lora, registry)
-        own = config.sampling.model_dump()
-    settings = sampling_settings(own | {key: value for key, value in given.items() if value is not None})
+        config, source = inputs.model_of_run(run, lora, registry)
+    settings = inputs.sampling_settings(
+        config,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        width=width,
+        height=height,
+    )
     if run is None:
-        check_model_options(model, lora, registry)
-    from alignprop_core.devices import choose_device
-
-    with under("--device"):
-        where = choose_device(device)
+        inputs.check_model_options(model, lora, registry)
+    where = inputs.device_of(device)
     with common.status("loading the model"):
         from alignprop_core.diffusion.sampler import Sampler
 
-        sampler = Sampler.load(**known, sampling=settings, device=where, registry=registry, strength=strength)
+        sampler = Sampler.load(**source, sampling=settings, device=where, registry=registry, strength=strength)
 
     import torch
 
@@ -86,7 +80,7 @@ def sample(
     names = distinct([safe_name(text, longest=60) for text in texts])
     # Distinct from the base model's images, which would otherwise be overwritten.
     tuned = "-lora" if strength == 1 else f"-lora-{strength:g}"
-    suffix = "-compare" if compare else "" if known["lora"] is None else tuned
+    suffix = "-compare" if compare else "" if source["lora"] is None else tuned
     output.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
     with progress_bar(common.console(stderr=True)) as bar, torch.no_grad():
@@ -105,7 +99,7 @@ def sample(
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Return file names, each different: prompts that differ in punctuation, or only near their end, are alike."""
+    """Return distinct file names: a name that occurs again gets a number, such as fox_2."""
     seen: dict[str, int] = {}
     found = []
     for name in names:

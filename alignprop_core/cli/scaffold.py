@@ -1,4 +1,4 @@
-"""Filling in the templates of `alignprop rewards new`. No torch.
+"""Fill in the templates of `alignprop rewards new`. Imports no torch.
 
 A template is a text file with `<<values>>` and blocks from a line `%% if FLAG` (or `%% if not FLAG`) to `%% end`.
 """
@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from datetime import date
 from importlib.resources import files
-from typing import Any
 
 from alignprop_core import __version__
 from alignprop_core.specs import API_VERSION
@@ -31,7 +30,7 @@ _FILES = {
 
 
 def render(text: str, values: Mapping[str, str], flags: Mapping[str, bool]) -> str:
-    """Fill in a template; blocks may stand inside one another. `KeyError` for a value or flag it does not know."""
+    """Fill in a template; blocks can be nested. Raises `KeyError` for an unknown value or flag."""
     lines: list[str] = []
     shown = [True]
     for line in text.splitlines():
@@ -45,15 +44,14 @@ def render(text: str, values: Mapping[str, str], flags: Mapping[str, bool]) -> s
 
 
 def reward_project(name: str, *, prompts: bool, weights: bool, license: str, author: str = "") -> dict[str, bytes]:
-    """Return a complete plugin with one reward, by path inside its folder.
+    """Return the files of a complete plugin with one reward: path -> content.
 
     Args:
         name: the reward's name, snake_case.
         prompts: whether it reads prompts.
         weights: whether it has a network with weights.
         license: one of `LICENSES`.
-        author: who stands in the metadata, and in a licence that names somebody; "the authors of DISTRIBUTION" stand
-            there if empty.
+        author: author in the metadata and the license; if empty, the license names "the authors of DISTRIBUTION".
     """
     major, minor = (int(part) for part in __version__.split(".")[:2])
     distribution = "alignprop-" + name.replace("_", "-")
@@ -62,9 +60,9 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
         "distribution": distribution,
         "package": f"alignprop_{name}",
         "Class": "".join(part.title() for part in name.split("_")),
-        "summary": "The mean colour is near the one "
-        + ("the prompt names" if prompts else "wished for")
-        + (", and a small network likes it." if weights else "."),
+        "summary": "Mean color close to "
+        + ("the color in the prompt" if prompts else "a target color")
+        + (", plus the mean output of a small network." if weights else "."),
         "license": license,
         "author": author or f"the authors of {distribution}",
         "quoted_author": json.dumps(author, ensure_ascii=False),  # a JSON string is a TOML string
@@ -85,19 +83,5 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
     made["LICENSE"] = filled(f"licenses/{license}.txt")
     made[f"src/{values['package']}/py.typed"] = b""
     if weights:
-        made[f"src/{values['package']}/weights/example.safetensors"] = _example_weights()
+        made[f"src/{values['package']}/weights/example.safetensors"] = root.joinpath("example.safetensors").read_bytes()
     return made
-
-
-def _example_weights() -> bytes:
-    """Return random weights of the template's network, the same every time."""
-    import numpy as np
-    from safetensors.numpy import save
-
-    g = np.random.default_rng(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "0.weight": (8, 3, 1, 1), "0.bias": (8,), "2.weight": (1, 8, 1, 1), "2.bias": (1,)
-    }  # fmt: skip
-    state: dict[str, Any] = {key: g.normal(0, 0.3, shape).astype(np.float32) for key, shape in shapes.items()}
-    data: bytes = save(state)
-    return data

@@ -1,4 +1,4 @@
-"""`alignprop schema`: the run config as a JSON Schema, for editors and checks."""
+"""`alignprop schema`: JSON Schema of the run config."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from alignprop_core.cli import common
 
 
 def schema(
-    json: bool = typer.Option(True, "--json", help="The schema is JSON in any case.", hidden=True),
+    json: bool = typer.Option(True, "--json", help="The output is always JSON.", hidden=True),
 ) -> None:
-    """Print the JSON Schema of a run config, the installed rewards' options included.
+    """Print the JSON Schema of a run config, including the options of the installed rewards.
 
-    Editors complete and check run configs with it: write it to a file, and put
-    `# yaml-language-server: $schema=FILE` on a config's first line.
+    Editors use it to complete and validate run configs: save it to a file and make
+    `# yaml-language-server: $schema=FILE` the first line of a config.
     """
     from alignprop_core.config.schema import json_schema
     from alignprop_core.registry.registry import default_registry

@@ -1,4 +1,4 @@
-"""`alignprop score`: what rewards make of picture files."""
+"""`alignprop score`: score image files with rewards."""
 
 from __future__ import annotations
 
@@ -11,21 +11,17 @@ from alignprop_core.cli import common
 
 
 def score(
-    images: list[Path] = typer.Argument(help="Picture files."),
-    reward: list[str] = typer.Option(
-        help="A reward's name (repeat the option for several); `alignprop rewards list` lists them."
-    ),
-    option: list[str] = typer.Option(
-        [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="One of a reward's options; of several, NAME's."
-    ),
-    prompt: str | None = typer.Option(None, help="The prompt the pictures were made from, for rewards that read it."),
-    device: str = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps."),
+    images: list[Path] = typer.Argument(help="Image files."),
+    reward: list[str] = typer.Option(help="A reward's name, see `alignprop rewards list`; can be repeated."),
+    option: list[str] = common.REWARD_OPTIONS,
+    prompt: str | None = typer.Option(None, help="The prompt of the images, for rewards that read it."),
+    device: str = common.DEVICE_OPTION,
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Score pictures with one or several rewards."""
+    """Score image files with one or more rewards."""
     common.quiet_libraries()
-    from alignprop_core.cli.inputs import reward_entries
-    from alignprop_core.errors import RewardError, UserError, under
+    from alignprop_core.cli.inputs import device_of, reward_entries
+    from alignprop_core.errors import RewardError, UserError
     from alignprop_core.images import read_image
     from alignprop_core.registry.registry import default_registry
 
@@ -35,25 +31,23 @@ def score(
     for entry, spec in zip(entries, specs, strict=True):
         if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
-    pictures = [read_image(path) for path in images]
+    pixels = [read_image(path) for path in images]
+    where = device_of(device)
 
     import torch
 
-    from alignprop_core.devices import choose_device
     from alignprop_core.mix.load import load_terms
     from alignprop_core.reward import ImageBatch
 
-    with under("--device"):
-        where = choose_device(device)
     with common.status(f"loading {', '.join(reward)}"):
         terms = load_terms(entries, registry)
         for term in terms:
             term.reward.to(where)
     rows = []
     with torch.no_grad():
-        for path, picture in zip(images, pictures, strict=True):
-            # One by one: pictures may differ in size.
-            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float().to(where) / 255
+        for path, array in zip(images, pixels, strict=True):
+            # One at a time: images may differ in size.
+            image = torch.from_numpy(array).permute(2, 0, 1)[None].float().to(where) / 255
             batch = ImageBatch(images=image, prompts=[prompt or ""], metadata=[{}])
             row = [float(term.score(batch)[0]) for term in terms]
             for term, value in zip(terms, row, strict=True):

@@ -1,4 +1,4 @@
-"""Commands leave alone what is not theirs, and do not lose what they write."""
+"""Commands do not overwrite the files of others and keep every file they write."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from alignprop_core.cli import run
-from alignprop_core.cli.sample import unlike
+from alignprop_core.cli.sample import distinct
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +20,8 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_prompts_with_one_name_get_a_file_each(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert unlike(["fox", "owl", "fox", "fox"]) == ["fox", "owl", "fox_2", "fox_3"]
-    command = ["sample", "a fox!", "a fox?", "--model", str(tiny_model), "--steps", "1", "--output", "drawn"]
+    assert distinct(["fox", "owl", "fox", "fox"]) == ["fox", "owl", "fox_2", "fox_3"]
+    command = ["sample", "a fox!", "a fox?", "--model", str(tiny_model), "--steps", "1", "--output", "generated"]
     assert run(command) == 0
     files = capsys.readouterr().out.split()
     assert len(set(files)) == 2
@@ -53,7 +53,7 @@ def test_an_empty_prompt_is_a_prompt(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_lora_beside_a_run_is_the_one_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run").mkdir()
     assert run(["evaluate", "run", "--lora", "nowhere.safetensors"]) == 2
-    assert "takes --output" in capsys.readouterr().err
+    assert "needs --output" in capsys.readouterr().err
     config: dict[str, Any] = {
         "model": {"base": "starter"},
         "prompts": {"train": "starter/simple_animals", "heldout": "starter/eval_simple_animals"},

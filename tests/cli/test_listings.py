@@ -1,4 +1,4 @@
-"""The listing commands: quick, free of torch, unharmed by broken plugins, and JSON that stays JSON."""
+"""The listing commands: fast, without torch, valid JSON, and not affected by broken plugins."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.fake_plugins import install, reward_spec, rewards_hook
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a loud working plugin and a broken one, and nothing else allowed."""
+    """A folder with a working plugin that prints and a broken one; no other plugin is allowed."""
     spec = reward_spec(
         "redness",
         "fake_red",
@@ -72,7 +72,7 @@ def test_plugins_lists_working_and_broken_ones(site: Path, capsys: pytest.Captur
     assert "Traceback (most recent call last)" in run(capsys, "plugins", "--traceback")[0]
 
 
-def test_plugins_json_is_json_in_spite_of_prints(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugins_json_is_valid_json_despite_prints(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = run_json(capsys, "plugins")
     listed = {plugin["distribution"]: plugin for plugin in data["plugins"]}
     assert listed["fake-red"]["status"] == "loaded"
@@ -133,7 +133,7 @@ def test_rewards_show_prints_facts_options_and_yaml(site: Path, capsys: pytest.C
     quality = data["options"][0]
     assert quality == {
         "name": "quality",
-        "type": "whole number",
+        "type": "integer",
         "required": False,
         "default": 95,
         "description": "How good.",
@@ -164,7 +164,7 @@ def test_an_unknown_reward_is_one_message_and_exit_code_2(site: Path, capsys: py
     assert "Traceback" not in err
 
 
-def test_the_limits_of_an_option_are_said_once_and_in_words() -> None:
+def test_the_limits_of_an_option_are_described_once() -> None:
     class Config(RewardConfig):
         mean: tuple[float, float, float] | None = None
         pair: tuple[int, int] = (1, 2)
@@ -203,7 +203,7 @@ def test_doctor_finds_the_broken_plugin(site: Path, capsys: pytest.CaptureFixtur
     assert "fake-broken" in run(capsys, "doctor", "--quick")[0]
 
 
-def test_doctor_names_conflicts_and_misspelt_lists(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
+def test_doctor_reports_conflicts_and_misspelled_lists(monkeypatch: pytest.MonkeyPatch, site: Path) -> None:
     install(site, "fake-twin", rewards_hook(f"return [{reward_spec('redness', 'fake_twin')}]"))
     lists = {"ALIGNPROP_PLUGINS": "fake-red,fake-twin,fake-tiwn"}
     monkeypatch.setenv("ALIGNPROP_PLUGINS", lists["ALIGNPROP_PLUGINS"])
@@ -222,21 +222,21 @@ def test_doctor_fails_on_a_missing_requirement(
     monkeypatch.setenv("COLUMNS", "200")  # narrower tables break the command over lines
     out, _ = run(capsys, "doctor", "--quick", code=1)
     assert 'pip install -U "no-such-distribution>=3"' in out
-    assert "needed is >=99" in out
+    assert "required is >=99" in out
 
 
 @pytest.mark.parametrize(
     ("variables", "word"),
     [({"HF_HUB_OFFLINE": "1"}, "offline"), ({"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": ""}, "not set to offline")],
 )
-def test_doctor_says_whether_the_hub_is_used(
+def test_doctor_reports_whether_the_hub_is_used(
     variables: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (hub,) = (f for f in checks.check_all(Registry.from_plugins({}), quick=True) if f.what == "hub")
     assert hub.found.startswith(word)
-    assert "online" not in hub.found, "it looked at variables only"
+    assert "online" not in hub.found, "it checks variables only"
 
 
 # -- errors and exit codes --------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_usage_errors_are_one_line_and_exit_code_2(
     _, err = run(capsys, *arguments, code=2)
     assert err.startswith(message)
     assert len(err.strip().split("\n")) == 1
-    assert "--help` shows what it takes." in err
+    assert "--help`." in err
     assert "?." not in err
 
 

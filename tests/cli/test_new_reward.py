@@ -1,4 +1,4 @@
-"""`alignprop rewards new` writes plugins that work: built, installed outside the repository, tested, trained on."""
+"""`alignprop rewards new` creates working plugins: built, installed outside the repository, tested and trained on."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_new_plugin_builds_installs_and_passes_its_tests(
     environment = FreshEnvironment(tmp_path / "environment")
     environment.install(core)
     flags = ["--prompts" if prompts else "--no-prompts", "--weights" if weights else "--no-weights"]
-    environment.run(["alignprop", "rewards", "new", "warm_colours", *flags, "--license", license], tmp_path)
-    project = tmp_path / "alignprop-warm-colours"
+    environment.run(["alignprop", "rewards", "new", "warm_colors", *flags, "--license", license], tmp_path)
+    project = tmp_path / "alignprop-warm-colors"
     for command in ("check", "format --check"):
         done = subprocess.run(
             [sys.executable, "-m", "ruff", *command.split(), "."],
@@ -52,13 +52,13 @@ def test_a_new_plugin_builds_installs_and_passes_its_tests(
     assert " passed" in done.stdout
     assert "failed" not in done.stdout
     # The installed wheel was tested, not the source beside the tests.
-    where = environment.run(["python", "-c", "import alignprop_warm_colours as m; print(m.__file__)"], tmp_path)
+    where = environment.run(["python", "-c", "import alignprop_warm_colors as m; print(m.__file__)"], tmp_path)
     assert Path(where.stdout.strip()).is_relative_to(environment.site)
     (plugin,) = json.loads(environment.run(["alignprop", "plugins", "--json"], tmp_path).stdout)["plugins"]
     assert (plugin["distribution"], plugin["status"], plugin["rewards"]) == (
-        "alignprop-warm-colours",
+        "alignprop-warm-colors",
         "loaded",
-        ["warm_colours"],
+        ["warm_colors"],
     )
     assert plugin["warnings"] == []
 
@@ -68,7 +68,7 @@ def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
     """The commands that `rewards new` prints, and a run on a tiny model."""
     environment = FreshEnvironment(tmp_path / "environment")
     environment.install(core)
-    printed = environment.run("alignprop rewards new warm_colours --no-prompts --no-weights", tmp_path).stdout
+    printed = environment.run("alignprop rewards new warm_colors --no-prompts --no-weights", tmp_path).stdout
     commands = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
     assert [command.split()[0] for command in commands] == ["pip", "python", "alignprop"]
     for command in commands:
@@ -76,7 +76,7 @@ def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
     assert "The reward keeps the contract." in done.stdout
     code = (
         "from pathlib import Path; from alignprop_core.testing import train_two_steps;"
-        "Path('work').mkdir(); train_two_steps('warm_colours', Path('work'), {'colour': [1, 0, 0]})"
+        "Path('work').mkdir(); train_two_steps('warm_colors', Path('work'), {'color': [1, 0, 0]})"
     )
     environment.run(["python", "-c", code], tmp_path)
     run = tmp_path / "work" / "run"
@@ -85,13 +85,13 @@ def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
     assert all(step["grad_norm"] > 0 for step in steps)
 
 
-def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
-    project = reward_project("warm_colours", prompts=True, weights=True, license="MIT", author="A. N. Other")
+def test_the_project_is_complete_and_accepts_this_core() -> None:
+    project = reward_project("warm_colors", prompts=True, weights=True, license="MIT", author="A. N. Other")
     assert set(project) == {
         "pyproject.toml", "README.md", "LICENSE", ".gitignore", ".github/workflows/tests.yml",
-        "src/alignprop_warm_colours/__init__.py", "src/alignprop_warm_colours/config.py",
-        "src/alignprop_warm_colours/reward.py", "src/alignprop_warm_colours/py.typed",
-        "src/alignprop_warm_colours/weights/example.safetensors",
+        "src/alignprop_warm_colors/__init__.py", "src/alignprop_warm_colors/config.py",
+        "src/alignprop_warm_colors/reward.py", "src/alignprop_warm_colors/py.typed",
+        "src/alignprop_warm_colors/weights/example.safetensors",
         "tests/test_conformance.py", "tests/test_reward.py",
     }  # fmt: skip
     facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
@@ -108,7 +108,7 @@ def test_the_project_is_complete_and_its_core_range_holds_this_core() -> None:
 
 
 @pytest.mark.parametrize("author", ['Ada "the first" Lovelace', "Łukasz \\ Ünal", ""])
-def test_any_author_stands_in_the_metadata(author: str) -> None:
+def test_any_author_is_in_the_metadata(author: str) -> None:
     project = reward_project("warm", prompts=False, weights=False, license="Apache-2.0", author=author)
     facts = tomllib.loads(project["pyproject.toml"].decode())["project"]
     assert facts.get("authors", [{"name": ""}]) == [{"name": author}]
@@ -126,10 +126,10 @@ def test_templates_take_values_and_nested_blocks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["WarmColours"], "is no name for a reward: use small letters"),
-        (["warm__colours"], "is no name for a reward"),
-        (["../escape"], "is no name for a reward"),
-        (["warm", "--license", "GPL-3.0"], "is none of Apache-2.0, MIT, BSD-3-Clause"),
+        (["WarmColors"], "is not a reward name: use lowercase letters"),
+        (["warm__colors"], "is not a reward name"),
+        (["../escape"], "is not a reward name"),
+        (["warm", "--license", "GPL-3.0"], "is not one of Apache-2.0, MIT, BSD-3-Clause"),
         (["warm", "--to", "full"], "exists already"),
     ],
 )
@@ -148,7 +148,7 @@ def test_wrong_input_is_one_message_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
 
 
-def test_what_no_flag_says_is_asked_on_a_terminal(
+def test_missing_options_are_asked_for_on_a_terminal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import typer

@@ -84,7 +84,7 @@ def test_wrong_arguments_and_typos_are_answered_as_for_the_cores_commands(site: 
     plugin(site, "fake-shouter", "shout")
     wrong = alignprop(site, "shout", "hello", "--times", "many")
     assert wrong.returncode == 2
-    assert "`alignprop shout --help` shows what it takes." in wrong.stderr
+    assert "See `alignprop shout --help`." in wrong.stderr
     typo = alignprop(site, "shuot")
     assert typo.returncode == 2
     assert "Did you mean 'shout'?" in typo.stderr
