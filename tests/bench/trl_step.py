@@ -172,7 +172,8 @@ def report(rows: Sequence[Row], config: RunConfig, model: str, reward: str) -> s
         f"Model `{model}`, reward `{reward}`, float32, {training.batch_size} images per step, {sampling.steps} "
         f"denoising steps, guidance {sampling.guidance_scale:g}, LoRA rank {RANK} on the attention projections, AdamW. "
         "A step is everything from prompts to updated adapters. Both trainers run alternately in one process. The "
-        f"seconds are medians over {len(rows[0].kept)} steps after one warm-up step. The goal is a ratio of at most {TARGET}.",
+        f"seconds are medians over {len(rows[0].kept)} steps after one warm-up step. The goal is a ratio of at most "
+        f"{TARGET}.",
         "",
         "| comparison | steps kept (mean) | alignprop, s | TRL 0.23.1, s | ratio of medians | ratio of CPU time |",
         "| --- | --- | --- | --- | --- | --- |",
