@@ -30,11 +30,6 @@ class Offload:
             tensor.data = home
             self._home.append((tensor, home))
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are moved."""
-        return sum(home.nbytes for _, home in self._home)
-
     def __enter__(self) -> Offload:
         if self._depth == 0:
             for tensor, home in self._home:

@@ -1,4 +1,4 @@
-"""Cheaper forwards on a CPU: summed LoRA weights and doubling convolutions change cost, never values."""
+"""Cheaper forwards on a CPU: summed LoRA weights and fused upsampling change cost, never values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = ["a fox", "three owls"]
 
 
 def tuned(tiny_sd: Callable[..., Any], **options: Any) -> tuple[Any, list[nn.Parameter]]:
-    """A float64 pipeline with a trained-looking adapter (B is not zero)."""
+    """Return a float64 pipeline with an adapter whose B is not zero."""
     pipe = tiny_sd().to(torch.float64)
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
@@ -56,7 +56,7 @@ def gradient(sampler: Sampler, parameters: list[nn.Parameter]) -> tuple[Tensor, 
     ],
     ids=lambda settings: "-".join(str(value) for value in settings.values()),
 )
-def test_images_and_gradients_are_those_of_the_layers_own_forwards(
+def test_images_and_gradients_equal_those_of_the_original_forwards(
     tiny_sd: Callable[..., Any], backprop: dict[str, Any]
 ) -> None:
     pipe, parameters = tuned(tiny_sd, use_rslora=True)
@@ -85,7 +85,7 @@ def test_frozen_adapters_and_strengths_are_in_the_sum(tiny_sd: Callable[..., Any
     torch.testing.assert_close(found, own, atol=1e-10 * float(own.abs().max()), rtol=1e-8)
 
 
-def test_every_batch_has_the_adapters_of_the_moment(tiny_sd: Callable[..., Any]) -> None:
+def test_every_batch_uses_the_current_adapters(tiny_sd: Callable[..., Any]) -> None:
     pipe, parameters = tuned(tiny_sd)
     sampler = Sampler(pipe, SamplingConfig(steps=2), BackpropConfig(strategy="full"))
     noise = sampler.noise(["fox"], seed=0, step=0)
@@ -103,7 +103,7 @@ def test_every_batch_has_the_adapters_of_the_moment(tiny_sd: Callable[..., Any])
     torch.testing.assert_close(base, untouched, atol=1e-12, rtol=0)
 
 
-def test_what_is_more_than_plain_lora_is_left_to_peft(tiny_sd: Callable[..., Any]) -> None:
+def test_layers_with_more_than_plain_lora_are_not_replaced(tiny_sd: Callable[..., Any]) -> None:
     from peft import LoraConfig
 
     for options in ({"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}):
@@ -119,7 +119,7 @@ def test_what_is_more_than_plain_lora_is_left_to_peft(tiny_sd: Callable[..., Any
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1), (1, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_doubling_and_convolving_in_one_is_the_two_after_each_other(size: tuple[int, int], bias: bool) -> None:
+def test_fused_upsampling_equals_upsampling_then_convolution(size: tuple[int, int], bias: bool) -> None:
     layer = Upsample2D(6, use_conv=True, out_channels=5, bias=bias).double().requires_grad_(False)
     x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
     forwards = doubling_forwards(layer)
@@ -137,7 +137,7 @@ def test_doubling_and_convolving_in_one_is_the_two_after_each_other(size: tuple[
     assert "forward" not in layer.__dict__
 
 
-def test_a_changed_convolution_is_summed_again() -> None:
+def test_a_changed_convolution_gets_a_new_kernel() -> None:
     layer = Upsample2D(2, use_conv=True).requires_grad_(False)
     x = torch.randn(1, 2, 3, 3)
     with replaced(doubling_forwards(layer)):
@@ -148,13 +148,13 @@ def test_a_changed_convolution_is_summed_again() -> None:
         torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
 
 
-def test_trained_convolutions_and_other_upsampling_keep_their_own() -> None:
+def test_trainable_convolutions_and_other_upsampling_are_not_replaced() -> None:
     assert doubling_forwards(Upsample2D(2, use_conv=True)) == {}
     assert doubling_forwards(Upsample2D(2, use_conv=False)) == {}
     assert doubling_forwards(Upsample2D(2, use_conv_transpose=True).requires_grad_(False)) == {}
 
 
-def test_forwards_are_put_back_after_an_error() -> None:
+def test_forwards_are_restored_after_an_error() -> None:
     layer = nn.Linear(2, 2)
 
     def broken(_: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Base models by name, folder and hub id: frozen, never unpickled, with errors that say what was tried."""
+"""Base models by name, folder and hub id: frozen, never unpickled, with errors that list what was tried."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def weights(pipeline: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_folder_loads_frozen_in_eval_mode_and_in_the_asked_dtype(
+def test_folder_loads_frozen_in_eval_mode_and_in_the_requested_dtype(
     model: Path, registry: Registry, dtype: torch.dtype
 ) -> None:
     pipeline = load_pipeline(str(model), registry=registry, dtype=dtype)
@@ -71,7 +71,7 @@ def test_another_vae(tiny_sd: Callable[..., Any], model: Path, registry: Registr
         assert not any(p.requires_grad for p in pipeline.vae.parameters())
 
 
-def test_unknown_names_say_what_was_tried(registry: Registry, tmp_path: Path) -> None:
+def test_errors_for_unknown_names_list_what_was_tried(registry: Registry, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match='Did you mean "tiny"'):
         load_pipeline("tinny", registry=registry)
     with pytest.raises(ModelError, match=r"model_index\.json"):

@@ -1,4 +1,4 @@
-"""Every weight of a base model comes from its file: what a file lacks is refused, and what is whole loads as it is."""
+"""Every weight of a base model comes from its file: incomplete files are refused, complete ones load unchanged."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_weights_of_another_shape_are_refused_with_both_shapes(part: str, folder
 
 
 def test_names_of_another_version_are_refused(folder: Path, registry: Registry) -> None:
-    """Loaded as if nothing were wrong, every prompt would mean nothing."""
+    """A text encoder with random weights would ignore every prompt."""
     import transformers
 
     change(file_of(folder, "text_encoder"), lambda weights: {f"v9.{name}": value for name, value in weights.items()})
@@ -122,14 +122,14 @@ def test_shard_without_the_weights_its_index_promises_is_refused(
         load_pipeline(str(folder), registry=registry)
 
 
-def test_cut_off_text_encoder_is_refused_with_its_path(folder: Path, registry: Registry) -> None:
+def test_truncated_text_encoder_is_refused_with_its_path(folder: Path, registry: Registry) -> None:
     file = file_of(folder, "text_encoder")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match=f"text_encoder at {folder / 'text_encoder'} is damaged"):
         load_pipeline(str(folder), registry=registry)
 
 
-def test_other_vae_is_held_to_the_same(tiny_model: Path, folder: Path, registry: Registry) -> None:
+def test_another_vae_is_checked_in_the_same_way(tiny_model: Path, folder: Path, registry: Registry) -> None:
     change(file_of(folder, "vae"), without("decoder.conv_out.bias"))
     for vae in (folder, folder / "vae"):
         with pytest.raises(ModelError, match=rf"vae at {folder / 'vae'} .* missing \(decoder\.conv_out\.bias\)"):
@@ -138,7 +138,7 @@ def test_other_vae_is_held_to_the_same(tiny_model: Path, folder: Path, registry:
     load_pipeline(str(folder), registry=registry, vae=str(tiny_model))
 
 
-def test_weights_nobody_has_a_place_for_are_left_out_with_a_word(
+def test_unexpected_weights_are_ignored_with_a_warning(
     folder: Path, tiny_sd: Callable[..., Any], registry: Registry, said: pytest.LogCaptureFixture
 ) -> None:
     change(file_of(folder, "unet"), lambda weights: {**weights, "trainer_state.step": torch.zeros(1)})
@@ -205,7 +205,7 @@ def as_stable_diffusion_1(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
 
 
-def test_folder_in_the_layout_of_stable_diffusion_1_loads_whole_and_without_a_word(
+def test_folder_in_the_layout_of_stable_diffusion_1_loads_completely_without_a_warning(
     folder: Path, tiny_sd: Callable[..., Any], registry: Registry, said: pytest.LogCaptureFixture
 ) -> None:
     as_stable_diffusion_1(folder)
@@ -240,7 +240,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Pat
 
 
 @pytest.mark.filterwarnings(LINKS)
-def test_hub_id_in_the_cache_loads_offline_and_is_held_to_the_same(
+def test_hub_id_in_the_cache_loads_offline_and_is_checked_in_the_same_way(
     folder: Path, tiny_sd: Callable[..., Any], registry: Registry, cache: Callable[[str, Path], Path]
 ) -> None:
     as_stable_diffusion_1(folder)
@@ -255,7 +255,7 @@ def test_hub_id_in_the_cache_loads_offline_and_is_held_to_the_same(
 
 
 @pytest.mark.filterwarnings(LINKS)
-def test_single_file_loads_whole_or_not_at_all(
+def test_single_file_loads_completely_or_not_at_all(
     tiny_model: Path,
     tmp_path: Path,
     tiny_sd: Callable[..., Any],

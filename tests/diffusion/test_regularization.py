@@ -1,4 +1,4 @@
-"""The pull towards the base model: its value and its whole gradient, against plain autograd."""
+"""Regularization towards the base model: its value and its full gradient, against plain autograd."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def gradients(parameters: list[torch.nn.Parameter]) -> Tensor:
 
 
 def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Truncation) -> tuple[Tensor, Tensor]:
-    """The chain and the penalty with nothing clever: every prediction with its graph, the base model's too."""
+    """Return latents and penalty computed naively: every prediction with its graph, the base model's too."""
     here, there = Sampler(pipe, sampling), Sampler(base, sampling)
     one, two = here.conditioning(PROMPTS), there.conditioning(PROMPTS)
     latents, penalties, state = noise.initial, [], here.scheduler.initial_state()
@@ -61,7 +61,7 @@ def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Trun
 @pytest.mark.parametrize("strategy", ["uniform", "full", "drtune", "refl", "bernoulli"])
 @pytest.mark.parametrize("sums_weights", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_gradient_is_that_of_plain_autograd(
+def test_the_gradient_equals_plain_autograd(
     tiny_sd: Callable[..., Any], strategy: str, sums_weights: bool, checkpointing: bool
 ) -> None:
     pipe, base = tiny_sd().to(torch.float64), tiny_sd().to(torch.float64)
@@ -86,7 +86,7 @@ def test_the_gradient_is_that_of_plain_autograd(
         torch.testing.assert_close(gradients(parameters), expected, rtol=1e-6, atol=1e-9 * float(expected.norm()))
 
 
-def test_the_gradient_survives_a_network_that_recomputes_itself(tiny_sd: Callable[..., Any]) -> None:
+def test_the_gradient_is_the_same_with_checkpointing_inside_the_network(tiny_sd: Callable[..., Any]) -> None:
     pipe = tiny_sd().to(torch.float64)
     parameters = tuned(pipe)
     sampling = SamplingConfig(steps=STEPS, guidance_scale=2.0)
@@ -103,7 +103,7 @@ def test_the_gradient_survives_a_network_that_recomputes_itself(tiny_sd: Callabl
     torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-12)
 
 
-def test_adapters_at_zero_have_no_penalty_and_chunks_add_up(tiny_sd: Callable[..., Any]) -> None:
+def test_zero_adapters_have_no_penalty_and_chunks_add_up(tiny_sd: Callable[..., Any]) -> None:
     pipe = tiny_sd().to(torch.float64)
     fresh = lora.attach(pipe.unet, rank=3, dtype=torch.float64)
     sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=2.0), regularization=WEIGHT)

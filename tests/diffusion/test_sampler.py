@@ -1,4 +1,4 @@
-"""The differentiable sampler: diffusers' images, plain autograd's gradients, randomness from its key alone."""
+"""The differentiable sampler: images equal diffusers', gradients equal plain autograd's, noise depends on its key."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def pipe(tiny_sd: Callable[..., Any]) -> Any:
 
 
 def trainable(pipe: Any) -> list[Tensor]:
-    """Make the attention projections trainable: what LoRA would adapt, without LoRA."""
+    """Make the attention projections trainable: the layers that LoRA adapts, without LoRA."""
     pipe.unet.requires_grad_(False)
     pipe.vae.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)
@@ -55,7 +55,7 @@ def gradients(parameters: list[Tensor]) -> Tensor:
 
 
 def objective(images: Tensor) -> Tensor:
-    """A smooth function of the pixels in which every pixel and sample counts differently."""
+    """Return a smooth function of the pixels in which every pixel and sample has its own weight."""
     weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
     return (weights * images + 0.3 * images**2).sum()
 
@@ -115,7 +115,7 @@ def test_other_image_sizes(pipe: Any) -> None:
 
 
 def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise, plan: Truncation) -> Tensor:
-    """The definition, written naively: diffusers' scheduler and UNet, no prefix, no checkpoint, detach by hand."""
+    """Return the latents by definition: diffusers' scheduler and UNet, a graph through all steps, detach by hand."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sampling.steps)
     count = len(PROMPTS)
@@ -211,7 +211,7 @@ def test_chunks_change_nothing(pipe: Any) -> None:
         torch.testing.assert_close(grads, whole, rtol=1e-9, atol=1e-12 * float(whole.norm()))
 
 
-def test_prefix_really_has_no_graph(pipe: Any) -> None:
+def test_steps_before_the_first_kept_one_have_no_graph(pipe: Any) -> None:
     trainable(pipe)
     grad_calls: list[bool] = []
     pipe.unet.register_forward_hook(lambda *_: grad_calls.append(torch.is_grad_enabled()))
@@ -233,7 +233,7 @@ def test_saturated_pixels_still_get_a_gradient(pipe: Any) -> None:
     assert latents.grad.abs().sum() > 0
 
 
-def test_backward_without_a_trainable_parameter_says_so(pipe: Any) -> None:
+def test_backward_without_a_trainable_parameter_is_an_error(pipe: Any) -> None:
     for module in (pipe.unet, pipe.vae):
         module.requires_grad_(False)
     sampler = Sampler(pipe, SamplingConfig(steps=2))
@@ -242,7 +242,7 @@ def test_backward_without_a_trainable_parameter_says_so(pipe: Any) -> None:
         sampler.backward(out, torch.ones_like(out.latents))
 
 
-def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_checkpointing_depends_on_the_available_memory(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     trainable(pipe)
     calls: list[int] = []
     # Before the call: a recomputation ends as soon as it has what the backward pass needs.
@@ -263,7 +263,7 @@ def test_auto_checkpointing_follows_the_memory_there_is(pipe: Any, monkeypatch: 
 # -- what is kept -----------------------------------------------------------------------------------------------------
 
 
-def plans() -> Iterator[tuple[str, int, Truncation]]:
+def truncations() -> Iterator[tuple[str, int, Truncation]]:
     extreme = {
         "last_k": [{}, {"k": 1}, {"k": 999}],
         "uniform": [{}],
@@ -283,7 +283,7 @@ def plans() -> Iterator[tuple[str, int, Truncation]]:
 
 
 def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
-    for strategy, steps, plan in plans():
+    for strategy, steps, plan in truncations():
         assert plan.kept, strategy
         assert list(plan.kept) == sorted(set(plan.kept)), strategy
         assert plan.kept[0] >= 0, strategy
@@ -320,7 +320,7 @@ def test_the_truncation_is_drawn_once_per_batch(pipe: Any) -> None:
 # -- randomness -------------------------------------------------------------------------------------------------------
 
 
-def test_noise_depends_on_seed_step_and_global_index_alone(pipe: Any) -> None:
+def test_noise_depends_on_seed_step_and_global_index_only(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=3, eta=1.0), BackpropConfig(strategy="last_k", lv_samples=2))
     torch.manual_seed(1)
     whole = sampler.noise(PROMPTS * 2, seed=5, step=2)
@@ -372,7 +372,7 @@ def test_lv_rows_name_the_prompt_they_belong_to(pipe: Any) -> None:
 # -- bad input --------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_pipeline_class_is_named(pipe: Any) -> None:
+def test_unknown_pipeline_class_is_an_error_that_names_it(pipe: Any) -> None:
     class OtherPipeline:
         unet = pipe.unet
 

@@ -31,8 +31,8 @@ REWARDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", REWARDS)
-def test_an_encoder_tells_other_animals_from_the_same_one_again(name: str) -> None:
-    """With the starter's weights: two scenes of one animal lie closer together than scenes of two."""
+def test_an_encoder_distinguishes_different_animals_from_the_same_one(name: str) -> None:
+    """With the starter's weights: two scenes of one animal are closer than scenes of two animals."""
     from alignprop_starter.scenes import render_scenes
 
     entry = RewardTerm(name=name, options={"weights": "starter", **REWARDS[name]})

@@ -1,4 +1,4 @@
-"""Evaluation: intervals that are right, the same noise for every variant, sheets that can be looked at."""
+"""Evaluation: correct intervals, the same noise for every variant, image sheets, diversity and drift."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_t_quantiles_match_the_published_table() -> None:
         assert t_quantile(0.975, degrees) == pytest.approx(value, rel=0.01)
 
 
-def test_paired_interval_covers_the_truth_as_often_as_it_says() -> None:
+def test_paired_interval_has_its_nominal_coverage() -> None:
     random = np.random.default_rng(0)
     hits = 0
     for _ in range(2000):
@@ -100,7 +100,7 @@ def test_comparison_pairs_every_variant_with_the_first(sampler: Sampler) -> None
     assert sheet.width > 3 * 2 * 192
 
 
-def test_grid_cuts_long_captions_and_keeps_every_picture() -> None:
+def test_grid_shortens_long_captions_and_contains_every_image() -> None:
     pictures = [torch.full((3, 32, 32), shade) for shade in (0.0, 0.5, 1.0, 0.25, 0.75)]
     sheet = np.asarray(grid(pictures, ["a very long prompt " * 9] * 5))
     for shade in (0, 128, 64, 191):
@@ -120,7 +120,7 @@ prompts: {{train: prompts.txt, heldout: prompts.txt}}
 sampling: {{steps: 2, guidance_scale: 2.0}}
 rewards: [{{name: jpeg_compressibility, options: {{quality: 80}}}}]
 training: {{steps: 2, batch_size: 2, device: cpu}}
-samples: {{every: null}}
+previews: {{every: null}}
 evaluation: {{images_per_prompt: 2}}
 output: {tmp_path / "run"}
 """
@@ -203,7 +203,7 @@ def test_a_term_with_image_features_can_be_the_encoder() -> None:
     assert encoder_of(None, []) is BUILT_IN
 
 
-def test_an_offloaded_encoder_is_on_its_device_while_it_looks() -> None:
+def test_an_offloaded_encoder_is_on_its_device_during_the_call() -> None:
     there: list[bool] = []
 
     class Watched(Offload):
@@ -237,7 +237,7 @@ def test_an_offloaded_encoder_is_on_its_device_while_it_looks() -> None:
         (None, "raised ValueError: no features today"),
     ],
 )
-def test_image_features_that_are_none_name_the_term(found: object, words: str) -> None:
+def test_errors_for_wrong_image_features_name_the_term(found: object, words: str) -> None:
     class Seeing(Redness):
         def image_features(self, images: Tensor) -> object:
             if found is None:

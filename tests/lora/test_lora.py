@@ -1,4 +1,4 @@
-"""What an adapter does, what its files say, and that every reader of them computes the same."""
+"""Adapters and their files: the weight change of the network equals that of the files, for every reader."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def draw(pipeline: StableDiffusionPipeline) -> Tensor:
 
 
 def randomize(unet: nn.Module, seed: int = 5, size: float = 0.2) -> None:
-    """Stand in for training: fill B, so that the change is no longer zero."""
+    """Fill B with random values, as training would, so that the change is not zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in lora.parameters(unet)[1::2]:
@@ -53,7 +53,7 @@ def randomize(unet: nn.Module, seed: int = 5, size: float = 0.2) -> None:
 
 
 def live_change(unet: nn.Module) -> dict[str, Tensor]:
-    """The weight change by the live network itself: the response of each adapted layer to unit inputs."""
+    """Return the weight change of the network itself: the response of each adapted layer to unit inputs."""
     changes: dict[str, Tensor] = {}
     for name, module in unet.named_modules():
         if hasattr(module, "lora_A") and lora.ADAPTER in module.lora_A:
@@ -96,7 +96,7 @@ def test_only_the_adapter_is_trainable_and_it_starts_as_the_base() -> None:
     assert not torch.allclose(draw(pipeline), base)
 
 
-def test_the_seed_alone_decides_the_start() -> None:
+def test_initial_values_depend_on_the_seed_alone() -> None:
     def start(seed: int, global_seed: int, **options: Any) -> dict[str, Tensor]:
         unet = tiny_sd().unet
         torch.manual_seed(global_seed)
@@ -146,7 +146,7 @@ def test_float64_and_gradient_checkpointing_give_the_same_gradient() -> None:
     assert all(torch.allclose(a, b, rtol=1e-10, atol=1e-14) for a, b in zip(plain, checkpointed, strict=True))
 
 
-def test_strength_scales_the_change_and_saving_does_not_see_it(tmp_path: Path) -> None:
+def test_strength_scales_the_change_and_is_not_saved(tmp_path: Path) -> None:
     pipeline = tiny_sd()
     base = draw(pipeline)
     lora.attach(pipeline.unet, rank=4, alpha=7.0)
@@ -164,7 +164,7 @@ def test_strength_scales_the_change_and_saving_does_not_see_it(tmp_path: Path) -
         lora.set_strength(pipeline.unet, math.nan)
 
 
-def test_disabled_is_the_base_and_leaves_everything_as_it_was() -> None:
+def test_disabled_is_the_base_model_and_is_undone_afterwards() -> None:
     pipeline = tiny_sd()
     base = draw(pipeline)
     found = lora.attach(pipeline.unet, rank=4)
@@ -183,7 +183,7 @@ def test_disabled_is_the_base_and_leaves_everything_as_it_was() -> None:
     assert torch.equal(draw(pipeline), tuned)
 
 
-def test_state_goes_back_exactly_and_refuses_what_does_not_fit() -> None:
+def test_state_is_restored_exactly_and_other_shapes_are_refused() -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=4)
     randomize(unet)
@@ -203,7 +203,7 @@ def test_state_goes_back_exactly_and_refuses_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("options", SCALES)
-def test_both_files_hold_the_live_weight_change(options: dict[str, Any], tmp_path: Path) -> None:
+def test_both_files_contain_the_weight_change_of_the_network(options: dict[str, Any], tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, **options, dtype=torch.float64, target_modules=CONV_TARGETS)
     randomize(unet)
@@ -221,7 +221,7 @@ def test_both_files_hold_the_live_weight_change(options: dict[str, Any], tmp_pat
 
 
 @pytest.mark.parametrize("options", SCALES)
-def test_readers_that_know_alpha_or_do_not_compute_the_same(options: dict[str, Any], tmp_path: Path) -> None:
+def test_readers_with_and_without_alpha_compute_the_same_change(options: dict[str, Any], tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, **options)
     randomize(unet)
@@ -254,7 +254,7 @@ def test_readers_that_know_alpha_or_do_not_compute_the_same(options: dict[str, A
 
 @pytest.mark.parametrize("options", SCALES)
 @pytest.mark.parametrize("targets", [None, CONV_TARGETS], ids=["attention", "convolutions"])
-def test_plain_diffusers_draws_the_same_images_from_either_file(
+def test_diffusers_generates_the_same_images_from_either_file(
     options: dict[str, Any], targets: list[str] | None, tmp_path: Path
 ) -> None:
     pipeline = tiny_sd()
@@ -275,7 +275,7 @@ def test_plain_diffusers_draws_the_same_images_from_either_file(
         assert torch.allclose(draw(fresh), tuned, atol=2e-6), where
 
 
-def test_headers_say_what_the_file_is(tmp_path: Path) -> None:
+def test_headers_contain_modelspec_and_settings(tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=4, alpha=11.0, use_rslora=True)
     randomize(unet)
@@ -297,14 +297,14 @@ def test_headers_say_what_the_file_is(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights", "../style", "a/b"])
-def test_a_name_that_is_no_plain_name_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_name_that_is_not_a_plain_file_name_is_refused(name: str, tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=2)
     with pytest.raises(LoraError, match="cannot name"):
         lora.save(unet, tmp_path / "lora", name=name)
 
 
-def test_a_failed_write_leaves_the_old_file_whole(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_file_unchanged(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (trained / "style.safetensors").read_bytes()
     unet = tiny_sd().unet
     lora.attach(unet, rank=2)
@@ -319,7 +319,7 @@ def test_a_failed_write_leaves_the_old_file_whole(trained: Path, monkeypatch: py
     assert sorted(p.name for p in trained.iterdir()) == [lora.DIFFUSERS_NAME, "style.safetensors"]
 
 
-def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read_right(tmp_path: Path) -> None:
+def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read(tmp_path: Path) -> None:
     pipeline = tiny_sd()
     config = LoraConfig(r=4, lora_alpha=10, use_rslora=True, target_modules=["to_q", "to_k"], alpha_pattern={"to_k": 3})
     pipeline.unet.add_adapter(config, "alignprop")
@@ -344,7 +344,7 @@ def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read_right(tmp_pa
         lora.read_lora(wrapped / "alignprop")
 
 
-def test_files_can_be_half_as_large(trained: Path, tmp_path: Path) -> None:
+def test_files_can_be_float16(trained: Path, tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=4, init_from=trained)
     lora.save(unet, tmp_path / "half", name="style", dtype=torch.float16)
@@ -364,7 +364,7 @@ def test_a_wrapper_around_the_denoiser_changes_no_names(trained: Path, tmp_path:
 
 
 @pytest.mark.parametrize("build", ["sd", "sdxl", "sd3", "flux"])
-def test_flattened_names_can_be_taken_apart_again(build: str) -> None:
+def test_unflatten_name_inverts_flatten_name(build: str) -> None:
     with torch.device("meta"):
         model: nn.Module
         if build == "sd":
@@ -390,7 +390,7 @@ def test_flattened_names_can_be_taken_apart_again(build: str) -> None:
 
 @pytest.mark.parametrize("file", ["", lora.DIFFUSERS_NAME, "style.safetensors"])
 @pytest.mark.parametrize("options", [{"alpha": 8.0}, {"alpha": 3.0, "use_rslora": True}], ids=["plain", "rslora"])
-def test_init_from_goes_on_from_the_same_change(file: str, options: dict[str, Any], trained: Path) -> None:
+def test_init_from_starts_at_the_change_of_the_file(file: str, options: dict[str, Any], trained: Path) -> None:
     expected = changes_of(trained)
     pipeline = tiny_sd()
     found = lora.attach(pipeline.unet, rank=4, init_from=trained / file, **options)
@@ -404,7 +404,7 @@ def test_init_from_goes_on_from_the_same_change(file: str, options: dict[str, An
     assert all(torch.equal(f.change(), expected[name]) for name, f in lora.current(exact).items())
 
 
-def test_init_from_leaves_layers_the_file_does_not_name_at_no_change(trained: Path) -> None:
+def test_init_from_leaves_layers_that_are_not_in_the_file_unchanged(trained: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=4, init_from=trained, target_modules=[*lora.DEFAULT_TARGETS, "proj_in"])
     changes = live_change(unet)
@@ -412,7 +412,7 @@ def test_init_from_leaves_layers_the_file_does_not_name_at_no_change(trained: Pa
     assert all(c.abs().max() == 0 for n, c in changes.items() if "proj_in" in n)
 
 
-def test_init_from_says_what_to_set_where_it_does_not_fit(trained: Path) -> None:
+def test_init_from_names_the_key_to_set_if_it_does_not_fit(trained: Path) -> None:
     unet = tiny_sd().unet
     with pytest.raises(LoraError, match=r"set lora\.rank=4"):
         lora.attach(unet, rank=8, init_from=trained)
@@ -425,7 +425,7 @@ def test_init_from_says_what_to_set_where_it_does_not_fit(trained: Path) -> None
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # peft, at diffusers' second LoRA
 @pytest.mark.parametrize("frozen_first", [True, False])
-def test_a_frozen_lora_acts_beside_the_trained_one_as_in_diffusers(
+def test_a_frozen_lora_adds_to_the_trained_one_as_in_diffusers(
     frozen_first: bool, trained: Path, tmp_path: Path
 ) -> None:
     pipeline = tiny_sd()
@@ -494,7 +494,7 @@ def test_a_frozen_lora_may_change_the_text_encoder(tmp_path: Path) -> None:
     assert not any(p.requires_grad for n, p in pipeline.text_encoder.named_parameters() if "lora_" in n)
 
 
-def test_a_text_encoder_part_is_never_dropped_in_silence(tmp_path: Path) -> None:
+def test_a_text_encoder_part_is_never_ignored(tmp_path: Path) -> None:
     folder = text_encoder_lora(tmp_path)
     unet = tiny_sd().unet
     with pytest.raises(LoraError, match="also changes the text_encoder"):
@@ -506,7 +506,7 @@ def test_a_text_encoder_part_is_never_dropped_in_silence(tmp_path: Path) -> None
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_target_names_the_nearest() -> None:
+def test_an_unknown_target_suggests_the_nearest_name() -> None:
     unet = tiny_sd().unet
     with pytest.raises(
         LoraError, match=r'no linear or convolution layer named "to_qq"\. Did you mean "to_q"\?.*to_out\.0'
@@ -526,7 +526,7 @@ def test_an_unknown_target_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, -100])
-def test_a_cut_file_is_refused_by_name(keep: int, trained: Path) -> None:
+def test_a_truncated_file_is_refused_with_its_name(keep: int, trained: Path) -> None:
     file = trained / "style.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(LoraError, match=re.escape(str(file))):
@@ -546,7 +546,7 @@ def test_a_pickle_is_refused_without_opening_it(suffix: str, tmp_path: Path) -> 
     assert not (tmp_path / "exploded").exists()
 
 
-def test_files_of_another_kind_are_refused_clearly(trained: Path, tmp_path: Path) -> None:
+def test_files_that_are_not_plain_lora_are_refused(trained: Path, tmp_path: Path) -> None:
     tensors = load_file(trained / "style.safetensors")
     key = next(iter(tensors)).split(".")[0]
 

@@ -1,4 +1,4 @@
-"""The mix: what each mode makes of several rewards, against plain autograd and the paper's algorithm."""
+"""The mix: the gradient of each mode, against plain autograd and the paper's algorithm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Contrast(Reward):
 
 
 class Darkness(Reward):
-    """Pulls against redness where red is what makes a picture bright."""
+    """Conflicts with redness where red makes an image bright."""
 
     def score(self, batch: ImageBatch) -> Tensor:
         return -(batch.images**2).flatten(1).mean(1)
@@ -52,13 +52,13 @@ def terms(gain: float = 1000.0) -> list[Term]:
 
 
 def learned(mix: Mix, size: int = 4, seed: int = 0) -> Mix:
-    """Show a mix one step."""
+    """Update a mix with the statistics of one step."""
     mix.update(mix.gradient(batch(size, seed), equal(size), pullback=lambda gradient: gradient)[1])
     return mix
 
 
 def of_each_sample(mix: Mix, whole: ImageBatch, shares: Tensor) -> list[StepStats]:
-    """Return the statistics of every sample alone."""
+    """Return the statistics of every sample on its own."""
     return [
         mix.gradient(whole[i : i + 1], shares[i : i + 1], pullback=lambda gradient: gradient)[1]
         for i in range(len(whole))
@@ -128,7 +128,7 @@ def test_the_gradient_is_that_of_the_logged_total_in_every_mode_that_has_one(mod
         assert logged.terms[label]["weighted"] == pytest.approx(float((factors[label] * scores[label]).detach().mean()))
 
 
-def test_normalized_divides_by_the_spread_and_balanced_by_the_gradient() -> None:
+def test_normalized_divides_by_the_std_and_balanced_by_the_gradient_norm() -> None:
     once = batch(8)
     scores = {term.label: term.reward(once) for term in terms()}
     normalized = learned(Mix(terms(), MixConfig(combine="normalized")), 8).factors()
@@ -153,7 +153,7 @@ def test_with_one_term_every_mode_gives_the_gradient_of_sum(mode: dict[str, Any]
     torch.testing.assert_close(found, plain * ratio)
 
 
-def test_per_sample_brings_every_image_to_one_size() -> None:
+def test_per_sample_scales_every_image_to_the_same_gradient_norm() -> None:
     mix = learned(Mix(terms()[2:], MixConfig(combine="balanced", per_sample=True)))
     norms = mix.gradient(batch(), equal())[0].flatten(1).norm(dim=1)
     torch.testing.assert_close(norms, torch.full_like(norms, 1.5 / 2))  # weight / sqrt(4 images)
@@ -161,7 +161,7 @@ def test_per_sample_brings_every_image_to_one_size() -> None:
 
 
 @pytest.mark.parametrize("combine", ["normalized", "balanced", "pcgrad"])
-def test_units_do_not_matter(combine: str) -> None:
+def test_gradient_does_not_depend_on_the_units_of_scores(combine: str) -> None:
     config = MixConfig.model_validate({"combine": combine})
     large, small = (learned(Mix(terms(gain), config)).gradient(batch(), equal())[0] for gain in (1000.0, 1.0))
     torch.testing.assert_close(large, small)
@@ -169,7 +169,7 @@ def test_units_do_not_matter(combine: str) -> None:
     assert torch.cosine_similarity(plain[0].flatten(), plain[1].flatten(), dim=0) < 0.9, "under sum they do"
 
 
-def test_balanced_gives_each_term_its_weights_share() -> None:
+def test_balanced_gradient_shares_are_the_weights() -> None:
     two = [Term("redness", Redness(RednessConfig(gain=1000.0))), Term("contrast", Contrast(), weight=3.0)]
     mix = learned(Mix(two, MixConfig(combine="balanced")))
     norms = [Mix([term]).gradient(batch(), equal())[0].norm() for term in two]
@@ -196,7 +196,7 @@ def test_chunks_and_micro_batches_change_nothing(mode: dict[str, Any]) -> None:
 
 
 def surgery(gradients: list[Tensor]) -> Tensor:
-    """Yu et al. 2020, algorithm 1, written out for vectors; the others from the next one on."""
+    """Yu et al. 2020, algorithm 1, for vectors; the other terms in list order, starting after the term itself."""
     total = torch.zeros_like(gradients[0])
     for i, own in enumerate(gradients):
         projected = own.clone()
@@ -223,7 +223,7 @@ def test_pcgrad_is_the_papers_algorithm_on_the_balanced_gradients() -> None:
     assert min(value for value in cosines.values() if value is not None) < 0, "there is a conflict to take out"
 
 
-def test_pcgrad_of_two_never_goes_against_either_and_without_conflict_is_balanced() -> None:
+def test_pcgrad_of_two_terms_opposes_neither_and_equals_balanced_without_conflict() -> None:
     opposed = [Term("redness", Redness()), Term("pale", Redness(), weight=-0.5), Term("darkness", Darkness())]
     for chosen in (opposed[::2], [Term("a", Redness()), Term("b", Redness(RednessConfig(gain=3.0)))]):
         pcgrad = learned(Mix(chosen, MixConfig(combine="pcgrad"))).gradient(batch(), equal())[0]
@@ -238,7 +238,7 @@ def test_pcgrad_of_two_never_goes_against_either_and_without_conflict_is_balance
     assert all(share is None or abs(share) <= 1.5 for share in shares)
 
 
-def test_projection_of_a_missing_gradient_is_harmless() -> None:
+def test_projection_of_a_zero_gradient_is_finite() -> None:
     products = torch.zeros(1, 2, 2)
     products[0, 0, 0] = 4.0
     torch.testing.assert_close(project_conflicts(products), torch.eye(2).expand(1, 2, 2))
@@ -260,7 +260,7 @@ def test_weights_follow_their_schedule() -> None:
     [{}, {"ceiling": 0.1}, {"floor": 0.0}, {"floor": -0.1, "ceiling": 0.1}, {"target": 0.05}],
     ids=lambda limits: "-".join(limits) or "none",
 )
-def test_what_counts_and_its_slope(limits: dict[str, float]) -> None:
+def test_clipped_scores_and_their_derivative(limits: dict[str, float]) -> None:
     scores = torch.linspace(-0.3, 0.3, 14, dtype=torch.float64, requires_grad=True)
     clipped, slope = Term("x", Redness(), **limits).clipped(scores)  # type: ignore[arg-type]
     if "target" in limits:
@@ -271,13 +271,13 @@ def test_what_counts_and_its_slope(limits: dict[str, float]) -> None:
     torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), scores)[0])
 
 
-def test_a_target_and_a_ceiling_exclude_each_other() -> None:
+def test_a_target_excludes_a_ceiling() -> None:
     with pytest.raises(ValueError, match="a target excludes"):
         Term("x", Redness(), target=1.0, ceiling=2.0)
 
 
-def test_a_ceiling_does_not_make_a_term_louder() -> None:
-    """The running size is that of the raw score's gradient: samples at the ceiling fade out, the rest keep theirs."""
+def test_a_ceiling_does_not_increase_the_factor_of_a_term() -> None:
+    """The running norm is the raw score's: saturated samples do not change the factor of the others."""
     free = [Term("redness", Redness()), Term("contrast", Contrast())]
     held = [Term("redness", Redness(), ceiling=0.0), free[1]]
     factors = [learned(Mix(chosen, MixConfig(combine="balanced"))).factors() for chosen in (free, held)]
@@ -288,7 +288,7 @@ def test_a_ceiling_does_not_make_a_term_louder() -> None:
 
 
 @pytest.mark.parametrize("mode", MODES, ids=name_of)
-def test_statistics_are_what_their_names_say(mode: dict[str, Any]) -> None:
+def test_statistics_equal_their_definitions(mode: dict[str, Any]) -> None:
     chosen = [*terms()[:2], Term("darkness", Darkness(), weight=1.5, ceiling=-0.33)]
     mix = learned(Mix(chosen, MixConfig(**mode)))
     found, logged = mix.gradient(batch(), equal())
@@ -309,7 +309,7 @@ def test_statistics_are_what_their_names_say(mode: dict[str, Any]) -> None:
     assert json.loads(json.dumps(logged.terms)) == logged.terms
 
 
-def test_a_step_that_cannot_move_says_why() -> None:
+def test_a_step_without_a_gradient_reports_why() -> None:
     low = Mix([Term("redness", Redness(), ceiling=-9.0), Term("contrast", Contrast(), weight=-1.0, floor=9.0)])
     found, logged = low.gradient(batch(), equal())
     assert not found.any()
@@ -319,13 +319,13 @@ def test_a_step_that_cannot_move_says_why() -> None:
     assert "at the ceiling, floor or target" in low.why_idle(0)
     later = Mix([Term("redness", Redness(), weight={0: 0.0, 5: 1.0})])
     assert "weight is 0" in later.why_idle(0)
-    assert "no term has a standard deviation" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
+    assert "no term has a nonzero standard deviation" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
 
 
 # -- running statistics ---------------------------------------------------------------------------------------------
 
 
-def test_running_statistics_forget_slowly_and_count_the_first_step_in_full() -> None:
+def test_running_statistics_decay_and_are_unbiased_from_the_first_step() -> None:
     running = Running()
     assert (running.std, running.gradient) == (0.0, 0.0)
     running.add(2.0, 5.0, 9.0, 0.9)
@@ -339,7 +339,7 @@ def test_running_statistics_forget_slowly_and_count_the_first_step_in_full() -> 
     assert Running.from_json(json.loads(json.dumps(before))) == running
 
 
-def test_one_wild_gradient_does_not_mute_a_term() -> None:
+def test_one_outlier_gradient_does_not_suppress_a_term() -> None:
     mix = Mix(terms()[:1], MixConfig(combine="balanced"))
     running = mix.running["redness"]
     for size in (1.0, 1.0, 300.0, *[1.0] * 30):
@@ -347,7 +347,7 @@ def test_one_wild_gradient_does_not_mute_a_term() -> None:
     assert mix.factors() == pytest.approx([0.7], rel=0.35)  # 1/300 of it before outliers were limited
 
 
-def test_a_gradient_that_stays_large_is_learned() -> None:
+def test_a_gradient_that_stays_large_enters_the_running_statistics() -> None:
     mix = Mix(terms()[:1], MixConfig(combine="balanced"))
     running = mix.running["redness"]
     for size in (1.0, 1.0, 300.0, 300.0):
@@ -356,7 +356,7 @@ def test_a_gradient_that_stays_large_is_learned() -> None:
     assert Running.from_json(json.loads(json.dumps(running.as_json()))) == running
 
 
-def test_a_fading_gradient_is_enlarged_only_so_far() -> None:
+def test_a_vanishing_gradient_is_scaled_up_only_to_the_scale_floor() -> None:
     mix = Mix(terms()[:1], MixConfig(combine="balanced", decay=0.0, scale_floor=0.25))
     running = mix.running["redness"]
     running.add(0.0, 1.0, 16.0, 0.0)
@@ -365,7 +365,7 @@ def test_a_fading_gradient_is_enlarged_only_so_far() -> None:
     assert mix.factors() == pytest.approx([0.7 / (0.25 * 4)])
 
 
-def test_state_goes_through_json() -> None:
+def test_state_survives_json_exactly() -> None:
     mix = learned(Mix(terms(), MixConfig(combine="balanced")))
     other = Mix(terms(), MixConfig(combine="balanced"))
     assert other.needs_calibration
@@ -374,7 +374,7 @@ def test_state_goes_through_json() -> None:
     assert other.factors() == mix.factors()
 
 
-def test_every_sum_has_a_place_of_its_own() -> None:
+def test_sums_do_not_overlap() -> None:
     stats = StepStats.zeros(("a", "b"), torch.device("cpu"))
     views = [stats.scalar(name) for name in stats_module._SCALARS]
     views += [stats.per_term(name) for name in stats_module._PER_TERM]
@@ -404,7 +404,7 @@ def test_gradient_of_a_sample_does_not_depend_on_its_neighbours() -> None:
         torch.testing.assert_close(whole[1:2], alone)
 
 
-def test_broken_rewards_are_named() -> None:
+def test_errors_name_the_broken_reward() -> None:
     with pytest.raises(RewardError, match='"mine" returned shape'):
         Mix([Term("mine", BatchMean())]).gradient(batch(), torch.ones(4))
     with pytest.raises(RewardError, match='"mine" returned scores without a gradient'):
@@ -432,7 +432,7 @@ class OutOfMemory(Redness):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def test_a_reward_that_fails_on_the_way_back_or_for_memory_is_named() -> None:
+def test_errors_in_the_backward_pass_and_out_of_memory_name_the_reward() -> None:
     with pytest.raises(RewardError, match='"mine" raised in its backward pass FloatingPointError: no way back'):
         Mix([Term("mine", HaltsOnTheWayBack())]).gradient(batch(), equal())
     with pytest.raises(RewardError, match=r'"mine" ran out of memory.*mix\.reward_batch_size'):
@@ -451,7 +451,7 @@ class Linear(Redness):
 
 
 @pytest.mark.gpu
-def test_offloaded_rewards_give_the_same_and_leave_the_gpu() -> None:
+def test_offloaded_rewards_give_the_same_result_and_leave_the_gpu() -> None:
     reward = Linear().freeze()
     images = batch().images.float().cuda()
     on_gpu = ImageBatch(images=images)
@@ -467,8 +467,8 @@ def test_offloaded_rewards_give_the_same_and_leave_the_gpu() -> None:
         torch.testing.assert_close(stats.per_term("raw"), logged.per_term("raw"))
 
 
-def test_balancing_at_the_image_runs_the_operations_of_sum() -> None:
-    """What it costs over `sum` is nothing: the same operations with other factors."""
+def test_balancing_at_the_image_runs_the_same_operations_as_sum() -> None:
+    """It costs no more than `sum`: the same operations with other factors."""
     found = {}
     for mode in ("sum", "normalized", "balanced"):
         mix = learned(Mix(terms(), MixConfig(combine=mode)))
@@ -481,7 +481,7 @@ def test_balancing_at_the_image_runs_the_operations_of_sum() -> None:
 
 
 class Operations(TorchDispatchMode):
-    """Writes down the tensor operations that reach a kernel."""
+    """Records the tensor operations that reach a kernel."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -508,7 +508,7 @@ def test_rewards_stay_frozen_and_in_eval_mode() -> None:
     assert not reward.train().layer.training
 
 
-def test_image_batch_is_sliceable_and_checks_itself() -> None:
+def test_image_batch_is_sliceable_and_validates_its_input() -> None:
     whole = batch()
     assert len(whole[1:3]) == 2
     assert whole[1:3].prompts == ["x", "x"]
