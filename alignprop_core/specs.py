@@ -107,9 +107,7 @@ class ModelSpec(Spec):
     demo: str = Field(
         default="", description='"package:relative/file.yaml": a run config that shows the model off in minutes.'
     )
-    weights: tuple[WeightsFile, ...] = Field(
-        default=(), description="Its files: where they come from, and their licences."
-    )
+    weights: tuple[WeightsFile, ...] = Field(default=(), description="Its files: their sources and licenses.")
 
 
 class FamilySpec(Spec):
