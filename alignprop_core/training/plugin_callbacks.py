@@ -1,61 +1,35 @@
-"""Callbacks by name, and callbacks that join every run: the core's trackers and those of plugins. No torch."""
+"""Callbacks of plugins: those that `training.trackers` names, and those that join every run. Imports no torch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
-from alignprop_core import __version__
-from alignprop_core.errors import ConfigError, PluginError, did_you_mean, under
-from alignprop_core.registry.discovery import CORE
+from alignprop_core.errors import AlignpropError, PluginError, under
 from alignprop_core.registry.guard import PluginFailure, describe, guarded
-from alignprop_core.registry.offers import Offer, belongs, conflict, matching
+from alignprop_core.registry.offers import Offer, belongs, matching
 from alignprop_core.registry.registry import Registry, load_object
 from alignprop_core.specs import CallbackSpec
 from alignprop_core.training.callback import Callback
 
-BUILT_IN = (
-    CallbackSpec(
-        name="tensorboard",
-        summary="Event files for TensorBoard in the run folder.",
-        factory="alignprop_core.training.trackers:TensorBoard",
-    ),
-    CallbackSpec(name="wandb", summary="A run of Weights & Biases.", factory="alignprop_core.training.trackers:WandB"),
-)
-
-
-def known_callbacks(registry: Registry) -> tuple[Offer[CallbackSpec], ...]:
-    """Return the core's trackers and the callbacks of plugins."""
-    return (*(Offer(spec, CORE, __version__) for spec in BUILT_IN), *registry.callbacks())
+DISTRIBUTION_OF = {"tensorboard": "alignprop-trackers", "wandb": "alignprop-trackers"}
+"""Well-known trackers: where one is missing, the error names the distribution to install."""
 
 
 def find_callback(name: str, registry: Registry) -> Offer[CallbackSpec]:
-    """Return the callback that a name of `training.trackers` means.
-
-    Raises:
-        ConfigError: no installed plugin offers it, or the core's tracker lacks the package it writes with.
-        PluginError: two plugins offer it.
-    """
-    known = known_callbacks(registry)
-    found = matching(name, known)
-    if len(found) > 1:
-        raise PluginError(conflict("tracker", name, found))
-    if not found:
-        names = sorted({offer.name for offer in known})
-        raise ConfigError(
-            f'No installed plugin offers the tracker "{name}".{did_you_mean(name, names)} There are: '
-            f"{', '.join(names)}. Install the plugin that offers another one: pip install NAME."
-        )
-    if found[0].distribution == CORE and find_spec(found[0].name) is None:
-        raise ConfigError(f'{name} is not installed. Install it: pip install "alignprop-core[{found[0].name}]".')
-    return found[0]
+    """Return the callback that `training.trackers` names; `PluginError` if not exactly one plugin offers it."""
+    try:
+        return registry.callback(name)
+    except PluginError as error:
+        if name in DISTRIBUTION_OF and not matching(name, registry.callbacks()):
+            raise PluginError(f"{error} Install it: pip install {DISTRIBUTION_OF[name]}") from None
+        raise
 
 
 def check_trackers(names: Sequence[str], registry: Registry) -> None:
-    """Raise `UserError`, with the run config's key, if a tracker is unknown or its package is not installed."""
+    """Raise `UserError`, with the run config's key, if a tracker is unknown."""
     for i, name in enumerate(names):
         with under(f"training.trackers.{i}"):
             find_callback(name, registry)
@@ -94,6 +68,8 @@ def build(offer: Offer[CallbackSpec]) -> Callback:
         with guarded():
             return factory()
     except PluginFailure as failure:
+        if isinstance(failure.__cause__, AlignpropError):
+            raise failure.__cause__ from None
         error = PluginError(f"{belongs(offer)}: it could not be built: {failure}.")
         error.add_note(failure.traceback)
         raise error from failure.__cause__

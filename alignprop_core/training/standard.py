@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 def standard_callbacks(trainer: Trainer, console: Console | None = None) -> list[Callback]:
     """Return the standard callbacks of a run in the order they are called.
 
-    Evaluation comes before the files, because it decides what is the best LoRA and whether the run continues; the final
-    evaluation comes after them, and callbacks of plugins, such as the report, last.
+    Trackers are open before the first evaluation. Evaluation comes before the files, because it decides what is the
+    best LoRA and whether the run continues; the final evaluation comes after them, and automatic callbacks of plugins,
+    such as the report, last.
     """
     config, evaluator = trainer.config, trainer.evaluator
     progress = ProgressBar(console)
-    callbacks: list[Callback] = [Previews(), progress]
+    callbacks: list[Callback] = [Previews(), progress, *named_callbacks(config.training.trackers, trainer.registry)]
     if evaluator is not None and config.evaluation.every is not None:
         callbacks.append(HeldOutEvaluation(evaluator, progress.console, progress.bar))
     callbacks += [LoraFiles(), Checkpoints()]
-    callbacks += named_callbacks(config.training.trackers, trainer.registry)
     if evaluator is not None and config.evaluation.at_end:
         callbacks.append(FinalEvaluation(evaluator))
     return [*callbacks, *automatic_callbacks(trainer.registry)]

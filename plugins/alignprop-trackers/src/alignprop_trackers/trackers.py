@@ -1,21 +1,36 @@
-"""TensorBoard and Weights & Biases: one record per step, through accelerate. No torch at import."""
+"""Callbacks that log to accelerate's trackers: one record per step and per evaluation."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from alignprop_core.training.callback import Callback
+from alignprop_core import Callback
+from alignprop_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from alignprop_core.mix.stats import StepStats
-    from alignprop_core.training.trainer import Trainer
+    from alignprop_core import StepStats, Trainer
 
 
 class Tracker(Callback, ABC):
-    """Logs each step and each evaluation to one of accelerate's trackers."""
+    """Logs each step and each evaluation to one of accelerate's trackers.
+
+    Raises:
+        ConfigError: the package it writes with is not installed.
+    """
+
+    package: ClassVar[str]
+    """The package, which is also the extra of this distribution that installs it."""
+
+    def __init__(self) -> None:
+        if find_spec(self.package) is None:
+            raise ConfigError(
+                f"training.trackers: {self.package} is not installed. Install it: "
+                f'pip install "alignprop-trackers[{self.package}]".'
+            )
 
     @abstractmethod
     def open(self, folder: Path) -> Any:
@@ -51,6 +66,8 @@ class Tracker(Callback, ABC):
 class TensorBoard(Tracker):
     """Event files in the run folder."""
 
+    package = "tensorboard"
+
     def open(self, folder: Path) -> Any:
         """Return accelerate's TensorBoard tracker."""
         from accelerate.tracking import TensorBoardTracker
@@ -58,8 +75,10 @@ class TensorBoard(Tracker):
         return TensorBoardTracker("tensorboard", logging_dir=str(folder))
 
 
-class WandB(Tracker):
+class WeightsAndBiases(Tracker):
     """A Weights & Biases run named after the run folder."""
+
+    package = "wandb"
 
     def open(self, folder: Path) -> Any:
         """Return accelerate's Weights & Biases tracker."""
