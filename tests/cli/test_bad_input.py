@@ -72,7 +72,7 @@ def test_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
         ({"prompts": {"train": "nowhere.txt"}}, ["nowhere.txt"]),
         ({"model": {"base": "no_such_model"}}, ["model.base", "no_such_model"]),
         ({"model": {"base": "./missing.safetensors"}}, ["missing.safetensors"]),
-        ({"lora": {"targets": ["to_qq"]}}, ["to_qq", "to_q"]),
+        ({"lora": {"target_modules": ["to_qq"]}}, ["to_qq", "to_q"]),
         ({"lora": {"init_from": "nowhere.safetensors"}}, ["nowhere.safetensors"]),
         ({"lr": 1e-3}, ["lr", "optimizer.learning_rate"]),
     ],

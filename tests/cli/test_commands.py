@@ -308,7 +308,7 @@ def test_a_warning_is_one_line_without_the_place_in_our_code(places: dict[str, s
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if "tokens" in line]
     assert len(said) == 1
-    assert re.match(r"warning: A prompt has \d+ tokens and the base model reads 77: ", said[0])
+    assert re.match(r"warning: A prompt has \d+ tokens, and the base model reads 77: ", said[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -500,7 +500,7 @@ def test_train_names_at_its_end_only_files_that_are_there(
     closing = capsys.readouterr().out
     assert "pictures" not in closing
     assert str(tmp_path / "run" / "report.html") in "".join(closing.split())
-    assert run(["train", str(config()), "samples.every=1", f"output={tmp_path / 'more'}"]) == 0
+    assert run(["train", str(config()), "previews.prompts=[a fox]", f"output={tmp_path / 'more'}"]) == 0
     assert str(tmp_path / "more" / "images") in "".join(capsys.readouterr().out.split())
 
 
@@ -603,7 +603,7 @@ def test_evaluate_adds_no_reward_a_run_measures_already_and_labels_another_apart
         (["--reward", "jpeg_bytes", "--reward", "jpeg_bytes"], "--reward jpeg_bytes is given twice"),
         (
             ["--reward", "jpeg_bytes", "--reward", "jpeg_compressibility", "-o", "quality=3"],
-            "--option quality=3: say whose, NAME.key=value; the rewards given are: jpeg_bytes, jpeg_compressibility.",
+            "--option quality=3: write NAME.key=value; the rewards given are: jpeg_bytes, jpeg_compressibility.",
         ),
     ],
 )
