@@ -12,20 +12,21 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "Callback": "alignprop_core.training.callback",
+    "default_registry": "alignprop_core.registry.registry",
+    "hookimpl": "alignprop_core.hookspecs",
     "ImageBatch": "alignprop_core.reward",
+    "load_config": "alignprop_core.config.load",
+    "load_prompts": "alignprop_core.prompts",
     "Registry": "alignprop_core.registry.registry",
     "Reward": "alignprop_core.reward",
     "RewardConfig": "alignprop_core.specs",
     "RewardSpec": "alignprop_core.specs",
+    "Run": "alignprop_core.training.result",
     "RunConfig": "alignprop_core.config.sections",
-    "default_registry": "alignprop_core.registry.registry",
-    "load_config": "alignprop_core.config.load",
-    "load_prompts": "alignprop_core.prompts",
     "Sampler": "alignprop_core.diffusion.sampler",
     "StepStats": "alignprop_core.mix.stats",
-    "Trainer": "alignprop_core.training.trainer",
-    "hookimpl": "alignprop_core.hookspecs",
     "train": "alignprop_core.training.train",
+    "Trainer": "alignprop_core.training.trainer",
 }
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from alignprop_core.specs import RewardConfig as RewardConfig
     from alignprop_core.specs import RewardSpec as RewardSpec
     from alignprop_core.training.callback import Callback as Callback
+    from alignprop_core.training.result import Run as Run
     from alignprop_core.training.train import train as train
     from alignprop_core.training.trainer import Trainer as Trainer
 

@@ -1,4 +1,4 @@
-"""From what a config or an option says to the folder or file of a base model or LoRA. No torch, no network."""
+"""Finding base models and LoRA files on this machine. Imports no torch, uses no network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     from alignprop_core.registry.registry import Registry
 
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
-"""The file name plain `pipe.load_lora_weights(folder)` looks for."""
+"""The file name that `pipe.load_lora_weights(folder)` looks for."""
+
+PASSED = "pipeline:"
+"""How the name of a base model starts that was passed from Python, a loaded pipeline, and has no name of its own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
@@ -23,7 +26,7 @@ def find_base(base: str, registry: Registry) -> Path | str:
     """Return the folder, file or hub id that a base model's name means.
 
     Raises:
-        ModelError: there is nothing of this name, or it is no model; a hub id is not looked for.
+        ModelError: nothing has this name, or it is not a model; hub ids are not checked.
     """
     offer = registry.find_model(base)
     if offer is not None:
@@ -35,14 +38,20 @@ def find_base(base: str, registry: Registry) -> Path | str:
         if not folder.is_dir():
             raise ModelError(f'Model "{base}" of {offer.distribution} should be at {folder}, which does not exist.')
         return folder
+    if base.startswith(PASSED):
+        raise ModelError(
+            f"the base model was a {base.removeprefix(PASSED)} passed from Python, without a name to load it by. Pass "
+            "it again: alignprop_core.Run(folder, model=pipeline). For a command, write what the pipeline was loaded "
+            "from (a folder, a file or a hub id) into the run's config.yaml, as model.base."
+        )
     path_ = Path(base).expanduser()
     if path_.is_dir():
         if not (path_ / "model_index.json").is_file():
-            raise ModelError(f"{path_} is no diffusers folder: it has no model_index.json.")
+            raise ModelError(f"{path_} is not a diffusers folder: it has no model_index.json.")
         return path_
     if path_.suffix in _PICKLES:
         raise ModelError(
-            f"{path_} is a pickle, which can run code when opened; convert it to .safetensors and give that."
+            f"{path_} is a pickle, which can run code when opened; convert it to .safetensors and use that."
         )
     if path_.is_file():
         return path_
@@ -52,8 +61,8 @@ def find_base(base: str, registry: Registry) -> Path | str:
         return base
     known = [offer.spec.name for offer in registry.models()]
     raise ModelError(
-        f'Unknown model "{base}": it is no registered model ({", ".join(known) or "none installed"}), no folder, '
-        f'no file and no hub id of the form "owner/name".{did_you_mean(base, known)}'
+        f'Unknown model "{base}": it is not a registered model ({", ".join(known) or "none installed"}), a '
+        f'folder, a file or a hub id of the form "owner/name".{did_you_mean(base, known)}'
     )
 
 
@@ -63,7 +72,7 @@ def find_vae(vae: str) -> Path | str:
     if path.is_dir():
         return path
     if vae.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(vae):
-        raise ModelError(f"{path} is no folder; an autoencoder is a diffusers folder or a hub id.")
+        raise ModelError(f"{path} is not a folder; an autoencoder is a diffusers folder or a hub id.")
     return vae
 
 
@@ -71,7 +80,7 @@ def find_lora(path: str | Path) -> Path:
     """Return the LoRA file that `path` means: itself, or the one inside a LoRA folder or a run folder.
 
     Raises:
-        LoraError: nothing there, several candidates, or a pickled file.
+        LoraError: no file, several candidates, or a pickled file.
     """
     path = Path(path)
     if path.is_dir():
@@ -82,16 +91,16 @@ def find_lora(path: str | Path) -> Path:
             return preferred[0]
         if found:
             raise LoraError(
-                f"{folder} holds several LoRA files ({', '.join(f.name for f in found)}): name one of them."
+                f"{folder} contains several LoRA files ({', '.join(f.name for f in found)}): name one of them."
             )
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
         if not pickles:
-            raise LoraError(f"{folder} holds no LoRA: a .safetensors file is expected there.")
+            raise LoraError(f"{folder} holds no LoRA: a .safetensors file is expected.")
         path = folder / pickles[0]
     if path.suffix in _PICKLES:
         raise LoraError(
-            f"{path} is a pickled file, and opening one can run any code hidden in it; alignprop never does. "
-            "Convert it to .safetensors with a tool of your trust, then name that file."
+            f"{path} is a pickled file, which can run arbitrary code when opened, so it is refused. "
+            "Convert it to .safetensors with a tool that you trust, then name that file."
         )
     if not path.is_file():
         raise LoraError(f"{path}: there is no such LoRA file or folder.")

@@ -1,4 +1,4 @@
-"""Prompt sets: registered ones, text files and JSONL files. No torch."""
+"""Prompt sets: registered ones, text files, JSONL files and lists. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN_PROBLEMS = 5
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in the order of their file.
+    """Prompts in the order of their file or list.
 
     Attributes:
         name: the registered name, or the file's path.
@@ -44,16 +44,19 @@ class PromptSet:
         return len(self.prompts)
 
     def problem(self, index: int, message: object) -> str:
-        """Return a message about a prompt, with the file and line it stands in."""
-        return f"{self.name}{f':{self.lines[index]}' if self.lines else ''}: {message}"
+        """Return a message about a prompt, with its file and line, or its number in the list."""
+        return f"{self.name}{f':{self.lines[index]}' if self.lines else f', prompt {index + 1}'}: {message}"
 
 
-def load_prompts(source: str, registry: Registry, *, folder: Path | None = None) -> PromptSet:
+def load_prompts(
+    source: str | Sequence[str | Mapping[str, Any]], registry: Registry, *, folder: Path | None = None
+) -> PromptSet:
     """Load prompts.
 
     Args:
-        source: a registered set such as `starter/simple_animals`, a .txt file (a prompt a line; blank lines and lines
-            that start with `#` are skipped) or a .jsonl file (`{"prompt": "three foxes", "number": 3}` a line).
+        source: a registered set such as `starter/simple_animals`, a .txt file (one prompt per line; blank lines and
+            lines that start with `#` are skipped), a .jsonl file (`{"prompt": "three foxes", "number": 3}` per line),
+            or a list of texts and of such mappings.
         registry: where registered sets are looked up; a registered name wins over a file.
         folder: where a relative path starts; the working directory if None.
 
@@ -61,6 +64,8 @@ def load_prompts(source: str, registry: Registry, *, folder: Path | None = None)
         PromptError: the file is missing, is not UTF-8, holds no prompt, or has a wrong line (with its number).
         PluginError: two plugins offer the name, or the plugin's file cannot be read.
     """
+    if not isinstance(source, str):
+        return _listed(source)
     offer = registry.find_prompt_set(source)
     if offer is not None:
         return parse_prompts(source, offer.spec.path, _packaged(offer))
@@ -73,6 +78,17 @@ def load_prompts(source: str, registry: Registry, *, folder: Path | None = None)
     if path.is_dir():
         raise PromptError(f"{path}: is a folder; give a .txt or .jsonl file inside it.")
     raise PromptError(_missing(source, path, registry))
+
+
+def _listed(entries: Sequence[str | Mapping[str, Any]]) -> PromptSet:
+    name = f"a list of {len(entries)} prompts"
+    try:
+        parsed = [prompt_entry(entry) for entry in entries]
+    except ValueError as error:
+        raise PromptError(f"{name}: {error}") from None
+    if not parsed:
+        raise PromptError("the list of prompts is empty; write at least one.")
+    return PromptSet(name, tuple(prompt for prompt, _ in parsed), tuple(extra for _, extra in parsed))
 
 
 def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
@@ -128,7 +144,7 @@ def listed(problems: Sequence[str]) -> str:
 
 
 def _entry(line: str) -> tuple[str, dict[str, Any]]:
-    """Parse one JSONL line; `ValueError` says what to mend."""
+    """Parse one JSONL line; `ValueError` says what to fix."""
     try:
         data = json.loads(line)
     except json.JSONDecodeError as error:
@@ -141,16 +157,40 @@ def _entry(line: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, dict):
         hint = f" Write {json.dumps({'prompt': data}, ensure_ascii=False)}." if isinstance(data, str) else ""
         raise ValueError(f'a line must be an object with the key "prompt", not {_json_kind(data)}.{hint}')
+    return prompt_entry(data)
+
+
+def prompt_entry(data: object) -> tuple[str, dict[str, Any]]:
+    """Return the prompt and the metadata of an entry: a text, or a mapping with the key `prompt` and JSON values.
+
+    Raises:
+        ValueError: with what to write instead.
+    """
+    if isinstance(data, str):
+        data = {"prompt": data}
+    if not isinstance(data, Mapping):
+        raise ValueError(f'a prompt must be text or a mapping with the key "prompt", not {_json_kind(data)}.')
     if "prompt" not in data:
         nearest = get_close_matches("prompt", list(data), n=1) or [key for key in ("text", "caption") if key in data]
         hint = f' Rename "{nearest[0]}" to "prompt".' if nearest else ""
         raise ValueError(f'the key "prompt" is missing.{hint}')
-    prompt = data.pop("prompt")
+    prompt = data["prompt"]
     if not isinstance(prompt, str):
         raise ValueError(f'"prompt" must be text, not {_json_kind(prompt)}.')
     if not prompt.strip():
         raise ValueError('"prompt" is empty; write a text or remove the line.')
-    return prompt.strip(), data
+    try:
+        metadata = json.loads(json.dumps({key: value for key, value in data.items() if key != "prompt"}, default=_item))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the metadata of a prompt must be JSON values: {error}.") from None
+    return str(prompt).strip(), metadata
+
+
+def _item(value: Any) -> Any:
+    """Return the Python number of a NumPy one."""
+    if callable(getattr(value, "item", None)):
+        return value.item()
+    raise TypeError(f"{value!r} is not")
 
 
 def _json_kind(value: object) -> str:

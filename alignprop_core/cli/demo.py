@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 def demo(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=5."),
-    model: str = typer.Option("starter", help="A registered model that brings a demo."),
-    output: Path = typer.Option(Path("demo"), help="Run folder; an earlier run of this demo in it is replaced."),
+    model: str = typer.Option("starter", help="A registered model that has a demo."),
+    output: Path = typer.Option(Path("demo"), help="Run folder. An earlier run of this demo in it is replaced."),
 ) -> None:
     """Fine-tune a registered model on its demo config and write a before/after sheet."""
     common.quiet_libraries()
@@ -39,13 +39,13 @@ def demo(
 
         console = common.console(stderr=True)
         trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings), console=console)
-    folder = trainer.train()
-    finish(trainer, folder)
-    common.print_facts([("before and after", str(folder / "images" / "before_after.png"))])
+    run = trainer.train()
+    finish(trainer, run.folder)
+    common.print_facts([("before and after", str(run / "images" / "before_after.png"))])
 
 
 def _is_demo(folder: Path, settings: RunConfig) -> bool:
-    """Whether a run folder holds an earlier run of this demo, and no work of the user's."""
+    """Whether a run folder contains an earlier run of this demo, and not another run of the user's."""
     from yaml import YAMLError, safe_load
 
     try:

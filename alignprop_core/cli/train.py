@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -20,25 +20,28 @@ if TYPE_CHECKING:
 def train(
     config: Path = typer.Argument(help="A run config (YAML)."),
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Changes, such as training.steps=20."),
-    resume: str = typer.Option("", help="Go on: `latest` (of the output folder), a run folder or a checkpoint."),
+    resume: str = typer.Option("", help="Resume: `latest` (of the output folder), a run folder or a checkpoint."),
     edited: bool = typer.Option(
-        False, "--edited", help="With --resume: although the code of a reward was changed since, as after mending it."
+        False, "--edited", help="Resume even if a reward's code has changed, for example after a bug fix."
     ),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check and load everything, train nothing, write nothing."),
+    overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier run in the output folder."),
+    dry_run: bool = typer.Option(False, "--dry-run", help="Check and load everything, but train and write nothing."),
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
     from alignprop_core.config.load import load_config, located
-    from alignprop_core.errors import RunError
+    from alignprop_core.errors import RunError, UserError
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.training.preflight import check_inputs
 
+    if resume and overwrite:
+        raise UserError("--overwrite replaces a run and --resume continues it; give one of them.")
     registry = default_registry()
     settings = load_config(config, overrides or [], registry=registry)
     where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None
     with located(config, overrides or []):
         # Before the trainer's libraries, whose import takes many seconds.
-        inputs = check_inputs(settings, registry, resume=where, edited=edited)
+        inputs = check_inputs(settings, registry, resume=where, edited=edited, overwrite=overwrite)
         from alignprop_core.devices import device_and_dtype
 
         device_and_dtype(settings.training.device, settings.training.mixed_precision)
@@ -46,19 +49,21 @@ def train(
             from alignprop_core.training.trainer import Trainer
 
             console = common.console(stderr=True)
-            trainer = Trainer(settings, registry=registry, edited=edited, inputs=inputs, console=console)
+            trainer = Trainer(
+                settings, registry=registry, edited=edited, overwrite=overwrite, inputs=inputs, console=console
+            )
         if dry_run:
             common.print_facts(_facts(trainer))
             common.console().print("Everything loads. Nothing was trained or written.")
             return
         try:
-            folder = trainer.train()
+            run = trainer.train()
         except RunError as error:
             if trainer.processes.is_main_process:
                 error.add_note(_what_is_left(trainer))
             raise
     if trainer.processes.is_main_process:
-        finish(trainer, folder)
+        finish(trainer, run.folder)
     if trainer.processes.num_processes > 1:
         trainer.processes.destroy_process_group()
 
@@ -79,14 +84,14 @@ def _facts(trainer: Trainer) -> list[tuple[str, str]]:
 
 
 def _weight(term: Term) -> str:
-    """Return a weight, or the way it takes."""
+    """Return a weight, or its schedule."""
     if isinstance(term.weight, Mapping):
         return " -> ".join(f"{weight:g} ({step})" for step, weight in sorted(term.weight.items()))
     return f"{term.weight:g}"
 
 
 def _what_is_left(trainer: Trainer) -> str:
-    """Return how far a run came that failed, which of its states is saved, and how to go on from there."""
+    """Return how many steps a failed run has done, which checkpoint is saved, and how to resume from it."""
     from alignprop_core.registry.local import split_file_name
 
     done = trainer.step_number
@@ -98,56 +103,30 @@ def _what_is_left(trainer: Trainer) -> str:
     state = "That state" if step == done else f"The state after step {step}"
     again = shlex.join(["alignprop", "train", str(trainer.output / "config.yaml"), "--resume", "latest"])
     files = any(split_file_name(term.name) for term in trainer.config.rewards)
-    changed = " (and --edited, if you mend its file)" if files else ""
-    return f"{came} {state} is saved in {saved[-1]}. Go on from it with{changed}:\n{again}"
+    changed = " (and --edited, if you fix its file)" if files else ""
+    return f"{came} {state} is saved in {saved[-1]}. Resume from it with{changed}:\n{again}"
 
 
 def finish(trainer: Trainer, folder: Path) -> None:
-    """Print what a run made: the evaluation, if there was one, why it stopped early, and where its files are."""
+    """Print the results of a run: the evaluation, why it stopped early, and where its files are."""
     if trainer.comparison is not None:
         print_comparison(trainer.comparison)
-    stopped = (
-        [] if trainer.stop_reason is None else [("stopped", f"at step {trainer.step_number}: {trainer.stop_reason}")]
-    )
-    # Without previews and an evaluation there are no pictures, and a page that cannot be written costs no run.
-    made = [("pictures", folder / "images"), ("figures", folder / "metrics.jsonl"), ("report", folder / "report.html")]
-    common.print_facts(
-        [
-            *stopped,
-            (
-                "LoRA",
-                f"{folder / 'lora'}  (diffusers: pipe.load_lora_weights; ComfyUI and A1111: {folder.name}.safetensors)",
-            ),
-            *((what, str(path)) for what, path in made if path.exists()),
-        ]
-    )
+    lora = f"{folder / 'lora'}  (diffusers: pipe.load_lora_weights; ComfyUI and A1111: {folder.name}.safetensors)"
+    facts = [("LoRA", lora)]
+    if trainer.stop_reason is not None:
+        facts.insert(0, ("stopped", f"at step {trainer.step_number}: {trainer.stop_reason}"))
+    # Previews and the report are optional.
+    made = [("images", folder / "images"), ("metrics", folder / "metrics.jsonl"), ("report", folder / "report.html")]
+    common.print_facts([*facts, *((what, str(path)) for what, path in made if path.exists())])
 
 
 def print_comparison(comparison: Comparison) -> None:
     """Print a table: each reward and measure, base against tuned, with the paired interval."""
-    result = comparison.as_json()
-    first, *others = comparison.variants
-    console = common.console()
-    console.print(
-        f"\n{result['images']} images of {len(comparison.prompts)} prompts ({comparison.prompts.name}), "
+    from alignprop_core.evaluation.table import EvaluationTable
+
+    table = EvaluationTable(comparison.as_json())
+    common.console().print(
+        f"\n{table.results['images']} images of {len(comparison.prompts)} prompts ({comparison.prompts.name}), "
         "the same seeds for each model"
     )
-    rows: list[list[Any]] = []
-    for label, base in result[first].items():
-        for name in others:
-            tuned = result[name][label]
-            low_high = "" if tuned["interval"] is None else "[{:+.4g}, {:+.4g}]".format(*tuned["interval"])
-            change = f"{tuned['difference'] / abs(base['mean']) * 100:+.1f}%" if base["mean"] else ""
-            means = [f"{base['mean']:.5g}", f"{tuned['mean']:.5g}", f"{tuned['difference']:+.4g}"]
-            rows.append([label, *means, change, low_high])
-        if not others:
-            rows.append([label, f"{base['mean']:.5g}", f"{base['std']:.3g}"])
-    further = {"diversity": result.get("diversity", {}), "drift": result.get("drift", {})}
-    for label, values in further.items():
-        if first in values:
-            named = [
-                values[name]["mean"] if isinstance(values[name], dict) else values[name] for name in comparison.variants
-            ]
-            rows.append([label, *(f"{value:.4g}" for value in named)])
-    columns = ["measure", *comparison.variants] + (["difference", "change", "95% interval"] if others else ["std"])
-    common.print_table(columns, rows)
+    common.print_table(table.columns, table.rows)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
+from typing import Any
 
-from alignprop_core._files import read_table
+from alignprop_core._files import read_table, safe_name
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.errors import ConfigError, under
+from alignprop_core.errors import ConfigError, PluginError, under
+from alignprop_core.registry.local import code_name
+from alignprop_core.registry.offers import matching
 from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import default_label
 
 
 def with_given(config: RunConfig, registry: Registry) -> RunConfig:
@@ -28,6 +34,64 @@ def with_given(config: RunConfig, registry: Registry) -> RunConfig:
             raise ConfigError("there is nothing to train on; name a reward, or pass an object from Python (rewards=).")
     # Validated anew: a label may be taken.
     return RunConfig.model_validate({**dict(config), "rewards": [*config.rewards, *added]}) if added else config
+
+
+def name_rewards(data: dict[str, Any], registry: Registry) -> Registry:
+    """Replace rewards passed from Python in a config's data by names, in place.
+
+    Args:
+        data: `rewards`, and `rewards` in `evaluation`, are an entry, a list of entries, or a mapping from names to
+            rewards, whose weights are 1. An entry is as in a run config, and its name may be the reward itself; or it
+            is the reward, or its name.
+        registry: the plugins.
+
+    Returns:
+        A registry that knows the rewards by their names.
+
+    Raises:
+        PluginError: one is not a reward, or a plugin has its name; with the key.
+    """
+    if isinstance(rewards := data.get("rewards"), Mapping) and "name" not in rewards:
+        registry = registry.with_rewards(rewards)
+        del data["rewards"]
+    for key, holder in (("rewards", data), ("evaluation.rewards", data.get("evaluation"))):
+        found = holder.get("rewards") if isinstance(holder, dict) else None
+        if found is None or not isinstance(holder, dict):
+            continue
+        entries = holder["rewards"] = list(found) if isinstance(found, list | tuple) else [found]
+        for i, entry in enumerate(entries):
+            entry = {"name": entry} if isinstance(entry, str) or callable(entry) else entry
+            if isinstance(entry, Mapping) and callable(code := entry.get("name")):
+                wanted = entry.get("label") or code_name(code) or f"reward_{i + 1}"
+                name = next(n for k in count(1) if (n := wanted if k == 1 else f"{wanted}_{k}") not in registry.given)
+                registry = _with_reward(registry, name, code, f"{key}.{i}")
+                entry = {**entry, "name": name}
+            entries[i] = entry
+    return registry
+
+
+def _with_reward(registry: Registry, name: str, code: object, key: str) -> Registry:
+    try:
+        if offers := matching(name, registry.rewards()):
+            raise PluginError(
+                f'{offers[0].distribution} offers a reward of the name "{name}"; rename this one, or give it a label: '
+                f'{{"name": ..., "label": "my_{name}"}}.'
+            )
+        return registry.with_rewards({name: code})
+    except PluginError as error:
+        error.key = key
+        raise
+
+
+def new_output(config: Mapping[str, Any]) -> str:
+    """Return a run folder for a config that names none: a new one in runs/, numbered, named after the rewards."""
+    entries = config.get("rewards")
+    terms = [term for term in (entries if isinstance(entries, list) else ()) if isinstance(term, Mapping)]
+    labels = [str(term.get("label") or default_label(str(term.get("name")))) for term in terms]
+    name = safe_name("-".join(labels) or "run", longest=60)
+    numbers = [path.name.removeprefix(f"{name}-") for path in Path("runs").glob(f"{name}-*")]
+    newest = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return str(Path("runs") / f"{name}-{newest + 1:03d}")
 
 
 def given_to_run(folder: Path) -> dict[str, str]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError
+from alignprop_core.locate import PASSED
 from alignprop_core.registry.local import absolute_name
 from alignprop_core.validation import InvalidConfig, Key, Problem, dotted
 
@@ -74,10 +75,27 @@ def _set(data: dict[str, Any], parts: list[str], value: object) -> Key:
     return tuple(path)
 
 
-def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], registry: Registry) -> list[Problem]:
+def merge_sections(data: Mapping[str, Any], sections: Mapping[str, Any]) -> tuple[dict[str, Any], set[Key]]:
+    """Return the data with sections given from Python in place of its own, key by key, and the paths that were set."""
+    merged, done = dict(data), set[Key]()
+    for name, value in sections.items():
+        own = merged.get(name)
+        if isinstance(value, Mapping) and isinstance(own, Mapping):
+            merged[name] = {**own, **value}
+            done |= {(name, key) for key in value}
+        else:
+            merged[name] = value
+            done.add((name,))
+    return merged, done
+
+
+def resolve_paths(
+    data: dict[str, Any], *, folder: Path, overridden: Collection[Key], registry: Registry
+) -> list[Problem]:
     """Make the paths in the data absolute, in place; registered names and hub ids stay as they are.
 
-    Input files are looked for from the config's folder (from the working directory where the command line named them),
+    Input files are looked for from the config's folder (from the working directory if the command line or Python gave
+    them),
     the output from the working directory. What has no path's form and is not in the config's folder, but is in the
     working directory, is that. Returns names that nothing installed offers.
     """
@@ -103,7 +121,7 @@ def resolve_paths(data: dict[str, Any], *, folder: Path, overridden: set[Key], r
                 holder[name] = _absolute(start, written)
             continue
         try:
-            if kind == "model" and registry.find_model(written) is not None:
+            if kind == "model" and (written.startswith(PASSED) or registry.find_model(written) is not None):
                 continue
             if kind == "prompts" and registry.find_prompt_set(written) is not None:
                 continue

@@ -9,7 +9,7 @@ checked by the reward's own options class, without importing the reward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,32 +18,64 @@ from pydantic import ValidationError
 
 from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.given import given_to_run, was_given
-from alignprop_core.config.input import apply_overrides, resolve_paths
+from alignprop_core.config.input import apply_overrides, merge_sections, resolve_paths
 from alignprop_core.config.rewards import loader_in
-from alignprop_core.config.sections import (
-    RunConfig,
-)
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import Lines, dump_yaml, read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
 from alignprop_core.registry.offers import matching
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.validation import InvalidConfig, Key, Problem, dotted, explain, shown
 
+Given = str | Path | Mapping[str, Any] | RunConfig
+"""A run config as it is given: the path of a YAML file, its data, or a checked config."""
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Registry | None = None) -> RunConfig:
-    """Read a run config from a YAML file.
+
+def load_config(
+    config: Given,
+    overrides: Sequence[str] = (),
+    *,
+    registry: Registry | None = None,
+    sections: Mapping[str, Any] | None = None,
+    default_output: Callable[[Mapping[str, Any]], str] | None = None,
+) -> RunConfig:
+    """Read and check a run config.
 
     Args:
-        path: the file. Paths of input files in it are relative to its folder; `output` to the working directory.
+        config: a YAML file, or its data. Paths of input files in a file are relative to its folder; other paths, and
+            `output`, to the working directory.
         overrides: `key.path=value`, values in YAML, lists by index (`rewards.0.weight=2`). Paths in them are relative
             to the working directory.
         registry: the plugins that names are looked up in; the installed ones if None.
+        sections: sections that replace those of the config, key by key. Paths as in `overrides`.
+        default_output: chooses the output of data that names none.
 
     Raises:
-        ConfigError: the file is missing or is no YAML, or anything in it is wrong.
+        ConfigError: the file is missing or is not YAML, or anything in it is wrong.
     """
+    if isinstance(config, RunConfig) and not overrides and not sections:
+        return config
     registry = registry or default_registry()
-    path = Path(path)
+    data, lines, source, folder = _read(config)
+    return _parse(
+        data,
+        lines,
+        source=source,
+        overrides=overrides,
+        sections=sections or {},
+        registry=registry,
+        folder=folder,
+        default_output=default_output,
+    )
+
+
+def _read(config: Given) -> tuple[Any, Lines, str, Path | None]:
+    """Return the data, the lines of its keys, the name of the source in messages, and where its paths start."""
+    if isinstance(config, RunConfig):
+        return config.model_dump(mode="json"), {}, "", None
+    if not isinstance(config, str | Path):
+        return config, {}, "", None
+    path = Path(config)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -59,7 +91,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), *, registry: Re
     data, lines = read_yaml(text, str(path))
     if path.name == "config.yaml" and (path.parent / "environment.json").is_file() and isinstance(data, dict):
         data = upgraded(data)
-    return _parse(data, lines, source=str(path), overrides=overrides, registry=registry, folder=path.parent)
+    return data, lines, str(path), path.parent
 
 
 def parse_config(
@@ -82,25 +114,29 @@ def parse_config(
     Raises:
         ConfigError: with one line for everything that is wrong.
     """
-    return _parse(data, {}, source=source, overrides=overrides, registry=registry, folder=folder)
+    return _parse(data, {}, source=source, overrides=overrides, sections={}, registry=registry, folder=folder)
 
 
 @contextmanager
-def located(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Give errors raised inside, that name a key of a run config, the file and line where that key stands.
+def located(
+    config: Given, overrides: Sequence[str] = (), *, sections: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Add file and line to errors raised inside that name a key of a run config.
 
     Args:
-        path: the run config's file.
-        overrides: what was given with it.
+        config: the run config; only a file has lines.
+        overrides: overrides given with it.
+        sections: sections given with it.
     """
     try:
         yield
     except UserError as error:
-        if error.key is not None and not error.key.startswith("-"):  # options of commands stand in no file
-            data, lines = read_yaml(Path(path).read_text(encoding="utf-8-sig"), str(path))
-            _, overridden = apply_overrides(data, overrides)
+        # Options of commands are in no file.
+        if error.key is not None and not error.key.startswith("-") and isinstance(config, str | Path):
+            data, lines, source, _ = _read(config)
+            _, origins = _changed(data, overrides, sections or {})
             key = tuple(int(part) if part.isdecimal() else part for part in error.key.split("."))
-            error.key = _place(key, lines, str(path), overridden)
+            error.key = _place(key, lines, source, origins)
         raise
 
 
@@ -109,14 +145,39 @@ def resolved_yaml(config: RunConfig) -> str:
     return dump_yaml(config.model_dump(mode="json"))
 
 
+Origins = dict[Key, str]
+"""Where values come from that are not the config's own: " (from the command line)", by path."""
+
+
+def _changed(
+    data: Mapping[str, Any], overrides: Sequence[str], sections: Mapping[str, Any]
+) -> tuple[dict[str, Any], Origins]:
+    """Return the data with sections and overrides, and where they come from."""
+    merged, from_python = merge_sections(data, sections)
+    changed, done = apply_overrides(merged, overrides)
+    return changed, dict.fromkeys(from_python, " (from Python)") | dict.fromkeys(done, " (from the command line)")
+
+
 def _parse(
-    data: object, lines: Lines, *, source: str, overrides: Sequence[str], registry: Registry, folder: Path | None
+    data: object,
+    lines: Lines,
+    *,
+    source: str,
+    overrides: Sequence[str],
+    sections: Mapping[str, Any],
+    registry: Registry,
+    folder: Path | None,
+    default_output: Callable[[Mapping[str, Any]], str] | None = None,
 ) -> RunConfig:
     if data is None:
         data = {}
     if not isinstance(data, Mapping):
-        raise ConfigError(f"{source}: must hold keys such as model, prompts, rewards and output, not {shown(data)}.")
-    data, overridden = apply_overrides(data, overrides)
+        keys = "must hold keys such as model, prompts, rewards and output"
+        raise ConfigError(f"{source or 'run config'}: {keys}, not {shown(data)}.")
+    data, overridden = _changed(data, overrides, sections)
+    overridden = overridden if source else {}  # without a file everything is from Python
+    if default_output is not None and data.get("output") is None:
+        data["output"] = default_output(data)
     problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
     wrong = {problem.path for problem in problems}
     _add_given(data, registry)
@@ -194,7 +255,7 @@ def _check_term(
     return []
 
 
-def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: set[Key]) -> str:
+def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: Origins) -> str:
     """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
     if len(problems) == 1:
         return f"{_place(problems[0].path, lines, source, overridden)}: {problems[0].message}"
@@ -204,11 +265,13 @@ def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: 
         f"  {place}{_named(problem.path, overridden)}: {problem.message}"
         for place, problem in zip(places, ordered, strict=True)
     ]
-    return "\n".join([f"{source}: {len(problems)} problems", *listed])
+    return "\n".join([f"{source or 'run config'}: {len(problems)} problems", *listed])
 
 
-def _place(path: Key, lines: Lines, source: str, overridden: set[Key]) -> str:
-    """Return `run.yaml:12: rewards.0.weight`."""
+def _place(path: Key, lines: Lines, source: str, overridden: Origins) -> str:
+    """Return `run.yaml:12: rewards.0.weight`, without the file if there is none."""
+    if not source:
+        return dotted(path)
     at = _line(path, lines)
     return f"{source}{f':{at}' if at else ''}: {_named(path, overridden)}"
 
@@ -220,6 +283,5 @@ def _line(path: Key, lines: Lines) -> int:
     return lines[path] if path else 0
 
 
-def _named(path: Key, overridden: set[Key]) -> str:
-    given = any(path[: len(done)] == done for done in overridden)
-    return f"{dotted(path)}{' (from the command line)' if given else ''}"
+def _named(path: Key, overridden: Origins) -> str:
+    return dotted(path) + next((origin for done, origin in overridden.items() if path[: len(done)] == done), "")

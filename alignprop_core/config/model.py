@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from alignprop_core.config.base import Pixels, Positive, Section, Text
+from alignprop_core.prompts import prompt_entry
 from alignprop_core.validation import Problems
 
 
@@ -29,13 +30,35 @@ class ModelConfig(Section):
     loras: list[ModelLora] = Field(default=[], description="LoRAs that belong to the base model; applied and frozen.")
 
 
+_Prompt = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["prompt"]}]})]
+PromptSource = Text | Annotated[list[_Prompt], Field(min_length=1)]
+"""A registered set, a file, or a list of texts and of mappings with the key `prompt` and metadata."""
+
+
 class PromptsConfig(Section):
     """The prompts."""
 
-    train: Text = Field(description="Prompts to train on: a registered set, or a .txt or .jsonl file.")
-    heldout: Text | None = Field(
-        default=None, description="Prompts never trained on, for evaluation: a registered set or a file."
+    train: PromptSource = Field(description="Prompts to train on: a registered set, a .txt or .jsonl file, or a list.")
+    heldout: PromptSource | None = Field(
+        default=None, description="Prompts never trained on, for evaluation: a registered set, a file or a list."
     )
+
+    @field_validator("train", "heldout")
+    @classmethod
+    def _plain(cls, value: str | list[Any] | None) -> str | list[Any] | None:
+        if not isinstance(value, list):
+            return value
+        entries: list[Any] = []
+        problems = []
+        for i, item in enumerate(value):
+            try:
+                prompt, metadata = prompt_entry(item)
+                entries.append({"prompt": prompt, **metadata} if metadata else prompt)
+            except ValueError as error:
+                problems.append((str(i), str(error)))
+        if problems:
+            raise Problems(problems)
+        return entries
 
 
 class SamplingConfig(Section):

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError
+from alignprop_core.errors import PluginError, under
 from alignprop_core.registry.guard import PluginFailure, guarded
 from alignprop_core.registry.offers import Offer
 from alignprop_core.specs import RewardConfig, RewardSpec, default_label
@@ -128,12 +128,10 @@ def given_rewards(rewards: Mapping[str, object]) -> dict[str, LocalReward]:
     """
     found = {}
     for name, code in rewards.items():
-        if not _NAME.match(name):
-            raise PluginError(f'rewards["{name}"]: names are snake_case: letters, digits and underscores.')
-        try:
+        with under(f'rewards["{name}"]'):
+            if not _NAME.match(name):
+                raise PluginError("names are snake_case: letters, digits and underscores.")
             found[name] = _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
-        except PluginError as error:
-            raise PluginError(f'rewards["{name}"]: {error}') from None
     return found
 
 

@@ -48,4 +48,4 @@ def train_two_steps(
         },
         registry=registry,
     )
-    return train(config, registry=registry)
+    return train(config, registry=registry).folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from alignprop_core import lora
 from alignprop_core.config.given import with_given
-from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
@@ -26,9 +27,9 @@ from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry, default_registry
-from alignprop_core.reward import Reward
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
+from alignprop_core.training import given_pipeline
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint
 from alignprop_core.training.early_stopping import EarlyStopping
@@ -36,6 +37,7 @@ from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
 from alignprop_core.training.optimizer import Optimizer
 from alignprop_core.training.preflight import Inputs, check_inputs
+from alignprop_core.training.result import Run
 from alignprop_core.training.resume import check_objects
 from alignprop_core.training.standard import standard_callbacks
 from alignprop_core.training.step import StepGradient
@@ -60,9 +62,10 @@ class Trainer:
     the model, so that a reward that cannot load costs seconds, not minutes.
 
     Args:
-        config: the run config.
+        config: the run config: a `RunConfig`, a dict or a YAML file.
         registry: installed plugins; discovered if None.
-        rewards: reward objects by name, beside those of plugins; what the config does not mention gets weight 1.
+        rewards: functions, classes or objects by name, beside the rewards of plugins; what the config does not mention
+            gets weight 1.
         callbacks: called after the standard callbacks.
         resume: a run folder or checkpoint to resume from.
         edited: resume even if a reward's code has changed, for example after a bug fix.
@@ -82,12 +85,12 @@ class Trainer:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: Given,
         *,
         registry: Registry | None = None,
-        rewards: Mapping[str, Reward] | None = None,
+        rewards: Mapping[str, object] | None = None,
         callbacks: Sequence[Callback] = (),
-        resume: Path | None = None,
+        resume: str | os.PathLike[str] | None = None,
         edited: bool = False,
         overwrite: bool = False,
         inputs: Inputs | None = None,
@@ -95,15 +98,21 @@ class Trainer:
         console: Console | None = None,
     ) -> None:
         self.registry = (registry or default_registry()).with_rewards(rewards or {})
-        self.config = config = with_given(config, self.registry)
+        self.config = config = with_given(load_config(config, registry=self.registry), self.registry)
         self.processes = PartialState(cpu=config.training.device == "cpu")
         self.device, self.dtype = device_and_dtype(config.training.device, config.training.mixed_precision)
         if self.device.type == "cpu":
             keep_freed_memory()
         self.output = Path(config.output)
         self._overwrite = overwrite
+        self._given = pipeline
         inputs = inputs or check_inputs(
-            config, self.registry, resume=resume, edited=edited, overwrite=overwrite, loads_model=pipeline is None
+            config,
+            self.registry,
+            resume=None if resume is None else Path(resume),
+            edited=edited,
+            overwrite=overwrite,
+            loads_model=pipeline is None,
         )
         self._resumed_from = inputs.checkpoint
         if inputs.checkpoint is not None and not edited:
@@ -119,6 +128,8 @@ class Trainer:
         try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device, size=size)
         evaluates = self.heldout is not None and (config.evaluation.at_end or config.evaluation.every is not None)
         reported = self._evaluation_terms() if evaluates else None
+        if pipeline is not None:
+            given_pipeline.prepare(pipeline, config, self.device, self.dtype)
         self.sampler = Sampler.load(
             pipeline or config.model.base,
             adapter=config.lora,
@@ -197,8 +208,8 @@ class Trainer:
 
     # -- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self) -> Path:
-        """Run all remaining steps; returns the run folder.
+    def train(self) -> Run:
+        """Run all remaining steps; returns the run.
 
         Raises:
             RunError: a reward or a gradient is not finite, or a reward broke its contract. Everything saved stays.
@@ -231,7 +242,7 @@ class Trainer:
             raise
         finally:
             self._folder.close()
-        return self.output
+        return Run(self.output, registry=self.registry, trained=self.pipeline, model=self._given)
 
     def _open(self) -> RunFolder:
         return open_folder(

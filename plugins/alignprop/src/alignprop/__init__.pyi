@@ -5,6 +5,7 @@ from alignprop_core import Registry as Registry
 from alignprop_core import Reward as Reward
 from alignprop_core import RewardConfig as RewardConfig
 from alignprop_core import RewardSpec as RewardSpec
+from alignprop_core import Run as Run
 from alignprop_core import RunConfig as RunConfig
 from alignprop_core import Sampler as Sampler
 from alignprop_core import StepStats as StepStats
