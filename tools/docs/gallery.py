@@ -22,7 +22,7 @@ from torch import Tensor
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.evaluation.sheet import to_picture
+from alignprop_core.images import to_pil
 from alignprop_core.prompts import load_prompts
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
@@ -188,7 +188,7 @@ def main() -> None:
     for old in FOLDER.glob("*.webp"):
         old.unlink()
     for number in sorted(used):
-        to_picture(made.images[number]).save(FOLDER / f"{number:02}.webp", quality=82, method=6)
+        to_pil(made.images[number]).save(FOLDER / f"{number:02}.webp", quality=82, method=6)
     head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     whole = "\n".join(sections)
     PAGE.write_text(f"{head}{BEGIN}\n{whole}\n{END}{rest.split(END)[1]}", encoding="utf-8")
