@@ -33,7 +33,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return Trainer(config, **{"registry": registry()} | options).train()
+    return Path(Trainer(config, **{"registry": registry()} | options).train())
 
 
 def test_patience_counts_evaluations_without_a_new_best() -> None:

@@ -29,7 +29,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return Trainer(config, registry=registry(), **options).train()
+    return Path(Trainer(config, registry=registry(), **options).train())
 
 
 def test_the_average_follows_its_formula() -> None:

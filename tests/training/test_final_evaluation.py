@@ -29,10 +29,6 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     return lambda **overrides: changed(base, overrides, registry())
 
 
-def train(config: RunConfig, **options: Any) -> Path:
-    return Trainer(config, registry=registry(), **options).train()
-
-
 class Scale(Callback):
     """Multiplies the adapters' B after a step, and after what the run itself did at that step."""
 

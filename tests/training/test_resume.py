@@ -39,7 +39,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return Trainer(config, registry=registry(), **options).train()
+    return Path(Trainer(config, registry=registry(), **options).train())
 
 
 def stopping_state(folder: Path) -> dict[str, Any]:

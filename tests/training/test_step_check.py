@@ -71,7 +71,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 
 def train(config: RunConfig, **options: Any) -> Path:
-    return Trainer(config, registry=registry(), **options).train()
+    return Path(Trainer(config, registry=registry(), **options).train())
 
 
 @pytest.mark.parametrize(("factor", "why"), [(float("nan"), "not finite"), (1e9, "times the median")])
