@@ -130,6 +130,7 @@ class Sampler:
             dtype = network_dtype(mixed_precision, place)
             pipeline = load_pipeline(str(model), registry=registry, device=place, dtype=dtype, vae=vae)
         family = family_for(pipeline, settings, [offer.spec for offer in registry.families()])
+        # Frozen LoRAs first, so that `without_lora` and regularization have them as a part of the base model.
         for number, extra in enumerate(frozen):
             adapters.attach_frozen(pipeline, extra.path, extra.strength, f"frozen_{number}")
         if lora is not None:
@@ -226,6 +227,7 @@ class Sampler:
             checkpointing=truncation is not None and self._recomputes_steps(truncation, conditioning, len(prompts)),
         )
         latents, aux = chain.run(noise)
+        # With n LV samples each prompt has 1 + n rows, which share its weight.
         copies = latents.shape[0] // len(prompts)
         return SampleOutput(
             latents=latents,
@@ -246,6 +248,7 @@ class Sampler:
 
         Clips with a straight-through gradient, so that saturated pixels can still learn.
         """
+        # Set for each call: the decision depends on the number of images, and on the memory available now.
         if torch.is_grad_enabled():
             self.family.checkpoint_decoder(self._recomputes_decoder(latents))
         return clip_straight_through(self._calls.decode(latents))
@@ -263,6 +266,7 @@ class Sampler:
                 "The sample carries no gradient: no parameter of the denoiser is trainable, or sampling ran with "
                 "gradients off. Load the sampler with a trainable adapter: Sampler.load(model, rank=8)."
             )
+        # One backward pass for latents and aux losses, so that their common graph is traversed (and recomputed) once.
         terms = list(out.aux.values())
         torch.autograd.backward(
             [out.latents, *terms], [grad_latents, *(torch.full_like(term, aux_scale) for term in terms)]

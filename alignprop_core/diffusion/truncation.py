@@ -63,6 +63,7 @@ def _gaussian_k(config: BackpropConfig, steps: int, generator: torch.Generator) 
 
 
 def _full(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
+    """All steps: the gradient of the whole chain."""
     return Truncation(_last(steps, steps))
 
 
@@ -86,6 +87,7 @@ def _bernoulli(config: BackpropConfig, steps: int, generator: torch.Generator) -
     """Keep each step with a fixed probability; if that leaves none, one step drawn uniformly."""
     probability = 0.5 if config.keep_probability is None else config.keep_probability
     draws = torch.rand(steps, generator=generator, dtype=torch.float64)
+    # One mask for the whole batch: every sample keeps the same steps.
     kept = tuple(i for i, draw in enumerate(draws.tolist()) if draw < probability)
     return Truncation(kept or (_uniform(0, steps - 1, generator),))
 

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.errors import PromptError, RewardError, UserError, under
-from alignprop_core.mix.term import Term
+from alignprop_core.mix.term import Term, labelled
 from alignprop_core.prompts import PromptSet, listed
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import Reward
@@ -45,10 +45,7 @@ def _load(entry: RewardTerm, registry: Registry, key: str) -> Reward:
     except RewardError as error:
         if entry.loader is None:
             raise
-        named = RewardError(f'Reward "{entry.label}": {error}')
-        for note in getattr(error, "__notes__", ()):
-            named.add_note(note)
-        raise named from error
+        raise labelled(error, entry.label) from error
 
 
 def check_prompts(terms: Sequence[Term], prompts: PromptSet) -> None:

@@ -36,6 +36,14 @@ def raised_at(error: BaseException) -> str:
     return ""
 
 
+def labelled(error: UserError | RewardError, label: str) -> Exception:
+    """Return the error with the reward's label before its message; notes are kept."""
+    named = type(error)(f'Reward "{label}": {error}')
+    for note in getattr(error, "__notes__", ()):
+        named.add_note(note)
+    return named
+
+
 @dataclass(frozen=True)
 class Term:
     """One reward of a mix.
@@ -100,10 +108,7 @@ class Term:
         try:
             yield
         except (UserError, RewardError) as error:  # a message of the reward itself, such as a prompt without a number
-            labelled = type(error)(f'Reward "{self.label}": {error}')
-            for note in getattr(error, "__notes__", ()):
-                labelled.add_note(note)
-            raise labelled from error
+            raise labelled(error, self.label) from error
         except torch.OutOfMemoryError as error:
             raise RewardError(
                 f'Reward "{self.label}" ran out of memory. Score fewer images at a time (mix.reward_batch_size), or '

@@ -115,7 +115,7 @@ def test_other_image_sizes(pipe: Any) -> None:
 
 
 def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise, plan: Truncation) -> Tensor:
-    """Return the latents by definition: diffusers' scheduler and UNet, a graph through all steps, detach by hand."""
+    """Return the images by definition: diffusers' scheduler and UNet, a graph through all steps, detach by hand."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     scheduler.set_timesteps(sampling.steps)
     count = len(PROMPTS)
