@@ -169,8 +169,8 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(config: Callable[...
 
 
 def test_score_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "no.png").write_text("not a picture")
-    refused(capsys, ["score", tmp_path / "no.png", "--reward", "jpeg_bytes"], "no.png", "no picture")
+    (tmp_path / "no.png").write_text("not an image")
+    refused(capsys, ["score", tmp_path / "no.png", "--reward", "jpeg_bytes"], "no.png", "not a readable image")
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes"], "gone.png")
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_byte"], "jpeg_bytes")
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes", "-o", "quality=x"], "quality")
