@@ -8,6 +8,7 @@ from rich.console import Console
 
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.heldout import FinalEvaluation, HeldOutEvaluation
+from alignprop_core.training.notebook import NotebookProgress, in_notebook
 from alignprop_core.training.outputs import Checkpoints, LoraFiles, Previews
 from alignprop_core.training.plugin_callbacks import automatic_callbacks, named_callbacks
 from alignprop_core.training.progress import ProgressBar
@@ -24,7 +25,7 @@ def standard_callbacks(trainer: Trainer, console: Console | None = None) -> list
     such as the report, last.
     """
     config, evaluator = trainer.config, trainer.evaluator
-    progress = ProgressBar(console)
+    progress = NotebookProgress(console) if in_notebook() else ProgressBar(console)
     callbacks: list[Callback] = [Previews(), progress, *named_callbacks(config.training.trackers, trainer.registry)]
     if evaluator is not None and config.evaluation.every is not None:
         callbacks.append(HeldOutEvaluation(evaluator, progress.console, progress.bar))
