@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from alignprop_core import Sampler, lora
+from alignprop_core import Sampler
+from alignprop_core.lora.adapters import save
 
 steps, folder = int((sys.argv[1:] or [20])[0]), Path((sys.argv[2:] or ["runs/own_loop"])[0])
 sampler = Sampler.load("starter", rank=8, sampling={"steps": 12, "guidance_scale": 3.0})
@@ -24,4 +25,4 @@ for step in range(steps):
     optimizer.step()
     optimizer.zero_grad()
     print(f"step {step + 1}: {reward.mean():.4f}")
-lora.save(sampler.family.denoiser, folder, name="own_loop")
+save(sampler.family.denoiser, folder, name="own_loop")

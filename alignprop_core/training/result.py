@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from base64 import b64encode
 from collections.abc import Sequence
 from functools import cached_property
@@ -163,7 +164,9 @@ class Run:
             loras[ADAPTER] = (self.lora, 1.0)
         for name, (path, _) in loras.items():
             file = find_lora(path)
-            pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         if loras:
             pipeline.set_adapters(list(loras), [strength for _, strength in loras.values()])
         return pipeline
