@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.cpu import Forwards
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.regularization import squared_difference
@@ -57,7 +56,7 @@ class Chain:
         calls, scheduler, truncation = self._calls, self._scheduler, self._truncation
         latents = noise.initial.to(calls.device, calls.dtype)
         step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
-        state = scheduler.initial_state()
+        state = scheduler.initial_state
         penalties: list[Tensor] = []
         for i in range(scheduler.steps):
             # No graph before the first kept step; from there on every step carries the gradient of those before it.
@@ -77,24 +76,33 @@ class Chain:
             latents = self._with_lv_samples(latents, noise.lv.to(calls.device, calls.dtype))
         return latents, {"regularization": self._regularization * torch.stack(penalties).mean()} if penalties else {}
 
-    def _network(self, latents: Tensor, step: int, forwards: Forwards) -> Tensor:
-        return self._calls.predict(latents, self._scheduler.timesteps[step], self._conditioning, forwards)
-
     def _predict(self, latents: Tensor, step: int, *, keep: bool) -> Tensor:
+        timestep = self._scheduler.timesteps[step]
         if not keep:
             # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
             with torch.no_grad():
-                return self._network(latents, step, self._forwards)
+                return self._calls.predict(latents, timestep, self._conditioning, self._forwards)
         if self._checkpointing:
             # The networks draw no random numbers, so there is no generator state to restore for the second run.
             prediction: Tensor = checkpoint(
-                self._network, latents, step, self._forwards, use_reentrant=False, preserve_rng_state=False
+                self._calls.predict,
+                latents,
+                timestep,
+                self._conditioning,
+                self._forwards,
+                use_reentrant=False,
+                preserve_rng_state=False,
             )
             return prediction
-        return self._network(latents, step, self._forwards)
+        return self._calls.predict(latents, timestep, self._conditioning, self._forwards)
 
     def _penalty(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
-        base = partial(self._network, step=step, forwards=self._base_forwards)
+        base = partial(
+            self._calls.predict,
+            timestep=self._scheduler.timesteps[step],
+            conditioning=self._conditioning,
+            forwards=self._base_forwards,
+        )
         return squared_difference(latents, prediction, base, partial(adapters.disabled, self._calls.family.denoiser))
 
     def _with_lv_samples(self, latents: Tensor, noise: Tensor) -> Tensor:
@@ -113,5 +121,5 @@ class Chain:
             # Each sample keeps the gradient of its one step alone, as with last_k of 1.
             renoised = self._scheduler.renoise(latents.detach(), last, fresh)
             prediction = self._predict(renoised, last, keep=True)
-            rows.append(self._scheduler.step(renoised, prediction, last, self._scheduler.initial_state(), None)[0])
+            rows.append(self._scheduler.step(renoised, prediction, last, self._scheduler.initial_state, None)[0])
         return torch.cat(rows)

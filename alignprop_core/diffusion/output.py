@@ -28,20 +28,18 @@ class SampleOutput:
     aux: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-class _StraightThroughClip(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor) -> Tensor:
-        return pixels.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient
-
-
-def clip_straight_through(pixels: Tensor) -> Tensor:
+class StraightThroughClip(torch.autograd.Function):
     """Clip to [0, 1] in the forward pass; the backward pass is the identity, so saturated pixels can still learn.
 
     Straight-through estimator (Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
     """
-    clipped: Tensor = _StraightThroughClip.apply(pixels)
-    return clipped
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor) -> Tensor:
+        """Return the clipped pixels."""
+        return pixels.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return the gradient unchanged."""
+        return gradient

@@ -12,6 +12,7 @@ Three parts, so that decoder and rewards never hold their activations together w
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,15 +29,17 @@ from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
-from alignprop_core.diffusion.memory import Checkpointing, graph_bytes
+from alignprop_core.diffusion.memory import Checkpointing
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, sample_noise, seeded
-from alignprop_core.diffusion.output import SampleOutput, clip_straight_through
+from alignprop_core.diffusion.output import SampleOutput, StraightThroughClip
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import RunError
 from alignprop_core.images import to_pil
 from alignprop_core.lora import adapters
 from alignprop_core.lora.layers import adapter_names
 from alignprop_core.registry.registry import Registry, default_registry
+
+_CACHED_PROMPTS = 512
 
 LOADED = "lora"
 """Name of the adapter that contains the finished LoRA of `Sampler.load`."""
@@ -59,6 +62,7 @@ class Sampler:
         device: the denoiser's device.
         dtype: of latents and images: float64 for a float64 model, else float32.
         scheduler: the scheduler's steps as pure functions.
+        latent_shape: (C, h, w) of one latent.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class Sampler:
         self._calls = NetworkCalls(self.family)
         self.device, self.dtype = self._calls.device, self._calls.dtype
         self.scheduler = self.family.scheduler(self.device)
-        self._checkpointing = Checkpointing(self.device)
+        self.latent_shape = self.family.latent_shape()
+        self._checkpointing = Checkpointing(self._calls, self.scheduler.timesteps[0], self.latent_shape, self.backprop)
+        self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
         self._lora_is_on = True
 
     @classmethod
@@ -185,7 +191,7 @@ class Sampler:
                 a batch passes its samples' indices.
         """
         return sample_noise(
-            self.family.latent_shape(),
+            self.latent_shape,
             seed=seed,
             step=step,
             indices=range(len(prompts)) if indices is None else indices,
@@ -224,7 +230,7 @@ class Sampler:
             conditioning,
             truncation,
             regularization=self.regularization,
-            checkpointing=truncation is not None and self._recomputes_steps(truncation, conditioning, len(prompts)),
+            checkpointing=truncation is not None and self._checkpointing.recomputes_steps(truncation, conditioning),
         )
         latents, aux = chain.run(noise)
         # With n LV samples each prompt has 1 + n rows, which share its weight.
@@ -248,10 +254,10 @@ class Sampler:
 
         Clips with a straight-through gradient, so that saturated pixels can still learn.
         """
-        # Set for each call: the decision depends on the number of images, and on the memory available now.
         if torch.is_grad_enabled():
-            self.family.checkpoint_decoder(self._recomputes_decoder(latents))
-        return clip_straight_through(self._calls.decode(latents))
+            self._checkpointing.prepare_decoder(latents)
+        images: Tensor = StraightThroughClip.apply(self._calls.decode(latents))
+        return images
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
         """Backpropagate through the kept steps into the adapters' `.grad`.
@@ -295,7 +301,7 @@ class Sampler:
         generator = generator or torch.Generator().manual_seed(seed)
         with_graph = output == "tensor" and torch.is_grad_enabled()
         noise = pipeline_noise(
-            (len(prompts), *self.family.latent_shape()),
+            (len(prompts), *self.latent_shape),
             generator,
             scheduler_steps=self.scheduler.steps if self.scheduler.needs_noise else 0,
             lv_samples=self.backprop.lv_samples if with_graph else 0,
@@ -309,26 +315,24 @@ class Sampler:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def conditioning(self, prompts: Sequence[str], negative_prompt: str | None = None) -> Conditioning:
-        """Encode B prompts; `sampling.negative_prompt` if `negative_prompt` is None."""
+        """Encode B prompts, each alone and only once, so that a prompt's encoding does not depend on its batch.
+
+        Args:
+            prompts: B strings.
+            negative_prompt: used with guidance; `sampling.negative_prompt` if None.
+        """
         negative = self.sampling.negative_prompt if negative_prompt is None else negative_prompt
-        return self._calls.encode(prompts, negative, with_lora=self._lora_is_on)
+        # With and without the LoRA apart: it may change a text encoder.
+        keys = [(prompt, negative, self._lora_is_on) for prompt in prompts]
+        for key in keys:
+            if key not in self._encoded:
+                self._encoded[key] = self.family.encode([key[0]], negative)
+            self._encoded.move_to_end(key)
+        batch = Conditioning.cat([self._encoded[key] for key in keys])
+        while len(self._encoded) > _CACHED_PROMPTS:
+            self._encoded.popitem(last=False)
+        return batch
 
-    def _recomputes_steps(self, truncation: Truncation, conditioning: Conditioning, batch: int) -> bool:
-        def one_step() -> int:
-            latent = torch.zeros(1, *self.family.latent_shape(), device=self.device, dtype=self.dtype)
-            first = Conditioning.cat([conditioning[:1]])  # a copy: a slice would count the whole batch's storage
-            # With the layers' own forwards, which store a little more than the cheaper ones.
-            return graph_bytes(
-                lambda: self._calls.predict(latent, self.scheduler.timesteps[0], first, {}), [self.family.denoiser]
-            )
-
-        copies = batch * (len(truncation.kept) + self.backprop.lv_samples)
-        return self._checkpointing.needed(self.backprop.checkpoint_steps, "step", copies, one_step)
-
-    def _recomputes_decoder(self, latents: Tensor) -> bool:
-        def one_image() -> int:
-            self.family.checkpoint_decoder(False)
-            latent = latents[:1].detach().requires_grad_()
-            return graph_bytes(lambda: self._calls.decode(latent), [self.family.decoder])
-
-        return self._checkpointing.needed(self.backprop.checkpoint_decoder, "decoder", len(latents), one_image)
+    def save_lora(self, folder: str | Path, name: str = "adapter") -> None:
+        """Write the trainable adapter into a folder, in diffusers' format and as NAME.safetensors in kohya's layout."""
+        adapters.save(self.family.denoiser, Path(folder), name=name, component=self.family.denoiser_name)

@@ -27,15 +27,13 @@ class Scheduler(Protocol):
         timesteps: (T,) int64 on the sampler's device, noisiest first.
         steps: T.
         needs_noise: whether `step` adds fresh noise.
+        initial_state: the state before the first step.
     """
 
     timesteps: Tensor
     steps: int
     needs_noise: bool
-
-    def initial_state(self) -> State:
-        """Return the state before the first step."""
-        ...
+    initial_state: State
 
     def step(
         self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None
@@ -103,6 +101,7 @@ class DDIM:
         table.set_timesteps(steps)
         self.steps = steps
         self.needs_noise = eta > 0
+        self.initial_state: State = ()
         self.prediction_type: str = table.config.prediction_type
         self._clip: float | None = table.config.clip_sample_range if table.config.clip_sample else None
         self._table = [self._coefficients(table, int(t), eta) for t in table.timesteps]
@@ -124,10 +123,6 @@ class DDIM:
             direction=(1 - alpha_prev - std**2) ** 0.5,
             std=std,
         )
-
-    def initial_state(self) -> State:
-        """Return the empty state: DDIM is a one-step scheduler."""
-        return ()
 
     def _split(self, latents: Tensor, prediction: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
         """Return estimates of the clean latents and of the noise, both (B, C, h, w), from the network's prediction.

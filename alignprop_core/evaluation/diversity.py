@@ -95,7 +95,7 @@ def encoder_of(label: str | None, terms: Sequence[Term]) -> Encoder:
         )
 
     def features(images: Tensor) -> Tensor:
-        with term.placed(), term.named("raised"):
+        with term.placed, term.named("raised"):
             found = image_features(images)
         if not isinstance(found, Tensor) or found.ndim != 2 or len(found) != len(images):
             what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

@@ -52,7 +52,7 @@ class Drift:
         noise = sampler.noise(prompts, seed=seed, step=0, indices=indices)
         latents = noise.initial.to(sampler.device, sampler.dtype)
         added = None if noise.steps is None else noise.steps.to(sampler.device, sampler.dtype)
-        state = sampler.scheduler.initial_state()
+        state = sampler.scheduler.initial_state
         # The chain ends after the last chosen step.
         for i in range(self.steps[-1] + 1):
             prediction = sampler.predict(latents, i, prompts)

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from alignprop_core import lora
 from alignprop_core.diffusion.sampler import LOADED, Sampler
 from alignprop_core.errors import UserError
 from alignprop_core.evaluation.compare import Comparison, Switch
 from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.evaluator import Evaluator
+from alignprop_core.lora import adapters
 from alignprop_core.lora.layers import adapter_names
 
 FIRST = 0.0
@@ -86,22 +86,22 @@ def sweep(evaluator: Evaluator, points: Sequence[float], soup: Path | None = Non
     sampler, config = evaluator.sampler, evaluator.config
     denoiser = sampler.family.denoiser
     if soup is not None:
-        lora.attach_frozen(sampler.family.pipeline, soup, 0.0, _OTHER)
+        adapters.attach_frozen(sampler.family.pipeline, soup, 0.0, _OTHER)
     names = [LOADED] if soup is None else [LOADED, _OTHER]
     _check_denoiser_only(sampler, names)
 
     @contextmanager
     def at(point: float) -> Iterator[None]:
-        lora.set_strength(denoiser, point if soup is None else 1 - point, name=LOADED)
+        adapters.set_strength(denoiser, point if soup is None else 1 - point, name=LOADED)
         if soup is not None:
-            lora.set_strength(denoiser, point, name=_OTHER)
+            adapters.set_strength(denoiser, point, name=_OTHER)
         yield
 
     @contextmanager
     def base() -> Iterator[None]:
         with ExitStack() as off:
             for name in names:
-                off.enter_context(lora.disabled(denoiser, name=name))
+                off.enter_context(adapters.disabled(denoiser, name=name))
             yield
 
     # Six digits: the names of the variants, which must differ.

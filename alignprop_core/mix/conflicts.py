@@ -37,17 +37,3 @@ def project_conflicts(products: Tensor) -> Tensor:
             parts[:, other] = parts[:, other] - multiple
         rows.append(parts)
     return torch.stack(rows, dim=1)
-
-
-def weighted_sum(gradients: Tensor, coefficients: Tensor) -> Tensor:
-    """Return the sum over terms of coefficient * gradient.
-
-    Args:
-        gradients: (B, K, ...).
-        coefficients: (B, K).
-
-    Returns:
-        (B, ...), in the gradients' dtype.
-    """
-    flat = gradients.flatten(2)  # (B, K, N); one batched product (B, 1, K) x (B, K, N) needs no scaled copy
-    return torch.bmm(coefficients.to(flat).unsqueeze(1), flat).view(gradients[:, 0].shape)

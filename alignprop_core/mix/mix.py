@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config.rewards import MixConfig
-from alignprop_core.mix.conflicts import project_conflicts, weighted_sum
+from alignprop_core.mix.conflicts import project_conflicts
 from alignprop_core.mix.offload import Offload
 from alignprop_core.mix.running import Running, one_over
 from alignprop_core.mix.stats import StepStats
@@ -134,7 +134,10 @@ class Mix:
         products = torch.bmm(flat, flat.transpose(1, 2))  # (B, K, K), of the raw scores' gradients
         sizes = products.diagonal(dim1=1, dim2=2)
         clipped_products = products * slopes.unsqueeze(1) * slopes.unsqueeze(2)
-        factors = self._factors_of_samples(step, sizes, shares)  # (B, K)
+        if self.config.per_sample:
+            factors = self._factors_per_sample(step, sizes, shares)
+        else:
+            factors = sizes.new_tensor(self.factors(step)).expand_as(sizes)  # (B, K)
         reached = factors * slopes  # (B, K), d objective / d raw score
         scaled_products = products * reached.unsqueeze(1) * reached.unsqueeze(2)
         if self.config.combine == "pcgrad":
@@ -151,12 +154,15 @@ class Mix:
         # Inner product of a term's part of the result with the result; over the terms these add up to its square.
         stats.per_term("share").copy_(torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole))
         stats.gram.copy_(clipped_products.sum(0))
-        return weighted_sum(place, whole * reached), stats
+        # Sum over terms of coefficient * gradient, (B, ...).
+        coefficients = (whole * reached).to(flat).unsqueeze(1)
+        return torch.bmm(coefficients, flat).view(place[:, 0].shape), stats
 
     def update(self, stats: StepStats) -> None:
         """Add a whole step's statistics, of all its batches and processes, to the running ones."""
-        for label, moments in stats.moments().items():
-            self.running[label].add(*moments, self.config.decay)
+        sums = [stats.per_term(name).tolist() for name in ("raw", "raw_square", "size_square")]
+        for running, (raw, raw_square, size_square) in zip(self.running.values(), zip(*sums, strict=True), strict=True):
+            running.add(raw / stats.images, raw_square / stats.images, size_square, self.config.decay)
 
     def why_idle(self, step: int) -> str:
         """Return why no image of a step has a gradient."""
@@ -182,7 +188,7 @@ class Mix:
         scores, gradients = [], []
         size = self.config.reward_batch_size or len(batch)
         # Offloaded weights must stay on the device until the backward pass is done.
-        with term.placed(), torch.enable_grad():
+        with term.placed, torch.enable_grad():
             for start in range(0, len(batch), size):
                 part = batch[start : start + size]
                 # A leaf for each micro-batch, so that its graph is freed before the next one is built.
@@ -194,10 +200,8 @@ class Mix:
                 gradients.append(gradient)
         return torch.cat(scores), torch.cat(gradients)
 
-    def _factors_of_samples(self, step: int, sizes: Tensor, shares: Tensor) -> Tensor:
-        """Return factors, (B, K), from the squared gradient norms (B, K)."""
-        if not self.config.per_sample:
-            return torch.tensor(self.factors(step), device=sizes.device, dtype=sizes.dtype).expand_as(sizes)
+    def _factors_per_sample(self, step: int, sizes: Tensor, shares: Tensor) -> Tensor:
+        """Return factors that normalize each image's gradient, (B, K), from the squared gradient norms (B, K)."""
         # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) per sample: (B, 1).
         usual = shares.to(sizes).sqrt().unsqueeze(1)
         weights = torch.tensor([term.weight_at(step) for term in self.terms], device=sizes.device, dtype=sizes.dtype)

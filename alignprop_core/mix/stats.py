@@ -155,13 +155,6 @@ class StepStats:
             for j in range(i + 1, len(self.labels))
         }
 
-    def moments(self) -> dict[str, tuple[float, float, float]]:
-        """Return label -> (mean raw score, mean squared raw score, squared batch gradient norm), for the mix."""
-        names = ("raw", "raw_square", "size_square")
-        raw, raw_square, size_square = (self.per_term(name).tolist() for name in names)
-        images = self.images
-        return {label: (raw[i] / images, raw_square[i] / images, size_square[i]) for i, label in enumerate(self.labels)}
-
     def as_json(self) -> dict[str, Any]:
         """Return the line of metrics.jsonl."""
         return {

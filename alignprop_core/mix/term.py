@@ -6,7 +6,7 @@ import sysconfig
 import traceback
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,18 +86,14 @@ class Term:
         (start, low), (end, high) = points[after - 1], points[after]
         return low + (high - low) * (step - start) / (end - start)
 
-    @contextmanager
-    def placed(self) -> Iterator[None]:
-        """Keep an offloaded reward on its device; run backward passes of its scores inside the block."""
-        if self.offload is None:
-            yield
-            return
-        with self.offload:
-            yield
+    @property
+    def placed(self) -> AbstractContextManager[object]:
+        """A context in which an offloaded reward is on its device; run backward passes of its scores inside."""
+        return nullcontext() if self.offload is None else self.offload
 
     def score(self, batch: ImageBatch) -> Tensor:
         """Return checked raw scores, (B,), float32 or float64; raises `RewardError` with the term's label."""
-        with self.placed(), self.named("raised"):
+        with self.placed, self.named("raised"):
             scores = self.reward(batch)
         due = self.differentiable and torch.is_grad_enabled() and batch.images.requires_grad
         return check_scores(self.label, scores, len(batch), differentiable=due)

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from alignprop_core import lora
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.evaluation.compare import Variant
 from alignprop_core.evaluation.evaluator import Evaluator
 from alignprop_core.evaluation.measures import measure_entries
 from alignprop_core.evaluation.sheet import before_after, save_image
 from alignprop_core.evaluation.statistics import summary
+from alignprop_core.lora import adapters
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback
@@ -85,7 +85,7 @@ class HeldOutEvaluation(Callback):
             monitored = results["scores"].get(config.monitor, {}).get("mean", results["total"])
             best = stopping.update(trainer.step_number, monitored, results["drift"], results["diversity"])
             if best:
-                trainer.best = lora.state(trainer.denoiser)
+                trainer.best = adapters.state(trainer.denoiser)
                 if config.restore_best:
                     self.evaluator.best = self.evaluator.last
                 self._save_best(trainer)
@@ -117,10 +117,10 @@ class HeldOutEvaluation(Callback):
             if (stale := trainer.folder.lora / "best").is_dir():
                 shutil.rmtree(stale)
             return
-        own = lora.state(trainer.denoiser)
-        lora.load_state(trainer.denoiser, trainer.best)
+        own = adapters.state(trainer.denoiser)
+        adapters.load_state(trainer.denoiser, trainer.best)
         self._save_best(trainer)
-        lora.load_state(trainer.denoiser, own)
+        adapters.load_state(trainer.denoiser, own)
 
     @staticmethod
     def _is_due(trainer: Trainer) -> bool:
@@ -145,7 +145,7 @@ class HeldOutEvaluation(Callback):
 
     def _save_best(self, trainer: Trainer) -> None:
         trainer.folder.inside("lora/best/x")
-        lora.save(
+        adapters.save(
             trainer.denoiser,
             trainer.folder.lora / "best",
             name=lora_name(trainer.folder.path),

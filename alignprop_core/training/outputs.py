@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.sheet import grid, save_image
+from alignprop_core.lora import adapters
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import save_checkpoint
@@ -74,7 +74,7 @@ class LoraFiles(Callback):
         if settings.every and stats.step % settings.every == 0:
             file = trainer.folder.inside(f"lora/{name}-{stats.step:06d}.safetensors")
             with trainer.as_saved():
-                lora.save(
+                adapters.save(
                     trainer.denoiser,
                     file.parent,
                     name=file.stem,
@@ -88,7 +88,7 @@ class LoraFiles(Callback):
     def on_end(self, trainer: Trainer) -> None:
         """Write the final LoRA in both formats."""
         trainer.folder.inside("lora/x")
-        lora.save(
+        adapters.save(
             trainer.denoiser,
             trainer.folder.lora,
             name=lora_name(trainer.folder.path),

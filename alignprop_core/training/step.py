@@ -49,6 +49,7 @@ class StepGradient:
     ) -> None:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
+        self._samples = samples_of(processes.process_index, processes.num_processes, config.training)
 
     def calibrate(self, step: int) -> int:
         """Show the mix one step's statistics before its first step; returns the number of images scored."""
@@ -74,7 +75,7 @@ class StepGradient:
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
         stats.kept_steps = len(truncation.kept)
         scale = self.optimizer.scale if backward else 1.0
-        for indices in samples_of(self.processes.process_index, self.processes.num_processes, self.config.training):
+        for indices in self._samples:
             for part in chunks(indices, self.config.backprop.sample_batch_size):
                 stats += self._batch(part, step, truncation, scale if backward else None)
         return stats

@@ -15,7 +15,6 @@ from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
-from alignprop_core import lora
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
@@ -23,6 +22,7 @@ from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
 from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
+from alignprop_core.lora import adapters
 from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
@@ -78,7 +78,7 @@ class Trainer:
         callbacks: the standard callbacks, which write the run folder, then those given.
         ema: the adapters' moving average (`optimizer.ema_decay`), or None.
         early_stopping: what is known from the evaluations so far.
-        best: the best evaluated adapters so far, as `lora.state` returns them, or None.
+        best: the best evaluated adapters so far, as `adapters.state` returns them, or None.
         comparison: base against tuned on held-out prompts, after the end of a run that evaluates.
         stop_reason: why the run stopped before its last step, or None.
     """
@@ -297,7 +297,7 @@ class Trainer:
 
     def adopt(self, tensors: Mapping[str, Tensor], step: int) -> None:
         """Make these adapters, of an earlier step, the run's result; only after the last step."""
-        lora.load_state(self.denoiser, tensors)
+        adapters.load_state(self.denoiser, tensors)
         self._adopted_step = step
 
     @property
@@ -334,11 +334,11 @@ class Trainer:
         }
         parts = {"average": {} if self.ema is None else self.ema.tensors(), "best": self.best or {}}
         extra = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
-        return Checkpoint(lora.state(self.denoiser), self.optimizer.tensors(), state, extra)
+        return Checkpoint(adapters.state(self.denoiser), self.optimizer.tensors(), state, extra)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        lora.load_state(self.denoiser, checkpoint.adapter)
+        adapters.load_state(self.denoiser, checkpoint.adapter)
         self.optimizer.load(state, checkpoint.optimizer)
         self.mix.load_state(state["mix"])
         self.progress.step = int(state["step"])

@@ -10,10 +10,10 @@ import torch
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from alignprop_core import lora
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.cpu import doubling_forwards, effective_forwards, replaced
 from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.lora import adapters as lora
 
 PROMPTS = ["a fox", "three owls"]
 

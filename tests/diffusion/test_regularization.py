@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation
+from alignprop_core.lora import adapters as lora
 
 PROMPTS = ["a fox", "two owls"]
 STEPS = 4
@@ -39,7 +39,7 @@ def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Trun
     """Return latents and penalty computed naively: every prediction with its graph, the base model's too."""
     here, there = Sampler(pipe, sampling), Sampler(base, sampling)
     one, two = here.conditioning(PROMPTS), there.conditioning(PROMPTS)
-    latents, penalties, state = noise.initial, [], here.scheduler.initial_state()
+    latents, penalties, state = noise.initial, [], here.scheduler.initial_state
     for i in range(STEPS):
         t = here.scheduler.timesteps[i]
         seen = latents.detach() if plan.detach_input else latents

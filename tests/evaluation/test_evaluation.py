@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.config.sections import EvaluationConfig
 from alignprop_core.diffusion.sampler import Sampler
@@ -23,6 +22,7 @@ from alignprop_core.evaluation.diversity import BUILT_IN, built_in_features, div
 from alignprop_core.evaluation.drift import Drift, chosen_steps
 from alignprop_core.evaluation.sheet import before_after, grid
 from alignprop_core.evaluation.statistics import paired, summary, t_quantile
+from alignprop_core.lora import adapters as lora
 from alignprop_core.mix.offload import Offload
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignprop_core import lora
 from alignprop_core.cli import run
-from alignprop_core.lora.formats import Factors
+from alignprop_core.locate import DIFFUSERS_NAME
+from alignprop_core.lora.files import LoraFile, read_file, write_files
+from alignprop_core.lora.formats import Factors, read_lora
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -20,12 +21,12 @@ def make(folder: Path, **header: str) -> Path:
     generator = torch.Generator().manual_seed(0)
     factors = Factors(torch.randn(2, 8, generator=generator), torch.randn(6, 2, generator=generator))
     written = {f"alignprop.{key}": value for key, value in header.items()}
-    lora.write_files(lora.LoraFile({"denoiser": {LAYER: factors}}, header=written), folder, folder.name)
+    write_files(LoraFile({"denoiser": {LAYER: factors}}, header=written), folder, folder.name)
     return folder
 
 
 def header(folder: Path) -> dict[str, str]:
-    return dict(lora.read_file(folder).header)
+    return dict(read_file(folder).header)
 
 
 def test_strength_is_the_product_of_all_scalings(tmp_path: Path) -> None:
@@ -65,8 +66,8 @@ def test_a_negative_strength_needs_no_dashes(tmp_path: Path, number: str, place:
     words = [str(made), "--output", str(tmp_path / "less")]
     words.insert(place, number)
     assert run(["lora", "scale", *words]) == 0
-    change = lora.read_lora(made)["denoiser"][LAYER].change() * float(number)
-    torch.testing.assert_close(lora.read_lora(tmp_path / "less")["denoiser"][LAYER].change(), change, atol=1e-6, rtol=0)
+    change = read_lora(made)["denoiser"][LAYER].change() * float(number)
+    torch.testing.assert_close(read_lora(tmp_path / "less")["denoiser"][LAYER].change(), change, atol=1e-6, rtol=0)
     assert run(["lora", "scale", str(made), "--output", str(tmp_path / "same"), "--", number]) == 0
 
 
@@ -79,7 +80,7 @@ def test_a_misspelled_option_is_reported_as_an_option(tmp_path: Path, capsys: py
 
 def test_info_shows_rank_alpha_base_model_layers_and_header(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make(tmp_path / "mine", base_model="tiny")
-    for file in (made / lora.DIFFUSERS_NAME, made / "mine.safetensors", made):
+    for file in (made / DIFFUSERS_NAME, made / "mine.safetensors", made):
         assert run(["lora", "info", str(file), "--json"]) == 0
         data = json.loads(capsys.readouterr().out)
         assert data["base_model"] == "tiny"

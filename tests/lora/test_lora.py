@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignprop_core import lora
 from alignprop_core.errors import LoraError, OutputError
-from alignprop_core.lora.formats import flatten_name, unflatten_name
+from alignprop_core.locate import DIFFUSERS_NAME
+from alignprop_core.lora import adapters as lora
+from alignprop_core.lora.formats import flatten_name, read_lora, unflatten_name
 from alignprop_core.lora.layers import adaptable
 from tests.support.tiny import tiny_sd
 
@@ -69,7 +70,7 @@ def assert_same(one: dict[str, Tensor], two: dict[str, Tensor], tolerance: float
 
 
 def changes_of(path: Path) -> dict[str, Tensor]:
-    return {name: factors.change() for name, factors in lora.read_lora(path)["denoiser"].items()}
+    return {name: factors.change() for name, factors in read_lora(path)["denoiser"].items()}
 
 
 @pytest.fixture
@@ -213,10 +214,10 @@ def test_both_files_contain_the_weight_change_of_the_network(options: dict[str, 
     assert any(change.ndim == 4 and change.shape[-1] == 3 for change in expected.values()), (
         "a convolution is among them"
     )
-    assert_same(changes_of(tmp_path / lora.DIFFUSERS_NAME), expected)
+    assert_same(changes_of(tmp_path / DIFFUSERS_NAME), expected)
     assert_same(changes_of(tmp_path / "style.safetensors"), expected)
     lora.save(unet, tmp_path, name="style")  # float32, as usual
-    assert_same(changes_of(tmp_path / lora.DIFFUSERS_NAME), expected, 1e-6)
+    assert_same(changes_of(tmp_path / DIFFUSERS_NAME), expected, 1e-6)
     assert_same(changes_of(tmp_path / "style.safetensors"), expected, 1e-6)
 
 
@@ -240,7 +241,7 @@ def test_readers_with_and_without_alpha_compute_the_same_change(options: dict[st
     assert_same(ignores, expected, 1e-6)
     assert_same(knows, expected, 1e-6)
 
-    plain = load_file(tmp_path / lora.DIFFUSERS_NAME)  # as a reader that drops diffusers' adapter metadata
+    plain = load_file(tmp_path / DIFFUSERS_NAME)  # as a reader that drops diffusers' adapter metadata
     products = {
         flatten_name(key.removeprefix("unet.").removesuffix(".lora_A.weight")): plain[
             key.replace("lora_A", "lora_B")
@@ -267,7 +268,7 @@ def test_diffusers_generates_the_same_images_from_either_file(
     sources: list[tuple[str, Callable[[StableDiffusionPipeline], None]]] = [
         ("folder", lambda fresh: fresh.load_lora_weights(tmp_path)),
         ("kohya file", lambda fresh: fresh.load_lora_weights(tmp_path, weight_name="style.safetensors")),
-        ("no metadata", lambda fresh: fresh.load_lora_weights(load_file(tmp_path / lora.DIFFUSERS_NAME))),
+        ("no metadata", lambda fresh: fresh.load_lora_weights(load_file(tmp_path / DIFFUSERS_NAME))),
     ]
     for where, load in sources:
         fresh = tiny_sd()
@@ -288,12 +289,12 @@ def test_headers_contain_modelspec_and_settings(tmp_path: Path) -> None:
     assert header["modelspec.author"] == "me"
     assert header["modelspec.architecture"] == "UNet2DConditionModel/lora"
     assert header["ss_network_dim"] == header["ss_network_alpha"] == "4"
-    with safe_open(tmp_path / lora.DIFFUSERS_NAME, framework="pt") as file:
+    with safe_open(tmp_path / DIFFUSERS_NAME, framework="pt") as file:
         settings = json.loads(file.metadata()["lora_adapter_metadata"])
     assert settings["unet.r"] == settings["unet.lora_alpha"] == 4
     assert settings["unet.use_rslora"] is False
     assert LoraConfig(**{key.removeprefix("unet."): value for key, value in settings.items()}).r == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == [lora.DIFFUSERS_NAME, "style.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [DIFFUSERS_NAME, "style.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["pytorch_lora_weights", "../style", "a/b"])
@@ -316,7 +317,7 @@ def test_a_failed_write_leaves_the_old_file_unchanged(trained: Path, monkeypatch
     with pytest.raises(OutputError, match="No room to write"):
         lora.save(unet, trained, name="style", formats=("kohya",))
     assert (trained / "style.safetensors").read_bytes() == before
-    assert sorted(p.name for p in trained.iterdir()) == [lora.DIFFUSERS_NAME, "style.safetensors"]
+    assert sorted(p.name for p in trained.iterdir()) == [DIFFUSERS_NAME, "style.safetensors"]
 
 
 def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read(tmp_path: Path) -> None:
@@ -341,14 +342,14 @@ def test_diffusers_and_peft_files_with_alpha_in_the_header_are_read(tmp_path: Pa
     assert_same(changes_of(wrapped / "alignprop"), expected, 1e-6)
     (wrapped / "alignprop" / "adapter_config.json").unlink()
     with pytest.raises(LoraError, match="scale is unknown"):
-        lora.read_lora(wrapped / "alignprop")
+        read_lora(wrapped / "alignprop")
 
 
 def test_files_can_be_float16(trained: Path, tmp_path: Path) -> None:
     unet = tiny_sd().unet
     lora.attach(unet, rank=4, init_from=trained)
     lora.save(unet, tmp_path / "half", name="style", dtype=torch.float16)
-    for file in (lora.DIFFUSERS_NAME, "style.safetensors"):
+    for file in (DIFFUSERS_NAME, "style.safetensors"):
         assert {t.dtype for t in load_file(tmp_path / "half" / file).values()} == {torch.float16}
         assert_same(changes_of(tmp_path / "half" / file), changes_of(trained), 2e-3)
 
@@ -388,7 +389,7 @@ def test_unflatten_name_inverts_flatten_name(build: str) -> None:
 # --- going on from a LoRA, and frozen ones ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", ["", lora.DIFFUSERS_NAME, "style.safetensors"])
+@pytest.mark.parametrize("file", ["", DIFFUSERS_NAME, "style.safetensors"])
 @pytest.mark.parametrize("options", [{"alpha": 8.0}, {"alpha": 3.0, "use_rslora": True}], ids=["plain", "rslora"])
 def test_init_from_starts_at_the_change_of_the_file(file: str, options: dict[str, Any], trained: Path) -> None:
     expected = changes_of(trained)
@@ -442,7 +443,7 @@ def test_a_frozen_lora_adds_to_the_trained_one_as_in_diffusers(
     randomize(pipeline.unet, seed=8)
     assert [n for n in lora.state(pipeline.unet) if "style" in n] == []
     lora.save(pipeline.unet, tmp_path / "mine", name="mine")
-    assert {f.rank for f in lora.read_lora(tmp_path / "mine")["denoiser"].values()} == {2}
+    assert {f.rank for f in read_lora(tmp_path / "mine")["denoiser"].values()} == {2}
 
     words = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(0))
     pipeline.unet(torch.ones(1, 4, 4, 4), 10, words).sample.square().sum().backward()
@@ -530,7 +531,7 @@ def test_a_truncated_file_is_refused_with_its_name(keep: int, trained: Path) -> 
     file = trained / "style.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(LoraError, match=re.escape(str(file))):
-        lora.read_lora(file)
+        read_lora(file)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "pt", "ckpt"])
@@ -564,10 +565,10 @@ def test_files_that_are_not_plain_lora_are_refused(trained: Path, tmp_path: Path
     refused({name.replace("attn1", "attn9"): t for name, t in tensors.items()}, "attn9.*another kind of model")
     refused({**tensors, f"{key}.lora_up.weight": torch.ones(3, 5)}, "do not fit together")
     with pytest.raises(LoraError, match="no such LoRA"):
-        lora.read_lora(tmp_path / "missing")
+        read_lora(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(LoraError, match="holds no LoRA"):
-        lora.read_lora(tmp_path / "empty")
-    (trained / lora.DIFFUSERS_NAME).rename(trained / "second.safetensors")
+        read_lora(tmp_path / "empty")
+    (trained / DIFFUSERS_NAME).rename(trained / "second.safetensors")
     with pytest.raises(LoraError, match="several"):
-        lora.read_lora(trained)
+        read_lora(trained)

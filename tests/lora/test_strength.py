@@ -13,11 +13,14 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.cli import run
 from alignprop_core.errors import LoraError
-from alignprop_core.lora.formats import Factors
-from alignprop_core.lora.merging import truncated
+from alignprop_core.locate import DIFFUSERS_NAME
+from alignprop_core.lora import adapters as lora
+from alignprop_core.lora.files import LoraFile, read_file, write_files
+from alignprop_core.lora.formats import Factors, read_lora, write_kohya
+from alignprop_core.lora.fusing import fuse
+from alignprop_core.lora.merging import merge, scale, truncated
 from tests.support.tiny import tiny_sd
 
 
@@ -36,12 +39,12 @@ def make_lora(
 
 
 def changes(path: Path) -> dict[str, Tensor]:
-    return {name: factors.change() for name, factors in lora.read_lora(path)["denoiser"].items()}
+    return {name: factors.change() for name, factors in read_lora(path)["denoiser"].items()}
 
 
 def both(folder: Path) -> list[dict[str, Tensor]]:
     """The weight changes of a folder's two files."""
-    return [changes(folder / lora.DIFFUSERS_NAME), changes(folder / f"{folder.name}.safetensors")]
+    return [changes(folder / DIFFUSERS_NAME), changes(folder / f"{folder.name}.safetensors")]
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -81,9 +84,9 @@ def test_merge_is_exact_in_weight_changes_and_not_in_factors(tmp_path: Path) -> 
     }
     for found in both(tmp_path / "soup"):
         assert_same(found, expected)
-    ranks = {name: factors.rank for name, factors in lora.read_lora(tmp_path / "soup")["denoiser"].items()}
+    ranks = {name: factors.rank for name, factors in read_lora(tmp_path / "soup")["denoiser"].items()}
     assert set(ranks.values()) == {3, 4, 7}, "ranks add up where both change a layer"
-    header = lora.read_file(tmp_path / "soup").header["alignprop.merge"]
+    header = read_file(tmp_path / "soup").header["alignprop.merge"]
     assert json.loads(header) == [{"lora": "one", "weight": 0.7}, {"lora": "two.safetensors", "weight": -1.5}]
 
 
@@ -91,10 +94,10 @@ def test_merge_to_a_rank_is_the_best_approximation_and_reports_its_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths = [make_lora(tmp_path / name, seed=seed) for name, seed in (("one", 1), ("two", 2))]
-    read = [lora.read_file(path) for path in paths]
-    exact = lora.merge(read, [0.5, 0.5]).lora.denoiser
+    read = [read_file(path) for path in paths]
+    exact = merge(read, [0.5, 0.5]).lora.denoiser
     for rank in (1, 3, 8):
-        merged = lora.merge(read, [0.5, 0.5], rank=rank)
+        merged = merge(read, [0.5, 0.5], rank=rank)
         lost, whole = 0.0, 0.0
         for name, factors in merged.lora.denoiser.items():
             u, sizes, v = torch.linalg.svd(exact[name].change(), full_matrices=False)
@@ -130,7 +133,7 @@ def test_sweep_writes_one_merge_per_share(tmp_path: Path) -> None:
     for share in (0.0, 0.25, 1.0):
         expected = {name: (1 - share) * first[name] + share * second[name] for name in first}
         folder = tmp_path / "soups" / f"{share:g}"
-        assert_same(changes(folder / lora.DIFFUSERS_NAME), expected)
+        assert_same(changes(folder / DIFFUSERS_NAME), expected)
         assert_same(changes(folder / f"soups-{share:g}.safetensors"), expected)
 
 
@@ -143,19 +146,19 @@ def test_convert_keeps_text_encoders_and_headers(tmp_path: Path) -> None:
     unet = factors("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     encoders = {"text_encoder": factors("text_model.encoder.layers.0.self_attn.q_proj")}
     encoders["text_encoder_2"] = factors("text_model.encoder.layers.1.self_attn.v_proj")
-    lora.write_kohya(tmp_path / "in.safetensors", unet, text_encoders=encoders, metadata={"modelspec.title": "mine"})
+    write_kohya(tmp_path / "in.safetensors", unet, text_encoders=encoders, metadata={"modelspec.title": "mine"})
     assert run(["lora", "convert", str(tmp_path / "in.safetensors"), "--output", str(tmp_path / "out")]) == 0
     expected = {"denoiser": unet, **encoders}
-    for file in (lora.DIFFUSERS_NAME, "out.safetensors"):
-        found = lora.read_lora(tmp_path / "out" / file)
+    for file in (DIFFUSERS_NAME, "out.safetensors"):
+        found = read_lora(tmp_path / "out" / file)
         assert found.keys() == expected.keys()
         for component, part in expected.items():
             assert_same({n: f.change() for n, f in found[component].items()}, {n: f.change() for n, f in part.items()})
     arguments = ["lora", "convert", str(tmp_path / "in.safetensors"), "--to", "kohya", "--name", "other"]
     assert run([*arguments, "--output", str(tmp_path / "kohya")]) == 0
     assert [path.name for path in (tmp_path / "kohya").iterdir()] == ["other.safetensors"]
-    alone = lora.LoraFile(expected)
-    assert lora.scale(alone, 0.0).parts["text_encoder"].keys() == encoders["text_encoder"].keys()
+    alone = LoraFile(expected)
+    assert scale(alone, 0.0).parts["text_encoder"].keys() == encoders["text_encoder"].keys()
 
 
 def test_a_fused_model_generates_the_same_images_as_the_lora(tiny_model: Path, tmp_path: Path) -> None:
@@ -164,7 +167,7 @@ def test_a_fused_model_generates_the_same_images_as_the_lora(tiny_model: Path, t
     assert run([*arguments, "--output", str(tmp_path / "fused")]) == 0
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
     base = generate(pipe)
-    pipe.load_lora_weights(one, weight_name=lora.DIFFUSERS_NAME)
+    pipe.load_lora_weights(one, weight_name=DIFFUSERS_NAME)
     pipe.set_adapters(pipe.get_active_adapters(), 0.8)
     expected = generate(pipe)
     assert (expected - base).abs().max() > 1e-3
@@ -179,9 +182,9 @@ def test_fusing_into_half_precision_reports_the_rounding_error(
 ) -> None:
     one = make_lora(tmp_path / "one")
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    exact, rough = lora.fuse(pipe, lora.read_file(one), 1e-3), None
+    exact, rough = fuse(pipe, read_file(one), 1e-3), None
     pipe = StableDiffusionPipeline.from_pretrained(tiny_model)
-    rough = lora.fuse(pipe, lora.read_file(one), 1e-3, dtype=torch.bfloat16)
+    rough = fuse(pipe, read_file(one), 1e-3, dtype=torch.bfloat16)
     assert exact.rounding_error < 1e-3
     assert rough.rounding_error > 0.5, "a change of a thousandth is mostly lost in bfloat16"
     assert next(pipe.unet.parameters()).dtype == torch.bfloat16
@@ -214,9 +217,9 @@ def test_lora_mistakes_have_one_message(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     one = make_lora(tmp_path / "one")
-    name = next(iter(lora.read_lora(one)["denoiser"]))
+    name = next(iter(read_lora(one)["denoiser"]))
     odd = {name: Factors(torch.ones(2, 10), torch.ones(10, 2))}
-    lora.write_kohya(tmp_path / "other.safetensors", odd)
+    write_kohya(tmp_path / "other.safetensors", odd)
     places = {"ONE": one, "OTHER": tmp_path / "other.safetensors", "OUT": tmp_path / "out", "MODEL": tiny_model}
     assert run(["lora", *(str(places.get(argument, argument)) for argument in arguments)]) == 2
     message = capsys.readouterr().err
@@ -229,9 +232,9 @@ def test_lora_mistakes_have_one_message(
 def test_a_unet_lora_and_a_transformer_lora_cannot_be_merged() -> None:
     part = {"denoiser": {"a": Factors(torch.ones(1, 2), torch.ones(2, 1))}}
     with pytest.raises(LoraError, match="different kinds of model"):
-        lora.merge([lora.LoraFile(part), lora.LoraFile(part, "transformer")], [1, 1])
+        merge([LoraFile(part), LoraFile(part, "transformer")], [1, 1])
     with pytest.raises(LoraError, match="at least 1"):
-        lora.merge([lora.LoraFile(part)], [1], rank=0)
+        merge([LoraFile(part)], [1], rank=0)
 
 
 # -- curves -----------------------------------------------------------------------------------------------------------
@@ -282,10 +285,10 @@ def test_a_soup_sweep_evaluates_the_merged_weight_changes(
     two = make_lora(tmp_path / "two", seed=2)
     data = evaluated("soup.json", "--soup", str(two), "--strengths", "0,0.5,1")
     points = {point["share"]: point for point in data["points"]}
-    read = [lora.read_file(tmp_path / name) for name in ("one", "two")]
+    read = [read_file(tmp_path / name) for name in ("one", "two")]
     for share in (0.0, 0.5, 1.0):
-        merged = lora.merge(read, [1 - share, share]).lora
-        lora.write_files(merged, tmp_path / f"merged-{share}", "merged")
+        merged = merge(read, [1 - share, share]).lora
+        write_files(merged, tmp_path / f"merged-{share}", "merged")
         whole = evaluated("evaluation.json", "--lora", str(tmp_path / f"merged-{share}"))
         found = points[share]["scores"]["jpeg_compressibility"]["mean"]
         assert found == pytest.approx(whole["tuned"]["jpeg_compressibility"]["mean"], rel=1e-4)

@@ -359,7 +359,9 @@ def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., 
     assert trial(folder, data(large, **sized)).seen == ((1, 3, 104, 136), "torch.float32")
     with pytest.raises(TrialError, match=r"trial before training, with 1 random image of 96x104 pixels \(the size of"):
         trial(folder, data(large, sampling={"steps": 2, "width": 96, "height": 104}))
-    with pytest.raises(TrialError, match=r"512x512 pixels \(because the model's own size is not known before it loads\)"):
+    with pytest.raises(
+        TrialError, match=r"512x512 pixels \(because the model's own size is not known before it loads\)"
+    ):
         trial(folder, data({"name": "./picky.py:Broken"}), size=None)
 
 
@@ -499,7 +501,7 @@ def test_a_config_made_in_python_needs_no_rewards_beside_objects(
 ) -> None:
     sections = {key: value for key, value in parse(folder, data({"name": "redness"})) if key != "rewards"}
     config = RunConfig(**sections)
-    assert train(config, registry=registry(), rewards={"mine": Redness()}).is_dir()
+    assert train(config, registry=registry(), rewards={"mine": Redness()}).folder.is_dir()
     with pytest.raises(ConfigError, match=r"^rewards: there is nothing to train on.*pass an object"):
         Trainer(config, registry=registry())
     assert refused(folder, {**data(), "rewards": []}).keys() == {"rewards"}

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.lora import adapters as lora
+from alignprop_core.lora.formats import read_lora
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.ema import EMA
@@ -60,7 +61,7 @@ def test_the_average_is_saved_and_evaluated(make: Callable[..., RunConfig], tmp_
     folder = trainer.train()
     raw, mean = torch.cat([t.flatten() for t in watch.raw.values()]), torch.cat([t.flatten() for t in watch.average])
     assert not torch.allclose(raw, mean)
-    saved = lora.read_lora(folder)["denoiser"]
+    saved = read_lora(folder)["denoiser"]
     live = lora.current(trainer.denoiser)
     assert all(torch.equal(saved[name].down, live[name].down) for name in live)
     assert torch.equal(torch.cat([p.detach().flatten() for p in trainer.parameters]), mean)

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.lora import adapters as lora
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 from alignprop_core.training.progress import ProgressBar

@@ -26,6 +26,20 @@ from tests.support.toy_rewards import registry
 from tests.support.toy_runs import adapters, changed, metrics, toy_data
 
 SMALL = {"name": "redness", "label": "small", "options": {"gain": -1.0}}
+SOURCE = '''
+from alignprop_core import Reward
+
+
+class Mine(Reward):
+    """For tests."""
+
+    def score(self, batch):
+        return batch.images.mean((1, 2, 3))
+'''
+FEATURES = """
+    def image_features(self, images):
+        return images.mean((2, 3))
+"""
 NEW = "evaluations are not compared with those before the resume"
 
 
@@ -103,13 +117,16 @@ SCHEDULE = [{"name": "redness", "weight": {0: 1.0, 10: 2.0}}]
         ({"early_stopping__monitor": "redness"}, False),
         ({"evaluation__seed": 3}, False),
         ({"evaluation__images_per_prompt": 3}, False),
-        ({"evaluation__diversity_encoder": "small"}, False),
+        ({"evaluation__diversity_encoder": "seeing"}, False),
     ],
 )
 def test_the_basis_changes_only_with_what_evaluations_depend_on(
-    make: Callable[..., RunConfig], overrides: dict[str, Any], same: bool
+    make: Callable[..., RunConfig], tmp_path: Path, overrides: dict[str, Any], same: bool
 ) -> None:
-    one, two = (basis_of(Trainer(make(**options), registry=registry())) for options in ({}, overrides))
+    file = tmp_path / "seeing.py"
+    file.write_text(SOURCE.replace("Mine", "Seeing") + FEATURES)
+    usual = {"evaluation__rewards": [SMALL, {"name": f"{file}:Seeing", "label": "seeing"}]}
+    one, two = (basis_of(Trainer(make(**usual | options), registry=registry())) for options in ({}, overrides))
     assert (one == two) is same
 
 
@@ -240,17 +257,6 @@ def test_a_run_resumed_in_another_folder_takes_the_best_lora_along(
 
 
 # -- the code that is trained on --------------------------------------------------------------------------------------
-
-SOURCE = '''
-from alignprop_core import Reward
-
-
-class Mine(Reward):
-    """For tests."""
-
-    def score(self, batch):
-        return batch.images.mean((1, 2, 3))
-'''
 
 
 def test_a_reward_file_that_was_edited_is_refused_until_it_is_put_back(

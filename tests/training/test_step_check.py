@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignprop_core import lora
 from alignprop_core.config.sections import OptimizerConfig, RunConfig
 from alignprop_core.errors import RewardError, RunError
 from alignprop_core.hookspecs import hookimpl
+from alignprop_core.lora import adapters as lora
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch

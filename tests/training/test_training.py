@@ -14,9 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from alignprop_core import lora
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import AlignpropError, ConfigError, OutputError, PluginError, RewardError, RunError
+from alignprop_core.lora import adapters as lora
 from alignprop_core.training.step import choose_prompts
 from alignprop_core.training.trainer import Trainer
 from tests.support.processes import train_in_processes

@@ -26,6 +26,9 @@ class Conditioning:
     positive: Mapping[str, Tensor]
     negative: Mapping[str, Tensor] | None
 
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
+
     def __getitem__(self, index: slice) -> Conditioning:
         """Return the conditioning of a part of the batch."""
 
