@@ -14,20 +14,21 @@ from alignprop_core.validation import Problems
 class ModelLora(Section):
     """A LoRA applied to the base model and frozen."""
 
-    path: Text = Field(description="Path of a LoRA folder or a .safetensors file.")
-    strength: float = Field(default=1.0, description="Factor on the weight change; 1 is the LoRA as trained.")
+    path: Text
+    """Path of a LoRA folder or a .safetensors file."""
+    strength: float = 1.0
+    """Factor on the weight change; 1 is the LoRA as trained."""
 
 
 class ModelConfig(Section):
     """The base model."""
 
-    base: Text = Field(
-        description="A registered model, a hub id, a diffusers folder, or one .safetensors file with a complete model."
-    )
-    vae: Text | None = Field(
-        default=None, description="Another autoencoder instead of the model's own: a diffusers folder or a hub id."
-    )
-    loras: list[ModelLora] = Field(default=[], description="LoRAs that belong to the base model; applied and frozen.")
+    base: Text
+    """A registered model, a hub id, a diffusers folder, or one .safetensors file with a complete model."""
+    vae: Text | None = None
+    """Another autoencoder instead of the model's own: a diffusers folder or a hub id."""
+    loras: list[ModelLora] = Field(default=[])
+    """LoRAs that belong to the base model; applied and frozen."""
 
 
 _Prompt = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["prompt"]}]})]
@@ -38,10 +39,10 @@ PromptSource = Text | Annotated[list[_Prompt], Field(min_length=1)]
 class PromptsConfig(Section):
     """The prompts."""
 
-    train: PromptSource = Field(description="Prompts to train on: a registered set, a .txt or .jsonl file, or a list.")
-    heldout: PromptSource | None = Field(
-        default=None, description="Prompts never trained on, for evaluation: a registered set, a file or a list."
-    )
+    train: PromptSource
+    """Prompts to train on: a registered set, a .txt or .jsonl file, or a list."""
+    heldout: PromptSource | None = None
+    """Prompts never trained on, for evaluation: a registered set, a file or a list."""
 
     @field_validator("train", "heldout")
     @classmethod
@@ -64,18 +65,22 @@ class PromptsConfig(Section):
 class SamplingConfig(Section):
     """How images are sampled, in training, previews and evaluation."""
 
-    scheduler: Literal["ddim"] = Field(default="ddim", description="The sampler's update rule.")
-    steps: int = Field(default=50, ge=1, description="Denoising steps per image.")
-    guidance_scale: float = Field(
-        default=7.5, ge=1, description="Classifier-free guidance scale; 1 turns guidance off."
-    )
-    eta: float = Field(default=0.0, ge=0, le=1, description="DDIM eta: 0 is deterministic, 1 adds noise as DDPM does.")
-    width: Pixels | None = Field(default=None, description="Image width in pixels; null uses the model's own.")
-    height: Pixels | None = Field(default=None, description="Image height in pixels; null uses the model's own.")
-    negative_prompt: str = Field(default="", description="Negative prompt for classifier-free guidance.")
-    true_cfg_scale: Annotated[float, Field(ge=1)] | None = Field(
-        default=None, description="True classifier-free guidance for guidance-distilled models; null turns it off."
-    )
+    scheduler: Literal["ddim"] = "ddim"
+    """The sampler's update rule."""
+    steps: int = Field(default=50, ge=1)
+    """Denoising steps per image."""
+    guidance_scale: float = Field(default=7.5, ge=1)
+    """Classifier-free guidance scale; 1 turns guidance off."""
+    eta: float = Field(default=0.0, ge=0, le=1)
+    """DDIM eta: 0 is deterministic, 1 adds noise as DDPM does."""
+    width: Pixels | None = None
+    """Image width in pixels; null uses the model's own."""
+    height: Pixels | None = None
+    """Image height in pixels; null uses the model's own."""
+    negative_prompt: str = ""
+    """Negative prompt for classifier-free guidance."""
+    true_cfg_scale: Annotated[float, Field(ge=1)] | None = None
+    """True classifier-free guidance for guidance-distilled models; null turns it off."""
 
 
 Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli"]
@@ -92,45 +97,30 @@ _USED_BY: dict[str, tuple[str, ...]] = {
 class BackpropConfig(Section):
     """Truncated backpropagation: which denoising steps keep their gradient, and how memory is saved."""
 
-    strategy: Strategy = Field(
-        default="uniform",
-        description="last_k: the last k steps (DRaFT-K). uniform: the last K steps, K drawn once per batch from "
-        "1..steps (AlignProp). gaussian: K drawn from a normal distribution. full: all steps. drtune: k evenly spaced "
-        "steps, network input detached. refl: the clean-image estimate of one late step. bernoulli: steps at random.",
-    )
-    k: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="last_k and drtune: number of steps that keep their gradient; null is 1."
-    )
-    mean: float | None = Field(default=None, description="gaussian: mean of K in steps; null is half the steps.")
-    std: Annotated[float, Field(ge=0)] | None = Field(
-        default=None, description="gaussian: standard deviation of K in steps; null is a sixth of the steps."
-    )
-    keep_probability: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="bernoulli: probability that a step keeps its gradient; null is 0.5."
-    )
-    refl_steps: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="refl: the step is drawn from this many last steps; null is a quarter of the steps."
-    )
-    lv_samples: int = Field(
-        default=0,
-        ge=0,
-        description="Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1.",
-    )
-    checkpoint_steps: Literal["auto"] | bool = Field(
-        default="auto",
-        description="Recompute kept steps in the backward pass to save memory; auto: only if memory is short.",
-    )
-    checkpoint_decoder: Literal["auto"] | bool = Field(
-        default="auto",
-        description="Recompute the decoder in the backward pass to save memory; auto: only if memory is short.",
-    )
-    sample_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Images denoised at a time; null is all. Changes memory and time, never values."
-    )
-    decode_batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Images decoded and scored at a time; null is all. Changes memory and time, never values.",
-    )
+    strategy: Strategy = "uniform"
+    """last_k: the last k steps (DRaFT-K). uniform: the last K steps, K drawn once per batch from 1..steps (AlignProp).
+    gaussian: K drawn from a normal distribution. full: all steps. drtune: k evenly spaced steps, network input
+    detached. refl: the clean-image estimate of one late step. bernoulli: steps at random."""
+    k: Annotated[int, Field(ge=1)] | None = None
+    """last_k and drtune: number of steps that keep their gradient; null is 1."""
+    mean: float | None = None
+    """gaussian: mean of K in steps; null is half the steps."""
+    std: Annotated[float, Field(ge=0)] | None = None
+    """gaussian: standard deviation of K in steps; null is a sixth of the steps."""
+    keep_probability: Annotated[float, Field(gt=0, le=1)] | None = None
+    """bernoulli: probability that a step keeps its gradient; null is 0.5."""
+    refl_steps: Annotated[int, Field(ge=1)] | None = None
+    """refl: the step is drawn from this many last steps; null is a quarter of the steps."""
+    lv_samples: int = Field(default=0, ge=0)
+    """Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1."""
+    checkpoint_steps: Literal["auto"] | bool = "auto"
+    """Recompute kept steps in the backward pass to save memory; auto: only if memory is short."""
+    checkpoint_decoder: Literal["auto"] | bool = "auto"
+    """Recompute the decoder in the backward pass to save memory; auto: only if memory is short."""
+    sample_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images denoised at a time; null is all. Changes memory and time, never values."""
+    decode_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """Images decoded and scored at a time; null is all. Changes memory and time, never values."""
 
     @model_validator(mode="after")
     def _only_what_the_strategy_uses(self) -> Self:
@@ -151,15 +141,13 @@ class BackpropConfig(Section):
 class LoraConfig(Section):
     """The trainable adapter."""
 
-    rank: int = Field(default=8, ge=1, description="Rank of the adapter.")
-    alpha: Positive | None = Field(
-        default=None, description="Scale: the weight change is alpha / rank * B A; null is rank."
-    )
-    target_modules: Annotated[list[Text], Field(min_length=1)] | None = Field(
-        default=None, description="Layers to adapt, by the end of their names; null adapts the attention projections."
-    )
-    use_rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
-    init_from: Text | None = Field(
-        default=None,
-        description="Start from this LoRA: a folder or a .safetensors file; null starts at zero.",
-    )
+    rank: int = Field(default=8, ge=1)
+    """Rank of the adapter."""
+    alpha: Positive | None = None
+    """Scale: the weight change is alpha / rank * B A; null is rank."""
+    target_modules: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Layers to adapt, by the end of their names; null adapts the attention projections."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    init_from: Text | None = None
+    """Start from this LoRA: a folder or a .safetensors file; null starts at zero."""

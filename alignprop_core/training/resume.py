@@ -13,8 +13,8 @@ from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
+from alignprop_core.registry.code_checksum import SCHEME, code_checksum
 from alignprop_core.registry.local import LocalReward, split_file_name
-from alignprop_core.training.code_checksum import SCHEME, code_checksum
 
 STATE = "state.json"
 """The file of a checkpoint that makes a folder one."""

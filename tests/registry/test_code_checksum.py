@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignprop_core.training.code_checksum import SCHEME, code_checksum
+from alignprop_core.registry.code_checksum import SCHEME, code_checksum
 
 FUNCTION = '''
 SCALE = 2.0
@@ -80,7 +80,7 @@ def test_closures_count() -> None:
 
 
 def test_every_process_computes_the_same() -> None:
-    program = "import sys; from tests.training.test_code_checksum import *; print(code_checksum(typed(FUNCTION)))"
+    program = "import sys; from tests.registry.test_code_checksum import *; print(code_checksum(typed(FUNCTION)))"
     found = {
         subprocess.run(
             [sys.executable, "-c", program],
