@@ -89,7 +89,7 @@ def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[
     assert installed(environment, work) == {}
     assert "No plugins are installed" in environment.run("alignprop plugins", work).stdout
     assert json.loads(environment.run("alignprop rewards list --json", work).stdout) == []
-    assert "No plugin that offers rewards" in environment.run("alignprop rewards list", work).stdout
+    assert "No rewards are installed" in environment.run("alignprop rewards list", work).stdout
     assert json.loads(environment.run("alignprop schema", work).stdout)["title"]
     findings = json.loads(environment.run("alignprop doctor --json", work).stdout)
     assert [finding for finding in findings if finding["status"] == "error"] == []

@@ -56,7 +56,7 @@ def test_metrics_reach_tensorboard(trainer: Callable[..., Trainer], tmp_path: Pa
 def test_metrics_reach_weights_and_biases(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb", reason="wandb is not installed: alignprop-trackers[wandb]")
     monkeypatch.setenv("WANDB_MODE", "offline")
     trainer("wandb").train()
     (written,) = (tmp_path / "run").rglob("run-*.wandb")
