@@ -196,8 +196,8 @@ class LoaderSpec(Spec):
     name: SnakeName
     """The key in a reward entry, snake_case."""
     config: ObjectPath
-    """Class path, "package.config:Class", of a pydantic model of the value under the key; its module imports no torch.
-    A field with `json_schema_extra={"format": "path"}` is a path, relative to the run config."""
+    """Class path, "package.config:Class", of a pydantic model of the value under the key; its module imports no torch. A field with
+    `json_schema_extra={"format": "path"}` is a path, relative to the run config."""
     factory: ObjectPath
-    """Class path, "package.module:Class", called with the checked config and the registry; it returns a
-    `RewardLoader`. Its module imports no torch."""
+    """Class path, "package.module:Class", called with the checked config and the registry; it returns a `RewardLoader`. Its module
+    imports no torch."""
