@@ -46,65 +46,47 @@ class RewardConfig(BaseModel):
 class Spec(BaseModel):
     """Common part of all specs."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    summary: str
-    """One line for listings."""
+    summary: str = Field(description="One line for listings.")
     # Not API_VERSION: a spec without a version was written for the first one, whichever core reads it.
-    api_version: int = 1
-    """Plugin contract this was written for."""
-    license: str = ""
-    """SPDX identifier of the code or data behind this spec."""
-    source: str = ""
-    """Where it comes from: repository or page."""
+    api_version: int = Field(default=1, description="Plugin contract this was written for.")
+    license: str = Field(default="", description="SPDX identifier of the code or data behind this spec.")
+    source: str = Field(default="", description="Where it comes from: repository or page.")
 
 
 class WeightsFile(BaseModel):
     """One file of weights: its source, size and checksum."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    repository: str = ""
-    """Hub repository id; empty if the file ships in a package."""
-    file: str
-    """File name inside the repository or package."""
-    revision: str = ""
-    """Branch, tag or commit of the repository; empty means main."""
-    sha256: str | None = None
-    """Checksum, lower-case hex."""
-    bytes: int | None = Field(default=None, ge=0)
-    """Size in bytes."""
-    license: str = ""
-    """License of the weights."""
+    repository: str = Field(default="", description="Hub repository id; empty if the file ships in a package.")
+    file: str = Field(description="File name inside the repository or package.")
+    revision: str = Field(default="", description="Branch, tag or commit of the repository; empty means main.")
+    sha256: str | None = Field(default=None, description="Checksum, lower-case hex.")
+    bytes: int | None = Field(default=None, ge=0, description="Size in bytes.")
+    license: str = Field(default="", description="License of the weights.")
 
 
 class RewardSpec(Spec):
     """A reward a plugin offers. Higher scores are always better."""
 
-    name: SnakeName
-    """The field's standard term, snake_case."""
-    factory: ObjectPath
-    """Class path, "package.module:Class"; a subclass of Reward."""
-    config: ObjectPath
-    """Options class, "package.config:Class"; its module imports no torch."""
-    differentiable: bool = True
-    """Whether score() gives a gradient at the pixels."""
-    needs_prompts: bool = False
-    """Whether score() reads batch.prompts."""
-    input: Literal["image"] = "image"
-    """What it scores; other values are reserved."""
-    scope: Literal["sample", "batch"] = "sample"
-    """What a score depends on. "batch" is reserved for rewards that compare samples (evaluation only)."""
-    unit: str = ""
-    """Unit of the score."""
-    typical_range: tuple[float, float] | None = None
-    """Usual range of the score."""
-    evaluate_with: tuple[str, ...] = ()
-    """True measures reported beside it in evaluations, by reward name."""
-    citation: str = ""
-    """Paper or repository to cite."""
-    weights: tuple[WeightsFile, ...] = ()
-    """Weights it may load."""
+    name: SnakeName = Field(description="The field's standard term, snake_case.")
+    factory: ObjectPath = Field(description='Class path, "package.module:Class"; a subclass of Reward.')
+    config: ObjectPath = Field(description='Options class, "package.config:Class"; its module imports no torch.')
+    differentiable: bool = Field(default=True, description="Whether score() gives a gradient at the pixels.")
+    needs_prompts: bool = Field(default=False, description="Whether score() reads batch.prompts.")
+    input: Literal["image"] = Field(default="image", description="What it scores; other values are reserved.")
+    scope: Literal["sample", "batch"] = Field(
+        default="sample", description='"batch" is reserved for rewards that compare samples (evaluation only).'
+    )
+    unit: str = Field(default="", description="Unit of the score.")
+    typical_range: tuple[float, float] | None = Field(default=None, description="Usual range of the score.")
+    evaluate_with: tuple[str, ...] = Field(
+        default=(), description="True measures reported beside it in evaluations, by reward name."
+    )
+    citation: str = Field(default="", description="Paper or repository to cite.")
+    weights: tuple[WeightsFile, ...] = Field(default=(), description="Weights it may load.")
 
     @model_validator(mode="before")
     @classmethod
@@ -117,72 +99,64 @@ class RewardSpec(Spec):
 class ModelSpec(Spec):
     """A base model by name: a diffusers folder that ships in a package, or a hub repository."""
 
-    name: SnakeName
-    """Name for `model.base`, snake_case."""
-    path: str
-    """A function "package.module:function" returning the folder as a Path, or a hub repository id "owner/name"."""
-    resolution: int | None = None
-    """Native width and height in pixels."""
-    demo: str = ""
-    """A packaged file, "package:relative/file.yaml": a run config that shows the model off in minutes."""
-    weights: tuple[WeightsFile, ...] = ()
-    """Its files: their sources and licenses."""
+    name: SnakeName = Field(description="Name for `model.base`, snake_case.")
+    path: str = Field(
+        description='"package.module:function" returning the folder as a Path, or a hub repository id "owner/name".'
+    )
+    resolution: int | None = Field(default=None, description="Native width and height in pixels.")
+    demo: str = Field(
+        default="", description='"package:relative/file.yaml": a run config that shows the model off in minutes.'
+    )
+    weights: tuple[WeightsFile, ...] = Field(default=(), description="Its files: their sources and licenses.")
 
 
 class FamilySpec(Spec):
     """A family of pipelines the sampler can differentiate through."""
 
-    name: SnakeName
-    """The family's name, such as `stable_diffusion`."""
-    factory: ObjectPath
-    """Class path, "package.module:Class"; a subclass of alignprop_core.diffusion.Family."""
-    pipelines: tuple[str, ...]
-    """diffusers pipeline class names it handles."""
+    name: SnakeName = Field(description="The family's name, such as `stable_diffusion`.")
+    factory: ObjectPath = Field(description='"package.module:Class", a subclass of alignprop_core.diffusion.Family.')
+    pipelines: tuple[str, ...] = Field(description="diffusers pipeline class names it handles.")
 
 
 class PromptSpec(Spec):
     """A set of prompts by name, such as `starter/simple_animals`."""
 
-    name: ScopedName
-    """Name for `prompts.train`: snake_case, optionally with one slash."""
-    path: str
-    """A packaged file, "package:relative/file.jsonl" (or .txt): a file that ships in a package."""
-    size: int | None = None
-    """Number of prompts."""
+    name: ScopedName = Field(description="Name for `prompts.train`: snake_case, optionally with one slash.")
+    path: str = Field(description='"package:relative/file.jsonl" (or .txt): a file that ships in a package.')
+    size: int | None = Field(default=None, description="Number of prompts.")
 
 
 class WeightsSpec(Spec):
     """A named set of weights for rewards (such as `starter`), chosen with `weights: NAME`."""
 
-    name: SnakeName
-    """Name for the option `weights`, snake_case."""
-    reward: SnakeName
-    """The reward these weights are for."""
-    path: str
-    """A packaged file, "package:relative/file.safetensors": a file that ships in a package."""
-    weights: tuple[WeightsFile, ...] = ()
-    """The file again, with its checksum, size and license; it is verified."""
+    name: SnakeName = Field(description="Name for the option `weights`, snake_case.")
+    reward: SnakeName = Field(description="The reward these weights are for.")
+    path: str = Field(description='"package:relative/file.safetensors": a file that ships in a package.')
+    weights: tuple[WeightsFile, ...] = Field(
+        default=(), description="The file again, with its checksum, size and license; it is verified."
+    )
 
 
 class CallbackSpec(Spec):
     """A callback that watches runs, such as a tracker or a report."""
 
-    name: SnakeName
-    """Name for `training.trackers`, snake_case."""
-    factory: ObjectPath
-    """Class path, "package.module:Class"; a subclass of alignprop_core.Callback; built without arguments."""
-    automatic: bool = False
-    """Whether it joins every run; otherwise `training.trackers` names it."""
+    name: SnakeName = Field(description="Name for `training.trackers`, snake_case.")
+    factory: ObjectPath = Field(
+        description='"package.module:Class", a subclass of alignprop_core.Callback; built without arguments.'
+    )
+    automatic: bool = Field(
+        default=False, description="Whether it joins every run; otherwise `training.trackers` names it."
+    )
 
 
 class CommandSpec(Spec):
     """A command of `alignprop`; `summary` is its line in the help."""
 
-    path: CommandPath
-    """Words after `alignprop`: "report", or "rewards isolate" in a group."""
-    factory: ObjectPath
-    """Path of a function with typer's arguments and options, "package.module:function"; imported when the command runs
-    or shows its own help."""
+    path: CommandPath = Field(description='Words after `alignprop`: "report", or "rewards isolate" in a group.')
+    factory: ObjectPath = Field(
+        description='"package.module:function", a function with typer\'s arguments and options; imported when the '
+        "command runs or shows its own help."
+    )
 
     @property
     def name(self) -> str:
@@ -193,11 +167,12 @@ class CommandSpec(Spec):
 class LoaderSpec(Spec):
     """A key of reward entries that changes where a reward comes from, such as `isolation`; `summary` describes it."""
 
-    name: SnakeName
-    """The key in a reward entry, snake_case."""
-    config: ObjectPath
-    """Class path, "package.config:Class", of a pydantic model of the value under the key; its module imports no torch. A field with
-    `json_schema_extra={"format": "path"}` is a path, relative to the run config."""
-    factory: ObjectPath
-    """Class path, "package.module:Class", called with the checked config and the registry; it returns a `RewardLoader`. Its module
-    imports no torch."""
+    name: SnakeName = Field(description="The key in a reward entry, snake_case.")
+    config: ObjectPath = Field(
+        description='"package.config:Class", a pydantic model of the value under the key; its module imports no torch. '
+        'A field with `json_schema_extra={"format": "path"}` is a path, relative to the run config.'
+    )
+    factory: ObjectPath = Field(
+        description='"package.module:Class", called with the checked config and the registry; it returns a '
+        "`RewardLoader`. Its module imports no torch."
+    )
