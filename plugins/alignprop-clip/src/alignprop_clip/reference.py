@@ -11,7 +11,7 @@ from torch import Tensor
 from alignprop_clip.config import ReferenceSimilarityConfig
 from alignprop_clip.reward import EncoderReward, load_encoder
 from alignprop_core.errors import ConfigError, under
-from alignprop_core.images import read_picture
+from alignprop_core.images import read_image
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 
@@ -80,5 +80,5 @@ def image_files(folder: Path) -> list[Path]:
 def _as_batch(file: Path) -> Tensor:
     """Read an image file as a (1, 3, H, W) float32 tensor in [0, 1]."""
     with under("reference_similarity"):
-        pixels = torch.from_numpy(read_picture(file))
+        pixels = torch.from_numpy(read_image(file))
     return pixels.permute(2, 0, 1)[None].float() / 255
