@@ -71,9 +71,7 @@ def attach(
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise LoraError(f"lora.alpha is {alpha}: it must be above 0; omit it for alpha = rank.")
     if ADAPTER in adapter_names(denoiser):
-        raise LoraError(
-            "This model already has a trainable adapter. Load the model again, or train that adapter."
-        )
+        raise LoraError("This model already has a trainable adapter. Load the model again, or train that adapter.")
     names = find_targets(denoiser, DEFAULT_TARGETS if target_modules is None else target_modules)
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 

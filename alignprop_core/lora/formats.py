@@ -136,9 +136,7 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             )
     if not down or down.keys() != up.keys():
         odd = sorted(module for _, module in down.keys() ^ up.keys())
-        raise LoraError(
-            f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA keys.")
-        )
+        raise LoraError(f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA keys."))
 
     settings = _settings(file, header, peft=any(key.startswith(_PEFT) for key in tensors))
     parts: dict[str, dict[str, Factors]] = {}
