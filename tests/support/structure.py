@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import io
 import sys
+import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,11 @@ LAYERS = [
 """Bottom first. A package or module imports only from those before it, and from itself."""
 
 HEART = ("reward", "mix", "lora", "diffusion", "training")
-LIMITS = {"root modules": 13, "heart": 4000, "core": 9500}
-STEP_LIMITS = {"functions": 35, "modules": 18}
-"""What one training step may pass through, by name: functions of the core, and modules they are in."""
+LIMITS = {"root modules": 13, "heart": 4000, "core": 9500, "functions of a step": 35, "modules of a step": 18}
+"""The design's limits. Lines of code are counted without comments, docstrings, data tables and model families."""
+
+NOT_REACHED = {"core": 10240, "functions of a step": 57, "modules of a step": 20}
+"""Limits that are not reached yet, with the numbers of today, which must not grow."""
 
 BLIND = {"diffusion": {"reward", "mix"}, "reward": {"diffusion"}, "mix": {"diffusion"}, "registry": {"diffusion"}}
 """What a layer must not import although it is below: sampling and scoring meet in `training` and `evaluation`."""
@@ -153,9 +156,9 @@ def cycles() -> Iterator[tuple[str, str]]:
 
 
 def functions_of_a_step(step: Callable[[], object]) -> set[tuple[str, str]]:
-    """Return (module, function) of the core's functions that run while `step` is called.
+    """Return (module, function) of the core's functions that run while `step` is called, each once.
 
-    Comprehensions, lambdas and properties count with the function they are in; so do dunder methods.
+    Properties, dunder methods, and the cheaper forwards that run only on a CPU do not count.
     """
     found: set[tuple[str, str]] = set()
 
@@ -171,14 +174,38 @@ def functions_of_a_step(step: Callable[[], object]) -> set[tuple[str, str]]:
         step()
     finally:
         sys.setprofile(None)
-    return found
+    properties = {
+        (module, f"{node.name}.{member.name}")
+        for module in {module for module, _ in found}
+        for node in ast.walk(ast.parse((CORE / module).read_text()))
+        if isinstance(node, ast.ClassDef)
+        for member in node.body
+        if isinstance(member, ast.FunctionDef) and any("property" in ast.unparse(d) for d in member.decorator_list)
+    }
+    return {pair for pair in found - properties if pair[0] != "diffusion/cpu.py"}
+
+
+def step_counts() -> dict[str, int]:
+    """Train a tiny model for one step and return how many functions and modules the next one passes through."""
+    from alignprop_core.testing import tiny_pipeline
+    from alignprop_core.training.trainer import Trainer
+    from tests.support.toy_rewards import registry
+    from tests.support.toy_runs import changed, toy_data
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tiny_pipeline("stable_diffusion").save_pretrained(folder / "model")
+        trainer = Trainer(changed(toy_data(folder / "model", folder), {}, registry()), registry=registry())
+        trainer.step()
+        found = functions_of_a_step(trainer.step)
+    return {"functions of a step": len(found), "modules of a step": len({module for module, _ in found})}
 
 
 def main() -> None:
     """Print the counts."""
-    for name, number in counts().items():
+    for name, number in (counts() | (step_counts() if "--step" in sys.argv[1:] else {})).items():
         limit = f"  (limit {LIMITS[name]:,})" if name in LIMITS else ""
-        print(f"{name:16} {number:7,}{limit}")
+        print(f"{name:20} {number:7,}{limit}")
     for line in upward():
         print("upward:", line)
     for pair in cycles():
@@ -186,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
