@@ -181,8 +181,8 @@ class MixConfig(Section):
 
     combine: Literal["sum", "normalized", "balanced", "pcgrad"] = "sum"
     """sum: the weighted sum of the scores. normalized: each score over its running standard deviation. balanced: each
-    term's gradient over its running norm, so that weights are shares. pcgrad: balanced, and the part of a term's
-    gradient that conflicts with another's is projected out."""
+    term's gradient over its running norm, so that a weight means the same for every reward.
+    pcgrad: balanced, and the part of a term's gradient that conflicts with another's is projected out."""
     balance_at: Literal["image", "latent"] = "image"
     """Where balanced and pcgrad compare and add gradients: at the images, or at the final latents, which costs one
     decoder backward pass per term."""
