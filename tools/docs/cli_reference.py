@@ -1,4 +1,4 @@
-"""The command-line reference: a Markdown page from the typer application behind `alignprop`."""
+"""The command-line reference: a Markdown page of the commands of the core and of the installed plugins."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 import typer
 
 from alignprop_core.cli import app
+from alignprop_core.cli.extensions import LazyCommand
 
 KINDS = {str: "text", int: "integer", float: "number", Path: "path", bool: "flag"}
 
@@ -44,9 +45,11 @@ def _sections() -> Iterator[tuple[int, str, Any]]:
 def _walk(name: str, command: Any, parent: Any) -> Iterator[tuple[str, Any]]:
     yield name, command
     if hasattr(command, "list_commands"):
-        context = command.make_context(name, [], parent=parent, resilient_parsing=True)
+        context = command.make_context(name.split()[-1], [], parent=parent, resilient_parsing=True)
         for child in command.list_commands(context):
             found = command.get_command(context, child)
+            if isinstance(found, LazyCommand):  # a plugin's command, whose parameters are known once it is imported
+                found = found.load()
             if found is not None and not found.hidden:
                 yield from _walk(f"{name} {child}", found, context)
 
