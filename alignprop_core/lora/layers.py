@@ -43,7 +43,7 @@ def attached(model: nn.Module, name: str) -> list[tuple[str, Any]]:
     """Return `layers_of`; raises `LoraError` if the model does not have the adapter."""
     layers = layers_of(model, name)
     if not layers:
-        raise LoraError(f'This model has no adapter "{name}": call alignprop_core.lora.attach first.')
+        raise LoraError(f'This model has no adapter "{name}": load it with `Sampler.load(model, rank=8)`.')
     return layers
 
 
