@@ -41,7 +41,7 @@ def fails_as(message: str) -> Iterator[None]:
     try:
         yield
     except (RewardError, RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise CheckFailed(message.format(error=error)) from error
+        raise CheckFailed(message.format(error=str(error).rstrip("."))) from error
 
 
 @dataclass(frozen=True, eq=False)

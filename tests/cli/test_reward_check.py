@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -55,6 +57,23 @@ def test_options_prompts_and_skips_are_used(use: Use, capsys: pytest.CaptureFixt
     assert data["options"] == {"gain": 0.5}
     assert {one["check"] for one in data["checks"] if one["status"] == "skipped"} == {"shape"}
     assert "declared differentiable=False" in {o["check"]: o["message"] for o in data["checks"]}["gradcheck"]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/write-a-reward.md", "docs/compose-a-mix.md"])
+def test_the_local_rewards_of_the_documentation_pass(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    function = re.search(r"def redness\(images.*\n(?: .*\n)+", text)
+    whole = re.search(r'```python title="my_rewards.py"\n(.*?)```', text, re.DOTALL)
+    found = (function and function[0]) or (whole and whole[1])
+    assert found
+    (tmp_path / "mine.py").write_text(found)
+    monkeypatch.chdir(tmp_path)
+    # The absolute differences of `Detail` have kinks, which finite differences step over.
+    smooth = "class Detail" not in found
+    out, _ = run(capsys, *(["./mine.py:redness"] if smooth else ["./mine.py:Detail", "--skip", "gradcheck"]))
+    assert out.endswith("The reward keeps the contract.\n")
 
 
 @pytest.mark.parametrize(
