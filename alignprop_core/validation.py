@@ -207,9 +207,10 @@ def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Seq
     siblings += [dotted([*plain[:-1], name]) for name in further]
     message = "unknown key."
     alike = name.lower().replace("-", "_")
-    aliases = getattr(model, "aliases", {})
-    if alike in aliases:
-        return f"{message} In alignprop this is {aliases[alike]}."
+    if renamed := getattr(model, "renamed", {}).get(dotted(plain)):
+        return f"{message} It was renamed to {renamed}."
+    if alias := getattr(model, "aliases", {}).get(alike):
+        return f"{message} In alignprop this is {alias}."
     close = get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1, cutoff=0.75)
     if close:
         return f"{message} Did you mean {dotted([*([where] if where else []), *path[:-1], close[0]])}?"
@@ -219,6 +220,5 @@ def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Seq
     near = get_close_matches(name, [key.rpartition(".")[2] for key in every], n=1, cutoff=0.75)
     if near:
         return f"{message} Did you mean {next(key for key in every if key.rpartition('.')[2] == near[0])}?"
-    if len(siblings) <= 20 and siblings:
-        return f"{message} Known here: {', '.join(key.rpartition('.')[2] for key in siblings)}."
-    return message
+    known = f" Known here: {', '.join(key.rpartition('.')[2] for key in siblings)}."
+    return message + (known if 0 < len(siblings) <= 20 else "")

@@ -6,22 +6,7 @@ from copy import deepcopy
 from typing import Any
 
 ALIASES: dict[str, str] = {
-    # Earlier names of this project.
-    "targets": "lora.target_modules",
-    "rank_stabilized": "lora.use_rslora",
-    "checkpoint_every": "save.state_every",
-    "keep_checkpoints": "save.state_keep",
-    "samples": "previews",
     "at_start": "previews (always before the first step)",
-    "guards": "early_stopping (and optimizer.spike_threshold)",
-    "watch": "early_stopping.monitor",
-    "lower_is_better": "early_stopping.mode: min",
-    "keep_best": "early_stopping.restore_best",
-    "drift_limit": "early_stopping.max_drift",
-    "diversity_floor": "early_stopping.min_diversity",
-    "explosion": "optimizer.spike_threshold",
-    "max_dropped_steps": "optimizer.max_skipped_steps",
-    # Other trainers.
     "lr": "optimizer.learning_rate",
     "learning_rate": "optimizer.learning_rate",
     "train_learning_rate": "optimizer.learning_rate",
@@ -158,6 +143,20 @@ _MOVED = {
     "guards.explosion": "optimizer.spike_threshold",
     "guards.max_dropped_steps": "optimizer.max_skipped_steps",
 }
+
+RENAMED: dict[str, str] = {
+    **_MOVED,
+    "samples": "previews",
+    "guards": "early_stopping (and optimizer.spike_threshold)",
+    "early_stopping.watch": "early_stopping.monitor",
+    "early_stopping.lower_is_better": "early_stopping.mode: min",
+    "early_stopping.keep_best": "early_stopping.restore_best",
+    "early_stopping.drift_limit": "early_stopping.max_drift",
+    "early_stopping.diversity_floor": "early_stopping.min_diversity",
+    "early_stopping.explosion": "optimizer.spike_threshold",
+    "early_stopping.max_dropped_steps": "optimizer.max_skipped_steps",
+}
+"""Earlier keys of this project, where they were or in the section's new name -> what they are now."""
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:

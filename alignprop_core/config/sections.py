@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 
-from alignprop_core.config.aliases import ALIASES
+from alignprop_core.config.aliases import ALIASES, RENAMED
 from alignprop_core.config.base import Positive, Section, Seed, Text
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelConfig, PromptsConfig, SamplingConfig
 from alignprop_core.config.rewards import MixConfig, RewardTerm
@@ -152,6 +152,7 @@ class RunConfig(Section):
     """A training run of alignprop."""
 
     aliases: ClassVar[Mapping[str, str]] = ALIASES
+    renamed: ClassVar[Mapping[str, str]] = RENAMED
     formats: ClassVar[Mapping[str, str]] = {
         "device": "auto, cpu, mps, cuda or cuda:N (as in cuda:0)",
         "label": "letters, digits, dots, dashes and underscores",
