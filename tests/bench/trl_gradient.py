@@ -41,7 +41,7 @@ import alignprop_core as ap
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.lora import attach
+from alignprop_core.lora.adapters import attach
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch
 
