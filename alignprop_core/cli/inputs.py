@@ -57,9 +57,10 @@ def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunC
     Raises:
         UserError: the run, its model or its LoRA does not exist.
     """
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is not a run folder (there is no config.yaml in it).")
     config = load_config(run / "config.yaml", registry=registry)
-    lora = run / "lora" if lora is None else lora
-    find_lora(lora)
+    find_lora(lora := lora or run / "lora")
     check_model(config, registry)
     return config, {
         "model": config.model.base,

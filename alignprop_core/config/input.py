@@ -56,8 +56,8 @@ def _set(data: dict[str, Any], parts: list[str], value: object) -> Key:
         fresh: Any = value if last else [] if parts[i + 1].isdecimal() else {}
         if isinstance(here, list):
             if not part.isdecimal() or int(part) > len(here):
-                known = f"0 to {len(here)}" if here else "0"
-                raise ConfigError(f"{dotted(path)} is a list: write an index ({known}) where it says {part}.")
+                known = f"{'0 to ' * (len(here) > 1)}{len(here) - 1}, or {len(here)} to append," if here else "0"
+                raise ConfigError(f"{dotted(path)} is a list: write an index {known} where it says {part}.")
             index = int(part)
             if index == len(here):
                 here.append(fresh)

@@ -205,14 +205,13 @@ class Registry:
 
     def _unknown(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> str:
         known = sorted({offer.name for offer in offers} | (self.given.keys() if what == "reward" else set()))
+        if what == "reward" and name.endswith(".py"):
+            return f"{name}: add the name of a function or class: {name}:NAME."
         message = f'No installed plugin offers the {what} "{name}".'
         nearest = did_you_mean(name.rpartition("/")[2], known) or did_you_mean(name, known)
-        if nearest or not known:
-            message += nearest
-        else:
-            message += f" There are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
-        broken = [record for record in self.plugins if record.status != "loaded"]
-        if broken:
+        every = f" There are: {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}."
+        message += nearest or (every if known else "")
+        if broken := [record for record in self.plugins if record.status != "loaded"]:
             listed = "; ".join(f"{r.distribution} ({r.status}: {r.error})" for r in broken[:5])
             message += f" It may belong to an installed plugin that is not loaded: {listed}."
         if what == "reward":

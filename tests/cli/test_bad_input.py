@@ -68,6 +68,7 @@ def test_missing_config(capsys: pytest.CaptureFixture[str]) -> None:
         ({"training": {"steps": "many"}}, ["training.steps", "many"]),
         ({"training": {"batch_size": 0}}, ["training.batch_size"]),
         ({"rewards": [{"name": "jpeg_compressibility", "options": {"quality": 300}}]}, ["rewards.0.options.quality"]),
+        ({"rewards": [{"name": "./red.py"}]}, ["add the name of a function or class: ./red.py:NAME"]),
         ({"rewards": [{"name": "jpeg_bytes"}]}, ["rewards.0", "evaluation.rewards"]),
         ({"prompts": {"train": "nowhere.txt"}}, ["nowhere.txt"]),
         ({"model": {"base": "no_such_model"}}, ["model.base", "no_such_model"]),
@@ -128,7 +129,7 @@ def test_existing_output_is_kept(
 ) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
-    refused(capsys, ["train", config()], "not empty", "--resume latest")
+    refused(capsys, ["train", config()], "not empty", "--resume latest", "--overwrite")
     assert (tmp_path / "run" / "mine.txt").read_text() == "precious"
 
 
@@ -191,10 +192,11 @@ def test_a_score_that_is_no_number_is_not_printed(
 
 def test_evaluate_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["evaluate"], "--model")
-    refused(capsys, ["evaluate", tmp_path], "config.yaml")
+    refused(capsys, ["evaluate", tmp_path], f"{tmp_path} is not a run folder (there is no config.yaml in it)")
     refused(capsys, ["evaluate", "--model", "x"], "--prompts")
 
 
 def test_sample_mistakes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["sample", "fox", "--model", model, "--steps", "0"], "steps")
     refused(capsys, ["sample", "fox", "--model", model, "--lora", "gone"], "gone")
+    refused(capsys, ["sample", "fox", "--run", "runs/thre"], "runs/thre is not a run folder")

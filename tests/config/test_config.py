@@ -378,8 +378,8 @@ def test_wrong_overrides_are_answered(tmp_path: Path, registry: Registry) -> Non
         )
     lines = str(caught.value).split("\n")
     assert lines[0] == 'override "training.steps": write key.path=value, such as training.steps=20.'
-    assert lines[1] == 'override "rewards.x=1": rewards is a list: write an index (0 to 1) where it says x.'
-    assert "0 to 1" in lines[2]
+    assert lines[1] == 'override "rewards.x=1": rewards is a list: write an index 0, or 1 to append, where it says x.'
+    assert "index 0, or 1 to append," in lines[2]
     assert "output is a single value" in lines[3]
     assert "write key.path=value" in lines[4]
     assert "not valid YAML" in lines[5]
