@@ -276,9 +276,9 @@ ESCAPES = ["../outside", "a/../../outside", "/outside", "..", "images/../../outs
 @pytest.mark.parametrize("name", ESCAPES)
 def test_a_run_folder_writes_nothing_outside_itself(name: str, tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "run") as folder:
-        for write in (folder.write_text, folder.write_json, folder.write_bytes):
+        for write in (folder.write_text, folder.write_json):
             with pytest.raises(OutputError, match="outside the run folder"):
-                write(name, b"x" if write == folder.write_bytes else "x")  # type: ignore[operator]
+                write(name, "x")
         with pytest.raises(OutputError, match="outside the run folder"), folder.staged(name):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,18 @@ from alignprop_core.lora.layers import activate, bare, layers_of
 def parts_of(pipeline: Any) -> list[nn.Module]:
     """Return the networks of a diffusers pipeline."""
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def active_adapters(pipeline: Any) -> list[tuple[Any, list[str]]]:
+    """Return the adapted layers of a diffusers pipeline, each with the names of its active adapters."""
+    layers = [module for part in parts_of(pipeline) for module in part.modules() if isinstance(module, LoraLayer)]
+    return [(layer, list(layer.active_adapters)) for layer in layers]
+
+
+def also_activate(layers: Iterable[tuple[Any, list[str]]], names: Collection[str]) -> None:
+    """Activate adapters of layers beside those that are given with each layer."""
+    for layer, active in layers:
+        activate(layer, [*active, *(name for name in names if name in layer.lora_A)])
 
 
 def detach(model: nn.Module, name: str = ADAPTER) -> None:
@@ -39,19 +51,15 @@ def detach(model: nn.Module, name: str = ADAPTER) -> None:
 @contextmanager
 def applied(pipeline: Any, loras: Sequence[tuple[str | Path, float]], instead_of: Collection[str]) -> Iterator[None]:
     """Apply LoRA files at their strengths inside the block, with the adapters `instead_of` switched off."""
-    parts = parts_of(pipeline)
-    layers = [module for part in parts for module in part.modules() if isinstance(module, LoraLayer)]
-    before = [(layer, list(layer.active_adapters)) for layer in layers]
+    before = active_adapters(pipeline)
     names = [f"applied_{number}" for number in range(len(loras))]
     try:
         for name, (path, strength) in zip(names, loras, strict=True):
             attach_frozen(pipeline, path, strength, name)
-        for layer, active in before:
-            added = [name for name in names if name in layer.lora_A]
-            activate(layer, [name for name in active if name not in instead_of] + added)
+        also_activate([(layer, [name for name in active if name not in instead_of]) for layer, active in before], names)
         yield
     finally:
-        for part in parts:
+        for part in parts_of(pipeline):
             for name in names:
                 detach(part, name)
         for layer, active in before:

@@ -118,18 +118,12 @@ class RunFolder:
 
     # --- writing
 
-    def write_bytes(self, name: str | Path, data: bytes) -> Path:
-        """Write a file atomically; `name` is relative to the folder. `OutputError` if it cannot be written."""
-        target = self.inside(name)
-        write_atomic(target, data)
-        return target
-
-    def write_text(self, name: str | Path, text: str) -> Path:
-        """Write text as UTF-8, as `write_bytes`."""
-        return self.write_bytes(name, text.encode("utf-8"))
+    def write_text(self, name: str | Path, text: str) -> None:
+        """Write text as UTF-8, atomically; `name` is relative to the folder. `OutputError` if it cannot be written."""
+        write_atomic(self.inside(name), text.encode("utf-8"))
 
     def write_json(self, name: str | Path, data: Any) -> Path:
-        """Write JSON, as `write_bytes`; NaN and infinities, which JSON does not have, become null."""
+        """Write JSON, as `write_text`; NaN and infinities, which JSON does not have, become null."""
         return write_json(self.inside(name), data)
 
     @contextmanager

@@ -147,6 +147,7 @@ class Run:
         from alignprop_core.devices import choose_device, network_dtype
         from alignprop_core.diffusion.loading import load_pipeline
         from alignprop_core.lora.adapters import ADAPTER
+        from alignprop_core.lora.swapping import active_adapters, also_activate
         from alignprop_core.training.given_pipeline import detach_own
 
         config, pipeline = self.config, self._model
@@ -158,6 +159,7 @@ class Run:
                 pipeline = load_pipeline(base, registry=self.registry, device=device, dtype=dtype, vae=vae)
         else:
             detach_own(pipeline)
+        others = active_adapters(pipeline)  # LoRAs that the passed pipeline has; loading another switches them off
         # Names of adapters that a later training on the pipeline removes.
         loras = {f"frozen_{i}": (Path(extra.path), extra.strength) for i, extra in enumerate(config.model.loras)}
         if lora:
@@ -169,6 +171,7 @@ class Run:
                 pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
         if loras:
             pipeline.set_adapters(list(loras), [strength for _, strength in loras.values()])
+            also_activate(others, loras)
         return pipeline
 
     # -- as a path ----------------------------------------------------------------------------------------------

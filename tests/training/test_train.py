@@ -310,6 +310,28 @@ def test_a_pipeline_is_trained_again_and_each_run_keeps_its_result(
     assert train(model=pipeline).metrics[0]["total"] == pytest.approx(first.metrics[0]["total"], abs=1e-6)
 
 
+def test_a_lora_that_the_pipeline_had_stays_active_at_its_strength(
+    train: Callable[..., ap.Run], tiny_sd: Callable[..., Any]
+) -> None:
+    earlier = train(model=tiny_sd())
+    pipeline = tiny_sd()
+    pipeline.load_lora_weights(earlier.lora.parent, weight_name=earlier.lora.name, adapter_name="mine")
+    pipeline.set_adapters(["mine"], [0.7])
+    base = image(pipeline)
+    run = train(model=pipeline, rewards=lambda images: -images.mean((1, 2, 3)))
+    tuned = sampled(run)
+    assert abs(tuned - base).max() > 1
+    assert abs(image(run.pipeline()) - tuned).max() <= 1
+    assert pipeline.get_active_adapters() == ["mine", "alignprop"]
+    assert abs(image(run.pipeline(lora=False)) - base).max() == 0
+
+
+def test_a_score_without_a_gradient_is_reported_and_changes_nothing(train: Callable[..., ap.Run]) -> None:
+    run = train(rewards=lambda images: (255 * images).round().mean((1, 2, 3)))
+    assert "the gradient of every score is 0" in run.metrics[0]["idle"]
+    assert (sampled(run) == sampled(run, lora=False)).all()
+
+
 def test_a_run_on_a_nameless_pipeline_says_what_to_do_elsewhere(
     train: Callable[..., ap.Run], tiny_sd: Callable[..., Any], capsys: pytest.CaptureFixture[str], tiny_model: Path
 ) -> None:
