@@ -164,13 +164,15 @@ class Mix:
         for running, (raw, raw_square, size_square) in zip(self.running.values(), zip(*sums, strict=True), strict=True):
             running.add(raw / stats.images, raw_square / stats.images, size_square, self.config.decay)
 
-    def why_idle(self, step: int) -> str:
-        """Return why no image of a step has a gradient."""
+    def why_idle(self, step: int, stats: StepStats) -> str:
+        """Return why no image of a step with these statistics has a gradient."""
         if not any(term.weight_at(step) for term in self.terms):
             return "every weight is 0 at this step"
         if not any(self.factors(step)):
             return "no term has a nonzero standard deviation or gradient to scale by"
-        return "every image is at the ceiling, floor or target of every term"
+        if not stats.scalar("moving"):
+            return "every image is at the ceiling, floor or target of every term"
+        return "the gradient of every score is 0 (a score that rounds or counts cannot be trained on)"
 
     def state(self) -> dict[str, dict[str, float]]:
         """Return the running statistics for a checkpoint."""

@@ -110,7 +110,7 @@ class StepStats:
     @property
     def moving(self) -> bool:
         """Whether any image has a gradient under any term."""
-        return bool(self.scalar("moving"))
+        return bool(self.scalar("moving")) and bool(self.per_term("image_square").any())
 
     @property
     def grad_norm(self) -> float:

@@ -264,7 +264,7 @@ class Trainer:
             self.progress.reward_queries += self.gradient.calibrate(step)
         stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
-        stats.idle = None if stats.moving else self.mix.why_idle(step)
+        stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
         overflow = self.optimizer.overflow_expected
         stats.skipped = self.step_check.reason_to_skip(step + 1, stats, overflow_expected=overflow)
         self._update(stats, learn=not calibrated)

@@ -316,10 +316,11 @@ def test_a_step_without_a_gradient_reports_why() -> None:
     assert not logged.moving
     assert logged.terms["redness"]["share"] is None
     assert logged.cosines["redness | contrast"] is None
-    assert "at the ceiling, floor or target" in low.why_idle(0)
+    assert "at the ceiling, floor or target" in low.why_idle(0, logged)
     later = Mix([Term("redness", Redness(), weight={0: 0.0, 5: 1.0})])
-    assert "weight is 0" in later.why_idle(0)
-    assert "no term has a nonzero standard deviation" in Mix(terms(), MixConfig(combine="normalized")).why_idle(0)
+    assert "weight is 0" in later.why_idle(0, logged)
+    normalized = Mix(terms(), MixConfig(combine="normalized"))
+    assert "no term has a nonzero standard deviation" in normalized.why_idle(0, logged)
 
 
 # -- running statistics ---------------------------------------------------------------------------------------------
