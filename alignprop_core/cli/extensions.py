@@ -138,15 +138,6 @@ def problems(registry: Registry, core: TyperGroup) -> Iterator[str]:
             yield _conflict([*same, *inside])
 
 
-def core_commands() -> TyperGroup:
-    """Return the root group with the core's commands alone."""
-    from alignprop_core import cli
-
-    core = typer.main.get_command(cli.app)
-    assert isinstance(core, TyperGroup)
-    return core
-
-
 def _conflict(offers: list[Offer[CommandSpec]]) -> str:
     from alignprop_core.registry.discovery import BLOCK_VARIABLE
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
 from alignprop_core.cli import common
-from alignprop_core.cli.extensions import core_commands, problems
+from alignprop_core.cli.extensions import problems
 
 if TYPE_CHECKING:
+    from typer.core import TyperGroup
+
     from alignprop_core.registry.discovery import PluginRecord
 
 _KINDS = ("rewards", "models", "families", "prompts", "weights", "callbacks", "commands", "loaders")
@@ -17,6 +19,7 @@ _STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "inc
 
 
 def plugins(
+    context: typer.Context,
     json: bool = common.JSON_OPTION,
     traceback: bool = typer.Option(False, "--traceback", help="Also print the tracebacks of failed plugins."),
     requirements: bool = typer.Option(False, "--requirements", help="Print pinned versions for a requirements file."),
@@ -38,7 +41,7 @@ def plugins(
         typer.echo("No plugins are installed. Rewards and models are plugins: pip install alignprop-starter")
     else:
         _print(registry.plugins, traceback)
-        for problem in problems(registry, core_commands()):
+        for problem in problems(registry, cast("TyperGroup", context.find_root().command)):
             common.note(f"error: {problem}")
 
 
