@@ -12,10 +12,11 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.noise import Noise, seeded
+from alignprop_core.diffusion.noise import seeded
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import STRATEGIES, Truncation, draw_truncation
 from alignprop_core.errors import ConfigError, ModelError, RunError
+from tests.support.plain_autograd import plain_autograd
 
 PROMPTS = ["a fox", "three owls on a blue hill", "b"]
 STEPS = 5
@@ -114,42 +115,6 @@ def test_other_image_sizes(pipe: Any) -> None:
 # -- gradients --------------------------------------------------------------------------------------------------------
 
 
-def plain_autograd(pipe: Any, sampling: SamplingConfig, noise: Noise, plan: Truncation) -> Tensor:
-    """Return the images by definition: diffusers' scheduler and UNet, a graph through all steps, detach by hand."""
-    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(sampling.steps)
-    count = len(PROMPTS)
-    positive, negative = pipe.encode_prompt(PROMPTS, "cpu", 1, True, [sampling.negative_prompt] * count)
-    context = torch.cat([negative, positive]).detach()
-
-    def network(latents: Tensor, t: Tensor) -> Tensor:
-        uncond, cond = pipe.unet(torch.cat([latents] * 2), t, encoder_hidden_states=context).sample.chunk(2)
-        return uncond + sampling.guidance_scale * (cond - uncond)
-
-    latents = noise.initial
-    for i, t in enumerate(scheduler.timesteps):
-        seen = latents.detach() if plan.detach_input else latents
-        prediction = network(seen, t)
-        if i not in plan.kept:
-            prediction = prediction.detach()
-        if i < plan.first:
-            latents = latents.detach()
-        extra = {} if noise.steps is None else {"eta": sampling.eta, "variance_noise": noise.steps[i]}
-        result = scheduler.step(prediction, t, latents, **extra)
-        if i == plan.stop_at:
-            latents = result.pred_original_sample
-            break
-        latents = result.prev_sample
-    rows = [latents]
-    for fresh in () if noise.lv is None else noise.lv:
-        t = scheduler.timesteps[-1]
-        again = scheduler.add_noise(latents.detach(), fresh, t.repeat(count))
-        rows.append(scheduler.step(network(again, t), t, again).prev_sample)
-    pixels = pipe.vae.decode(torch.cat(rows) / pipe.vae.config.scaling_factor).sample / 2 + 0.5
-    # Straight-through clip: the value of clamp, the gradient of identity.
-    return pixels + (pixels.clamp(0, 1) - pixels).detach()
-
-
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -165,7 +130,7 @@ def test_gradient_equals_plain_autograd(
     for step in range(3):
         noise = sampler.noise(PROMPTS, seed=7, step=step)
         truncation = sampler.truncation(seed=7, step=step)
-        expected_images = plain_autograd(pipe, sampling, noise, truncation)
+        expected_images = plain_autograd(pipe, PROMPTS, sampling, noise, truncation)
         objective(expected_images).backward()
         expected = gradients(parameters)
 
