@@ -68,7 +68,9 @@ def train(
             config of that run.
         overrides: `key.path=value` changes, as on the command line.
         model: a registered model, a hub id, a folder, a .safetensors file, or a loaded diffusers pipeline, which
-            carries the trained adapter afterwards and can be trained again; or the section `model` with `base`.
+            carries the trained adapter afterwards and can be trained again; or the section `model` with `base`. The run
+            records the name a pipeline was loaded from, so weights changed since then are not found again by
+            `Run("runs/red")`: save such a pipeline and load it, or pass `Run(..., model=pipeline)`.
         prompts: a list of texts (or of mappings with `prompt` and metadata), a registered set, a file, a function that
             returns a prompt or (prompt, metadata), as TRL's; or the section `prompts` with `train` and `heldout`.
             A function is called once per training image, at most 1000 times, before training, with the global random
