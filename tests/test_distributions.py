@@ -241,16 +241,13 @@ def listing_seconds(environment: FreshEnvironment, cwd: Path) -> float:
     return min(seconds)
 
 
-def test_the_metapackage_requires_the_core_the_lora_commands_the_report_and_the_apache_licensed_rewards() -> None:
+def test_the_metapackage_requires_the_core_commands_report_trackers_and_the_apache_licensed_rewards() -> None:
     registry = Registry.discover({})
     records = {record.distribution: record for record in registry.plugins if record.distribution in PLUGINS}
     rewards = {name for name, record in records.items() if record.names("rewards") and record.license == "Apache-2.0"}
     facts = tomllib.loads((ROOT / "plugins" / METAPACKAGE / "pyproject.toml").read_text())["project"]
-    assert {Requirement(line).name for line in facts["dependencies"]} == rewards | {
-        CORE,
-        "alignprop-lora",
-        "alignprop-report",
-    }
+    others = {CORE, "alignprop-lora", "alignprop-report", "alignprop-trackers"}
+    assert {Requirement(line).name for line in facts["dependencies"]} == rewards | others
 
 
 def test_the_plugins_versions_and_ranges_go_together() -> None:
