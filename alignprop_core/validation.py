@@ -48,6 +48,11 @@ class InvalidConfig(ConfigError):
         self.problems = tuple(problems)
 
 
+def invalid(problems: Sequence[Problem], where: str) -> InvalidConfig:
+    """Return the error for problems of one value of a config, one line for each; `where` is the value's key."""
+    return InvalidConfig(problems, "\n".join(f"{where}.{problem.key}: {problem.message}" for problem in problems))
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """Write a path with dots."""
     return ".".join(str(part) for part in path)

@@ -21,7 +21,7 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from alignprop_core.errors import PluginError, under
-from alignprop_core.registry.guard import PluginFailure, guarded
+from alignprop_core.registry.guard import guarded_as
 from alignprop_core.registry.offers import Offer
 from alignprop_core.specs import RewardConfig, RewardSpec, default_label
 
@@ -208,17 +208,11 @@ def _run(path: Path, source: bytes, digest: str) -> ModuleType:
     module = module_from_spec(spec)
     sys.modules[name] = module  # pydantic looks types up by a class's module
     try:
-        with guarded() as printed:
+        with guarded_as(lambda failure: PluginError(f"{path}: cannot be run: {failure}.")):
             spec.loader.exec_module(module)
-    except PluginFailure as failure:
-        del sys.modules[name]
-        error = PluginError(f"{path}: cannot be run: {failure}.")
-        error.add_note(failure.traceback)
-        raise error from failure.__cause__
     except BaseException:
         del sys.modules[name]
         raise
-    sys.stderr.write(printed.getvalue())
     return module
 
 
