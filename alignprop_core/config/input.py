@@ -100,7 +100,8 @@ def resolve_paths(
     working directory, is that. Returns names that nothing installed offers.
     """
     problems: list[Problem] = []
-    for kind, path, holder, name in list(_path_values(data, registry)):
+    for kind, path, holder in list(_path_values(data, registry)):
+        name = path[-1]
         written = holder[name]
         start = Path() if any(path[: len(done)] == done for done in overridden) else folder
         if kind == "output":
@@ -145,38 +146,47 @@ def resolve_paths(
     return problems
 
 
-def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str, Key, Any, Any]]:
-    """Yield (kind, path, container, key) of every value that may be a path."""
-
-    def section(holder: object, *names: str) -> dict[str, Any]:
-        for name in names:
-            holder = holder.get(name) if isinstance(holder, dict) else None
-        return holder if isinstance(holder, dict) else {}
-
-    model, lora, prompts = section(data, "model"), section(data, "lora"), section(data, "prompts")
-    places: list[tuple[str, Key, Any]] = [
-        ("model", ("model", "base"), model),
-        ("file", ("model", "vae"), model),
-        ("file", ("lora", "init_from"), lora),
-        ("prompts", ("prompts", "train"), prompts),
-        ("prompts", ("prompts", "heldout"), prompts),
-        ("output", ("output",), data),
-    ]
-    loras = model.get("loras")
-    for i, item in enumerate(loras if isinstance(loras, list) else ()):
-        places.append(("file", ("model", "loras", i, "path"), item))
-    for place, holder in ((("rewards",), data), (("evaluation", "rewards"), section(data, "evaluation"))):
-        terms = holder.get("rewards")
+def reward_terms(data: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Yield path and entry of every reward in the data, those that are only evaluated included."""
+    for place in (("rewards",), ("evaluation", "rewards")):
+        terms = _at(data, place)
         for i, term in enumerate(terms if isinstance(terms, list) else ()):
-            places.append(("reward", (*place, i, "name"), term))
-            for loader in (offer.name for offer in registry.loaders() if section(term, offer.name)):
-                fields = _path_fields(loader, registry)
-                places += [("loader", (*place, i, loader, key), section(term, loader)) for key in fields]
-            options = section(term, "options")
-            places += [("option", (*place, i, "options", key), options) for key in options]
-    for kind, path, holder in places:
-        if isinstance(holder, dict) and isinstance(value := holder.get(str(path[-1])), str) and value:
-            yield kind, path, holder, path[-1]
+            if isinstance(term, dict):
+                yield (*place, i), term
+
+
+def _at(data: Any, path: Key) -> Any:
+    """Return the value at a path; None if there is none."""
+    for key in path:
+        if isinstance(data, dict):
+            data = data.get(key)
+        else:
+            data = data[key] if isinstance(data, list) and isinstance(key, int) else None
+    return data
+
+
+def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str, Key, dict[str | int, Any]]]:
+    """Yield (kind, path, container) of every value that may be a path."""
+    places: list[tuple[str, Key]] = [
+        ("model", ("model", "base")),
+        ("file", ("model", "vae")),
+        ("file", ("lora", "init_from")),
+        ("prompts", ("prompts", "train")),
+        ("prompts", ("prompts", "heldout")),
+        ("output", ("output",)),
+    ]
+    loras = _at(data, ("model", "loras"))
+    places += [("file", ("model", "loras", i, "path")) for i in range(len(loras) if isinstance(loras, list) else 0)]
+    for place, term in reward_terms(data):
+        places.append(("reward", (*place, "name")))
+        for loader in (offer.name for offer in registry.loaders() if isinstance(term.get(offer.name), dict)):
+            places += [("loader", (*place, loader, key)) for key in _path_fields(loader, registry)]
+        options = term.get("options")
+        places += [("option", (*place, "options", key)) for key in (options if isinstance(options, dict) else ())]
+    for kind, path in places:
+        holder = _at(data, path[:-1])
+        if isinstance(holder, dict) and isinstance(value := holder.get(path[-1]), str) and value:
+            yield kind, path, holder
 
 
 def _path_fields(loader: str, registry: Registry) -> list[str]:

@@ -11,10 +11,10 @@ import torch
 from alignprop_core._files import read_table
 from alignprop_core.config.load import resolved_yaml
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
 from alignprop_core.runs.environment import environment
 from alignprop_core.runs.folder import RunFolder
-from alignprop_core.training.resume import class_checksum
 
 
 def open_folder(
@@ -71,7 +71,7 @@ def _environment(config: RunConfig, registry: Registry, device: torch.device) ->
     used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
     used |= {registry.loader(key).distribution for _, key, _ in loaded}
     known = environment(used, [offer.spec for offer in offers])
-    sources = {name: class_checksum(registry.given[name]) for name in local if name in registry.given}
+    sources = {name: code_checksum(registry.given[name].code) for name in local if name in registry.given}
     return known | {
         "local_rewards": local,
         "class_sources": sources,

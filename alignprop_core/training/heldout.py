@@ -21,11 +21,12 @@ from alignprop_core.evaluation.sheet import before_after, save_image
 from alignprop_core.evaluation.statistics import summary
 from alignprop_core.lora import adapters
 from alignprop_core.mix.stats import StepStats
+from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.early_stopping import Basis
 from alignprop_core.training.lora_names import lora_metadata, lora_name
-from alignprop_core.training.resume import class_checksum, file_checksum
+from alignprop_core.training.resume import file_checksum
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer
@@ -202,7 +203,7 @@ def basis_of(trainer: Trainer) -> Basis:
 
 def _reward(entry: RewardTerm, registry: Registry) -> dict[str, Any]:
     given = None if entry.loader else registry.given.get(entry.name)
-    checksum = file_checksum(entry.name) if given is None else class_checksum(given)
+    checksum = file_checksum(entry.name) if given is None else code_checksum(given.code)
     known = {"name": entry.name, "options": entry.options, "sha256": checksum}
     # Through JSON, as in a checkpoint: a tuple comes back as a list.
     found: dict[str, Any] = json.loads(json.dumps(known, default=str))

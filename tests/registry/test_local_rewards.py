@@ -19,9 +19,10 @@ import torch
 from pydantic import Field
 
 from alignprop_core import train
-from alignprop_core.config.load import load_config, parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import ConfigError, PluginError, TrialError
 from alignprop_core.mix.load import load_terms
@@ -127,7 +128,8 @@ def data(folder: Path, tiny_model: Path) -> Callable[..., dict[str, Any]]:
 
 
 def parse(folder: Path, data: dict[str, Any], **options: Any) -> RunConfig:
-    return parse_config(data, registry=options.pop("registry", registry()), folder=folder, **options)
+    (folder / "run.yaml").write_text(dump_yaml(data))
+    return load_config(folder / "run.yaml", registry=options.pop("registry", registry()), **options)
 
 
 def refused(folder: Path, data: dict[str, Any], **options: Any) -> dict[str, str]:
