@@ -8,7 +8,8 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,12 @@ def safe_name(text: str, *, longest: int = 80) -> str:
     """Return `text` as a file name of letters, digits, `.`, `-` and `_`; never empty, hidden, or a path."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:longest].rstrip("._-")
     return name or "unnamed"
+
+
+def unused_name(name: str, taken: Container[str], joint: str = "_") -> str:
+    """Return the name, with the first free number from 2 on if it is taken: fox, fox_2, fox_3."""
+    numbered = (f"{name}{joint}{number}" for number in count(2))
+    return next(one for one in chain([name], numbered) if one not in taken)
 
 
 def flush(path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,6 @@ from alignprop_core.cli import common
 
 if TYPE_CHECKING:
     from alignprop_core.config.rewards import RewardTerm
-    from alignprop_core.config.sections import RunConfig
     from alignprop_core.evaluation.compare import Comparison
     from alignprop_core.evaluation.sweep import Sweep
     from alignprop_core.prompts import PromptSet
@@ -67,11 +65,9 @@ def evaluate(
     if not all(abs(point) <= 1000 for point in points):
         raise UserError(f"--strengths {strengths}: give finite numbers, such as 0,0.5,1.")
     registry = default_registry()
-    config: RunConfig | None = None
-    source: dict[str, Any] = {"model": model, "lora": lora}
     with nullcontext() if run is None else located(run / "config.yaml"):
-        if run is not None:
-            config, source = inputs.model_of_run(run, lora, registry)
+        config, source = inputs.chosen_model(run, model, lora, registry)
+        if config is not None:
             check_rewards(config, registry)
         heldout = _prompts(prompts, (config and config.prompts.heldout) or "", registry)
         own = [] if config is None else [*config.rewards, *config.evaluation.rewards]
@@ -82,8 +78,6 @@ def evaluate(
         evaluation = (config.evaluation if config else EvaluationConfig()).model_copy(
             update=inputs.given(images_per_prompt=images_per_prompt, seed=seed)
         )
-        if run is None:
-            inputs.check_model_options(model, lora, registry)
         if soup is not None:
             with under("--soup"):
                 find_lora(soup)
@@ -158,11 +152,12 @@ def _prompts(given: str, own: str | Sequence[Any], registry: Registry) -> Prompt
 
 def _combine(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
     """Return a run's rewards and those of --reward with distinct labels; a reward with the same options only once."""
+    from alignprop_core._files import unused_name
+
     entries = list(own)
     for entry in given:
         if any((other.name, other.options) == (entry.name, entry.options) for other in own):
             continue
-        taken = {other.label for other in own}
-        label = next(label for n in count(1) if (label := entry.label if n == 1 else f"{entry.label}.{n}") not in taken)
+        label = unused_name(entry.label, {other.label for other in own}, ".")
         entries.append(entry.model_copy(update={"label": label}))
     return entries

@@ -37,26 +37,27 @@ def device_of(name: str) -> torch.device:
         return choose_device(name)
 
 
-def check_model_options(model: str, lora: Path | None, registry: Registry) -> None:
-    """Raise `UserError` if --model or --lora does not exist."""
-    with under("--model"):
-        find_base(model, registry)
-    if lora is not None:
-        with under("--lora"):
-            find_lora(lora)
-
-
-def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunConfig, dict[str, Any]]:
-    """Return a run's config, and its model and LoRA as keyword arguments of `Sampler.load`.
+def chosen_model(
+    run: Path | None, model: str, lora: Path | None, registry: Registry
+) -> tuple[RunConfig | None, dict[str, Any]]:
+    """Return a run's config, if a run is given, and the model and LoRA as keyword arguments of `Sampler.load`.
 
     Args:
         run: the run folder.
+        model: the model, where no run is given.
         lora: a LoRA to use instead of the run's result.
         registry: the installed plugins.
 
     Raises:
-        UserError: the run, its model or its LoRA does not exist.
+        UserError: the run, the model or the LoRA does not exist.
     """
+    if run is None:
+        with under("--model"):
+            find_base(model, registry)
+        if lora is not None:
+            with under("--lora"):
+                find_lora(lora)
+        return None, {"model": model, "lora": lora}
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder (there is no config.yaml in it).")
     config = load_config(run / "config.yaml", registry=registry)

@@ -100,7 +100,8 @@ class Registry:
         for name in found:
             if offers := matching(name, self.rewards()):
                 raise PluginError(
-                    f'rewards["{name}"]: {offers[0].distribution} offers a reward of that name; choose another.'
+                    f'{offers[0].distribution} offers a reward of the name "{name}"; choose another, or give this one '
+                    f'a label: {{"name": ..., "label": "my_{name}"}}.'
                 )
         return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
 

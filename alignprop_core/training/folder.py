@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from alignprop_core.config.load import resolved_yaml
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
-from alignprop_core.runs.environment import environment
 from alignprop_core.runs.folder import RunFolder
+
+_LIBRARIES = ("alignprop-core", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def open_folder(
@@ -61,7 +64,8 @@ def _times(checkpoint: Path | None) -> dict[str, Any]:
 
 
 def _environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
-    terms = (*config.rewards, *config.evaluation.rewards)
+    """Return versions of the core, its libraries and the plugins used, the device, licenses, and where code is from."""
+    given, terms = registry.given, (*config.rewards, *config.evaluation.rewards)
     loaded = [(term, *term.loader) for term in terms if term.loader]
     isolated = {term.label: registry.reward_loader(key, value).origin(term.name) for term, key, value in loaded}
     names = [term.name for term in terms if not term.loader]
@@ -70,11 +74,32 @@ def _environment(config: RunConfig, registry: Registry, device: torch.device) ->
     model = registry.find_model(config.model.base)
     used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
     used |= {registry.loader(key).distribution for _, key, _ in loaded}
-    known = environment(used, [offer.spec for offer in offers])
-    sources = {name: code_checksum(registry.given[name].code) for name in local if name in registry.given}
-    return known | {
+    specs = [offer.spec for offer in offers]
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "plugins": {name: _version(name) for name in sorted(used)},
+        "device": {
+            "kind": "cuda" if cuda else "cpu",
+            "names": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
+            "cuda": torch.version.cuda if cuda else None,
+            "threads": torch.get_num_threads(),
+        },
+        "licenses": {
+            spec.name: {"reward": spec.license, "weights": {file.file: file.license for file in spec.weights}}
+            for spec in specs
+        },
         "local_rewards": local,
-        "class_sources": sources,
+        "class_sources": {name: code_checksum(given[name].code) for name in local if name in given},
         "isolated_rewards": isolated,
         "training_device": str(device),
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

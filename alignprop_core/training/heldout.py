@@ -25,7 +25,7 @@ from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.early_stopping import Basis
-from alignprop_core.training.lora_names import lora_metadata, lora_name
+from alignprop_core.training.lora_files import save_lora
 from alignprop_core.training.resume import file_checksum
 
 if TYPE_CHECKING:
@@ -145,14 +145,7 @@ class HeldOutEvaluation(Callback):
         return total
 
     def _save_best(self, trainer: Trainer) -> None:
-        trainer.folder.inside("lora/best/x")
-        adapters.save(
-            trainer.denoiser,
-            trainer.folder.lora / "best",
-            name=lora_name(trainer.folder.path),
-            metadata=lora_metadata(trainer) | {"alignprop.step": str(trainer.early_stopping.state.best_step)},
-            component=trainer.denoiser_name,
-        )
+        save_lora(trainer, "lora/best", step=trainer.early_stopping.state.best_step)
 
     def _report(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

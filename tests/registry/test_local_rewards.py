@@ -542,7 +542,7 @@ class Bare(Reward):
         ({"mine": lambda images, prompts, metadata, scale: images}, "it must take"),
         ({"mine": lambda *, images: images}, "it must take"),
         ({"mine": lambda: 0}, "it must take"),
-        ({"redness": Redness()}, "toy-rewards offers a reward of that name"),
+        ({"redness": Redness()}, 'toy-rewards offers a reward of the name "redness"'),
     ],
 )
 def test_what_is_not_a_reward_is_refused(rewards: dict[str, Any], message: str) -> None:
