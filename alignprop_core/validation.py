@@ -167,17 +167,23 @@ _WANTED = {
     "string_too_short": "text that is not empty",
 }
 
+_LIMITS = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+    "multiple_of": "a multiple of",
+}
+"""Errors about a number's limit, which their context contains."""
+
 
 def _wanted(item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind in _WANTED:
         return _WANTED[kind]
-    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-    if kind in limits:
-        return f"{words[limits[kind]]} {context[limits[kind]]:g}"
-    if kind == "multiple_of":
-        return f"a multiple of {context['multiple_of']:g}"
+    if kind in _LIMITS:
+        (limit,) = context.values()
+        return f"{_LIMITS[kind]} {limit:g}"
     if kind in ("literal_error", "enum"):
         return str(context["expected"]).replace("'", "")
     if kind == "too_short":

@@ -205,12 +205,10 @@ def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: 
     """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
     if len(problems) == 1:
         return f"{_place(problems[0].path, lines, source, overridden)}: {problems[0].message}"
-    ordered = sorted(problems, key=lambda problem: _line(problem.path, lines))
-    places = [f"line {at}: " if (at := _line(problem.path, lines)) else "" for problem in ordered]
-    listed = [
-        f"  {place}{_named(problem.path, overridden)}: {problem.message}"
-        for place, problem in zip(places, ordered, strict=True)
-    ]
+    listed = []
+    for problem in sorted(problems, key=lambda problem: _line(problem.path, lines)):
+        at = _line(problem.path, lines)
+        listed.append(f"  {f'line {at}: ' if at else ''}{_named(problem.path, overridden)}: {problem.message}")
     return "\n".join([f"{source or 'run config'}: {len(problems)} problems", *listed])
 
 

@@ -19,7 +19,6 @@ from pydantic_core import PydanticCustomError
 
 from alignprop_core.config.base import Section, Text
 from alignprop_core.errors import PluginError
-from alignprop_core.registry.loaders import DISTRIBUTION_OF
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import default_label
 from alignprop_core.validation import InvalidConfig, Problems
@@ -32,7 +31,7 @@ def loader_in(data: Mapping[str, Any], registry: Registry) -> tuple[str, BaseMod
         InvalidConfig: the value under a loader's key is wrong.
         PluginError: a key's loader is not available.
     """
-    known = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+    known = registry.loader_keys()
     for key, value in data.items():
         if key in known and key not in RewardTerm.model_fields and value is not None:
             return key, registry.loader_config(key, value)
@@ -49,9 +48,9 @@ class _Extra:
 
     def checked(self) -> BaseModel:
         """Return the loader's config."""
-        known = {offer.name for offer in self.registry.loaders()}
-        if self.key not in known | DISTRIBUTION_OF.keys():
-            raise PydanticCustomError("unknown_key", "unknown key", {"further": sorted(known)})
+        if self.key not in self.registry.loader_keys():
+            further = sorted({offer.name for offer in self.registry.loaders()})
+            raise PydanticCustomError("unknown_key", "unknown key", {"further": further})
         try:
             return self.registry.loader_config(self.key, self.value)
         except InvalidConfig as error:
@@ -101,7 +100,7 @@ class RewardTerm(Section):
         if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
             return data
         registry = (info.context or {}).get("registry") or default_registry()
-        keys = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+        keys = registry.loader_keys()
         fields = {key: value for key, value in data.items() if key in cls.model_fields}
         extra = {
             key: _Extra(str(key), value, registry)

@@ -153,16 +153,16 @@ def _local(name: str, code: Any, origin: str, sha256: str = "") -> LocalReward:
     from alignprop_core.registry.function import FunctionReward
     from alignprop_core.reward import Reward
 
-    if _is_reward_class(code):
-        return LocalReward(_offer(name, code, code, origin), code, code, sha256=sha256)
+    kind, given = code, None
     if isinstance(code, Reward):
-        kind = type(code)
-        return LocalReward(_offer(name, kind, kind, kind.__module__), kind, kind, given=code)
-    if isinstance(code, type) or not callable(code):
-        what = f"the class {code.__name__}" if isinstance(code, type) else f"of type {type(code).__name__}"
-        raise PluginError(f"must be a function, or a class or object of alignprop_core.Reward, not {what}.")
-    reward = FunctionReward(code)
-    return LocalReward(_offer(name, FunctionReward, code, origin), FunctionReward, code, given=reward, sha256=sha256)
+        code, kind, given = type(code), type(code), code
+        origin = kind.__module__
+    elif not _is_reward_class(code):
+        if isinstance(code, type) or not callable(code):
+            what = f"the class {code.__name__}" if isinstance(code, type) else f"of type {type(code).__name__}"
+            raise PluginError(f"must be a function, or a class or object of alignprop_core.Reward, not {what}.")
+        kind, given = FunctionReward, FunctionReward(code)
+    return LocalReward(_offer(name, kind, code, origin), kind, code, given, sha256)
 
 
 def _name(code: Any) -> str:

@@ -26,7 +26,7 @@ from alignprop_core.registry.discovery import (
 )
 from alignprop_core.registry.guard import PluginFailure, guarded_as
 from alignprop_core.registry.licenses import LicensePolicy
-from alignprop_core.registry.loaders import RewardLoader, RewardSource, missing, several
+from alignprop_core.registry.loaders import DISTRIBUTION_OF, RewardLoader, RewardSource, missing, several
 from alignprop_core.registry.local import LocalReward, from_file, given_rewards
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
 from alignprop_core.specs import (
@@ -88,7 +88,7 @@ class Registry:
     @classmethod
     def from_plugins(cls, plugins: Mapping[str, object]) -> Registry:
         """Build a registry from objects with hooks, by distribution name; ignores what is installed. For tests."""
-        return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
+        return cls(load_all(Candidate(name, "0", "given", lambda p=p: p) for name, p in plugins.items()))
 
     def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
         """Return a registry that also knows rewards passed from Python, by name: functions, classes or objects.
@@ -227,6 +227,10 @@ class Registry:
             raise PluginError(several(key, found) if found else missing(key, self.plugins))
         return found[0]
 
+    def loader_keys(self) -> set[str]:
+        """Return the keys of reward entries that loaders have, installed or well known."""
+        return {offer.name for offer in self.loaders()} | DISTRIBUTION_OF.keys()
+
     def loader_config_class(self, key: str) -> type[BaseModel]:
         """Import the config class of a loader, and not the loader; `PluginError` if it is missing or no such class."""
         offer = self.loader(key)
@@ -326,10 +330,6 @@ class Registry:
 def default_registry() -> Registry:
     """Return the registry of this environment; plugins are discovered once per process."""
     return Registry.discover()
-
-
-def _given(plugin: object) -> object:
-    return plugin
 
 
 def load_object(offer: Offer[Any], path: str, what: str) -> object:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from alignprop_core._files import cannot_write, plain, write_atomic
+from alignprop_core._files import plain, write_atomic, writing
 from alignprop_core.errors import OutputError
 
 STOPPED = "stopped"
@@ -33,7 +33,7 @@ class Metrics:
             OutputError: the disk is full; the lines before stay complete.
         """
         line = json.dumps(plain(row), ensure_ascii=False).encode("utf-8") + b"\n"
-        try:
+        with writing(self.path):
             if self._file is None:
                 _remove_incomplete_line(self.path)
                 self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
@@ -45,8 +45,6 @@ class Metrics:
             except OSError:
                 self._file.truncate(start)
                 raise
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
 
     def read(self) -> list[dict[str, Any]]:
         """Return all complete lines; an incomplete last line is ignored.

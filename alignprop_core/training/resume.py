@@ -91,10 +91,7 @@ def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: Ru
         if found is not None and known.startswith(SCHEME) and known != code_checksum(found.code):
             what = f'class {found.kind.__qualname__} of the object "{term.name}"'
             what = what if isinstance(found.code, type) else f'function "{term.name}"'
-            raise PluginError(
-                f"--resume: rewards.{i}: the {what} was changed since the run in {checkpoint.parent.parent} began, so "
-                f"this would be another run. {_REMEDY}"
-            )
+            raise _changed(f"rewards.{i}: the {what}", checkpoint)
 
 
 def _same_files(config: RunConfig, checkpoint: Path) -> None:
@@ -104,11 +101,14 @@ def _same_files(config: RunConfig, checkpoint: Path) -> None:
         known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
         # A missing file is reported when it is run.
         if known is not None and now is not None and known != now:
-            path = term.name.rpartition(":")[0]
-            raise PluginError(
-                f"--resume: rewards.{i}.name: {path} was changed since the run in {checkpoint.parent.parent} began, so "
-                f"this would be another run. {_REMEDY}"
-            )
+            raise _changed(f"rewards.{i}.name: {term.name.rpartition(':')[0]}", checkpoint)
+
+
+def _changed(what: str, checkpoint: Path) -> PluginError:
+    return PluginError(
+        f"--resume: {what} was changed since the run in {run_of(checkpoint)} began, so this would be another run. "
+        f"{_REMEDY}"
+    )
 
 
 def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
