@@ -103,12 +103,12 @@ def reward_entries(names: Sequence[str], options: Sequence[str], registry: Regis
     for option in options:
         if "=" not in option:
             raise UserError(f"--option {option}: write KEY=VALUE, such as quality=80.")
-        owner = [n for n in options_of if option.startswith((f"{n}.", f"{default_label(n)}."))]
-        if owner:
-            prefix = next(p for p in (f"{owner[0]}.", f"{default_label(owner[0])}.") if option.startswith(p))
-            options_of[owner[0]].append(option.removeprefix(prefix))
+        prefixes = [(name, f"{word}.") for name in options_of for word in (name, default_label(name))]
+        if owners := [(name, prefix) for name, prefix in prefixes if option.startswith(prefix)]:
+            name, prefix = owners[0]
+            options_of[name].append(option.removeprefix(prefix))
         elif len(options_of) == 1:
-            options_of[next(iter(options_of))].append(option)
+            options_of[names[0]].append(option)
         else:
             known = ", ".join(default_label(n) for n in options_of) or "none"
             raise UserError(f"--option {option}: write NAME.key=value; the rewards given are: {known}.")

@@ -54,24 +54,22 @@ def _set(data: dict[str, Any], parts: list[str], value: object) -> Key:
         last = i == len(parts) - 1
         # What is missing on the way becomes a section, or a list where the next part is an index.
         fresh: Any = value if last else [] if parts[i + 1].isdecimal() else {}
+        key: str | int = part
         if isinstance(here, list):
             if not part.isdecimal() or int(part) > len(here):
                 known = f"{'0 to ' * (len(here) > 1)}{len(here) - 1}, or {len(here)} to append," if here else "0"
                 raise ConfigError(f"{dotted(path)} is a list: write an index {known} where it says {part}.")
-            index = int(part)
-            if index == len(here):
-                here.append(fresh)
-            elif last or here[index] is None:
-                here[index] = fresh
-            here = here[index]
-            path.append(index)
-        elif isinstance(here, dict):
-            if last or here.get(part) is None:
-                here[part] = fresh
-            here = here[part]
-            path.append(part)
-        else:
+            key = int(part)
+            if key == len(here):
+                here.append(None)
+        elif not isinstance(here, dict):
             raise ConfigError(f"{dotted(path)} is a single value and has no {part} inside.")
+        elif part not in here:
+            here[part] = None
+        if last or here[key] is None:
+            here[key] = fresh
+        here = here[key]
+        path.append(key)
     return tuple(path)
 
 

@@ -131,45 +131,42 @@ class RewardTerm(Section):
     @model_validator(mode="after")
     def _term_says_something(self) -> Self:
         schedule = self.weight if isinstance(self.weight, dict) else {0: self.weight}
+        weighs = any(schedule.values())
+        problems: list[tuple[str, str]] = []
+
+        def refuse(key: str, message: str) -> None:
+            problems.append((key, message))
+
         first, *further = self.model_extra or {"": None}
-        problems = [
-            (key, f"does not go with {first}: a reward has one loader; keep one of the two.") for key in further
-        ]
-        problems += [
-            ("weight", f"has a schedule point at {step}. Keys are steps done, from 0.") for step in schedule if step < 0
-        ]
-        if not any(schedule.values()):
-            problems.append(
-                ("weight", "a weight of 0 trains nothing. List the reward under evaluation.rewards to report it.")
-            )
+        for key in further:
+            refuse(key, f"does not go with {first}: a reward has one loader; keep one of the two.")
+        for step in schedule:
+            if step < 0:
+                refuse("weight", f"has a schedule point at {step}. Keys are steps done, from 0.")
+        if not weighs:
+            refuse("weight", "a weight of 0 trains nothing. List the reward under evaluation.rewards to report it.")
         elif self.floor is not None and min(schedule.values()) >= 0:
-            problems.append(
-                (
-                    "floor",
-                    "needs a negative weight: with a positive one it would remove the gradient of the lowest scores. "
-                    f"To raise scores to {self.floor:g} and no further, set ceiling: {self.floor:g}; to approach it "
-                    f"from both sides, set target: {self.floor:g}.",
-                )
+            refuse(
+                "floor",
+                "needs a negative weight: with a positive one it would remove the gradient of the lowest scores. "
+                f"To raise scores to {self.floor:g} and no further, set ceiling: {self.floor:g}; to approach it "
+                f"from both sides, set target: {self.floor:g}.",
             )
-        if self.ceiling is not None and any(schedule.values()) and max(schedule.values()) <= 0:
-            problems.append(
-                (
-                    "ceiling",
-                    "needs a positive weight: with a negative one it would remove the gradient of the highest scores. "
-                    f"To lower scores to {self.ceiling:g} and no further, set floor: {self.ceiling:g}; to approach it "
-                    f"from both sides, set target: {self.ceiling:g} with a positive weight.",
-                )
+        if self.ceiling is not None and weighs and max(schedule.values()) <= 0:
+            refuse(
+                "ceiling",
+                "needs a positive weight: with a negative one it would remove the gradient of the highest scores. "
+                f"To lower scores to {self.ceiling:g} and no further, set floor: {self.ceiling:g}; to approach it "
+                f"from both sides, set target: {self.ceiling:g} with a positive weight.",
             )
         if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
-            problems.append(("floor", f"is {self.floor:g}; it must be below the ceiling, {self.ceiling:g}."))
+            refuse("floor", f"is {self.floor:g}; it must be below the ceiling, {self.ceiling:g}.")
         if self.target is not None:
-            problems += [
-                (key, "cannot be combined with target, which bounds the score on both sides. Keep one.")
-                for key in ("ceiling", "floor")
-                if getattr(self, key) is not None
-            ]
+            for key in ("ceiling", "floor"):
+                if getattr(self, key) is not None:
+                    refuse(key, "cannot be combined with target, which bounds the score on both sides. Keep one.")
             if min(schedule.values()) < 0:
-                problems.append(("weight", "is negative, which would drive scores away from the target without limit."))
+                refuse("weight", "is negative, which would drive scores away from the target without limit.")
         if problems:
             raise Problems(problems)
         return self

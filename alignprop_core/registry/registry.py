@@ -88,7 +88,7 @@ class Registry:
     @classmethod
     def from_plugins(cls, plugins: Mapping[str, object]) -> Registry:
         """Build a registry from objects with hooks, by distribution name; ignores what is installed. For tests."""
-        return cls(load_all(Candidate(name, "0", "given", lambda p=p: p) for name, p in plugins.items()))
+        return cls(load_all(Candidate(name, "0", "given", partial(_given, p)) for name, p in plugins.items()))
 
     def with_rewards(self, rewards: Mapping[str, object]) -> Registry:
         """Return a registry that also knows rewards passed from Python, by name: functions, classes or objects.
@@ -330,6 +330,10 @@ class Registry:
 def default_registry() -> Registry:
     """Return the registry of this environment; plugins are discovered once per process."""
     return Registry.discover()
+
+
+def _given(plugin: object) -> object:
+    return plugin
 
 
 def load_object(offer: Offer[Any], path: str, what: str) -> object:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import nullcontext
-from statistics import pstdev
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,7 +82,12 @@ class HeldOutEvaluation(Callback):
         stopping, config = trainer.early_stopping, trainer.config.early_stopping
         with trainer.as_saved():
             variant = self.evaluator.evaluate({"tuned": nullcontext}, self.bar).variants["tuned"]
-            results = self.results(trainer, variant)
+            results: dict[str, Any] = {
+                "total": self._total(trainer, variant),
+                "scores": {label: summary(values) for label, values in variant.scores.items()},
+                "drift": variant.drift,
+                "diversity": fmean(variant.diversity) if variant.diversity else None,
+            }
             monitored = results["scores"].get(config.monitor, {}).get("mean", results["total"])
             best = stopping.update(trainer.step_number, monitored, results["drift"], results["diversity"])
             if best:
@@ -95,15 +100,6 @@ class HeldOutEvaluation(Callback):
             callback.on_evaluation(trainer, results)
         if reason := stopping.stop_reason():
             trainer.stop(reason)
-
-    def results(self, trainer: Trainer, variant: Variant) -> dict[str, Any]:
-        """Return an evaluation's results: `scores`, the mix's `total`, `drift` and `diversity`."""
-        return {
-            "total": self._total(trainer, variant),
-            "scores": {label: summary(values) for label, values in variant.scores.items()},
-            "drift": variant.drift,
-            "diversity": sum(variant.diversity) / len(variant.diversity) if variant.diversity else None,
-        }
 
     def _restore(self, trainer: Trainer) -> None:
         """Restore the best LoRA of a checkpoint and its files, if it still counts."""
