@@ -334,11 +334,9 @@ def test_a_device_that_is_not_here_costs_the_import_of_torch_alone(
 
 
 def test_the_trainer_checks_the_same_without_the_command(data: dict[str, Any], tmp_path: Path) -> None:
-    settings = load_config(
-        data | {"model": {"base": "./gone.safetensors"}, "rewards": [{"name": "redness"}]},
-        registry=toy_rewards.registry(),
-        folder=tmp_path,
-    )
+    changed = data | {"model": {"base": "./gone.safetensors"}, "rewards": [{"name": "redness"}]}
+    (tmp_path / "run.yaml").write_text(dump_yaml(changed))
+    settings = load_config(tmp_path / "run.yaml", registry=toy_rewards.registry())
     with pytest.raises(UserError, match=r"^model\.base: .*does not exist"):
         Trainer(settings, registry=toy_rewards.registry())
 
