@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError, PromptError
+from alignprop_core.errors import PluginError, PromptError, did_you_mean
 from alignprop_core.registry.guard import PluginFailure, guarded
 
 if TYPE_CHECKING:
@@ -183,11 +183,8 @@ def _item(value: Any) -> Any:
 
 
 def _json_kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    return {str: "text", int: "a number", float: "a number", list: "a list"}.get(type(value), "an object")
+    kinds = {type(None): "null", bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list"}
+    return kinds.get(type(value), "an object")
 
 
 def _packaged(offer: Offer[PromptSpec]) -> bytes:
@@ -209,14 +206,11 @@ def _packaged(offer: Offer[PromptSpec]) -> bytes:
 def _missing(source: str, path: Path, registry: Registry) -> str:
     known = sorted({offer.name for offer in registry.prompts()})
     message = f'No prompt file {path}, and no installed plugin offers a prompt set "{source}".'
-    nearest = get_close_matches(source, known, n=1)
-    if not nearest:
-        # "simple_animals" for "starter/simple_animals"
-        nearest = [name for name in known if name.rpartition("/")[2] == source.rpartition("/")[2]][:1]
-    if nearest:
-        return f'{message} Did you mean "{nearest[0]}"?'
-    if path.parent.is_dir():
-        beside = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
-        if near := get_close_matches(path.name, beside, n=1):
-            return f"{message} Did you mean {path.parent / near[0]}?"
+    # "simple_animals" for "starter/simple_animals"
+    alike = [name for name in known if name.rpartition("/")[2] == source.rpartition("/")[2]]
+    if hint := did_you_mean(source, known) or did_you_mean(alike[0] if alike else "", alike):
+        return message + hint
+    beside = sorted(found.name for found in path.parent.glob("*") if found.suffix in SUFFIXES)
+    if near := get_close_matches(path.name, beside, n=1):
+        return f"{message} Did you mean {path.parent / near[0]}?"
     return f"{message} There are: {', '.join(known)}." if known else message

@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,10 +19,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError, under
+from alignprop_core.errors import PluginError, did_you_mean, under
 from alignprop_core.registry.guard import guarded_as
 from alignprop_core.registry.offers import Offer
-from alignprop_core.specs import RewardConfig, RewardSpec, default_label
+from alignprop_core.specs import RewardSpec, default_label
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward
@@ -57,11 +56,6 @@ class LocalReward:
         where = {"file": self.offer.distribution, "sha256": self.sha256}
         what = "class" if isinstance(self.code, type) else "function"
         return (where if self.sha256 else {"module": self.code.__module__}) | {what: _name(self.code)}
-
-    @property
-    def config_class(self) -> type[RewardConfig]:
-        """Options class: the reward's own `Config`."""
-        return self.kind.Config
 
 
 def split_file_name(name: str) -> tuple[str, str] | None:
@@ -222,8 +216,8 @@ def _no_reward(path: Path, name: str, found: object, module: ModuleType) -> str:
     own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     rewards = [key for key, value in own.items() if _is_reward_class(value) or _takes_images(value)]
     missing = f"{path}: there is no {name or 'class or function named after the colon'} in it"
-    if nearest := get_close_matches(name, rewards, n=1):
-        return f'{missing}. Did you mean "{nearest[0]}"?'
+    if hint := did_you_mean(name, rewards):
+        return f"{missing}.{hint}"
     return f"{missing}; " + (f"its rewards are {', '.join(rewards)}." if rewards else "it does not contain a reward.")
 
 

@@ -272,7 +272,7 @@ class Registry:
         """Import the options class of a reward, and not the reward; `PluginError` if it is missing or no such class."""
         local = self.local(name)
         if local is not None:
-            return local.config_class
+            return local.kind.Config
         offer = self.reward(name)
         # A plugin may contain rewards with other licenses than its own; the spec's is checked before their code loads.
         if offer.spec.license and (problem := self.licenses.problem(offer.spec.license)):
