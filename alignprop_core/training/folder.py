@@ -46,7 +46,7 @@ def open_folder(
     else:
         folder = RunFolder.create(config.output, overwrite=overwrite)
     folder.write_text("config.yaml", resolved_yaml(config))
-    folder.write_json("environment.json", {**times, **_environment(config, registry, device)})
+    folder.write_json("environment.json", {**times, **environment(config, registry, device)})
     return folder
 
 
@@ -63,7 +63,7 @@ def _times(checkpoint: Path | None) -> dict[str, Any]:
     return {"started": known.get("started"), "resumed": [*(resumed if isinstance(resumed, list) else []), now]}
 
 
-def _environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
+def environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
     """Return versions of the core, its libraries and the plugins used, the device, licenses, and where code is from."""
     given, terms = registry.given, (*config.rewards, *config.evaluation.rewards)
     loaded = [(term, *term.loader) for term in terms if term.loader]
