@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import UserError, under
 
 
 def sample(
@@ -34,7 +35,6 @@ def sample(
     """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
     from alignprop_core.cli import inputs
-    from alignprop_core.errors import UserError, under
     from alignprop_core.prompts import load_prompts
     from alignprop_core.registry.registry import default_registry
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import RewardError, UserError
 
 
 def score(
@@ -21,7 +22,6 @@ def score(
     """Score image files with one or more rewards."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import device_of, reward_entries
-    from alignprop_core.errors import RewardError, UserError
     from alignprop_core.images import read_image
     from alignprop_core.registry.registry import default_registry
 

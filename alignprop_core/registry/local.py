@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib.machinery import SourceFileLoader
@@ -19,7 +18,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError, did_you_mean, under
+from alignprop_core.errors import PluginError, did_you_mean
 from alignprop_core.registry.guard import guarded_as
 from alignprop_core.registry.offers import Offer
 from alignprop_core.specs import RewardSpec, default_label
@@ -114,19 +113,15 @@ def from_file(name: str) -> LocalReward | None:
         raise PluginError(f"{path}: {error}") from None
 
 
-def given_rewards(rewards: Mapping[str, object]) -> dict[str, LocalReward]:
-    """Check rewards passed from Python, and return them by name: functions, and classes or objects of `Reward`.
+def given_reward(name: str, code: object) -> LocalReward:
+    """Check a reward passed from Python: a function, or a class or object of `Reward`.
 
     Raises:
-        PluginError: a name is not snake_case, or a value is not a reward.
+        PluginError: the name is not snake_case, or the value is not a reward.
     """
-    found = {}
-    for name, code in rewards.items():
-        with under(f'rewards["{name}"]'):
-            if not _NAME.match(name):
-                raise PluginError("names are snake_case: letters, digits and underscores.")
-            found[name] = _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
-    return found
+    if not _NAME.match(name):
+        raise PluginError("names are snake_case: letters, digits and underscores.")
+    return _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
 
 
 def code_name(code: Any) -> str:

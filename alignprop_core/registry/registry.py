@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from alignprop_core.errors import AlignpropError, PluginError, RewardError, did_you_mean
+from alignprop_core.errors import AlignpropError, PluginError, RewardError, did_you_mean, under
 from alignprop_core.registry.discovery import (
     BLOCK_VARIABLE,
     SPEC_OF_HOOK,
@@ -27,7 +27,7 @@ from alignprop_core.registry.discovery import (
 from alignprop_core.registry.guard import PluginFailure, guarded_as
 from alignprop_core.registry.licenses import LicensePolicy
 from alignprop_core.registry.loaders import DISTRIBUTION_OF, RewardLoader, RewardSource, missing, several
-from alignprop_core.registry.local import LocalReward, from_file, given_rewards
+from alignprop_core.registry.local import LocalReward, from_file, given_reward
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
 from alignprop_core.specs import (
     CallbackSpec,
@@ -96,14 +96,16 @@ class Registry:
         Raises:
             PluginError: a name is taken by a plugin's reward or is not snake_case, or a value is not a reward.
         """
-        found = given_rewards(rewards)
-        for name in found:
-            if offers := matching(name, self.rewards()):
-                raise PluginError(
-                    f'{offers[0].distribution} offers a reward of the name "{name}"; choose another, or give this one '
-                    f'a label: {{"name": ..., "label": "my_{name}"}}.'
-                )
-        return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
+        found = dict(self.given)
+        for name, code in rewards.items():
+            with under(f'rewards["{name}"]'):
+                if offers := matching(name, self.rewards()):
+                    raise PluginError(
+                        f'{offers[0].distribution} offers a reward of the name "{name}"; choose another, or give this '
+                        f'one a label: {{"name": ..., "label": "my_{name}"}}.'
+                    )
+                found[name] = given_reward(name, code)
+        return Registry(self.plugins, found, licenses=self.licenses)
 
     def local(self, name: str) -> LocalReward | None:
         """Return a reward passed from Python or in a Python file (which is executed); None for other names."""
