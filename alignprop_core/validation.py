@@ -105,18 +105,14 @@ def _real_path(loc: tuple[str | int, ...], model: type[BaseModel]) -> Key:
     kept: list[str | int] = []
     here: Any = model
     for part in loc:
-        if isinstance(here, type) and issubclass(here, BaseModel):
+        inner = next((kind for kind, _ in _models_in(here)), None)
+        if isinstance(part, int):
             kept.append(part)
-            field = here.model_fields.get(str(part))
+            here = inner
+        elif inner is not None and part != inner.__name__:
+            kept.append(part)
+            field = inner.model_fields.get(part)
             here = field.annotation if field else None
-        elif isinstance(part, int):
-            kept.append(part)
-            inner = next(_models_in(here), None)
-            here = inner[0] if inner else None
-        elif isinstance(inner_model := next(_models_in(here), (None, False))[0], type):
-            if part != inner_model.__name__:
-                kept.append(part)
-            here = inner_model
         elif get_origin(here) is dict or here is dict:
             kept.append(part)
             here = None

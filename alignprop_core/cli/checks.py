@@ -152,17 +152,14 @@ def _hub_cache() -> Path:
 
 
 def _hub() -> Iterator[Finding]:
-    on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(name)]
+    true = ("1", "ON", "YES", "TRUE")
+    on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "").upper() in true]
     if on:
         advice = "Models and weights are read from the local cache only; unset the variable to download."
         yield Finding("hub", "ok", f"offline ({', '.join(on)} is set)", advice)
     else:
         advice = "The connection was not tested; HF_HUB_OFFLINE=1 restricts runs to the local cache."
         yield Finding("hub", "ok", "not set to offline: a run downloads its base model", advice)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _threads() -> Iterator[Finding]:

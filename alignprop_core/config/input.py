@@ -99,49 +99,51 @@ def resolve_paths(
     """
     problems: list[Problem] = []
     for kind, path, holder in list(_path_values(data, registry)):
-        name = path[-1]
-        written = holder[name]
         start = Path() if any(path[: len(done)] == done for done in overridden) else folder
-        if kind == "output":
-            holder[name] = str(Path(written).expanduser().absolute())
-            continue
-        if kind == "reward":
-            try:
-                holder[name] = absolute_name(written, start)
-            except PluginError as error:
-                problems.append(Problem(path, str(error)))
-            continue
-        if kind == "loader":
-            # Links are kept: a virtual environment's Python is a link, and its target belongs to another environment.
-            holder[name] = os.path.abspath(start / Path(written).expanduser())
-            continue
-        if kind == "option":
-            if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
-                holder[name] = _absolute(start, written)
-            continue
         try:
-            if kind == "model" and (written.startswith(PASSED) or registry.find_model(written) is not None):
-                continue
-            if kind == "prompts" and registry.find_prompt_set(written) is not None:
-                continue
+            holder[path[-1]] = _resolved(kind, path, holder[path[-1]], start, registry)
         except PluginError as error:
             problems.append(Problem(path, str(error)))
-            continue
-        if _is_path(written, start):
-            holder[name] = _absolute(start, written)
-        elif Path(written).exists():
-            # Something like runs/first, written where the run was started from: no hub id anybody means.
-            holder[name] = _absolute(Path(), written)
-        elif kind == "prompts":
-            problems.append(Problem(path, _unknown(registry.prompt_set, written, "the path of a .txt or .jsonl file")))
+    return problems
+
+
+def _resolved(kind: str, path: Key, written: str, start: Path, registry: Registry) -> str:
+    """Return a value as an absolute path if it is one, else as it is.
+
+    Raises:
+        PluginError: it is a name that nothing installed offers, or a file of rewards that is not written as a path.
+    """
+    if kind == "output":
+        return str(Path(written).expanduser().absolute())
+    if kind == "reward":
+        return absolute_name(written, start)
+    if kind == "loader":
+        # Links are kept: a virtual environment's Python is a link, and its target belongs to another environment.
+        return os.path.abspath(start / Path(written).expanduser())
+    if kind == "option":
+        named = written.startswith(("./", "../", "~/")) or (path[-1] == "weights" and (start / written).is_file())
+        return _absolute(start, written) if named else written
+    if kind == "model" and (written.startswith(PASSED) or registry.find_model(written) is not None):
+        return written
+    if kind == "prompts" and registry.find_prompt_set(written) is not None:
+        return written
+    if _is_path(written, start):
+        return _absolute(start, written)
+    if Path(written).exists():
+        # Something like runs/first, written where the run was started from: no hub id anybody means.
+        return _absolute(Path(), written)
+    otherwise = ""
+    try:
+        if kind == "prompts":
+            otherwise = "the path of a .txt or .jsonl file"
+            registry.prompt_set(written)
         elif kind == "model" and written.count("/") != 1:
             # A hub id of a diffusers model is always owner/name; a bare word is a misspelt registered name.
-            problems.append(
-                Problem(
-                    path, _unknown(registry.model, written, "a folder, a .safetensors file or a hub id (owner/name)")
-                )
-            )
-    return problems
+            otherwise = "a folder, a .safetensors file or a hub id (owner/name)"
+            registry.model(written)
+    except PluginError as error:
+        raise PluginError(f"{error} Or give {otherwise}.") from None
+    return written
 
 
 def reward_terms(data: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
@@ -205,11 +207,3 @@ def _is_path(written: str, start: Path) -> bool:
 def _absolute(start: Path, written: str) -> str:
     # os.path.normpath would resolve ".." through symbolic links wrongly; resolve() follows them.
     return str((start / Path(written).expanduser()).resolve())
-
-
-def _unknown(find: Any, name: str, otherwise: str) -> str:
-    try:
-        find(name)
-    except PluginError as error:
-        return f"{error} Or give {otherwise}."
-    return f"give {otherwise}."

@@ -101,8 +101,8 @@ class Registry:
             with under(f'rewards["{name}"]'):
                 if offers := matching(name, self.rewards()):
                     raise PluginError(
-                        f'{offers[0].distribution} offers a reward of the name "{name}"; choose another, or give this '
-                        f'one a label: {{"name": ..., "label": "my_{name}"}}.'
+                        f'{offers[0].distribution} offers a reward of the name "{name}"; rename this one, or give it '
+                        f'a label: {{"name": ..., "label": "my_{name}"}}.'
                     )
                 found[name] = given_reward(name, code)
         return Registry(self.plugins, found, licenses=self.licenses)
