@@ -55,15 +55,12 @@ class Metrics:
         if not self.path.exists():
             return []
         rows: list[dict[str, Any]] = []
-        lines = self.path.read_bytes().split(b"\n")
-        for number, line in enumerate(
-            lines[:-1], start=1
-        ):  # after the last newline there is nothing, or an incomplete line
+        # After the last newline there is nothing, or an incomplete line.
+        for number, line in enumerate(self.path.read_bytes().split(b"\n")[:-1], start=1):
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except ValueError as error:
                 raise OutputError(f"{self.path}, line {number}, is damaged ({error}). Remove that line.") from error
-            rows.append(row)
         return rows
 
     def truncate(self, step: int) -> None:
