@@ -14,7 +14,7 @@ from typing import Any, Self
 from alignprop_core._files import cannot_write, check_space, disk_is_full, flush, write_atomic, write_json, writing
 from alignprop_core.errors import AlignpropError, OutputError, under
 from alignprop_core.runs.lock import LOCK_NAMES, FolderLock
-from alignprop_core.runs.metrics import Metrics
+from alignprop_core.runs.metrics import append_row, read_rows, truncate_rows
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html")
 FOLDERS = ("lora", "checkpoints", "images")
@@ -26,7 +26,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
         self.path = path
         self._lock = lock
-        self._metrics = Metrics(path / "metrics.jsonl")
+        self._metrics = path / "metrics.jsonl"
         self.lora = path / "lora"
 
     @classmethod
@@ -86,8 +86,7 @@ class RunFolder:
         return cls(path, held)
 
     def close(self) -> None:
-        """Close the metrics file and release the lock."""
-        self._metrics.close()
+        """Release the lock."""
         if self._lock:
             self._lock.release()
             self._lock = None
@@ -176,16 +175,16 @@ class RunFolder:
     # --- metrics
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; see `Metrics.append`."""
-        self._metrics.append(row)
+        """Append one line to metrics.jsonl; see `append_row`."""
+        append_row(self._metrics, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all complete lines of metrics.jsonl; see `Metrics.read`."""
-        return self._metrics.read()
+        """Return all complete lines of metrics.jsonl; see `read_rows`."""
+        return read_rows(self._metrics)
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines up to and including `step`, to resume from a checkpoint at `step`."""
-        self._metrics.truncate(step)
+        truncate_rows(self._metrics, step)
 
 
 def _never_began(path: Path, names: Sequence[str]) -> bool:
