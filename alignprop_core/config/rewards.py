@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -38,29 +38,21 @@ def loader_in(data: Mapping[str, Any], registry: Registry) -> tuple[str, BaseMod
     return None
 
 
-@dataclass(frozen=True)
-class _Extra:
-    """A key of an entry that is not a field, on its way to being validated."""
-
-    key: str
-    value: object
-    registry: Registry
-
-    def checked(self) -> BaseModel:
-        """Return the loader's config."""
-        if self.key not in self.registry.loader_keys():
-            further = sorted({offer.name for offer in self.registry.loaders()})
-            raise PydanticCustomError("unknown_key", "unknown key", {"further": further})
-        try:
-            return self.registry.loader_config(self.key, self.value)
-        except InvalidConfig as error:
-            raise Problems([(problem.key, problem.message) for problem in error.problems]) from None
-        except PluginError as error:
-            raise Problems([("", str(error))]) from None
+def _loader_config(key: str, value: object, registry: Registry) -> BaseModel:
+    """Return the config of the loader that an entry's key, which is not a field, belongs to."""
+    if key not in registry.loader_keys():
+        further = sorted({offer.name for offer in registry.loaders()})
+        raise PydanticCustomError("unknown_key", "unknown key", {"further": further})
+    try:
+        return registry.loader_config(key, value)
+    except InvalidConfig as error:
+        raise Problems([(problem.key, problem.message) for problem in error.problems]) from None
+    except PluginError as error:
+        raise Problems([("", str(error))]) from None
 
 
 def _checked(value: object) -> object:
-    return value.checked() if isinstance(value, _Extra) else value
+    return value() if isinstance(value, partial) else value
 
 
 class RewardTerm(Section):
@@ -103,7 +95,7 @@ class RewardTerm(Section):
         keys = registry.loader_keys()
         fields = {key: value for key, value in data.items() if key in cls.model_fields}
         extra = {
-            key: _Extra(str(key), value, registry)
+            key: partial(_loader_config, str(key), value, registry)
             for key, value in data.items()
             if key not in fields and (value is not None or key not in keys)
         }
