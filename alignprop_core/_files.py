@@ -8,7 +8,9 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
         f"Cannot write {path}: {error.strerror or error}. Check the folder's owner and permissions, or choose another "
         "output."
     )
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an `OSError` raised inside into the error that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def read_table(path: Path) -> dict[str, Any]:
@@ -75,7 +86,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     content = data.encode("utf-8") if isinstance(data, str) else data
     check_space(path.parent, len(content))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
@@ -86,8 +97,6 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
         flush(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def write_json(path: Path, data: Any) -> Path:
@@ -115,6 +124,12 @@ def safe_name(text: str, *, longest: int = 80) -> str:
     """Return `text` as a file name of letters, digits, `.`, `-` and `_`; never empty, hidden, or a path."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._-")[:longest].rstrip("._-")
     return name or "unnamed"
+
+
+def unused_name(name: str, taken: Container[str], joint: str = "_") -> str:
+    """Return the name, with the first free number from 2 on if it is taken: fox, fox_2, fox_3."""
+    numbered = (f"{name}{joint}{number}" for number in count(2))
+    return next(one for one in chain([name], numbered) if one not in taken)
 
 
 def flush(path: Path) -> None:

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError, PromptError
+from alignprop_core.errors import PluginError, PromptError, did_you_mean
 from alignprop_core.registry.guard import PluginFailure, guarded
 
 if TYPE_CHECKING:
@@ -30,14 +30,12 @@ class PromptSet:
         name: the registered name, or the file's path.
         prompts: N texts, none empty.
         metadata: N mappings: the other keys of a JSONL line, empty for text files.
-        skipped: blank lines and comments that were left out.
         lines: the line of each prompt in its file, from 1.
     """
 
     name: str
     prompts: tuple[str, ...]
     metadata: tuple[Mapping[str, Any], ...]
-    skipped: int = 0
     lines: tuple[int, ...] = ()
 
     def __len__(self) -> int:
@@ -48,9 +46,7 @@ class PromptSet:
         return f"{self.name}{f':{self.lines[index]}' if self.lines else f', prompt {index + 1}'}: {message}"
 
 
-def load_prompts(
-    source: str | Sequence[str | Mapping[str, Any]], registry: Registry, *, folder: Path | None = None
-) -> PromptSet:
+def load_prompts(source: str | Sequence[str | Mapping[str, Any]], registry: Registry) -> PromptSet:
     """Load prompts.
 
     Args:
@@ -58,7 +54,6 @@ def load_prompts(
             lines that start with `#` are skipped), a .jsonl file (`{"prompt": "three foxes", "number": 3}` per line),
             or a list of texts and of such mappings.
         registry: where registered sets are looked up; a registered name wins over a file.
-        folder: where a relative path starts; the working directory if None.
 
     Raises:
         PromptError: the file is missing, is not UTF-8, holds no prompt, or has a wrong line (with its number).
@@ -69,7 +64,7 @@ def load_prompts(
     offer = registry.find_prompt_set(source)
     if offer is not None:
         return parse_prompts(source, offer.spec.path, _packaged(offer))
-    path = (folder or Path()) / Path(source).expanduser()
+    path = Path(source).expanduser()
     if path.is_file():
         try:
             return parse_prompts(str(path), path.name, path.read_bytes())
@@ -110,31 +105,25 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
     except UnicodeDecodeError as error:
         at = content[: error.start].count(b"\n") + 1
         raise PromptError(f"{name}:{at}: is not UTF-8 text; save the file as UTF-8.") from None
-    prompts: list[str] = []
-    metadata: list[Mapping[str, Any]] = []
-    lines: list[int] = []
+    entries: list[tuple[int, tuple[str, Mapping[str, Any]]]] = []
     problems: list[str] = []
-    skipped = 0
     # Not splitlines(): that also breaks at characters (such as U+2028) that JSON strings may hold.
     for number, raw in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n"), 1):
         line = raw.strip()
         if not line or line.startswith("#"):
-            skipped += 1
             continue
         try:
-            prompt, extra = (line, {}) if suffix == ".txt" else _entry(line)
+            entries.append((number, (line, {}) if suffix == ".txt" else _entry(line)))
         except ValueError as error:
             problems.append(f"{name}:{number}: {error}")
-            continue
-        prompts.append(prompt)
-        metadata.append(extra)
-        lines.append(number)
     if problems:
         raise PromptError(listed(problems))
-    if not prompts:
+    if not entries:
         wanted = "one prompt a line" if suffix == ".txt" else 'one {"prompt": "..."} a line'
         raise PromptError(f"{name}: holds no prompt; write {wanted}.")
-    return PromptSet(name, tuple(prompts), tuple(metadata), skipped, tuple(lines))
+    lines, pairs = zip(*entries, strict=True)
+    prompts, metadata = zip(*pairs, strict=True)
+    return PromptSet(name, prompts, metadata, lines)
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -194,11 +183,8 @@ def _item(value: Any) -> Any:
 
 
 def _json_kind(value: object) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    return {str: "text", int: "a number", float: "a number", list: "a list"}.get(type(value), "an object")
+    kinds = {type(None): "null", bool: "true or false", str: "text", int: "a number", float: "a number", list: "a list"}
+    return kinds.get(type(value), "an object")
 
 
 def _packaged(offer: Offer[PromptSpec]) -> bytes:
@@ -220,14 +206,11 @@ def _packaged(offer: Offer[PromptSpec]) -> bytes:
 def _missing(source: str, path: Path, registry: Registry) -> str:
     known = sorted({offer.name for offer in registry.prompts()})
     message = f'No prompt file {path}, and no installed plugin offers a prompt set "{source}".'
-    nearest = get_close_matches(source, known, n=1)
-    if not nearest:
-        # "simple_animals" for "starter/simple_animals"
-        nearest = [name for name in known if name.rpartition("/")[2] == source.rpartition("/")[2]][:1]
-    if nearest:
-        return f'{message} Did you mean "{nearest[0]}"?'
-    if path.parent.is_dir():
-        beside = sorted(p.name for p in path.parent.iterdir() if p.suffix in SUFFIXES)
-        if near := get_close_matches(path.name, beside, n=1):
-            return f"{message} Did you mean {path.parent / near[0]}?"
+    # "simple_animals" for "starter/simple_animals"
+    alike = [name for name in known if name.rpartition("/")[2] == source.rpartition("/")[2]]
+    if hint := did_you_mean(source, known) or did_you_mean(alike[0] if alike else "", alike):
+        return message + hint
+    beside = sorted(found.name for found in path.parent.glob("*") if found.suffix in SUFFIXES)
+    if near := get_close_matches(path.name, beside, n=1):
+        return f"{message} Did you mean {path.parent / near[0]}?"
     return f"{message} There are: {', '.join(known)}." if known else message

@@ -48,6 +48,11 @@ class InvalidConfig(ConfigError):
         self.problems = tuple(problems)
 
 
+def invalid(problems: Sequence[Problem], where: str) -> InvalidConfig:
+    """Return the error for problems of one value of a config, one line for each; `where` is the value's key."""
+    return InvalidConfig(problems, "\n".join(f"{where}.{problem.key}: {problem.message}" for problem in problems))
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """Write a path with dots."""
     return ".".join(str(part) for part in path)
@@ -100,18 +105,14 @@ def _real_path(loc: tuple[str | int, ...], model: type[BaseModel]) -> Key:
     kept: list[str | int] = []
     here: Any = model
     for part in loc:
-        if isinstance(here, type) and issubclass(here, BaseModel):
+        inner = next((kind for kind, _ in _models_in(here)), None)
+        if isinstance(part, int):
             kept.append(part)
-            field = here.model_fields.get(str(part))
+            here = inner
+        elif inner is not None and part != inner.__name__:
+            kept.append(part)
+            field = inner.model_fields.get(part)
             here = field.annotation if field else None
-        elif isinstance(part, int):
-            kept.append(part)
-            inner = next(_models_in(here), None)
-            here = inner[0] if inner else None
-        elif isinstance(inner_model := next(_models_in(here), (None, False))[0], type):
-            if part != inner_model.__name__:
-                kept.append(part)
-            here = inner_model
         elif get_origin(here) is dict or here is dict:
             kept.append(part)
             here = None
@@ -162,17 +163,23 @@ _WANTED = {
     "string_too_short": "text that is not empty",
 }
 
+_LIMITS = {
+    "greater_than": "more than",
+    "greater_than_equal": "at least",
+    "less_than": "less than",
+    "less_than_equal": "at most",
+    "multiple_of": "a multiple of",
+}
+"""Errors about a number's limit, which their context contains."""
+
 
 def _wanted(item: Any) -> str:
     kind, context = item["type"], item.get("ctx", {})
     if kind in _WANTED:
         return _WANTED[kind]
-    limits = {"greater_than": "gt", "greater_than_equal": "ge", "less_than": "lt", "less_than_equal": "le"}
-    words = {"gt": "more than", "ge": "at least", "lt": "less than", "le": "at most"}
-    if kind in limits:
-        return f"{words[limits[kind]]} {context[limits[kind]]:g}"
-    if kind == "multiple_of":
-        return f"a multiple of {context['multiple_of']:g}"
+    if kind in _LIMITS:
+        (limit,) = context.values()
+        return f"{_LIMITS[kind]} {limit:g}"
     if kind in ("literal_error", "enum"):
         return str(context["expected"]).replace("'", "")
     if kind == "too_short":

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import yaml
 
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.registry.registry import default_registry
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +150,7 @@ def test_a_yaml_block_is_a_valid_run_config(block: Block) -> None:
     # So is an environment that a page makes.
     for term in data["rewards"]:
         term.pop("isolation", None)
-    parse_config(data, registry=registry)
+    load_config(data, registry=registry)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "bash" and b.not_run], ids=str)

@@ -39,7 +39,7 @@ def test_a_text_file_is_a_prompt_a_line(tmp_path: Path, registry: Registry) -> N
     prompts = load_prompts(source, registry)
     assert prompts.prompts == ("a fox", "three owls, in a meadow")
     assert prompts.metadata == ({}, {})
-    assert (len(prompts), prompts.skipped, prompts.name) == (2, 3, source)
+    assert (len(prompts), prompts.lines, prompts.name) == (2, (1, 5), source)
 
 
 def test_other_keys_of_a_jsonl_line_are_metadata(tmp_path: Path, registry: Registry) -> None:
@@ -47,12 +47,7 @@ def test_other_keys_of_a_jsonl_line_are_metadata(tmp_path: Path, registry: Regis
     prompts = load_prompts(write(tmp_path, "p.jsonl", lines), registry)
     assert prompts.prompts == ("three foxes", "a\u2028b \u2029 c")
     assert prompts.metadata == ({"number": 3, "tags": ["x"]}, {})
-    assert prompts.skipped == 1
-
-
-def test_a_relative_path_starts_at_the_folder(tmp_path: Path, registry: Registry) -> None:
-    write(tmp_path, "p.txt", "a fox")
-    assert load_prompts("p.txt", registry, folder=tmp_path).prompts == ("a fox",)
+    assert prompts.lines == (1, 3)
 
 
 def test_a_registered_set_is_read_from_its_package(

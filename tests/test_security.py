@@ -304,12 +304,12 @@ def test_a_prompt_makes_a_plain_file_name(text: str) -> None:
 
 @pytest.mark.parametrize("label", ["../x", "a/b", "a\\b", "a\0b"])
 def test_a_label_cannot_be_a_path(label: str, tmp_path: Path) -> None:
-    from alignprop_core.config.load import parse_config
+    from alignprop_core.config.load import load_config
 
     rewards = [{"name": "jpeg_compressibility", "label": label}]
     data = {"model": {"base": "owner/name"}, "prompts": {"train": "p.txt"}, "rewards": rewards, "output": "run"}
     with pytest.raises(ConfigError, match="label"):
-        parse_config(data, registry=default_registry())
+        load_config(data, registry=default_registry())
 
 
 @pytest.mark.parametrize("name", ["..", "a b; rm -rf", "über.lauf"])

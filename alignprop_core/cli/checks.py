@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -81,9 +80,8 @@ def _accelerators() -> Iterator[Finding]:
     try:
         import torch
     except Exception as error:
-        yield Finding(
-            "torch", "error", f"cannot be imported: {error}", "Reinstall torch for this machine: pytorch.org."
-        )
+        advice = "Reinstall torch for this machine: pytorch.org."
+        yield Finding("torch", "error", f"cannot be imported: {error}", advice)
         return
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
@@ -114,21 +112,20 @@ def _plugins(registry: Registry) -> Iterator[Finding]:
             yield Finding(what, "warning" if record.warnings else "ok", found, "; ".join(record.warnings))
         else:
             found = f"{record.version}, {record.status}: {record.error}"
-            advice = (
-                ""
-                if record.status in ("blocked", "not allowed")
-                else "`alignprop plugins --traceback` shows the traceback."
-            )
+            refused = record.status in ("blocked", "not allowed")
+            advice = "" if refused else "`alignprop plugins --traceback` shows the traceback."
             yield Finding(what, "warning", found, advice)
     if not any(record.status == "loaded" for record in registry.plugins):
         advice = "Rewards and models are plugins: pip install alignprop-starter alignprop-jpeg"
         yield Finding("plugins", "warning", "none is loaded", advice)
     for kind in ("rewards", "models", "families", "prompts"):
-        count = Counter(offer.name for offer in getattr(registry, kind)())
-        for name in (name for name, times in count.items() if times > 1):
-            owners = [offer.full_name for offer in getattr(registry, kind)() if offer.name == name]
-            advice = f"Write {' or '.join(owners)} in run configs, or block one of them with {BLOCK_VARIABLE}."
-            yield Finding(f"{kind}: {name}", "warning", f"offered by {len(owners)} plugins", advice)
+        owners: dict[str, list[str]] = {}
+        for offer in getattr(registry, kind)():
+            owners.setdefault(offer.name, []).append(offer.full_name)
+        for name, full_names in owners.items():
+            if len(full_names) > 1:
+                advice = f"Write {' or '.join(full_names)} in run configs, or block one of them with {BLOCK_VARIABLE}."
+                yield Finding(f"{kind}: {name}", "warning", f"offered by {len(full_names)} plugins", advice)
     here = {record.distribution for record in registry.plugins}
     for variable in (ALLOW_VARIABLE, BLOCK_VARIABLE):
         for name in sorted((names_in(os.environ.get(variable)) or frozenset()) - here):
@@ -155,17 +152,14 @@ def _hub_cache() -> Path:
 
 
 def _hub() -> Iterator[Finding]:
-    on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(name)]
+    true = ("1", "ON", "YES", "TRUE")
+    on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name, "").upper() in true]
     if on:
         advice = "Models and weights are read from the local cache only; unset the variable to download."
         yield Finding("hub", "ok", f"offline ({', '.join(on)} is set)", advice)
     else:
         advice = "The connection was not tested; HF_HUB_OFFLINE=1 restricts runs to the local cache."
         yield Finding("hub", "ok", "not set to offline: a run downloads its base model", advice)
-
-
-def _is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _threads() -> Iterator[Finding]:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from alignprop_core.errors import UserError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -108,8 +110,6 @@ def quiet_libraries() -> None:
 
 def numbers(text: str, option: str) -> list[float]:
     """Return the comma-separated numbers of an option; `UserError` if there is anything else."""
-    from alignprop_core.errors import UserError
-
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import UserError, under
 
 if TYPE_CHECKING:
-    from alignprop_core.config.rewards import RewardTerm
-    from alignprop_core.config.sections import RunConfig
     from alignprop_core.evaluation.compare import Comparison
     from alignprop_core.evaluation.sweep import Sweep
-    from alignprop_core.prompts import PromptSet
     from alignprop_core.registry.registry import Registry
 
 
@@ -52,7 +48,6 @@ def evaluate(
     from alignprop_core.cli import inputs
     from alignprop_core.config.load import located
     from alignprop_core.config.sections import EvaluationConfig
-    from alignprop_core.errors import UserError, under
     from alignprop_core.locate import find_lora
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.training.preflight import check_rewards
@@ -67,23 +62,19 @@ def evaluate(
     if not all(abs(point) <= 1000 for point in points):
         raise UserError(f"--strengths {strengths}: give finite numbers, such as 0,0.5,1.")
     registry = default_registry()
-    config: RunConfig | None = None
-    source: dict[str, Any] = {"model": model, "lora": lora}
     with nullcontext() if run is None else located(run / "config.yaml"):
-        if run is not None:
-            config, source = inputs.model_of_run(run, lora, registry)
+        config, source = inputs.chosen_model(run, model, lora, registry)
+        if config is not None:
             check_rewards(config, registry)
-        heldout = _prompts(prompts, (config and config.prompts.heldout) or "", registry)
+        heldout = inputs.heldout_prompts(prompts, (config and config.prompts.heldout) or "", registry)
         own = [] if config is None else [*config.rewards, *config.evaluation.rewards]
-        entries = _combine(own, inputs.reward_entries(reward, option, registry))
+        entries = inputs.combined(own, inputs.reward_entries(reward, option, registry))
         if not entries:
             raise UserError("There is nothing to measure: give --reward NAME.")
         sampling = inputs.sampling_settings(config, steps=steps, guidance_scale=guidance_scale)
         evaluation = (config.evaluation if config else EvaluationConfig()).model_copy(
             update=inputs.given(images_per_prompt=images_per_prompt, seed=seed)
         )
-        if run is None:
-            inputs.check_model_options(model, lora, registry)
         if soup is not None:
             with under("--soup"):
                 find_lora(soup)
@@ -144,25 +135,3 @@ def _print(result: Comparison | Sweep) -> None:
     images, prompts = result.as_json()["images"], result.comparison.prompts
     common.console().print(f"\n{images} images of {len(prompts)} prompts ({prompts.name}) at each {result.name}")
     common.print_table(*result.table())
-
-
-def _prompts(given: str, own: str | Sequence[Any], registry: Registry) -> PromptSet:
-    from alignprop_core.errors import UserError, under
-    from alignprop_core.prompts import load_prompts
-
-    if not (given or own):
-        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
-    with under("--prompts" if given else "prompts.heldout"):
-        return load_prompts(given or own, registry)
-
-
-def _combine(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
-    """Return a run's rewards and those of --reward with distinct labels; a reward with the same options only once."""
-    entries = list(own)
-    for entry in given:
-        if any((other.name, other.options) == (entry.name, entry.options) for other in own):
-            continue
-        taken = {other.label for other in own}
-        label = next(label for n in count(1) if (label := entry.label if n == 1 else f"{entry.label}.{n}") not in taken)
-        entries.append(entry.model_copy(update={"label": label}))
-    return entries

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from alignprop_core._files import unused_name
 from alignprop_core.config.input import apply_overrides
 from alignprop_core.config.load import load_config
 from alignprop_core.config.model import SamplingConfig
@@ -15,6 +16,7 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import UserError, under
 from alignprop_core.locate import find_base, find_lora
+from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
@@ -37,26 +39,27 @@ def device_of(name: str) -> torch.device:
         return choose_device(name)
 
 
-def check_model_options(model: str, lora: Path | None, registry: Registry) -> None:
-    """Raise `UserError` if --model or --lora does not exist."""
-    with under("--model"):
-        find_base(model, registry)
-    if lora is not None:
-        with under("--lora"):
-            find_lora(lora)
-
-
-def model_of_run(run: Path, lora: Path | None, registry: Registry) -> tuple[RunConfig, dict[str, Any]]:
-    """Return a run's config, and its model and LoRA as keyword arguments of `Sampler.load`.
+def chosen_model(
+    run: Path | None, model: str, lora: Path | None, registry: Registry
+) -> tuple[RunConfig | None, dict[str, Any]]:
+    """Return a run's config, if a run is given, and the model and LoRA as keyword arguments of `Sampler.load`.
 
     Args:
         run: the run folder.
+        model: the model, where no run is given.
         lora: a LoRA to use instead of the run's result.
         registry: the installed plugins.
 
     Raises:
-        UserError: the run, its model or its LoRA does not exist.
+        UserError: the run, the model or the LoRA does not exist.
     """
+    if run is None:
+        with under("--model"):
+            find_base(model, registry)
+        if lora is not None:
+            with under("--lora"):
+                find_lora(lora)
+        return None, {"model": model, "lora": lora}
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is not a run folder (there is no config.yaml in it).")
     config = load_config(run / "config.yaml", registry=registry)
@@ -102,12 +105,12 @@ def reward_entries(names: Sequence[str], options: Sequence[str], registry: Regis
     for option in options:
         if "=" not in option:
             raise UserError(f"--option {option}: write KEY=VALUE, such as quality=80.")
-        owner = [n for n in options_of if option.startswith((f"{n}.", f"{default_label(n)}."))]
-        if owner:
-            prefix = next(p for p in (f"{owner[0]}.", f"{default_label(owner[0])}.") if option.startswith(p))
-            options_of[owner[0]].append(option.removeprefix(prefix))
+        prefixes = [(name, f"{word}.") for name in options_of for word in (name, default_label(name))]
+        if owners := [(name, prefix) for name, prefix in prefixes if option.startswith(prefix)]:
+            name, prefix = owners[0]
+            options_of[name].append(option.removeprefix(prefix))
         elif len(options_of) == 1:
-            options_of[next(iter(options_of))].append(option)
+            options_of[names[0]].append(option)
         else:
             known = ", ".join(default_label(n) for n in options_of) or "none"
             raise UserError(f"--option {option}: write NAME.key=value; the rewards given are: {known}.")
@@ -122,3 +125,21 @@ def _entry(name: str, changes: Sequence[str], registry: Registry) -> RewardTerm:
     with under(f"--option {label}.weights"):
         check_weights(entry, registry)
     return entry
+
+
+def combined(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
+    """Return a run's rewards and those of --reward with distinct labels; a reward with the same options only once."""
+    entries = list(own)
+    for entry in given:
+        if not any((other.name, other.options) == (entry.name, entry.options) for other in own):
+            label = unused_name(entry.label, {other.label for other in own}, ".")
+            entries.append(entry.model_copy(update={"label": label}))
+    return entries
+
+
+def heldout_prompts(given: str, own: str | Sequence[Any], registry: Registry) -> PromptSet:
+    """Return the prompts of --prompts, or the run's own; `UserError` if there are none or they cannot be read."""
+    if not (given or own):
+        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
+    with under("--prompts" if given else "prompts.heldout"):
+        return load_prompts(given or own, registry)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from alignprop_core.testing import Verdict
@@ -29,7 +30,6 @@ def check(
     """
     common.quiet_libraries()
     from alignprop_core.config.input import apply_overrides
-    from alignprop_core.errors import UserError, did_you_mean
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
     from alignprop_core.registry.offers import Offer
     from alignprop_core.specs import RewardSpec, WeightsFile
-    from alignprop_core.weights import Fetched
 
 app = typer.Typer(cls=ExtensibleGroup, help="List, show, check, create and fetch rewards.", no_args_is_help=True)
 app.command("check")(reward_check.check)
@@ -26,6 +25,7 @@ app.command("new")(reward_new.new)
 @app.command("list")
 def list_rewards(json: bool = common.JSON_OPTION) -> None:
     """List the installed rewards."""
+    from alignprop_core.registry.offers import trainable
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
@@ -41,7 +41,7 @@ def list_rewards(json: bool = common.JSON_OPTION) -> None:
             # If two distributions offer the same name, only the full name is unambiguous.
             name = offer.full_name if count[offer.name] > 1 else offer.name
             spec = offer.spec
-            summary = spec.summary if _trains(spec) else f"{spec.summary} (evaluation only)"
+            summary = spec.summary if trainable(spec) else f"{spec.summary} (evaluation only)"
             rows.append([name, offer.distribution, _range(spec), summary])
         common.print_table(["reward", "plugin", "typical range", "description"], rows)
     common.note_broken_plugins(registry)
@@ -110,7 +110,8 @@ def fetch(
 
     fetched = [fetch_weights(wanted, folder=to) for wanted in _files_of(name, file)]
     if json:
-        common.print_json([_fetched_json(one) for one in fetched])
+        facts = [{"path": one.path, "status": one.status, "verified": one.verified} for one in fetched]
+        common.print_json([one.file.model_dump(mode="json") | more for one, more in zip(fetched, facts, strict=True)])
         return
     if not fetched:
         typer.echo(f"{name} has no weights to fetch.")
@@ -143,22 +144,16 @@ def _files_of(name: str, only: str) -> list[WeightsFile]:
     return found
 
 
-def _fetched_json(fetched: Fetched) -> dict[str, Any]:
-    result = {"path": str(fetched.path), "status": fetched.status, "verified": fetched.verified}
-    return fetched.file.model_dump(mode="json") | result
-
-
 def snippet(name: str, offer: Offer[RewardSpec], options: list[Option]) -> str:
     """Return YAML that uses a reward with its default options, to paste into a run config."""
-    indent = "" if _trains(offer.spec) else "  "
-    lines = ["rewards:", f"  - name: {name}", *(["    weight: 1.0"] if _trains(offer.spec) else [])]
+    from alignprop_core.registry.offers import trainable
+
+    trains = trainable(offer.spec)
+    indent = "" if trains else "  "
+    lines = ["rewards:", f"  - name: {name}", *(["    weight: 1.0"] if trains else [])]
     if options:
         lines += ["    options:", *(f"      {option.yaml_line()}" for option in options)]
     return ("evaluation:\n" if indent else "") + "\n".join(indent + line for line in lines)
-
-
-def _trains(spec: RewardSpec) -> bool:
-    return spec.differentiable and spec.scope == "sample"
 
 
 def _range(spec: RewardSpec) -> str:

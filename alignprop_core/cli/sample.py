@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import UserError, under
 
 
 def sample(
@@ -35,7 +35,6 @@ def sample(
     """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
     from alignprop_core.cli import inputs
-    from alignprop_core.errors import UserError, under
     from alignprop_core.prompts import load_prompts
     from alignprop_core.registry.registry import default_registry
 
@@ -50,10 +49,7 @@ def sample(
         raise UserError("Give at least one prompt, or --prompts FILE.")
     if compare and run is None and lora is None:
         raise UserError("--compare needs a LoRA: give --run RUN or --lora F.")
-    config = None
-    source: dict[str, Any] = {"model": model, "lora": lora}
-    if run is not None:
-        config, source = inputs.model_of_run(run, lora, registry)
+    config, source = inputs.chosen_model(run, model, lora, registry)
     settings = inputs.sampling_settings(
         config,
         steps=steps,
@@ -62,8 +58,6 @@ def sample(
         width=width,
         height=height,
     )
-    if run is None:
-        inputs.check_model_options(model, lora, registry)
     where = inputs.device_of(device)
     with common.status("loading the model"):
         from alignprop_core.diffusion.sampler import Sampler
@@ -72,12 +66,14 @@ def sample(
 
     import torch
 
-    from alignprop_core._files import safe_name
+    from alignprop_core._files import safe_name, unused_name
     from alignprop_core.evaluation.progress import progress_bar
     from alignprop_core.evaluation.sheet import save_image, side_by_side
 
     variants: list[Any] = [sampler.without_lora, nullcontext] if compare else [nullcontext]
-    names = distinct([safe_name(text, longest=60) for text in texts])
+    names: list[str] = []
+    for text in texts:
+        names.append(unused_name(safe_name(text, longest=60), names))
     # Distinct from the base model's images, which would otherwise be overwritten.
     tuned = "-lora" if strength == 1 else f"-lora-{strength:g}"
     suffix = "-compare" if compare else "" if source["lora"] is None else tuned
@@ -96,13 +92,3 @@ def sample(
                 save_image(side_by_side(images), files[-1])
     for file in files:
         common.console().print(str(file), soft_wrap=True)
-
-
-def distinct(names: Sequence[str]) -> list[str]:
-    """Return distinct file names: a name that occurs again gets a number, such as fox_2."""
-    seen: dict[str, int] = {}
-    found = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        found.append(name if seen[name] == 1 else f"{name}_{seen[name]}")
-    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import RewardError, UserError
 
 
 def score(
@@ -21,7 +22,6 @@ def score(
     """Score image files with one or more rewards."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import device_of, reward_entries
-    from alignprop_core.errors import RewardError, UserError
     from alignprop_core.images import read_image
     from alignprop_core.registry.registry import default_registry
 
@@ -43,28 +43,21 @@ def score(
         terms = load_terms(entries, registry)
         for term in terms:
             term.reward.to(where)
-    rows = []
+    rows: list[tuple[Path, dict[str, float]]] = []
     with torch.no_grad():
         for path, array in zip(images, pixels, strict=True):
             # One at a time: images may differ in size.
             image = torch.from_numpy(array).permute(2, 0, 1)[None].float().to(where) / 255
             batch = ImageBatch(images=image, prompts=[prompt or ""], metadata=[{}])
-            row = [float(term.score(batch)[0]) for term in terms]
-            for term, value in zip(terms, row, strict=True):
+            scores = {term.label: float(term.score(batch)[0]) for term in terms}
+            for label, value in scores.items():
                 if not math.isfinite(value):
-                    raise RewardError(f'Reward "{term.label}" scores {path} as {value}. Are its weights damaged?')
-            rows.append(row)
-    labels = [term.label for term in terms]
+                    raise RewardError(f'Reward "{label}" scores {path} as {value}. Are its weights damaged?')
+            rows.append((path, scores))
+    units = {term.label: spec.unit for term, spec in zip(terms, specs, strict=True)}
     if json:
-        scored = [
-            {"image": str(path), "scores": dict(zip(labels, row, strict=True))}
-            for path, row in zip(images, rows, strict=True)
-        ]
-        units = {label: spec.unit for label, spec in zip(labels, specs, strict=True)}
-        common.print_json({"units": units, "images": scored})
+        common.print_json({"units": units, "images": [{"image": path, "scores": scores} for path, scores in rows]})
         return
-    titles = [f"{label} ({spec.unit})" if spec.unit else label for label, spec in zip(labels, specs, strict=True)]
-    common.print_table(
-        ["image", *titles],
-        [[path, *(f"{value:.6g}" for value in row)] for path, row in zip(images, rows, strict=True)],
-    )
+    titles = [f"{label} ({unit})" if unit else label for label, unit in units.items()]
+    table = [[path, *(f"{value:.6g}" for value in scores.values())] for path, scores in rows]
+    common.print_table(["image", *titles], table)

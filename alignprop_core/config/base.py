@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from alignprop_core.validation import InvalidConfig, dotted, explain
+from alignprop_core.validation import explain, invalid
 
 Pixels = Annotated[int, Field(ge=8, multiple_of=8)]
 """A width or height: whole blocks of the smallest factor by which an autoencoder shrinks an image."""
@@ -44,6 +44,4 @@ def as_section(kind: type[S], value: S | Mapping[str, Any] | None, where: str) -
     try:
         return kind.model_validate(dict(value or {}))
     except ValidationError as error:
-        problems = explain(error, kind, where)
-        lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
-        raise InvalidConfig(problems, "\n".join(lines)) from error
+        raise invalid(explain(error, kind, where), where) from error

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-from alignprop_core._files import read_table, safe_name
+from alignprop_core._files import read_table, safe_name, unused_name
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError, PluginError, under
 from alignprop_core.registry.local import code_name
-from alignprop_core.registry.offers import matching
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 
@@ -63,24 +61,15 @@ def name_rewards(data: dict[str, Any], registry: Registry) -> Registry:
             entry = {"name": entry} if isinstance(entry, str) or callable(entry) else entry
             if isinstance(entry, Mapping) and callable(code := entry.get("name")):
                 wanted = entry.get("label") or code_name(code) or f"reward_{i + 1}"
-                name = next(n for k in count(1) if (n := wanted if k == 1 else f"{wanted}_{k}") not in registry.given)
-                registry = _with_reward(registry, name, code, f"{key}.{i}")
+                name = unused_name(wanted, registry.given)
+                try:
+                    registry = registry.with_rewards({name: code})
+                except PluginError as error:
+                    error.key = f"{key}.{i}"
+                    raise
                 entry = {**entry, "name": name}
             entries[i] = entry
     return registry
-
-
-def _with_reward(registry: Registry, name: str, code: object, key: str) -> Registry:
-    try:
-        if offers := matching(name, registry.rewards()):
-            raise PluginError(
-                f'{offers[0].distribution} offers a reward of the name "{name}"; rename this one, or give it a label: '
-                f'{{"name": ..., "label": "my_{name}"}}.'
-            )
-        return registry.with_rewards({name: code})
-    except PluginError as error:
-        error.key = key
-        raise
 
 
 def new_output(config: Mapping[str, Any]) -> str:

@@ -54,24 +54,22 @@ def _set(data: dict[str, Any], parts: list[str], value: object) -> Key:
         last = i == len(parts) - 1
         # What is missing on the way becomes a section, or a list where the next part is an index.
         fresh: Any = value if last else [] if parts[i + 1].isdecimal() else {}
+        key: str | int = part
         if isinstance(here, list):
             if not part.isdecimal() or int(part) > len(here):
                 known = f"{'0 to ' * (len(here) > 1)}{len(here) - 1}, or {len(here)} to append," if here else "0"
                 raise ConfigError(f"{dotted(path)} is a list: write an index {known} where it says {part}.")
-            index = int(part)
-            if index == len(here):
-                here.append(fresh)
-            elif last or here[index] is None:
-                here[index] = fresh
-            here = here[index]
-            path.append(index)
-        elif isinstance(here, dict):
-            if last or here.get(part) is None:
-                here[part] = fresh
-            here = here[part]
-            path.append(part)
-        else:
+            key = int(part)
+            if key == len(here):
+                here.append(None)
+        elif not isinstance(here, dict):
             raise ConfigError(f"{dotted(path)} is a single value and has no {part} inside.")
+        elif part not in here:
+            here[part] = None
+        if last or here[key] is None:
+            here[key] = fresh
+        here = here[key]
+        path.append(key)
     return tuple(path)
 
 
@@ -100,83 +98,95 @@ def resolve_paths(
     working directory, is that. Returns names that nothing installed offers.
     """
     problems: list[Problem] = []
-    for kind, path, holder, name in list(_path_values(data, registry)):
-        written = holder[name]
+    for kind, path, holder in list(_path_values(data, registry)):
         start = Path() if any(path[: len(done)] == done for done in overridden) else folder
-        if kind == "output":
-            holder[name] = str(Path(written).expanduser().absolute())
-            continue
-        if kind == "reward":
-            try:
-                holder[name] = absolute_name(written, start)
-            except PluginError as error:
-                problems.append(Problem(path, str(error)))
-            continue
-        if kind == "loader":
-            # Links are kept: a virtual environment's Python is a link, and its target belongs to another environment.
-            holder[name] = os.path.abspath(start / Path(written).expanduser())
-            continue
-        if kind == "option":
-            if written.startswith(("./", "../", "~/")) or (name == "weights" and (start / written).is_file()):
-                holder[name] = _absolute(start, written)
-            continue
         try:
-            if kind == "model" and (written.startswith(PASSED) or registry.find_model(written) is not None):
-                continue
-            if kind == "prompts" and registry.find_prompt_set(written) is not None:
-                continue
+            holder[path[-1]] = _resolved(kind, path, holder[path[-1]], start, registry)
         except PluginError as error:
             problems.append(Problem(path, str(error)))
-            continue
-        if _is_path(written, start):
-            holder[name] = _absolute(start, written)
-        elif Path(written).exists():
-            # Something like runs/first, written where the run was started from: no hub id anybody means.
-            holder[name] = _absolute(Path(), written)
-        elif kind == "prompts":
-            problems.append(Problem(path, _unknown(registry.prompt_set, written, "the path of a .txt or .jsonl file")))
-        elif kind == "model" and written.count("/") != 1:
-            # A hub id of a diffusers model is always owner/name; a bare word is a misspelt registered name.
-            problems.append(
-                Problem(
-                    path, _unknown(registry.model, written, "a folder, a .safetensors file or a hub id (owner/name)")
-                )
-            )
     return problems
 
 
-def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str, Key, Any, Any]]:
-    """Yield (kind, path, container, key) of every value that may be a path."""
+def _resolved(kind: str, path: Key, written: str, start: Path, registry: Registry) -> str:
+    """Return a value as an absolute path if it is one, else as it is.
 
-    def section(holder: object, *names: str) -> dict[str, Any]:
-        for name in names:
-            holder = holder.get(name) if isinstance(holder, dict) else None
-        return holder if isinstance(holder, dict) else {}
+    Raises:
+        PluginError: it is a name that nothing installed offers, or a file of rewards that is not written as a path.
+    """
+    if kind == "output":
+        return str(Path(written).expanduser().absolute())
+    if kind == "reward":
+        return absolute_name(written, start)
+    if kind == "loader":
+        # Links are kept: a virtual environment's Python is a link, and its target belongs to another environment.
+        return os.path.abspath(start / Path(written).expanduser())
+    if kind == "option":
+        named = written.startswith(("./", "../", "~/")) or (path[-1] == "weights" and (start / written).is_file())
+        return _absolute(start, written) if named else written
+    if kind == "model" and (written.startswith(PASSED) or registry.find_model(written) is not None):
+        return written
+    if kind == "prompts" and registry.find_prompt_set(written) is not None:
+        return written
+    if _is_path(written, start):
+        return _absolute(start, written)
+    if Path(written).exists():
+        # Something like runs/first, written where the run was started from: no hub id anybody means.
+        return _absolute(Path(), written)
+    otherwise = ""
+    try:
+        if kind == "prompts":
+            otherwise = "the path of a .txt or .jsonl file"
+            registry.prompt_set(written)
+        elif kind == "model" and written.count("/") != 1:
+            # A hub id of a diffusers model is always owner/name; a bare word is a misspelt registered name.
+            otherwise = "a folder, a .safetensors file or a hub id (owner/name)"
+            registry.model(written)
+    except PluginError as error:
+        raise PluginError(f"{error} Or give {otherwise}.") from None
+    return written
 
-    model, lora, prompts = section(data, "model"), section(data, "lora"), section(data, "prompts")
-    places: list[tuple[str, Key, Any]] = [
-        ("model", ("model", "base"), model),
-        ("file", ("model", "vae"), model),
-        ("file", ("lora", "init_from"), lora),
-        ("prompts", ("prompts", "train"), prompts),
-        ("prompts", ("prompts", "heldout"), prompts),
-        ("output", ("output",), data),
-    ]
-    loras = model.get("loras")
-    for i, item in enumerate(loras if isinstance(loras, list) else ()):
-        places.append(("file", ("model", "loras", i, "path"), item))
-    for place, holder in ((("rewards",), data), (("evaluation", "rewards"), section(data, "evaluation"))):
-        terms = holder.get("rewards")
+
+def reward_terms(data: dict[str, Any]) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Yield path and entry of every reward in the data, those that are only evaluated included."""
+    for place in (("rewards",), ("evaluation", "rewards")):
+        terms = _at(data, place)
         for i, term in enumerate(terms if isinstance(terms, list) else ()):
-            places.append(("reward", (*place, i, "name"), term))
-            for loader in (offer.name for offer in registry.loaders() if section(term, offer.name)):
-                fields = _path_fields(loader, registry)
-                places += [("loader", (*place, i, loader, key), section(term, loader)) for key in fields]
-            options = section(term, "options")
-            places += [("option", (*place, i, "options", key), options) for key in options]
-    for kind, path, holder in places:
-        if isinstance(holder, dict) and isinstance(value := holder.get(str(path[-1])), str) and value:
-            yield kind, path, holder, path[-1]
+            if isinstance(term, dict):
+                yield (*place, i), term
+
+
+def _at(data: Any, path: Key) -> Any:
+    """Return the value at a path; None if there is none."""
+    for key in path:
+        if isinstance(data, dict):
+            data = data.get(key)
+        else:
+            data = data[key] if isinstance(data, list) and isinstance(key, int) else None
+    return data
+
+
+def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str, Key, dict[str | int, Any]]]:
+    """Yield (kind, path, container) of every value that may be a path."""
+    places: list[tuple[str, Key]] = [
+        ("model", ("model", "base")),
+        ("file", ("model", "vae")),
+        ("file", ("lora", "init_from")),
+        ("prompts", ("prompts", "train")),
+        ("prompts", ("prompts", "heldout")),
+        ("output", ("output",)),
+    ]
+    loras = _at(data, ("model", "loras"))
+    places += [("file", ("model", "loras", i, "path")) for i in range(len(loras) if isinstance(loras, list) else 0)]
+    for place, term in reward_terms(data):
+        places.append(("reward", (*place, "name")))
+        for loader in (offer.name for offer in registry.loaders() if isinstance(term.get(offer.name), dict)):
+            places += [("loader", (*place, loader, key)) for key in _path_fields(loader, registry)]
+        options = term.get("options")
+        places += [("option", (*place, "options", key)) for key in (options if isinstance(options, dict) else ())]
+    for kind, path in places:
+        holder = _at(data, path[:-1])
+        if isinstance(holder, dict) and isinstance(value := holder.get(path[-1]), str) and value:
+            yield kind, path, holder
 
 
 def _path_fields(loader: str, registry: Registry) -> list[str]:
@@ -197,11 +207,3 @@ def _is_path(written: str, start: Path) -> bool:
 def _absolute(start: Path, written: str) -> str:
     # os.path.normpath would resolve ".." through symbolic links wrongly; resolve() follows them.
     return str((start / Path(written).expanduser()).resolve())
-
-
-def _unknown(find: Any, name: str, otherwise: str) -> str:
-    try:
-        find(name)
-    except PluginError as error:
-        return f"{error} Or give {otherwise}."
-    return f"give {otherwise}."

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.given import given_to_run, was_given
-from alignprop_core.config.input import apply_overrides, merge_sections, resolve_paths
+from alignprop_core.config.input import apply_overrides, merge_sections, resolve_paths, reward_terms
 from alignprop_core.config.rewards import loader_in
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import Lines, dump_yaml, read_yaml
@@ -57,16 +57,38 @@ def load_config(
         return config
     registry = registry or default_registry()
     data, lines, source, folder = _read(config)
-    return _parse(
-        data,
-        lines,
-        source=source,
-        overrides=overrides,
-        sections=sections or {},
-        registry=registry,
-        folder=folder,
-        default_output=default_output,
-    )
+    if data is None:
+        data = {}
+    if not isinstance(data, Mapping):
+        keys = "must hold keys such as model, prompts, rewards and output"
+        raise ConfigError(f"{source or 'run config'}: {keys}, not {shown(data)}.")
+    data, overridden = _changed(data, overrides, sections or {})
+    overridden = overridden if source else {}  # without a file everything is from Python
+    if default_output is not None and data.get("output") is None:
+        data["output"] = default_output(data)
+    problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
+    wrong = {problem.path for problem in problems}
+    _add_given(data, registry)
+    gone = {} if folder is None else {name: was_given(name, k, folder) for name, k in given_to_run(folder).items()}
+    for place, term in reward_terms(data):
+        problems += [found for found in _check_term(term, place, registry, gone) if found.path not in wrong]
+    valid = None
+    try:
+        valid = RunConfig.model_validate(data, context={"registry": registry})
+    except ValidationError as error:
+        problems = explain(error, RunConfig) + problems
+    if "rewards" not in data and not any(problem.path == ("rewards",) for problem in problems):
+        problems.append(Problem(("rewards",), "is required."))  # only an object from Python may stand for it
+    if problems or valid is None:
+        raise InvalidConfig(problems, _report(problems, lines, source, overridden))
+    return valid
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return the data of a run folder's config.yaml, unchecked, with today's names of keys."""
+    path = folder / "config.yaml"
+    data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    return upgraded(data)
 
 
 def _read(config: Given) -> tuple[Any, Lines, str, Path | None]:
@@ -92,29 +114,6 @@ def _read(config: Given) -> tuple[Any, Lines, str, Path | None]:
     if path.name == "config.yaml" and (path.parent / "environment.json").is_file() and isinstance(data, dict):
         data = upgraded(data)
     return data, lines, str(path), path.parent
-
-
-def parse_config(
-    data: Mapping[str, Any],
-    *,
-    registry: Registry,
-    source: str = "config",
-    overrides: Sequence[str] = (),
-    folder: Path | None = None,
-) -> RunConfig:
-    """Check data in the shape of a run config.
-
-    Args:
-        data: what a run config file holds, as mappings and lists.
-        registry: the plugins that names are looked up in.
-        source: what to call it in errors.
-        overrides: as for `load_config`.
-        folder: where relative paths of input files start; the working directory if None.
-
-    Raises:
-        ConfigError: with one line for everything that is wrong.
-    """
-    return _parse(data, {}, source=source, overrides=overrides, sections={}, registry=registry, folder=folder)
 
 
 @contextmanager
@@ -158,75 +157,22 @@ def _changed(
     return changed, dict.fromkeys(from_python, " (from Python)") | dict.fromkeys(done, " (from the command line)")
 
 
-def _parse(
-    data: object,
-    lines: Lines,
-    *,
-    source: str,
-    overrides: Sequence[str],
-    sections: Mapping[str, Any],
-    registry: Registry,
-    folder: Path | None,
-    default_output: Callable[[Mapping[str, Any]], str] | None = None,
-) -> RunConfig:
-    if data is None:
-        data = {}
-    if not isinstance(data, Mapping):
-        keys = "must hold keys such as model, prompts, rewards and output"
-        raise ConfigError(f"{source or 'run config'}: {keys}, not {shown(data)}.")
-    data, overridden = _changed(data, overrides, sections)
-    overridden = overridden if source else {}  # without a file everything is from Python
-    if default_output is not None and data.get("output") is None:
-        data["output"] = default_output(data)
-    problems = resolve_paths(data, folder=folder or Path(), overridden=overridden, registry=registry)
-    wrong = {problem.path for problem in problems}
-    _add_given(data, registry)
-    gone = {} if folder is None else {name: was_given(name, k, folder) for name, k in given_to_run(folder).items()}
-    problems += [problem for problem in _check_rewards(data, registry, gone) if problem.path not in wrong]
-    config = None
-    try:
-        config = RunConfig.model_validate(data, context={"registry": registry})
-    except ValidationError as error:
-        problems = explain(error, RunConfig) + problems
-    if "rewards" not in data and not any(problem.path == ("rewards",) for problem in problems):
-        problems.append(Problem(("rewards",), "is required."))  # only an object from Python may stand for it
-    if problems or config is None:
-        raise InvalidConfig(problems, _report(problems, lines, source, overridden))
-    return config
-
-
 def _add_given(data: dict[str, Any], registry: Registry) -> None:
     """Train, with weight 1, on rewards passed from Python that the config does not mention, in place."""
-    evaluation = data.get("evaluation")
-    lists = [data.get("rewards"), evaluation.get("rewards") if isinstance(evaluation, dict) else None]
-    named = {term.get("name") for terms in lists if isinstance(terms, list) for term in terms if isinstance(term, dict)}
+    named = {term.get("name") for _, term in reward_terms(data)}
     added = [{"name": name} for name in registry.given if name not in named]
     if added and (data.get("rewards") is None or isinstance(data["rewards"], list)):
         data["rewards"] = [*(data.get("rewards") or []), *added]
 
 
-def _check_rewards(data: dict[str, Any], registry: Registry, gone: Mapping[str, str]) -> list[Problem]:
-    """Check every term's name and options, and fill in the options' defaults, in place.
+def _check_term(term: dict[str, Any], place: Key, registry: Registry, gone: Mapping[str, str]) -> list[Problem]:
+    """Check a term's name and options, and fill in the options' defaults, in place.
 
     `gone` says what became of names that meant objects passed from Python when the config was written.
     """
-    evaluation = data.get("evaluation")
-    places: list[tuple[Key, object]] = [(("rewards",), data.get("rewards"))]
-    if isinstance(evaluation, dict):
-        places.append((("evaluation", "rewards"), evaluation.get("rewards")))
-    return [
-        problem
-        for place, terms in places
-        for i, term in enumerate(terms if isinstance(terms, list) else ())
-        if isinstance(term, dict) and isinstance(term.get("name"), str) and term["name"]
-        for problem in _check_term(term, (*place, i), registry, gone, trains=place == ("rewards",))
-    ]
-
-
-def _check_term(
-    term: dict[str, Any], place: Key, registry: Registry, gone: Mapping[str, str], *, trains: bool
-) -> list[Problem]:
-    name = term["name"]
+    name, trains = term.get("name"), place[0] == "rewards"
+    if not isinstance(name, str) or not name:
+        return []
     if name in gone and name not in registry.given and not matching(name, registry.rewards()):
         return [Problem((*place, "name"), gone[name])]
     try:
@@ -259,12 +205,10 @@ def _report(problems: Sequence[Problem], lines: Lines, source: str, overridden: 
     """Write the problems in the file's order, each with the line of its key or of the section it is missing in."""
     if len(problems) == 1:
         return f"{_place(problems[0].path, lines, source, overridden)}: {problems[0].message}"
-    ordered = sorted(problems, key=lambda problem: _line(problem.path, lines))
-    places = [f"line {at}: " if (at := _line(problem.path, lines)) else "" for problem in ordered]
-    listed = [
-        f"  {place}{_named(problem.path, overridden)}: {problem.message}"
-        for place, problem in zip(places, ordered, strict=True)
-    ]
+    listed = []
+    for problem in sorted(problems, key=lambda problem: _line(problem.path, lines)):
+        at = _line(problem.path, lines)
+        listed.append(f"  {f'line {at}: ' if at else ''}{_named(problem.path, overridden)}: {problem.message}")
     return "\n".join([f"{source or 'run config'}: {len(problems)} problems", *listed])
 
 

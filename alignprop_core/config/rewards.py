@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -19,7 +19,6 @@ from pydantic_core import PydanticCustomError
 
 from alignprop_core.config.base import Section, Text
 from alignprop_core.errors import PluginError
-from alignprop_core.registry.loaders import DISTRIBUTION_OF
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import default_label
 from alignprop_core.validation import InvalidConfig, Problems
@@ -32,36 +31,28 @@ def loader_in(data: Mapping[str, Any], registry: Registry) -> tuple[str, BaseMod
         InvalidConfig: the value under a loader's key is wrong.
         PluginError: a key's loader is not available.
     """
-    known = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+    known = registry.loader_keys()
     for key, value in data.items():
         if key in known and key not in RewardTerm.model_fields and value is not None:
             return key, registry.loader_config(key, value)
     return None
 
 
-@dataclass(frozen=True)
-class _Extra:
-    """A key of an entry that is not a field, on its way to being validated."""
-
-    key: str
-    value: object
-    registry: Registry
-
-    def checked(self) -> BaseModel:
-        """Return the loader's config."""
-        known = {offer.name for offer in self.registry.loaders()}
-        if self.key not in known | DISTRIBUTION_OF.keys():
-            raise PydanticCustomError("unknown_key", "unknown key", {"further": sorted(known)})
-        try:
-            return self.registry.loader_config(self.key, self.value)
-        except InvalidConfig as error:
-            raise Problems([(problem.key, problem.message) for problem in error.problems]) from None
-        except PluginError as error:
-            raise Problems([("", str(error))]) from None
+def _loader_config(key: str, value: object, registry: Registry) -> BaseModel:
+    """Return the config of the loader that an entry's key, which is not a field, belongs to."""
+    if key not in registry.loader_keys():
+        further = sorted({offer.name for offer in registry.loaders()})
+        raise PydanticCustomError("unknown_key", "unknown key", {"further": further})
+    try:
+        return registry.loader_config(key, value)
+    except InvalidConfig as error:
+        raise Problems([(problem.key, problem.message) for problem in error.problems]) from None
+    except PluginError as error:
+        raise Problems([("", str(error))]) from None
 
 
 def _checked(value: object) -> object:
-    return value.checked() if isinstance(value, _Extra) else value
+    return value() if isinstance(value, partial) else value
 
 
 class RewardTerm(Section):
@@ -101,10 +92,10 @@ class RewardTerm(Section):
         if not isinstance(data, dict) or data.keys() <= cls.model_fields.keys():
             return data
         registry = (info.context or {}).get("registry") or default_registry()
-        keys = {offer.name for offer in registry.loaders()} | DISTRIBUTION_OF.keys()
+        keys = registry.loader_keys()
         fields = {key: value for key, value in data.items() if key in cls.model_fields}
         extra = {
-            key: _Extra(str(key), value, registry)
+            key: partial(_loader_config, str(key), value, registry)
             for key, value in data.items()
             if key not in fields and (value is not None or key not in keys)
         }
@@ -132,45 +123,42 @@ class RewardTerm(Section):
     @model_validator(mode="after")
     def _term_says_something(self) -> Self:
         schedule = self.weight if isinstance(self.weight, dict) else {0: self.weight}
+        weighs = any(schedule.values())
+        problems: list[tuple[str, str]] = []
+
+        def refuse(key: str, message: str) -> None:
+            problems.append((key, message))
+
         first, *further = self.model_extra or {"": None}
-        problems = [
-            (key, f"does not go with {first}: a reward has one loader; keep one of the two.") for key in further
-        ]
-        problems += [
-            ("weight", f"has a schedule point at {step}. Keys are steps done, from 0.") for step in schedule if step < 0
-        ]
-        if not any(schedule.values()):
-            problems.append(
-                ("weight", "a weight of 0 trains nothing. List the reward under evaluation.rewards to report it.")
-            )
+        for key in further:
+            refuse(key, f"does not go with {first}: a reward has one loader; keep one of the two.")
+        for step in schedule:
+            if step < 0:
+                refuse("weight", f"has a schedule point at {step}. Keys are steps done, from 0.")
+        if not weighs:
+            refuse("weight", "a weight of 0 trains nothing. List the reward under evaluation.rewards to report it.")
         elif self.floor is not None and min(schedule.values()) >= 0:
-            problems.append(
-                (
-                    "floor",
-                    "needs a negative weight: with a positive one it would remove the gradient of the lowest scores. "
-                    f"To raise scores to {self.floor:g} and no further, set ceiling: {self.floor:g}; to approach it "
-                    f"from both sides, set target: {self.floor:g}.",
-                )
+            refuse(
+                "floor",
+                "needs a negative weight: with a positive one it would remove the gradient of the lowest scores. "
+                f"To raise scores to {self.floor:g} and no further, set ceiling: {self.floor:g}; to approach it "
+                f"from both sides, set target: {self.floor:g}.",
             )
-        if self.ceiling is not None and any(schedule.values()) and max(schedule.values()) <= 0:
-            problems.append(
-                (
-                    "ceiling",
-                    "needs a positive weight: with a negative one it would remove the gradient of the highest scores. "
-                    f"To lower scores to {self.ceiling:g} and no further, set floor: {self.ceiling:g}; to approach it "
-                    f"from both sides, set target: {self.ceiling:g} with a positive weight.",
-                )
+        if self.ceiling is not None and weighs and max(schedule.values()) <= 0:
+            refuse(
+                "ceiling",
+                "needs a positive weight: with a negative one it would remove the gradient of the highest scores. "
+                f"To lower scores to {self.ceiling:g} and no further, set floor: {self.ceiling:g}; to approach it "
+                f"from both sides, set target: {self.ceiling:g} with a positive weight.",
             )
         if self.floor is not None and self.ceiling is not None and self.floor >= self.ceiling:
-            problems.append(("floor", f"is {self.floor:g}; it must be below the ceiling, {self.ceiling:g}."))
+            refuse("floor", f"is {self.floor:g}; it must be below the ceiling, {self.ceiling:g}.")
         if self.target is not None:
-            problems += [
-                (key, "cannot be combined with target, which bounds the score on both sides. Keep one.")
-                for key in ("ceiling", "floor")
-                if getattr(self, key) is not None
-            ]
+            for key in ("ceiling", "floor"):
+                if getattr(self, key) is not None:
+                    refuse(key, "cannot be combined with target, which bounds the score on both sides. Keep one.")
             if min(schedule.values()) < 0:
-                problems.append(("weight", "is negative, which would drive scores away from the target without limit."))
+                refuse("weight", "is negative, which would drive scores away from the target without limit.")
         if problems:
             raise Problems(problems)
         return self

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import PluginError
-from alignprop_core.registry.offers import Offer
+from alignprop_core.registry.offers import Offer, trainable
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import RewardSpec
 
@@ -28,18 +28,17 @@ def json_schema(registry: Registry) -> dict[str, Any]:
     definitions: dict[str, Any] = schema["$defs"]
     term = definitions["RewardTerm"]
     rules: list[dict[str, Any]] = []
-    known: list[str] = []
-    for name, offer in _choosable(registry):
-        known.append(name)
+    choosable = dict(_choosable(registry))
+    for name, offer in choosable.items():
         options = _options(name, offer, registry, definitions)
         rules.append({"if": {"properties": {"name": {"const": name}}, "required": ["name"]}, "then": options})
-    if known:
+    if choosable:
         # Or a class in a Python file; which options that takes only running it can say.
         about = term["properties"]["name"]
-        about.update(anyOf=[{"enum": known}, {"pattern": r"\.py:[A-Za-z_]\w*$"}])
+        about.update(anyOf=[{"enum": list(choosable)}, {"pattern": r"\.py:[A-Za-z_]\w*$"}])
         term["allOf"] = rules
     # Only what has a gradient may stand under `rewards`; everything may under `evaluation.rewards`.
-    watched = [name for name, offer in _choosable(registry) if not trainable(offer.spec)]
+    watched = [name for name, offer in choosable.items() if not trainable(offer.spec)]
     if watched:
         items = schema["properties"]["rewards"]["items"]
         schema["properties"]["rewards"]["items"] = {
@@ -61,9 +60,8 @@ def schema_with_loaders(registry: Registry) -> dict[str, Any]:
     loaders = {offer.name: offer for offer in registry.loaders() if count[offer.name] == 1}
     for key, offer in loaders.items():
         try:
-            value: dict[str, Any] = {
-                "$ref": f"#/$defs/{_add(f'loader__{key}', registry.loader_config_class(key), definitions)}"
-            }
+            name = _add(f"loader__{key}", registry.loader_config_class(key), definitions)
+            value: dict[str, Any] = {"$ref": f"#/$defs/{name}"}
         except PluginError as error:
             value = {"type": "object", "$comment": str(error)}
         term["properties"][key] = {
@@ -87,11 +85,6 @@ def _add(key: str, kind: type[BaseModel], definitions: dict[str, Any]) -> str:
     return key
 
 
-def trainable(spec: RewardSpec) -> bool:
-    """Whether a reward may stand in a training mix."""
-    return spec.differentiable and spec.scope == "sample"
-
-
 def _choosable(registry: Registry) -> Iterator[tuple[str, Offer[RewardSpec]]]:
     """Yield every name that means exactly one reward."""
     count = Counter(offer.name for offer in registry.rewards())
@@ -107,6 +100,5 @@ def _options(name: str, offer: Offer[RewardSpec], registry: Registry, definition
         key = _add(offer.full_name.replace("/", "__"), registry.reward_config_class(name), definitions)
     except PluginError as error:
         return {"$comment": str(error)}
-    options = {"$ref": f"#/$defs/{key}"}
-    needed = ["options"] if definitions[key].get("required") else []
-    return {"properties": {"options": options}, **({"required": needed} if needed else {})}
+    needed = {"required": ["options"]} if definitions[key].get("required") else {}
+    return {"properties": {"options": {"$ref": f"#/$defs/{key}"}}, **needed}

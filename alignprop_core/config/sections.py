@@ -6,7 +6,6 @@ resolves paths and checks names against the installed plugins.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -213,11 +212,8 @@ def _evaluation_is_possible(config: RunConfig) -> list[tuple[str, str]]:
         problems.append(("evaluation.every", "there is nothing to evaluate on; set prompts.heldout."))
     if evaluation.every is None:
         needs = "needs evaluations while training; set evaluation.every."
-        for key in ("patience", "max_drift", "min_diversity"):
-            if getattr(stopping, key) is not None:
-                problems.append((f"early_stopping.{key}", needs))
-        if stopping.restore_best:
-            problems.append(("early_stopping.restore_best", needs))
+        asked = [key for key in ("patience", "max_drift", "min_diversity", "restore_best") if getattr(stopping, key)]
+        problems += [(f"early_stopping.{key}", needs) for key in asked]
     if stopping.min_diversity is not None and evaluation.images_per_prompt < 2:
         message = "needs pairs of images of one prompt; set evaluation.images_per_prompt to 2."
         problems.append(("early_stopping.min_diversity", message))
@@ -232,16 +228,10 @@ def _evaluation_is_possible(config: RunConfig) -> list[tuple[str, str]]:
 def _labels_used_twice(config: RunConfig) -> list[tuple[str, str]]:
     places = [(f"rewards.{i}", term) for i, term in enumerate(config.rewards)]
     places += [(f"evaluation.rewards.{i}", term) for i, term in enumerate(config.evaluation.rewards)]
-    count = Counter(term.label for _, term in places)
-    seen: dict[str, str] = {}
+    first: dict[str, str] = {}
     problems = []
     for place, term in places:
-        if count[term.label] > 1 and term.label in seen:
-            problems.append(
-                (
-                    f"{place}.label",
-                    f'"{term.label}" is used by {seen[term.label]} already. Give one of them another label.',
-                )
-            )
-        seen.setdefault(term.label, place)
+        if (other := first.setdefault(term.label, place)) != place:
+            message = f'"{term.label}" is used by {other} already. Give one of them another label.'
+            problems.append((f"{place}.label", message))
     return problems

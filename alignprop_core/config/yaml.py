@@ -87,7 +87,6 @@ def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
     Raises:
         ConfigError: on a syntax error, with its line and column.
     """
-    loader: _Loader | None = None
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
@@ -105,9 +104,6 @@ def read_yaml(text: str, source: str) -> tuple[Any, Lines]:
         raise ConfigError(f"{place}: not valid YAML: {error.problem or error}.{snippet}") from error
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         raise ConfigError(f"{source}: not valid YAML: {error}.") from error
-    finally:
-        if loader is not None:
-            loader.dispose()
 
 
 def _note_lines(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> None:

@@ -108,12 +108,11 @@ def encoder_of(label: str | None, terms: Sequence[Term]) -> Encoder:
     return Encoder(label, features)
 
 
-def pairwise_distance(features: Tensor) -> float | None:
-    """Return the mean Euclidean distance over all pairs of rows of (n, D); None for fewer than two rows."""
-    return float(torch.pdist(features.double()).mean()) if len(features) > 1 else None
-
-
 def diversity_by_prompt(features: Tensor, images_per_prompt: int) -> list[float]:
-    """Return each prompt's mean pairwise distance; (N, D) features in prompt order. Empty for one image per prompt."""
-    distances = [pairwise_distance(part) for part in torch.split(features, images_per_prompt)]
-    return [distance for distance in distances if distance is not None]
+    """Return the mean Euclidean distance over all pairs of a prompt's images, for each prompt.
+
+    Args:
+        features: (N, D), in prompt order.
+        images_per_prompt: at least 2.
+    """
+    return [float(torch.pdist(part.double()).mean()) for part in torch.split(features, images_per_prompt)]

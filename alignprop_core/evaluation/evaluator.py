@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 
 import torch
 from rich.progress import Progress
+from torch import Tensor
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import EvaluationConfig
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import under
-from alignprop_core.evaluation.compare import Comparison, Switch, Variant, compare
-from alignprop_core.evaluation.diversity import encoder_of
+from alignprop_core.evaluation.compare import Comparison, Switch, Variant
+from alignprop_core.evaluation.diversity import diversity_by_prompt, encoder_of
 from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.measures import measure_entries
 from alignprop_core.evaluation.progress import progress_bar
@@ -23,6 +25,7 @@ from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.registry import Registry
+from alignprop_core.reward import ImageBatch
 
 BASE = "base"
 """Key of adapters that change nothing: those that are off, and those whose B is zero."""
@@ -89,12 +92,16 @@ class Evaluator:
         self.encoder = encoder_of(config.diversity_encoder, self.terms)
         self.remember = remember
         self.last = self.best = BASE
-        self._drift: Drift | None = None
         self._known: dict[str, tuple[object, Variant]] = {}
 
     def base(self) -> AbstractContextManager[object]:
         """Switch the LoRA off inside the block; the base model's own LoRAs stay on."""
         return self.sampler.without_lora()
+
+    @cached_property
+    def _drift(self) -> Drift:
+        config = self.config
+        return Drift(self.sampler, self.prompts.prompts, self.base, seed=config.seed, batch_size=config.batch_size)
 
     def evaluate(
         self, variants: Mapping[str, Switch], bar: Progress | None = None, *, drift: Drift | bool = True
@@ -110,7 +117,7 @@ class Evaluator:
         asked = (self.prompts, self.config, [(term.label, term.reward) for term in self.terms])
         found = {name: self._known[key][1] for name, key in keys.items() if self._known.get(key, ("",))[0] == asked}
         if missing := {name: switch for name, switch in variants.items() if name not in found}:
-            found |= self._generate(missing, bar, drift)
+            found |= self._generate(missing, bar, self._drift if drift is True else drift or None)
         # Images and scores of a long list of prompts take memory, so only three variants are remembered.
         if keys:
             self._known |= {key: (asked, found[name]) for name, key in keys.items()}
@@ -119,30 +126,43 @@ class Evaluator:
         return Comparison(self.prompts, self.config, {name: found[name] for name in variants}, self.encoder)
 
     def _generate(
-        self, variants: Mapping[str, Switch], bar: Progress | None, drift: Drift | bool
+        self, variants: Mapping[str, Switch], bar: Progress | None, drift: Drift | None
     ) -> dict[str, Variant]:
-        config = self.config
-        if drift is True:
-            if self._drift is None:
-                self._drift = Drift(
-                    self.sampler, self.prompts.prompts, self.base, seed=config.seed, batch_size=config.batch_size
-                )
-            drift = self._drift
+        """Sample and score every prompt with each variant of the model at the same noise."""
+        sampler, prompts, config, per = self.sampler, self.prompts, self.config, self.config.images_per_prompt
+        # (prompt, global sample index): the index alone decides an image's noise, so batches do not change the images.
+        jobs = [(prompt, prompt * per + number) for prompt in range(len(prompts)) for number in range(per)]
+        results = {name: Variant({term.label: [] for term in self.terms}) for name in variants}
+        features: dict[str, list[Tensor]] = {name: [] for name in variants}
         with nullcontext(bar) if bar is not None else progress_bar() as progress:
-            total = len(variants) * len(self.prompts) * config.images_per_prompt
-            task = progress.add_task("evaluating", total=total, status="")
-            result = compare(
-                self.sampler,
-                self.terms,
-                self.prompts,
-                config,
-                variants,
-                encoder=self.encoder,
-                drift=drift or None,
-                advance=lambda images: progress.advance(task, images),
-            )
+            task = progress.add_task("evaluating", total=len(variants) * len(jobs), status="")
+            for start in range(0, len(jobs), config.batch_size):
+                part = jobs[start : start + config.batch_size]
+                texts = [prompts.prompts[prompt] for prompt, _ in part]
+                noise = sampler.noise(texts, seed=config.seed, step=0, indices=[index for _, index in part])
+                firsts = [row for row, (_, index) in enumerate(part) if index % per == 0]
+                # All variants take the same noise: differences between them are paired.
+                for name, switch in variants.items():
+                    with switch(), torch.no_grad():
+                        # (b, 3, H, W) in [0, 1]
+                        images = sampler.decode(sampler.sample(texts, noise).latents)
+                        metadata = [prompts.metadata[prompt] for prompt, _ in part]
+                        batch = ImageBatch(images=images, prompts=texts, metadata=metadata)
+                        for term in self.terms:
+                            results[name].scores[term.label] += term.score(batch).tolist()
+                        if per > 1:
+                            features[name].append(self.encoder.features(images).cpu())
+                    # Only each prompt's first image is kept, as uint8: all images of a long list would fill the memory.
+                    results[name].images += list((images[firsts] * 255).round().to(torch.uint8).cpu())
+                    progress.advance(task, len(part))
+            for name, switch in variants.items():
+                if per > 1:
+                    results[name].diversity = diversity_by_prompt(torch.cat(features[name]), per)
+                if drift is not None:
+                    with switch():
+                        results[name].drift = drift.measure()
             progress.remove_task(task)
-        return result.variants
+        return results
 
     def _key(self, switch: Switch) -> str:
         """Return a checksum of the trainable adapter's values in a variant."""

@@ -44,7 +44,6 @@ class Sweep:
     def as_json(self) -> dict[str, Any]:
         """Return prompts, seed and a list of points, each with `drift`, `diversity` and `scores`."""
         result = self.comparison.as_json()
-        encoder = self.comparison.encoder
         rows = []
         for point in self.points:
             variant = f"{point:g}"
@@ -59,7 +58,7 @@ class Sweep:
             )
         facts = {key: result[key] for key in ("prompts", "images", "images_per_prompt", "seed")}
         soup = {} if self.soup is None else {"soup": str(self.soup)}
-        return facts | {"paired_with": FIRST, "encoder": encoder and encoder.name, "points": rows} | soup
+        return facts | {"paired_with": FIRST, "encoder": self.comparison.encoder.name, "points": rows} | soup
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Return the columns and rows of a table with one row per point."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
+
+from alignprop_core.errors import AlignpropError
 
 _HERE = Path(__file__).parent
 _OURS = [str(_HERE / name) for name in ("guard.py", "discovery.py", "registry.py", "local.py")]
@@ -49,3 +52,26 @@ def guarded() -> Iterator[io.StringIO]:
             yield printed
     except (Exception, SystemExit) as error:
         raise PluginFailure(error) from error
+
+
+@contextmanager
+def guarded_as(
+    error: Callable[[PluginFailure], AlignpropError], passes: type[Exception] | tuple[()] = ()
+) -> Iterator[None]:
+    """Run a plugin's code: what it raises becomes an error that carries the plugin's own traceback as a note.
+
+    Args:
+        error: makes the error.
+        passes: exceptions that are raised unchanged.
+    """
+    try:
+        with guarded() as printed:
+            yield
+    except PluginFailure as failure:
+        if isinstance(failure.__cause__, passes):
+            raise failure.__cause__ from failure.__cause__.__cause__
+        raised = error(failure)
+        raised.add_note(failure.traceback)
+        raise raised from failure.__cause__
+    # Standard output may be a JSON document, so what a plugin prints goes to standard error.
+    sys.stderr.write(printed.getvalue())

@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -20,10 +18,10 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.errors import PluginError, under
-from alignprop_core.registry.guard import PluginFailure, guarded
+from alignprop_core.errors import PluginError, did_you_mean
+from alignprop_core.registry.guard import guarded_as
 from alignprop_core.registry.offers import Offer
-from alignprop_core.specs import RewardConfig, RewardSpec, default_label
+from alignprop_core.specs import RewardSpec, default_label
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward
@@ -57,11 +55,6 @@ class LocalReward:
         where = {"file": self.offer.distribution, "sha256": self.sha256}
         what = "class" if isinstance(self.code, type) else "function"
         return (where if self.sha256 else {"module": self.code.__module__}) | {what: _name(self.code)}
-
-    @property
-    def config_class(self) -> type[RewardConfig]:
-        """Options class: the reward's own `Config`."""
-        return self.kind.Config
 
 
 def split_file_name(name: str) -> tuple[str, str] | None:
@@ -120,19 +113,15 @@ def from_file(name: str) -> LocalReward | None:
         raise PluginError(f"{path}: {error}") from None
 
 
-def given_rewards(rewards: Mapping[str, object]) -> dict[str, LocalReward]:
-    """Check rewards passed from Python, and return them by name: functions, and classes or objects of `Reward`.
+def given_reward(name: str, code: object) -> LocalReward:
+    """Check a reward passed from Python: a function, or a class or object of `Reward`.
 
     Raises:
-        PluginError: a name is not snake_case, or a value is not a reward.
+        PluginError: the name is not snake_case, or the value is not a reward.
     """
-    found = {}
-    for name, code in rewards.items():
-        with under(f'rewards["{name}"]'):
-            if not _NAME.match(name):
-                raise PluginError("names are snake_case: letters, digits and underscores.")
-            found[name] = _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
-    return found
+    if not _NAME.match(name):
+        raise PluginError("names are snake_case: letters, digits and underscores.")
+    return _local(name, code, getattr(code, "__module__", None) or type(code).__module__)
 
 
 def code_name(code: Any) -> str:
@@ -153,16 +142,16 @@ def _local(name: str, code: Any, origin: str, sha256: str = "") -> LocalReward:
     from alignprop_core.registry.function import FunctionReward
     from alignprop_core.reward import Reward
 
-    if _is_reward_class(code):
-        return LocalReward(_offer(name, code, code, origin), code, code, sha256=sha256)
+    kind, given = code, None
     if isinstance(code, Reward):
-        kind = type(code)
-        return LocalReward(_offer(name, kind, kind, kind.__module__), kind, kind, given=code)
-    if isinstance(code, type) or not callable(code):
-        what = f"the class {code.__name__}" if isinstance(code, type) else f"of type {type(code).__name__}"
-        raise PluginError(f"must be a function, or a class or object of alignprop_core.Reward, not {what}.")
-    reward = FunctionReward(code)
-    return LocalReward(_offer(name, FunctionReward, code, origin), FunctionReward, code, given=reward, sha256=sha256)
+        code, kind, given = type(code), type(code), code
+        origin = kind.__module__
+    elif not _is_reward_class(code):
+        if isinstance(code, type) or not callable(code):
+            what = f"the class {code.__name__}" if isinstance(code, type) else f"of type {type(code).__name__}"
+            raise PluginError(f"must be a function, or a class or object of alignprop_core.Reward, not {what}.")
+        kind, given = FunctionReward, FunctionReward(code)
+    return LocalReward(_offer(name, kind, code, origin), kind, code, given, sha256)
 
 
 def _name(code: Any) -> str:
@@ -208,17 +197,11 @@ def _run(path: Path, source: bytes, digest: str) -> ModuleType:
     module = module_from_spec(spec)
     sys.modules[name] = module  # pydantic looks types up by a class's module
     try:
-        with guarded() as printed:
+        with guarded_as(lambda failure: PluginError(f"{path}: cannot be run: {failure}.")):
             spec.loader.exec_module(module)
-    except PluginFailure as failure:
-        del sys.modules[name]
-        error = PluginError(f"{path}: cannot be run: {failure}.")
-        error.add_note(failure.traceback)
-        raise error from failure.__cause__
     except BaseException:
         del sys.modules[name]
         raise
-    sys.stderr.write(printed.getvalue())
     return module
 
 
@@ -228,8 +211,8 @@ def _no_reward(path: Path, name: str, found: object, module: ModuleType) -> str:
     own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
     rewards = [key for key, value in own.items() if _is_reward_class(value) or _takes_images(value)]
     missing = f"{path}: there is no {name or 'class or function named after the colon'} in it"
-    if nearest := get_close_matches(name, rewards, n=1):
-        return f'{missing}. Did you mean "{nearest[0]}"?'
+    if hint := did_you_mean(name, rewards):
+        return f"{missing}.{hint}"
     return f"{missing}; " + (f"its rewards are {', '.join(rewards)}." if rewards else "it does not contain a reward.")
 
 

@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from packaging.utils import canonicalize_name
 
 from alignprop_core.registry.discovery import BLOCK_VARIABLE
-from alignprop_core.specs import Spec
+from alignprop_core.specs import RewardSpec, Spec
 
 S = TypeVar("S")
 
@@ -54,6 +54,11 @@ def conflict(what: str, name: str, found: list[Offer[S]]) -> str:
     return (
         f'The {what} "{name}" is offered by {names}. Write {choices} to choose, or keep one out with {BLOCK_VARIABLE}.'
     )
+
+
+def trainable(spec: RewardSpec) -> bool:
+    """Whether a reward may be in a training mix."""
+    return spec.differentiable and spec.scope == "sample"
 
 
 def belongs(offer: Offer[Any]) -> str:

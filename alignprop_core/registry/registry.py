@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from importlib import import_module
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from alignprop_core.errors import AlignpropError, PluginError, RewardError, did_you_mean
+from alignprop_core.errors import AlignpropError, PluginError, RewardError, did_you_mean, under
 from alignprop_core.registry.discovery import (
     BLOCK_VARIABLE,
     SPEC_OF_HOOK,
@@ -25,10 +24,10 @@ from alignprop_core.registry.discovery import (
     installed,
     load_all,
 )
-from alignprop_core.registry.guard import PluginFailure, guarded
+from alignprop_core.registry.guard import PluginFailure, guarded_as
 from alignprop_core.registry.licenses import LicensePolicy
-from alignprop_core.registry.loaders import RewardLoader, RewardSource, missing, several
-from alignprop_core.registry.local import LocalReward, from_file, given_rewards
+from alignprop_core.registry.loaders import DISTRIBUTION_OF, RewardLoader, RewardSource, missing, several
+from alignprop_core.registry.local import LocalReward, from_file, given_reward
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
 from alignprop_core.specs import (
     CallbackSpec,
@@ -97,13 +96,16 @@ class Registry:
         Raises:
             PluginError: a name is taken by a plugin's reward or is not snake_case, or a value is not a reward.
         """
-        found = given_rewards(rewards)
-        for name in found:
-            if offers := matching(name, self.rewards()):
-                raise PluginError(
-                    f'rewards["{name}"]: {offers[0].distribution} offers a reward of that name; choose another.'
-                )
-        return Registry(self.plugins, {**self.given, **found}, licenses=self.licenses)
+        found = dict(self.given)
+        for name, code in rewards.items():
+            with under(f'rewards["{name}"]'):
+                if offers := matching(name, self.rewards()):
+                    raise PluginError(
+                        f'{offers[0].distribution} offers a reward of the name "{name}"; rename this one, or give it '
+                        f'a label: {{"name": ..., "label": "my_{name}"}}.'
+                    )
+                found[name] = given_reward(name, code)
+        return Registry(self.plugins, found, licenses=self.licenses)
 
     def local(self, name: str) -> LocalReward | None:
         """Return a reward passed from Python or in a Python file (which is executed); None for other names."""
@@ -227,10 +229,14 @@ class Registry:
             raise PluginError(several(key, found) if found else missing(key, self.plugins))
         return found[0]
 
+    def loader_keys(self) -> set[str]:
+        """Return the keys of reward entries that loaders have, installed or well known."""
+        return {offer.name for offer in self.loaders()} | DISTRIBUTION_OF.keys()
+
     def loader_config_class(self, key: str) -> type[BaseModel]:
         """Import the config class of a loader, and not the loader; `PluginError` if it is missing or no such class."""
         offer = self.loader(key)
-        return _load_class(offer, offer.spec.config, "config class", BaseModel)
+        return load_class(offer, offer.spec.config, "config class", BaseModel)
 
     def loader_config(self, key: str, value: object) -> BaseModel:
         """Check the value under a loader's key with the loader's config class.
@@ -254,7 +260,7 @@ class Registry:
         """Import and build a loader; `PluginError` if that fails."""
         offer = self.loader(key)
         factory: Any = load_object(offer, offer.spec.factory, "factory")
-        found = _build(offer, partial(factory, config, self), PluginError)
+        found = build(offer, partial(factory, config, self), PluginError)
         if not isinstance(found, RewardLoader):
             raise PluginError(
                 f"{belongs(offer)}: {offer.spec.factory} returned an object {_kind(found)} that is not a "
@@ -268,12 +274,12 @@ class Registry:
         """Import the options class of a reward, and not the reward; `PluginError` if it is missing or no such class."""
         local = self.local(name)
         if local is not None:
-            return local.config_class
+            return local.kind.Config
         offer = self.reward(name)
         # A plugin may contain rewards with other licenses than its own; the spec's is checked before their code loads.
         if offer.spec.license and (problem := self.licenses.problem(offer.spec.license)):
             raise PluginError(f"{belongs(offer)} may not be used here: {problem}.")
-        return _load_class(offer, offer.spec.config, "options class", RewardConfig)
+        return load_class(offer, offer.spec.config, "options class", RewardConfig)
 
     def option_names(self, name: str) -> frozenset[str]:
         """Return the names of a reward's options."""
@@ -315,8 +321,8 @@ class Registry:
             return local.given.freeze()
         from alignprop_core.reward import Reward
 
-        kind = local.kind if local is not None else _load_class(offer, offer.spec.factory, "class", Reward)  # type: ignore[type-abstract]
-        reward = _build(offer, lambda: kind(config).freeze(), RewardError)
+        kind = local.kind if local is not None else load_class(offer, offer.spec.factory, "class", Reward)  # type: ignore[type-abstract]
+        reward = build(offer, lambda: kind(config).freeze(), RewardError)
         if not isinstance(reward, Reward):
             raise PluginError(f"{belongs(offer)}: its freeze() must return the reward itself.")
         return reward
@@ -335,18 +341,13 @@ def _given(plugin: object) -> object:
 def load_object(offer: Offer[Any], path: str, what: str) -> object:
     """Import `package.module:Name` of an offer; `PluginError` with the plugin's own traceback if that fails."""
     module_name, _, attribute = path.partition(":")
-    try:
-        with guarded() as printed:
-            module = import_module(module_name)
-            found: object = getattr(module, attribute, None)
-    except PluginFailure as failure:
-        message = (
+    with guarded_as(
+        lambda failure: PluginError(
             f"{belongs(offer)}: its {what} {path} cannot be imported: {failure}. Repair or reinstall "
             f"{offer.distribution}, or keep it out with {BLOCK_VARIABLE}={offer.distribution}."
         )
-        raise _with_traceback(PluginError(message), failure) from failure.__cause__
-    # Standard output may be a JSON document, so what a plugin prints goes to standard error.
-    sys.stderr.write(printed.getvalue())
+    ):
+        found: object = getattr(import_module(module_name), attribute, None)
     if found is None:
         raise PluginError(
             f"{belongs(offer)}: its {what} {path} does not exist (the module has no {attribute}). Report this to the "
@@ -355,7 +356,7 @@ def load_object(offer: Offer[Any], path: str, what: str) -> object:
     return found
 
 
-def _load_class(offer: Offer[Any], path: str, what: str, base: type[C]) -> type[C]:
+def load_class(offer: Offer[Any], path: str, what: str, base: type[C]) -> type[C]:
     """Import a subclass of `base` that an offer names."""
     found = load_object(offer, path, what)
     if isinstance(found, type) and issubclass(found, base):
@@ -369,39 +370,29 @@ def _load_class(offer: Offer[Any], path: str, what: str, base: type[C]) -> type[
 
 def _validate(offer: Offer[Any], kind: type[M], value: object, where: str) -> M:
     """Check a value with a plugin's own pydantic class; `where` is its key, for messages."""
-    from alignprop_core.validation import InvalidConfig, dotted, explain
+    from alignprop_core.validation import explain, invalid
+
+    def failed(failure: PluginFailure) -> PluginError:
+        return PluginError(f"{belongs(offer)}: checking its options failed: {failure}.")
 
     try:
-        with guarded():
+        with guarded_as(failed, passes=ValidationError):
             # Strict, as the rest of the config is: true is not 1 and "95" is not 95. As JSON, because only there does
             # pydantic's strict mode accept a list for a tuple or a string for a path.
             return kind.model_validate_json(json.dumps(value, default=str), strict=True)
-    except PluginFailure as failure:
-        if not isinstance(failure.__cause__, ValidationError):
-            message = f"{belongs(offer)}: checking its options failed: {failure}."
-            raise _with_traceback(PluginError(message), failure) from failure
-        problems = explain(failure.__cause__, kind, where)
-        lines = [f"{dotted((where, *problem.path))}: {problem.message}" for problem in problems]
-        raise InvalidConfig(problems, "\n".join(lines)) from failure.__cause__
+    except ValidationError as error:
+        raise invalid(explain(error, kind, where), where) from error
 
 
-def _build(offer: Offer[Any], factory: Callable[[], T], error: type[AlignpropError]) -> T:
+def build(offer: Offer[Any], factory: Callable[[], T], error: type[AlignpropError]) -> T:
     """Call a plugin's factory; its own `AlignpropError`s pass, everything else becomes `error`."""
-    try:
-        with guarded() as printed:
-            built = factory()
-    except PluginFailure as failure:
-        if isinstance(failure.__cause__, AlignpropError):
-            raise failure.__cause__ from failure.__cause__.__cause__
-        message = f"{belongs(offer)}: it could not be built: {failure}."
-        raise _with_traceback(error(message), failure) from failure.__cause__
-    sys.stderr.write(printed.getvalue())
-    return built
+    with guarded_as(lambda why: error(f"{belongs(offer)}: it could not be built: {why}."), passes=AlignpropError):
+        return factory()
 
 
 def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: str) -> RewardConfig:
     """Return the options a reward object has; a config may repeat them and not change them."""
-    from alignprop_core.validation import InvalidConfig, Problem
+    from alignprop_core.validation import Problem, invalid
 
     own = reward.config.model_dump(mode="json")
     problems = [
@@ -410,14 +401,9 @@ def _own_options(name: str, reward: Reward, options: Mapping[str, Any], where: s
         if key not in own or own[key] != value
     ]
     if problems:
-        raise InvalidConfig(problems, "\n".join(f"{where}.{p.key}: {p.message}" for p in problems))
+        raise invalid(problems, where)
     return reward.config
 
 
 def _kind(found: object) -> str:
     return f"the class {found.__name__}" if isinstance(found, type) else f"of type {type(found).__name__}"
-
-
-def _with_traceback(error: AlignpropError, failure: PluginFailure) -> AlignpropError:
-    error.add_note(failure.traceback)
-    return error

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from alignprop_core._files import cannot_write, check_space, disk_is_full, flush, write_atomic, write_json
+from alignprop_core._files import cannot_write, check_space, disk_is_full, flush, write_atomic, write_json, writing
 from alignprop_core.errors import AlignpropError, OutputError, under
 from alignprop_core.runs.lock import LOCK_NAMES, FolderLock
-from alignprop_core.runs.metrics import Metrics
+from alignprop_core.runs.metrics import append_row, read_rows, truncate_rows
 
 FILES = ("config.yaml", "environment.json", "metrics.jsonl", "evaluation.json", "report.html")
 FOLDERS = ("lora", "checkpoints", "images")
@@ -26,7 +26,7 @@ class RunFolder:
     def __init__(self, path: Path, lock: FolderLock | None) -> None:
         self.path = path
         self._lock = lock
-        self._metrics = Metrics(path / "metrics.jsonl")
+        self._metrics = path / "metrics.jsonl"
         self.lora = path / "lora"
 
     @classmethod
@@ -43,7 +43,7 @@ class RunFolder:
         """
         path = Path(path).expanduser().absolute()
         cls.check_free(path, overwrite=overwrite)
-        try:
+        with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(path)
             try:
@@ -55,8 +55,6 @@ class RunFolder:
             except BaseException:
                 lock.release()
                 raise
-        except OSError as error:
-            raise cannot_write(path, error) from error
         return cls(path, lock)
 
     @staticmethod
@@ -88,8 +86,7 @@ class RunFolder:
         return cls(path, held)
 
     def close(self) -> None:
-        """Close the metrics file and release the lock."""
-        self._metrics.close()
+        """Release the lock."""
         if self._lock:
             self._lock.release()
             self._lock = None
@@ -110,10 +107,8 @@ class RunFolder:
         root = self.path.resolve()
         if not target.resolve().is_relative_to(root) or target.resolve() == root:
             raise OutputError(f"{Path(*parts)} would be outside the run folder {self.path}. Use a plain name.")
-        try:
+        with writing(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(target, error) from error
         return target
 
     # --- writing
@@ -140,11 +135,9 @@ class RunFolder:
         building = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         replaced = target.with_name(f".{target.name}.{os.getpid()}.old.tmp")
         try:
-            try:
+            with writing(target):
                 _remove(building)
                 building.mkdir()
-            except OSError as error:
-                raise cannot_write(target, error) from error
             try:
                 yield building
             except AlignpropError:
@@ -153,7 +146,7 @@ class RunFolder:
                 if disk_is_full(error, target.parent):
                     raise cannot_write(target, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
                 raise
-            try:
+            with writing(target):
                 for file in sorted(building.rglob("*")):
                     if file.is_file():
                         flush(file)
@@ -161,8 +154,6 @@ class RunFolder:
                     os.replace(target, replaced)
                 os.replace(building, target)
                 flush(target.parent)
-            except OSError as error:
-                raise cannot_write(target, error) from error
         finally:
             shutil.rmtree(building, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -184,16 +175,16 @@ class RunFolder:
     # --- metrics
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append one line to metrics.jsonl; see `Metrics.append`."""
-        self._metrics.append(row)
+        """Append one line to metrics.jsonl; see `append_row`."""
+        append_row(self._metrics, row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all complete lines of metrics.jsonl; see `Metrics.read`."""
-        return self._metrics.read()
+        """Return all complete lines of metrics.jsonl; see `read_rows`."""
+        return read_rows(self._metrics)
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the lines up to and including `step`, to resume from a checkpoint at `step`."""
-        self._metrics.truncate(step)
+        truncate_rows(self._metrics, step)
 
 
 def _never_began(path: Path, names: Sequence[str]) -> bool:
@@ -232,15 +223,13 @@ def _clear_leftovers(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a file or a folder; a folder is renamed first, so that no incomplete folder has its name."""
-    try:
+    with writing(path):
         if path.is_dir() and not path.is_symlink():
             going = path if _is_leftover(path) else path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
             os.replace(path, going)
             shutil.rmtree(going)
         else:
             path.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def _last_number(name: str) -> int:

@@ -7,12 +7,11 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 
 from alignprop_core.errors import ConfigError
 from alignprop_core.hookspecs import PROJECT
-from alignprop_core.testing.subject import CheckFailed, NotApplicable, Subject, close, fails_as, listed, require
+from alignprop_core.testing.subject import CheckFailed, NotApplicable, Subject, fails_as, require
 
 
 def check_spec_without_torch(subject: Subject) -> None:
@@ -86,30 +85,3 @@ def check_json_schema(subject: Subject) -> None:
         schema = json.loads(json.dumps(subject.plugins.reward_config_class(subject.name).model_json_schema()))
     missing = [name for name, facts in schema.get("properties", {}).items() if not facts.get("description")]
     require(not missing, f"these options have no description: {', '.join(missing)}. Use Field(description=...).")
-
-
-def check_range(subject: Subject) -> None:
-    """Scores of photographs are near the declared typical range: at most its width beyond either end."""
-    if subject.spec.typical_range is None:
-        raise NotApplicable("its spec declares no typical_range")
-    low, high = subject.spec.typical_range
-    scores = subject.scores()
-    require(
-        low - (high - low) <= scores.min() and scores.max() <= high + (high - low),
-        f"photographs score {listed(scores)}, far outside the declared typical_range ({low:g}, {high:g}). Correct the "
-        "range or the scale of the score.",
-    )
-
-
-def check_prompts_declared(subject: Subject) -> None:
-    """The scores of a reward that declares needs_prompts=False do not depend on the prompts."""
-    if subject.spec.needs_prompts:
-        raise NotApplicable("it declares that it reads prompts")
-    other = replace(subject, prompts=("something else entirely",))
-    other.__dict__["reward"] = subject.reward
-    here, there = subject.scores(), other.scores()
-    require(
-        close(there, here, 1e-6),
-        f"scores change with the prompt, from {listed(here)} to {listed(there)}, but its spec says "
-        "needs_prompts=False. Declare needs_prompts=True.",
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,5 @@ def starter_images(count: int = 3, *, seed: int = 0) -> tuple[Tensor, list[str]]
     Returns:
         (count, 3, 128, 128) float32 in [0, 1], and one caption per image ("three foxes on a blue background").
     """
-    from importlib import import_module
-
-    scenes = cast(Any, import_module("alignprop_starter.scenes")).render_scenes(count, seed=seed)
+    scenes = import_module("alignprop_starter.scenes").render_scenes(count, seed=seed)
     return scenes.images, list(scenes.captions())

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignprop_core.config.load import parse_config
-from alignprop_core.registry.registry import Registry, default_registry
+from alignprop_core.registry.registry import Registry
 from alignprop_core.testing.pipelines import tiny_pipeline
 
 
@@ -33,19 +32,15 @@ def train_two_steps(
     """
     from alignprop_core.training.train import train
 
-    registry = registry or default_registry()
     tiny_pipeline("stable_diffusion").save_pretrained(folder / "model")
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    config = parse_config(
-        {
-            "model": {"base": str(folder / "model")},
-            "prompts": {"train": str(folder / "prompts.txt")},
-            "sampling": {"steps": 2, "guidance_scale": 2.0},
-            "lora": {"rank": 2},
-            "rewards": [{"name": reward, "options": dict(options or {})}],
-            "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
-            "output": str(folder / "run"),
-        },
-        registry=registry,
-    )
+    config = {
+        "model": {"base": str(folder / "model")},
+        "prompts": {"train": str(folder / "prompts.txt")},
+        "sampling": {"steps": 2, "guidance_scale": 2.0},
+        "lora": {"rank": 2},
+        "rewards": [{"name": reward, "options": dict(options or {})}],
+        "training": {"steps": 2, "batch_size": 2, "device": "cpu"},
+        "output": str(folder / "run"),
+    }
     return train(config, registry=registry).folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 
@@ -61,6 +62,33 @@ def check_finite(subject: Subject) -> None:
             f"{name}: the scores are {listed(scores)}. Look for a division by a standard deviation, log(0) or sqrt of "
             "0; add a small constant.",
         )
+
+
+def check_range(subject: Subject) -> None:
+    """Scores of photographs are near the declared typical range: at most its width beyond either end."""
+    if subject.spec.typical_range is None:
+        raise NotApplicable("its spec declares no typical_range")
+    low, high = subject.spec.typical_range
+    scores = subject.scores()
+    require(
+        low - (high - low) <= scores.min() and scores.max() <= high + (high - low),
+        f"photographs score {listed(scores)}, far outside the declared typical_range ({low:g}, {high:g}). Correct the "
+        "range or the scale of the score.",
+    )
+
+
+def check_prompts_declared(subject: Subject) -> None:
+    """The scores of a reward that declares needs_prompts=False do not depend on the prompts."""
+    if subject.spec.needs_prompts:
+        raise NotApplicable("it declares that it reads prompts")
+    other = replace(subject, prompts=("something else entirely",))
+    other.__dict__["reward"] = subject.reward
+    here, there = subject.scores(), other.scores()
+    require(
+        close(there, here, 1e-6),
+        f"scores change with the prompt, from {listed(here)} to {listed(there)}, but its spec says "
+        "needs_prompts=False. Declare needs_prompts=True.",
+    )
 
 
 def check_samples_independent(subject: Subject) -> None:

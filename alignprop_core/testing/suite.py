@@ -7,9 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from alignprop_core.testing import declaration_checks as declared
-from alignprop_core.testing import gradient_checks as gradients
-from alignprop_core.testing import score_checks as scored
+from alignprop_core.testing import declaration_checks, gradient_checks, score_checks
 from alignprop_core.testing.subject import CheckFailed, NotApplicable, Subject
 
 
@@ -36,31 +34,12 @@ class Check:
 
 
 CHECKS: tuple[Check, ...] = tuple(
-    Check(run)
-    for run in (
-        declared.check_spec_without_torch,
-        declared.check_spec_facts,
-        declared.check_config_round_trip,
-        declared.check_json_schema,
-        scored.check_shape,
-        scored.check_batch_of_one,
-        scored.check_dtype,
-        scored.check_finite,
-        declared.check_range,
-        declared.check_prompts_declared,
-        scored.check_samples_independent,
-        scored.check_input_unchanged,
-        scored.check_deterministic,
-        scored.check_frozen,
-        scored.check_mixed_precision,
-        scored.check_device_move,
-        gradients.check_differentiable,
-        gradients.check_gradient,
-        gradients.check_gradcheck,
-        gradients.check_saturated_pixels,
-        gradients.check_improves,
-    )
+    Check(function)
+    for module in (declaration_checks, score_checks, gradient_checks)
+    for name, function in vars(module).items()
+    if name.startswith("check_")
 )
+"""All checks: the functions `check_...` of these modules, in their order."""
 
 
 @dataclass(frozen=True)

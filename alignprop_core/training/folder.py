@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import platform
 from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,11 @@ import torch
 from alignprop_core._files import read_table
 from alignprop_core.config.load import resolved_yaml
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
-from alignprop_core.runs.environment import environment
 from alignprop_core.runs.folder import RunFolder
-from alignprop_core.training.resume import class_checksum
+
+_LIBRARIES = ("alignprop-core", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
 def open_folder(
@@ -43,7 +46,7 @@ def open_folder(
     else:
         folder = RunFolder.create(config.output, overwrite=overwrite)
     folder.write_text("config.yaml", resolved_yaml(config))
-    folder.write_json("environment.json", {**times, **_environment(config, registry, device)})
+    folder.write_json("environment.json", {**times, **environment(config, registry, device)})
     return folder
 
 
@@ -60,8 +63,9 @@ def _times(checkpoint: Path | None) -> dict[str, Any]:
     return {"started": known.get("started"), "resumed": [*(resumed if isinstance(resumed, list) else []), now]}
 
 
-def _environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
-    terms = (*config.rewards, *config.evaluation.rewards)
+def environment(config: RunConfig, registry: Registry, device: torch.device) -> dict[str, Any]:
+    """Return versions of the core, its libraries and the plugins used, the device, licenses, and where code is from."""
+    given, terms = registry.given, (*config.rewards, *config.evaluation.rewards)
     loaded = [(term, *term.loader) for term in terms if term.loader]
     isolated = {term.label: registry.reward_loader(key, value).origin(term.name) for term, key, value in loaded}
     names = [term.name for term in terms if not term.loader]
@@ -70,11 +74,32 @@ def _environment(config: RunConfig, registry: Registry, device: torch.device) ->
     model = registry.find_model(config.model.base)
     used = {offer.distribution for offer in offers} | ({model.distribution} if model else set())
     used |= {registry.loader(key).distribution for _, key, _ in loaded}
-    known = environment(used, [offer.spec for offer in offers])
-    sources = {name: class_checksum(registry.given[name]) for name in local if name in registry.given}
-    return known | {
+    specs = [offer.spec for offer in offers]
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "plugins": {name: _version(name) for name in sorted(used)},
+        "device": {
+            "kind": "cuda" if cuda else "cpu",
+            "names": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
+            "cuda": torch.version.cuda if cuda else None,
+            "threads": torch.get_num_threads(),
+        },
+        "licenses": {
+            spec.name: {"reward": spec.license, "weights": {file.file: file.license for file in spec.weights}}
+            for spec in specs
+        },
         "local_rewards": local,
-        "class_sources": sources,
+        "class_sources": {name: code_checksum(given[name].code) for name in local if name in given},
         "isolated_rewards": isolated,
         "training_device": str(device),
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from contextlib import nullcontext
-from statistics import pstdev
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,11 +21,12 @@ from alignprop_core.evaluation.sheet import before_after, save_image
 from alignprop_core.evaluation.statistics import summary
 from alignprop_core.lora import adapters
 from alignprop_core.mix.stats import StepStats
+from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.early_stopping import Basis
-from alignprop_core.training.lora_names import lora_metadata, lora_name
-from alignprop_core.training.resume import class_checksum, file_checksum
+from alignprop_core.training.lora_files import save_lora
+from alignprop_core.training.resume import file_checksum
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer
@@ -81,7 +82,12 @@ class HeldOutEvaluation(Callback):
         stopping, config = trainer.early_stopping, trainer.config.early_stopping
         with trainer.as_saved():
             variant = self.evaluator.evaluate({"tuned": nullcontext}, self.bar).variants["tuned"]
-            results = self.results(trainer, variant)
+            results: dict[str, Any] = {
+                "total": self._total(trainer, variant),
+                "scores": {label: summary(values) for label, values in variant.scores.items()},
+                "drift": variant.drift,
+                "diversity": fmean(variant.diversity) if variant.diversity else None,
+            }
             monitored = results["scores"].get(config.monitor, {}).get("mean", results["total"])
             best = stopping.update(trainer.step_number, monitored, results["drift"], results["diversity"])
             if best:
@@ -94,15 +100,6 @@ class HeldOutEvaluation(Callback):
             callback.on_evaluation(trainer, results)
         if reason := stopping.stop_reason():
             trainer.stop(reason)
-
-    def results(self, trainer: Trainer, variant: Variant) -> dict[str, Any]:
-        """Return an evaluation's results: `scores`, the mix's `total`, `drift` and `diversity`."""
-        return {
-            "total": self._total(trainer, variant),
-            "scores": {label: summary(values) for label, values in variant.scores.items()},
-            "drift": variant.drift,
-            "diversity": sum(variant.diversity) / len(variant.diversity) if variant.diversity else None,
-        }
 
     def _restore(self, trainer: Trainer) -> None:
         """Restore the best LoRA of a checkpoint and its files, if it still counts."""
@@ -144,14 +141,7 @@ class HeldOutEvaluation(Callback):
         return total
 
     def _save_best(self, trainer: Trainer) -> None:
-        trainer.folder.inside("lora/best/x")
-        adapters.save(
-            trainer.denoiser,
-            trainer.folder.lora / "best",
-            name=lora_name(trainer.folder.path),
-            metadata=lora_metadata(trainer) | {"alignprop.step": str(trainer.early_stopping.state.best_step)},
-            component=trainer.denoiser_name,
-        )
+        save_lora(trainer, "lora/best", step=trainer.early_stopping.state.best_step)
 
     def _report(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -202,7 +192,7 @@ def basis_of(trainer: Trainer) -> Basis:
 
 def _reward(entry: RewardTerm, registry: Registry) -> dict[str, Any]:
     given = None if entry.loader else registry.given.get(entry.name)
-    checksum = file_checksum(entry.name) if given is None else class_checksum(given)
+    checksum = file_checksum(entry.name) if given is None else code_checksum(given.code)
     known = {"name": entry.name, "options": entry.options, "sha256": checksum}
     # Through JSON, as in a checkpoint: a tuple comes back as a list.
     found: dict[str, Any] = json.loads(json.dumps(known, default=str))

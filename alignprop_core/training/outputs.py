@@ -9,11 +9,10 @@ from torch import Tensor
 
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.sheet import grid, save_image
-from alignprop_core.lora import adapters
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import save_checkpoint
-from alignprop_core.training.lora_names import lora_metadata, lora_name
+from alignprop_core.training.lora_files import lora_name, save_lora
 
 PREVIEW_PROMPTS = 4
 """How many of the held-out (or training) prompts are previewed where `previews.prompts` names none."""
@@ -70,31 +69,16 @@ class LoraFiles(Callback):
 
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         """Write a file every `save.every` steps and keep the newest."""
-        settings, name = trainer.config.save, lora_name(trainer.folder.path)
+        settings = trainer.config.save
         if settings.every and stats.step % settings.every == 0:
-            file = trainer.folder.inside(f"lora/{name}-{stats.step:06d}.safetensors")
             with trainer.as_saved():
-                adapters.save(
-                    trainer.denoiser,
-                    file.parent,
-                    name=file.stem,
-                    metadata=lora_metadata(trainer),
-                    component=trainer.denoiser_name,
-                    formats=("kohya",),
-                )
+                save_lora(trainer, suffix=f"-{stats.step:06d}", formats=("kohya",))
             if settings.keep is not None:
-                trainer.folder.keep_newest(f"lora/{name}-*.safetensors", settings.keep)
+                trainer.folder.keep_newest(f"lora/{lora_name(trainer.folder.path)}-*.safetensors", settings.keep)
 
     def on_end(self, trainer: Trainer) -> None:
         """Write the final LoRA in both formats."""
-        trainer.folder.inside("lora/x")
-        adapters.save(
-            trainer.denoiser,
-            trainer.folder.lora,
-            name=lora_name(trainer.folder.path),
-            metadata=lora_metadata(trainer),
-            component=trainer.denoiser_name,
-        )
+        save_lora(trainer)
 
 
 class Checkpoints(Callback):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from alignprop_core.errors import AlignpropError, PluginError, under
-from alignprop_core.registry.guard import PluginFailure, describe, guarded
+from alignprop_core.errors import PluginError, under
+from alignprop_core.registry.guard import describe
 from alignprop_core.registry.offers import Offer, belongs, matching
-from alignprop_core.registry.registry import Registry, load_object
+from alignprop_core.registry.registry import Registry, build, load_class
 from alignprop_core.specs import CallbackSpec
 from alignprop_core.training.callback import Callback
 
@@ -38,7 +38,7 @@ def check_trackers(names: Sequence[str], registry: Registry) -> None:
 def named_callbacks(names: Sequence[str], registry: Registry) -> list[Callback]:
     """Build the callbacks that `training.trackers` names; automatic ones join anyway and are left out."""
     offers = dict.fromkeys(find_callback(name, registry) for name in names)
-    return [build(offer) for offer in offers if not offer.spec.automatic]
+    return [_built(offer) for offer in offers if not offer.spec.automatic]
 
 
 def automatic_callbacks(registry: Registry) -> list[Callback]:
@@ -47,7 +47,7 @@ def automatic_callbacks(registry: Registry) -> list[Callback]:
     for offer in registry.callbacks():
         if offer.spec.automatic:
             try:
-                built.append(Contained(offer, build(offer)))
+                built.append(Contained(offer, _built(offer)))
             except PluginError as error:
                 warnings.warn(f"{error} It is left out.", stacklevel=2)
     return built
@@ -59,20 +59,9 @@ def results_written(folder: Path, registry: Registry) -> None:
         callback.on_results(folder)
 
 
-def build(offer: Offer[CallbackSpec]) -> Callback:
+def _built(offer: Offer[CallbackSpec]) -> Callback:
     """Import and build a callback; `PluginError` if that fails."""
-    factory = load_object(offer, offer.spec.factory, "class")
-    if not (isinstance(factory, type) and issubclass(factory, Callback)):
-        raise PluginError(f"{belongs(offer)}: {offer.spec.factory} must be a subclass of alignprop_core.Callback.")
-    try:
-        with guarded():
-            return factory()
-    except PluginFailure as failure:
-        if isinstance(failure.__cause__, AlignpropError):
-            raise failure.__cause__ from None
-        error = PluginError(f"{belongs(offer)}: it could not be built: {failure}.")
-        error.add_note(failure.traceback)
-        raise error from failure.__cause__
+    return build(offer, load_class(offer, offer.spec.factory, "class", Callback), PluginError)
 
 
 class Contained(Callback):

@@ -13,9 +13,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignprop_core.config.aliases import upgraded
+from alignprop_core.config.load import read_run
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import under
 from alignprop_core.evaluation.table import EvaluationTable
 from alignprop_core.locate import DIFFUSERS_NAME, find_base, find_lora
@@ -62,9 +61,7 @@ class Run:
     @cached_property
     def config(self) -> RunConfig:
         """The run config, complete."""
-        path = self.folder / "config.yaml"
-        data, _ = read_yaml(path.read_text(encoding="utf-8"), str(path))
-        return RunConfig.model_validate(upgraded(data), context={"registry": self.registry})
+        return RunConfig.model_validate(read_run(self.folder), context={"registry": self.registry})
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

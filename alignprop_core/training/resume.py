@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_core._files import read_table
-from alignprop_core.config.aliases import upgraded
+from alignprop_core.config.load import read_run
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError, UserError
 from alignprop_core.registry.code_checksum import SCHEME, code_checksum
 from alignprop_core.registry.local import LocalReward, split_file_name
@@ -61,12 +60,17 @@ def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> 
             f"There is no checkpoint in {where}, so there is nothing to resume. Start the run without --resume, or "
             "give the folder of a run or of one checkpoint."
         )
-    stored = found[-1].parent.parent / "config.yaml"
-    if stored.is_file():
-        _same_run(config, stored)
+    run = run_of(found[-1])
+    if (run / "config.yaml").is_file():
+        _same_run(config, run)
     if not edited:
         _same_files(config, found[-1])
     return found[-1]
+
+
+def run_of(where: Path) -> Path:
+    """Return the run folder of a checkpoint, or the folder itself if it is none."""
+    return where.parent.parent if (where / STATE).is_file() else where
 
 
 def file_checksum(name: str) -> str | None:
@@ -74,11 +78,6 @@ def file_checksum(name: str) -> str | None:
     parts = split_file_name(name)
     path = None if parts is None else Path(parts[0]).expanduser()
     return hashlib.sha256(path.read_bytes()).hexdigest() if path is not None and path.is_file() else None
-
-
-def class_checksum(given: LocalReward) -> str:
-    """Return the checksum of the code of a reward that was passed from Python."""
-    return code_checksum(given.code)
 
 
 def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: RunConfig) -> None:
@@ -89,13 +88,10 @@ def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: Ru
     before = _environment(checkpoint, "class_sources")
     for i, term in enumerate(config.rewards):
         known, found = str(before.get(term.name)), given.get(term.name)
-        if found is not None and known.startswith(SCHEME) and known != class_checksum(found):
+        if found is not None and known.startswith(SCHEME) and known != code_checksum(found.code):
             what = f'class {found.kind.__qualname__} of the object "{term.name}"'
             what = what if isinstance(found.code, type) else f'function "{term.name}"'
-            raise PluginError(
-                f"--resume: rewards.{i}: the {what} was changed since the run in {checkpoint.parent.parent} began, so "
-                f"this would be another run. {_REMEDY}"
-            )
+            raise _changed(f"rewards.{i}: the {what}", checkpoint)
 
 
 def _same_files(config: RunConfig, checkpoint: Path) -> None:
@@ -105,11 +101,14 @@ def _same_files(config: RunConfig, checkpoint: Path) -> None:
         known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
         # A missing file is reported when it is run.
         if known is not None and now is not None and known != now:
-            path = term.name.rpartition(":")[0]
-            raise PluginError(
-                f"--resume: rewards.{i}.name: {path} was changed since the run in {checkpoint.parent.parent} began, so "
-                f"this would be another run. {_REMEDY}"
-            )
+            raise _changed(f"rewards.{i}.name: {term.name.rpartition(':')[0]}", checkpoint)
+
+
+def _changed(what: str, checkpoint: Path) -> PluginError:
+    return PluginError(
+        f"--resume: {what} was changed since the run in {run_of(checkpoint)} began, so this would be another run. "
+        f"{_REMEDY}"
+    )
 
 
 def _environment(checkpoint: Path, key: str) -> Mapping[str, Any]:
@@ -121,20 +120,18 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _same_run(config: RunConfig, stored: Path) -> None:
-    before, _ = read_yaml(stored.read_text(encoding="utf-8"), str(stored))
-    before = upgraded(before)
+def _same_run(config: RunConfig, run: Path) -> None:
     # Settings of a loader may differ as well, for example where an isolated reward's environment is.
     settings = tuple(f"rewards.{i}.{term.loader[0]}." for i, term in enumerate(config.rewards) if term.loader)
     differing = [
         f"{key} (was {_shown(old)}, is {_shown(new)})"
-        for key, old, new in _differences(before, config.model_dump(mode="json"))
+        for key, old, new in _differences(read_run(run), config.model_dump(mode="json"))
         if not (_MAY_DIFFER & {key, key.partition(".")[0]} or key.startswith(settings))
     ]
     if differing:
         several = len(differing) > 1
         raise ConfigError(
-            f"--resume: {', '.join(differing)} {'differ' if several else 'differs'} from the run in {stored.parent}, "
+            f"--resume: {', '.join(differing)} {'differ' if several else 'differs'} from the run in {run}, "
             f"so this would be another run. Put {'them' if several else 'it'} back, or start a new run "
             "(lora.init_from starts from its LoRA)."
         )

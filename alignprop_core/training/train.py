@@ -16,15 +16,14 @@ from pydantic import BaseModel
 from alignprop_core.config.base import as_section
 from alignprop_core.config.given import name_rewards, new_output
 from alignprop_core.config.input import merge_sections
-from alignprop_core.config.load import Given, load_config, located
+from alignprop_core.config.load import Given, load_config, located, read_run
 from alignprop_core.config.model import PromptsConfig
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.config.yaml import read_yaml
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.given_pipeline import base_of
 from alignprop_core.training.result import Run
-from alignprop_core.training.resume import STATE
+from alignprop_core.training.resume import run_of
 from alignprop_core.training.trainer import Trainer
 
 Section = Mapping[str, Any] | BaseModel | None
@@ -109,7 +108,7 @@ def train(
         resume = output
     checkpoint = None if resume is None or resume == "latest" else Path(resume)
     if config is None and checkpoint is not None:
-        run = checkpoint.parent.parent if (checkpoint / STATE).is_file() else checkpoint
+        run = run_of(checkpoint)
         config, data = run / "config.yaml", {"output": str(run)} | data
     if config is None or isinstance(config, Mapping):
         config, data = {}, merge_sections(_sections(config or {}), data)[0]
@@ -177,9 +176,7 @@ def _take_prompt_function(data: Mapping[str, Any], checkpoint: Path | None) -> C
     data["prompts"]["train"] = ["drawn from a function"]
     if checkpoint is None:
         return function
-    run = checkpoint.parent.parent if (checkpoint / STATE).is_file() else checkpoint
-    known, _ = read_yaml((run / "config.yaml").read_text(encoding="utf-8"), str(run))
-    data["prompts"]["train"] = known["prompts"]["train"]
+    data["prompts"]["train"] = read_run(run_of(checkpoint))["prompts"]["train"]
     return None
 
 

@@ -75,10 +75,8 @@ def check_named_file(value: str, *, reward: str) -> None:
 
     Called before the reward is built. "default", named sets and folders are not checked.
     """
-    if value.startswith(HUB):
+    if value.startswith(HUB) or (_is_path(value) and not Path(value).expanduser().exists()):
         find_weights(value, reward=reward)
-    elif _is_path(value) and not Path(value).expanduser().exists():
-        _local(Path(value).expanduser(), reward)
 
 
 def _is_path(value: str) -> bool:

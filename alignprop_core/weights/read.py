@@ -38,9 +38,8 @@ def load_state_dict(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path} cannot be read: {error.strerror or error}.") from error
     if not start:
         raise WeightsError(f"{path} is empty. Fetch or copy it again.")
-    if (
-        start[8:] == b"{"
-    ):  # checked first: the eight bytes before it are the header's length and may look like another format
+    # Checked first: the eight bytes before it are the header's length and may look like another format.
+    if start[8:] == b"{":
         found = _load_safetensors(path)
     elif start.startswith((_ZIP, _PICKLE)):
         found = _load_torch(path, zipped=start.startswith(_ZIP))

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import MixConfig
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
@@ -130,7 +130,7 @@ def main() -> None:
     pipeline = (tiny_sd() if options.tiny else stable_diffusion(options.device)).to(options.device, dtype)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "prompts.txt").write_text("a fox\nan owl\na boat\na hill\n")
-        config = parse_config(
+        config = load_config(
             {
                 "model": {"base": "owner/name"},  # not loaded: the trainer gets a pipeline
                 "prompts": {"train": f"{folder}/prompts.txt"},

@@ -34,7 +34,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.truncation import draw_truncation
@@ -243,7 +243,7 @@ def main() -> int:
                 "training": {"batch_size": options.batch, "device": "cpu"},
                 "output": f"{scratch}/run",
             }
-            return parse_config(data, registry=registry)
+            return load_config(data, registry=registry)
 
         first = config(COMPARISONS[0].backprop)
         folder = Path(scratch) / "model"

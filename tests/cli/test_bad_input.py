@@ -190,10 +190,10 @@ def test_a_score_that_is_no_number_is_not_printed(
     assert 'error: Reward "odd" scores red.png as nan.' in capsys.readouterr().err
 
 
-def test_evaluate_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["evaluate"], "--model")
     refused(capsys, ["evaluate", tmp_path], f"{tmp_path} is not a run folder (there is no config.yaml in it)")
-    refused(capsys, ["evaluate", "--model", "x"], "--prompts")
+    refused(capsys, ["evaluate", "--model", model], "--prompts")
 
 
 def test_sample_mistakes(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

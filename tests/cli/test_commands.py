@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 
 from alignprop_core.cli import run
-from alignprop_core.config.load import load_config, parse_config, resolved_yaml
+from alignprop_core.config.load import load_config, resolved_yaml
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.devices import choose_device
 from alignprop_core.errors import ConfigError, DeviceError, PromptError, UserError, under
 from alignprop_core.hookspecs import hookimpl
@@ -155,7 +156,8 @@ def test_only_the_first_wrong_prompts_are_listed_and_a_fault_in_looking_names_th
     known = Registry.from_plugins({})
 
     def check(name: str) -> None:
-        settings = parse_config(data | {"rewards": [{"name": f"./counts.py:{name}"}]}, registry=known, folder=tmp_path)
+        (tmp_path / "run.yaml").write_text(dump_yaml(data | {"rewards": [{"name": f"./counts.py:{name}"}]}))
+        settings = load_config(tmp_path / "run.yaml", registry=known)
         from alignprop_core.prompts import load_prompts
 
         check_prompts(load_terms(settings.rewards, known), load_prompts(settings.prompts.train, known))
@@ -332,11 +334,9 @@ def test_a_device_that_is_not_here_costs_the_import_of_torch_alone(
 
 
 def test_the_trainer_checks_the_same_without_the_command(data: dict[str, Any], tmp_path: Path) -> None:
-    settings = parse_config(
-        data | {"model": {"base": "./gone.safetensors"}, "rewards": [{"name": "redness"}]},
-        registry=toy_rewards.registry(),
-        folder=tmp_path,
-    )
+    changed = data | {"model": {"base": "./gone.safetensors"}, "rewards": [{"name": "redness"}]}
+    (tmp_path / "run.yaml").write_text(dump_yaml(changed))
+    settings = load_config(tmp_path / "run.yaml", registry=toy_rewards.registry())
     with pytest.raises(UserError, match=r"^model\.base: .*does not exist"):
         Trainer(settings, registry=toy_rewards.registry())
 

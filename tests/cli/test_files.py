@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from alignprop_core._files import unused_name
 from alignprop_core.cli import run
-from alignprop_core.cli.sample import distinct
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +20,10 @@ def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_prompts_with_one_name_get_a_file_each(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert distinct(["fox", "owl", "fox", "fox"]) == ["fox", "owl", "fox_2", "fox_3"]
+    names: list[str] = []
+    for name in ("fox", "owl", "fox", "fox", "fox_2"):
+        names.append(unused_name(name, names))
+    assert names == ["fox", "owl", "fox_2", "fox_3", "fox_2_2"]
     command = ["sample", "a fox!", "a fox?", "--model", str(tiny_model), "--steps", "1", "--output", "generated"]
     assert run(command) == 0
     files = capsys.readouterr().out.split()

@@ -17,7 +17,7 @@ from pydantic import Field
 from alignprop_core import cli
 from alignprop_core.cli import checks
 from alignprop_core.cli.options import options_of
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.registry.registry import Registry, default_registry
@@ -153,7 +153,7 @@ def test_the_yaml_of_rewards_show_loads_when_pasted(site: Path, capsys: pytest.C
         "output": "o",
         **pasted,
     }
-    config = parse_config(data, registry=default_registry())
+    config = load_config(data, registry=default_registry())
     assert name in [term.name for term in (*config.rewards, *config.evaluation.rewards)]
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from alignprop_core.cli import run
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.trainer import Trainer
 from tests.support.toy_runs import toy_data
@@ -33,7 +33,7 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "red.py").write_text(REWARD)
     known = Registry.from_plugins({})
     data = toy_data(tiny_model, folder, rewards=[{"name": f"{folder / 'red.py'}:Red"}])
-    Trainer(parse_config(data, registry=known), registry=known).train()
+    Trainer(load_config(data, registry=known), registry=known).train()
     return folder / "run"
 
 

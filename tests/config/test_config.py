@@ -15,7 +15,7 @@ import pytest
 from pydantic import Field, ValidationError
 
 from alignprop_core.config.aliases import ALIASES
-from alignprop_core.config.load import load_config, parse_config, resolved_yaml
+from alignprop_core.config.load import load_config, resolved_yaml
 from alignprop_core.config.model import BackpropConfig
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.schema import json_schema
@@ -421,14 +421,14 @@ output: runs/first
     assert given.model.base == "owner/name"
 
 
-def test_parse_config_takes_data_and_leaves_it_alone(registry: Registry, tmp_path: Path) -> None:
+def test_load_config_takes_data_and_leaves_it_alone(registry: Registry) -> None:
     data: dict[str, Any] = read_yaml(MINIMAL, "text")[0]
     before = repr(data)
-    config = parse_config(data, registry=registry, source="notebook", overrides=["training.steps=1"], folder=tmp_path)
+    config = load_config(data, ["training.steps=1"], registry=registry)
     assert config.training.steps == 1
     assert repr(data) == before
-    with pytest.raises(ConfigError, match=r"^notebook: lr: unknown key"):
-        parse_config({**data, "lr": 1}, registry=registry, source="notebook")
+    with pytest.raises(ConfigError, match=r"^lr: unknown key"):
+        load_config({**data, "lr": 1}, registry=registry)
 
 
 # -- the schema -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.evaluation.diversity import encoder_of, pairwise_distance
+from alignprop_core.evaluation.diversity import diversity_by_prompt, encoder_of
 from alignprop_core.mix.load import load_terms
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.training.train import train
@@ -48,7 +48,7 @@ def test_an_encoder_distinguishes_different_animals_from_the_same_one(name: str)
     assert same.any()
     other = species[:, None] != species
     assert distances[same].mean() < 0.8 * distances[other].mean()
-    assert pairwise_distance(features[:1].repeat(2, 1)) == pytest.approx(0, abs=1e-6)
+    assert diversity_by_prompt(features[:1].repeat(2, 1), 2) == pytest.approx([0], abs=1e-6)
 
 
 def test_a_run_measures_diversity_with_clip_score(tiny_model: Path, tmp_path: Path) -> None:

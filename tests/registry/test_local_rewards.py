@@ -19,9 +19,10 @@ import torch
 from pydantic import Field
 
 from alignprop_core import train
-from alignprop_core.config.load import load_config, parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import ConfigError, PluginError, TrialError
 from alignprop_core.mix.load import load_terms
@@ -127,7 +128,8 @@ def data(folder: Path, tiny_model: Path) -> Callable[..., dict[str, Any]]:
 
 
 def parse(folder: Path, data: dict[str, Any], **options: Any) -> RunConfig:
-    return parse_config(data, registry=options.pop("registry", registry()), folder=folder, **options)
+    (folder / "run.yaml").write_text(dump_yaml(data))
+    return load_config(folder / "run.yaml", registry=options.pop("registry", registry()), **options)
 
 
 def refused(folder: Path, data: dict[str, Any], **options: Any) -> dict[str, str]:
@@ -264,7 +266,7 @@ def test_an_edited_file_is_read_anew(folder: Path) -> None:
         ("./broken.py:Plain", ["broken.py", "ZeroDivisionError"]),
         ("./leaves.py:Plain", ["leaves.py", "sys.exit"]),
         ("./my_rewards.py:Measure", ["no gradient", "use it under evaluation.rewards"]),
-        ("./my_rewards.py", ["No installed plugin offers"]),
+        ("./my_rewards.py", ["add the name of a function or class", "./my_rewards.py:NAME"]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_at_its_key(
@@ -540,7 +542,7 @@ class Bare(Reward):
         ({"mine": lambda images, prompts, metadata, scale: images}, "it must take"),
         ({"mine": lambda *, images: images}, "it must take"),
         ({"mine": lambda: 0}, "it must take"),
-        ({"redness": Redness()}, "toy-rewards offers a reward of that name"),
+        ({"redness": Redness()}, 'toy-rewards offers a reward of the name "redness"'),
     ],
 )
 def test_what_is_not_a_reward_is_refused(rewards: dict[str, Any], message: str) -> None:

@@ -16,10 +16,8 @@ import pytest
 
 from alignprop_core._files import safe_name
 from alignprop_core.errors import OutputError
-from alignprop_core.runs.environment import environment
 from alignprop_core.runs.folder import FILES, FOLDERS, RunFolder
 from alignprop_core.runs.lock import LOCK_NAMES
-from alignprop_core.specs import RewardSpec, WeightsFile
 
 posix = pytest.mark.skipif(os.name != "posix", reason="uses POSIX signals and limits")
 
@@ -328,24 +326,6 @@ def test_the_newest_are_kept_by_number(tmp_path: Path) -> None:
         assert run.keep_newest("checkpoints/step-*", 5) == []
         with pytest.raises(OutputError, match=r"save\.keep"):
             run.keep_newest("checkpoints/step-*", 0)
-
-
-def test_the_environment_names_versions_device_and_licenses() -> None:
-    spec = RewardSpec(
-        name="fox",
-        summary="x",
-        factory="a.b:C",
-        config="a.c:D",
-        license="MIT",
-        weights=(WeightsFile(file="w.safetensors", license="CC-BY-4.0"),),
-    )
-    found = environment(["alignprop-core", "not-installed"], [spec])
-    assert found["versions"]["torch"]
-    assert found["plugins"]["alignprop-core"]
-    assert found["plugins"]["not-installed"] is None
-    assert found["device"]["kind"] in ("cpu", "cuda")
-    assert found["licenses"] == {"fox": {"reward": "MIT", "weights": {"w.safetensors": "CC-BY-4.0"}}}
-    json.dumps(found)
 
 
 def test_importing_the_module_imports_no_torch() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry
@@ -43,7 +43,7 @@ def toy_data(model: Path, folder: Path, **sections: object) -> dict[str, Any]:
 def changed(data: Mapping[str, Any], overrides: Mapping[str, object], registry: Registry) -> RunConfig:
     """Check data with overrides given as keyword arguments: dots are written as double underscores."""
     changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
-    return parse_config(data, registry=registry, overrides=changes)
+    return load_config(data, registry=registry, overrides=changes)
 
 
 def adapters(folder: Path) -> dict[str, Tensor]:

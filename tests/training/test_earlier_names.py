@@ -13,7 +13,7 @@ import yaml
 
 from alignprop_core.cli import run
 from alignprop_core.config.aliases import upgraded
-from alignprop_core.config.load import load_config, parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError
 from alignprop_core.registry.registry import Registry
@@ -93,7 +93,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             early_stopping={"patience": 9, "restore_best": True},
             output=str(folder / name),
         )
-        return parse_config(data, registry=known)
+        return load_config(data, registry=known)
 
     straight = Trainer(config(4, "straight"), registry=known).train()
     earlier = Trainer(config(2, "earlier"), registry=known).train()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.errors import PluginError
 from alignprop_core.registry.registry import Registry
 from alignprop_core.testing import train_two_steps
@@ -146,10 +146,10 @@ def test_any_other_callback_joins_the_runs_that_name_it(site: Path, tiny_model: 
     registry = plugin(site, automatic=False)
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["steps"] = 1
-    assert not (Trainer(parse_config(data, registry=registry), registry=registry).train() / "watched.jsonl").exists()
+    assert not (Trainer(load_config(data, registry=registry), registry=registry).train() / "watched.jsonl").exists()
     for number, name in enumerate(("fake_watcher", "fake-watcher/fake_watcher")):
         named = data | {"training": data["training"] | {"trackers": [name]}, "output": str(tmp_path / str(number))}
-        folder = Trainer(parse_config(named, registry=registry), registry=registry).train()
+        folder = Trainer(load_config(named, registry=registry), registry=registry).train()
         assert watched(folder)[0]["step"] == 1
 
 
@@ -160,7 +160,7 @@ def test_a_callback_that_a_run_names_stops_it_when_it_cannot_be_built(
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"] |= {"steps": 1, "trackers": ["fake_watcher"]}
     with pytest.raises(PluginError, match="RuntimeError: no license key"):
-        Trainer(parse_config(data, registry=registry), registry=registry).train()
+        Trainer(load_config(data, registry=registry), registry=registry).train()
     assert not (tmp_path / "run").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_tracker_of_two_distributions_is_an_error_that_names_both(
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["trackers"] = ["fake_watcher"]
     with pytest.raises(PluginError, match=r'trackers\.0: .*"fake_watcher".*fake-other 1\.2 and fake-watcher 1\.2'):
-        Trainer(parse_config(data, registry=registry), registry=registry).train()
+        Trainer(load_config(data, registry=registry), registry=registry).train()
 
 
 def test_an_unknown_tracker_is_reported_with_the_nearest_name(site: Path, tiny_model: Path, tmp_path: Path) -> None:
@@ -183,4 +183,4 @@ def test_an_unknown_tracker_is_reported_with_the_nearest_name(site: Path, tiny_m
     data = toy_data(tiny_model, tmp_path, rewards=[{"name": "fake_watcher"}])
     data["training"]["trackers"] = ["fake_watchers"]
     with pytest.raises(PluginError, match=r'trackers\.0: .*Did you mean "fake_watcher"\?'):
-        Trainer(parse_config(data, registry=registry), registry=registry).train()
+        Trainer(load_config(data, registry=registry), registry=registry).train()

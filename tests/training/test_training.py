@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,11 @@ from PIL import Image
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import AlignpropError, ConfigError, OutputError, PluginError, RewardError, RunError
+from alignprop_core.hookspecs import hookimpl
 from alignprop_core.lora import adapters as lora
+from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import RewardSpec, WeightsFile
+from alignprop_core.training.folder import environment
 from alignprop_core.training.step import choose_prompts
 from alignprop_core.training.trainer import Trainer
 from tests.support.processes import train_in_processes
@@ -118,6 +123,27 @@ def test_run_folder_has_the_documented_files(make: Callable[..., RunConfig]) -> 
     with Image.open(folder / "images/step-000000.png") as image:
         assert image.size[0] > 4 * 192
     assert json.loads((folder / "environment.json").read_text())["plugins"].keys() == {"toy-rewards"}
+
+
+def test_the_environment_names_versions_device_and_licenses() -> None:
+    spec = RewardSpec(
+        name="fox",
+        summary="x",
+        factory="a.b:C",
+        config="a.c:D",
+        license="MIT",
+        weights=(WeightsFile(file="w.safetensors", license="CC-BY-4.0"),),
+    )
+    plugin = SimpleNamespace(alignprop_register_rewards=hookimpl(lambda: [spec]))
+    data = {"model": {"base": "a/b"}, "prompts": {"train": ["a fox"]}, "rewards": [{"name": "fox"}], "output": "o"}
+    known = Registry.from_plugins({"not-installed": plugin})
+    found = environment(RunConfig.model_validate(data), known, torch.device("cpu"))
+    assert found["versions"]["torch"]
+    assert found["versions"]["alignprop-core"]
+    assert found["plugins"] == {"not-installed": None}
+    assert found["device"]["kind"] in ("cpu", "cuda")
+    assert found["licenses"] == {"fox": {"reward": "MIT", "weights": {"w.safetensors": "CC-BY-4.0"}}}
+    json.dumps(found)
 
 
 def test_resolved_config_gives_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:

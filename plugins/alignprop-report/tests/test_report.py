@@ -24,7 +24,7 @@ from torch import Tensor
 
 import alignprop_report
 from alignprop_core import cli
-from alignprop_core.config.load import parse_config
+from alignprop_core.config.load import load_config
 from alignprop_core.config.yaml import dump_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.evaluation.sheet import grid, save_image
@@ -182,7 +182,7 @@ def trainer(model: Path, folder: Path, **overrides: object) -> Trainer:
     }
     changes = [f"{key.replace('__', '.')}={json.dumps(value)}" for key, value in overrides.items()]
     known = registry().with_rewards({"shade": Shade()})
-    return Trainer(parse_config(data, registry=known, overrides=changes), registry=known)
+    return Trainer(load_config(data, registry=known, overrides=changes), registry=known)
 
 
 @pytest.fixture(scope="module")
