@@ -81,13 +81,13 @@ def write_files(
     if file.endswith(DIFFUSERS_NAME) or Path(file).name != file:
         raise LoraError(f'"{name}" cannot name a LoRA file; choose a plain name such as "my-style".')
     folder = Path(folder)
-    encoders = {component: part for component, part in lora.parts.items() if component != DENOISER}
+    networks = {lora.component if name == DENOISER else name: part for name, part in lora.parts.items()}
     header = {**architecture(_text_width(lora.denoiser), lora.component), **lora.header}
     header["modelspec.title"] = title or name
     writers = {"diffusers": (folder / DIFFUSERS_NAME, write_diffusers), "kohya": (folder / file, write_kohya)}
     written = []
     for path, write in (writers[kind] for kind in formats):
-        write(path, lora.denoiser, component=lora.component, text_encoders=encoders, metadata=header, dtype=dtype)
+        write(path, networks, metadata=header, dtype=dtype)
         written.append(path)
     return written
 

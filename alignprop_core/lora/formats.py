@@ -196,10 +196,8 @@ def _header_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
 
 def write_diffusers(
     file: Path,
-    factors: Mapping[str, Factors],
+    networks: Mapping[str, Mapping[str, Factors]],
     *,
-    component: str = "unet",
-    text_encoders: Mapping[str, Mapping[str, Factors]] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -209,9 +207,8 @@ def write_diffusers(
 
     Args:
         file: the file.
-        factors: the denoiser's factors by module name.
-        component: the denoiser's name in its pipeline, "unet" or "transformer".
-        text_encoders: factors of the text encoders, by component and module name.
+        networks: network -> module name -> factors; networks have their names in the pipeline: "unet" or "transformer",
+            "text_encoder", "text_encoder_2".
         metadata: further entries of the header.
         dtype: dtype of the stored tensors.
 
@@ -220,7 +217,7 @@ def write_diffusers(
     """
     tensors: dict[str, Tensor] = {}
     settings: dict[str, Any] = {}
-    for name, layers in {component: factors, **(text_encoders or {})}.items():
+    for name, layers in networks.items():
         for module, layer in layers.items():
             tensors[f"{name}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
             tensors[f"{name}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
@@ -242,10 +239,8 @@ def write_diffusers(
 
 def write_kohya(
     file: Path,
-    factors: Mapping[str, Factors],
+    networks: Mapping[str, Mapping[str, Factors]],
     *,
-    component: str = "unet",
-    text_encoders: Mapping[str, Mapping[str, Factors]] | None = None,
     metadata: Mapping[str, str] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
@@ -255,9 +250,8 @@ def write_kohya(
 
     Args:
         file: the file.
-        factors: the denoiser's factors by module name.
-        component: the denoiser's name in its pipeline, "unet" or "transformer".
-        text_encoders: factors of the text encoders, by component and module name.
+        networks: network -> module name -> factors; networks have their names in the pipeline: "unet" or "transformer",
+            "text_encoder", "text_encoder_2".
         metadata: entries that override the header's (`modelspec.title`, `modelspec.architecture`, ...).
         dtype: dtype of the stored tensors.
 
@@ -265,13 +259,12 @@ def write_kohya(
         OutputError: the file cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    encoders = text_encoders or {}
-    first = "te1" if "text_encoder_2" in encoders else "te"  # one text encoder has no number in this layout
-    names = {component: component, "text_encoder": first, "text_encoder_2": "te2"}
+    # A single text encoder has no number in this layout.
+    encoders = {"text_encoder": "te1" if "text_encoder_2" in networks else "te", "text_encoder_2": "te2"}
     ranks: set[int] = set()
-    for name, layers in {component: factors, **encoders}.items():
+    for name, layers in networks.items():
         for module, layer in layers.items():
-            key = f"lora_{names[name]}_{flatten_name(module)}"
+            key = f"lora_{encoders.get(name, name)}_{flatten_name(module)}"
             tensors[f"{key}.lora_down.weight"] = _stored(layer.down, dtype)
             tensors[f"{key}.lora_up.weight"] = _stored(layer.folded_up(), dtype)
             tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)

@@ -153,7 +153,7 @@ def test_convert_keeps_text_encoders_and_headers(tmp_path: Path) -> None:
     unet = factors("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     encoders = {"text_encoder": factors("text_model.encoder.layers.0.self_attn.q_proj")}
     encoders["text_encoder_2"] = factors("text_model.encoder.layers.1.self_attn.v_proj")
-    write_kohya(tmp_path / "in.safetensors", unet, text_encoders=encoders, metadata={"modelspec.title": "mine"})
+    write_kohya(tmp_path / "in.safetensors", {"unet": unet, **encoders}, metadata={"modelspec.title": "mine"})
     assert run(["lora", "convert", str(tmp_path / "in.safetensors"), "--output", str(tmp_path / "out")]) == 0
     expected = {"denoiser": unet, **encoders}
     for file in (DIFFUSERS_NAME, "out.safetensors"):
@@ -226,7 +226,7 @@ def test_lora_mistakes_have_one_message(
     one = make_lora(tmp_path / "one")
     name = next(iter(read_lora(one)["denoiser"]))
     odd = {name: Factors(torch.ones(2, 10), torch.ones(10, 2))}
-    write_kohya(tmp_path / "other.safetensors", odd)
+    write_kohya(tmp_path / "other.safetensors", {"unet": odd})
     places = {"ONE": one, "OTHER": tmp_path / "other.safetensors", "OUT": tmp_path / "out", "MODEL": tiny_model}
     assert run(["lora", *(str(places.get(argument, argument)) for argument in arguments)]) == 2
     message = capsys.readouterr().err
