@@ -315,7 +315,7 @@ def test_the_starter_head_selects_its_clip_model(tmp_path: Path, monkeypatch: py
             ]
 
     registry = Registry.from_plugins({"alignprop-aesthetic": alignprop_aesthetic, "tiny-starter": Plugin()})
-    monkeypatch.setattr("alignprop_core.default_registry", lambda: registry)
+    monkeypatch.setattr("alignprop_core.weights.find.default_registry", lambda: registry)
     reward = registry.load_reward("aesthetic", {"weights": "starter"})
     scores = check_scores("aesthetic", reward.score(batch()), 4, differentiable=False)
     assert scores.std() > 0
