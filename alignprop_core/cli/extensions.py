@@ -38,6 +38,12 @@ class ExtensibleGroup(TyperGroup):
         self._join(ctx)
         return super().list_commands(ctx)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands with their summaries in full; click's own table cuts them to one line."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, or None if there is no command of that name.
 
@@ -107,7 +113,7 @@ class LazyCommand(TyperCommand):
             raise PluginError(_conflict(self.offers))
         (offer,) = self.offers
         function: Any = load_object(offer, offer.spec.factory, "function")
-        app = typer.Typer(add_completion=False)
+        app = typer.Typer(add_completion=False, rich_markup_mode=None)
         try:
             with guarded():
                 app.command(self.name)(function)

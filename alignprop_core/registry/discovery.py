@@ -16,8 +16,7 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any, Literal
 
 import pluggy
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from packaging.specifiers import SpecifierSet
 
 from alignprop_core import __version__, hookspecs
 from alignprop_core.errors import did_you_mean
@@ -112,11 +111,16 @@ class Candidate:
         return PluginRecord(self.distribution, self.version, self.entry_point, status, license=self.license, **facts)
 
 
+def normalized(name: str) -> str:
+    """Return a distribution's normalized name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def names_in(value: str | None) -> frozenset[str] | None:
     """Return the normalised distribution names of a comma-separated list; None if the variable is not set."""
     if value is None:
         return None
-    return frozenset(canonicalize_name(name) for name in re.split(r"[,\s]+", value) if name)
+    return frozenset(normalized(name) for name in re.split(r"[,\s]+", value) if name)
 
 
 def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
@@ -134,9 +138,11 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
         if not section:
             continue
         try:
-            name, version = canonicalize_name(distribution.metadata["Name"]), str(distribution.version)
-            problem = _core_range_problem(distribution)
-            license = license_of(distribution)
+            metadata = distribution.metadata  # parsed anew at each access
+            name, version = normalized(metadata["Name"]), str(metadata["Version"])
+            requires = metadata.get_all("Requires-Dist") or distribution.requires or ()
+            problem = _core_range_problem(metadata["Name"], requires)
+            license = license_of(metadata)
             unlicensed = policy.problem(license)
         except Exception as error:
             # Without a name the lists cannot be applied, so it is not imported. A broken install raises many errors.
@@ -182,25 +188,33 @@ def _load(name: str, value: str) -> object:
     return EntryPoint(name, value, hookspecs.PROJECT).load()
 
 
-def _core_range_problem(distribution: Distribution) -> str | None:
-    """Return why this core is outside the range that the distribution requires; None if it is inside."""
-    for line in distribution.requires or ():
+def _core_range_problem(distribution: str, requires: Iterable[str]) -> str | None:
+    """Return why this core is outside the range that a distribution requires; None if it is inside."""
+    for line in requires:
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        if normalized(name) != CORE:
+            continue
         try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            if canonicalize_name(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE:
-                return f'its requirement "{line}" cannot be read'
-            continue
-        if canonicalize_name(requirement.name) != CORE:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if not requirement.specifier.contains(__version__, prereleases=True):
+            simple = not re.search(r"[;@\[(]", line)
+            versions = SpecifierSet(line.removeprefix(name)) if simple else _versions_here(line)
+        except ValueError:
+            return f'its requirement "{line}" cannot be read'
+        if not versions.contains(__version__, prereleases=True):
             return (
-                f"it requires {CORE}{requirement.specifier}, installed is {__version__}; "
-                f"upgrade the older one: pip install -U {CORE} {distribution.metadata['Name']}"
+                f"it requires {CORE}{versions}, installed is {__version__}; "
+                f"upgrade the older one: pip install -U {CORE} {distribution}"
             )
     return None
+
+
+def _versions_here(line: str) -> SpecifierSet:
+    """Return the versions that a requirement with a marker, an extra or an address allows in this environment."""
+    # Imported for these alone: a listing would spend a tenth of its time on the import.
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(line)
+    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    return requirement.specifier if applies else SpecifierSet()
 
 
 class _Hooks(pluggy.PluginManager):

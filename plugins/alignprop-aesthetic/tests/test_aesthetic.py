@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import alignprop_aesthetic
-from alignprop_aesthetic.config import HEAD_WEIGHTS, AestheticConfig
+from alignprop_aesthetic.config import AestheticConfig
 from alignprop_aesthetic.head import WIDTHS, read_head
+from alignprop_aesthetic.published import HEAD_WEIGHTS
 from alignprop_aesthetic.reward import Aesthetic
 from alignprop_clip.testing import CLIP, random_state, tiny_network, write_tiny_clip
 from alignprop_clip.testing import random_batch as batch
