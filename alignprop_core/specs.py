@@ -154,9 +154,10 @@ class CommandSpec(Spec):
 
     path: CommandPath = Field(description='Words after `alignprop`: "report", or "rewards isolate" in a group.')
     factory: ObjectPath = Field(
-        description='"package.module:function", a function with typer\'s arguments and options; imported when the '
-        "command runs or shows its own help."
+        description='"package.module:function", a function with typer\'s arguments and options, or a `typer.Typer` app '
+        "with one command; imported when the command runs or shows its own help."
     )
+    group_summary: str = Field(default="", description="Line of the group in the help, for the path of a new group.")
 
     @property
     def name(self) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import typer
 
 from alignprop_core import __version__
-from alignprop_core.cli import demo, doctor, evaluate, lora, plugins, rewards, sample, schema, score, train
+from alignprop_core.cli import doctor, evaluate, plugins, rewards, sample, schema, score, train
 from alignprop_core.cli.extensions import ExtensibleGroup
 from alignprop_core.errors import AlignpropError
 
@@ -31,13 +31,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
 app.command("evaluate")(evaluate.evaluate)
 app.add_typer(rewards.app, name="rewards")
-app.add_typer(lora.app, name="lora")
 app.command("plugins")(plugins.plugins)
 app.command("schema")(schema.schema)
 app.command("doctor")(doctor.doctor)

@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from alignprop_core.registry.registry import Registry
     from alignprop_core.specs import CommandSpec
 
-DISTRIBUTION_OF = {"report": "alignprop-report", "rewards isolate": "alignprop-isolation"}
+DISTRIBUTION_OF = {
+    "demo": "alignprop-starter",
+    "lora": "alignprop-lora",
+    "lora info": "alignprop-lora",
+    "lora convert": "alignprop-lora",
+    "lora scale": "alignprop-lora",
+    "lora merge": "alignprop-lora",
+    "lora fuse": "alignprop-lora",
+    "report": "alignprop-report",
+    "rewards isolate": "alignprop-isolation",
+}
 """Well-known commands of plugins: where one is missing, the error names the distribution to install."""
 
 RENAMED = {"lora mix": "lora merge", "lora bake": "lora fuse"}
@@ -45,20 +55,27 @@ class ExtensibleGroup(TyperGroup):
             formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Return a command, or None if there is no command of that name.
+        """Return a command, or None if there is no command of that name."""
+        if cmd_name not in self.commands:
+            self._join(ctx)
+        return super().get_command(ctx, cmd_name)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Find the command that the arguments name.
 
         Raises:
             PluginError: the command is in a well-known distribution that is not installed or not loaded.
             UserError: the command has another name today.
         """
-        if cmd_name not in self.commands:
-            self._join(ctx)
-            path = " ".join([*_words(ctx), cmd_name])
-            if cmd_name not in self.commands and path in RENAMED:
-                raise UserError(f"`alignprop {path}` is now `alignprop {RENAMED[path]}`.")
-            if cmd_name not in self.commands and path in DISTRIBUTION_OF:
-                raise PluginError(_missing(path))
-        return super().get_command(ctx, cmd_name)
+        if self.get_command(ctx, args[0]) is None:
+            before = _words(ctx)
+            # With the next word first: it may be a command of a group that is missing.
+            for path in (" ".join([*before, *args[:2]]), " ".join([*before, args[0]])):
+                if path in RENAMED:
+                    raise UserError(f"`alignprop {path}` is now `alignprop {RENAMED[path]}`.")
+                if path in DISTRIBUTION_OF:
+                    raise PluginError(_missing(path))
+        return super().resolve_command(ctx, args)
 
     def _join(self, ctx: Any) -> None:
         """Add the plugins' commands without importing them."""
@@ -79,6 +96,7 @@ class ExtensibleGroup(TyperGroup):
                 self.add_command(LazyCommand(name, offers))
             else:
                 text = f"Commands of {' and '.join(dict.fromkeys(offer.distribution for offer in offers))}."
+                text = next((offer.spec.group_summary for offer in offers if offer.spec.group_summary), text)
                 self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True))
 
 
@@ -112,11 +130,13 @@ class LazyCommand(TyperCommand):
         if len(self.offers) > 1:
             raise PluginError(_conflict(self.offers))
         (offer,) = self.offers
-        function: Any = load_object(offer, offer.spec.factory, "function")
-        app = typer.Typer(add_completion=False, rich_markup_mode=None)
+        found: Any = load_object(offer, offer.spec.factory, "function")
+        new = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app = found if isinstance(found, typer.Typer) else new
         try:
             with guarded():
-                app.command(self.name)(function)
+                if app is not found:
+                    app.command(self.name)(found)
                 return typer.main.get_command(app)
         except PluginFailure as failure:
             error = PluginError(f"{belongs(offer)}: {offer.spec.factory} is not a command function: {failure}.")

@@ -1,17 +1,22 @@
-"""Calls of a family's networks: working dtype, autocast, cheaper layer forwards on a CPU."""
+"""Calls of a family's networks: working dtype, autocast, cheaper layer forwards, and what is recomputed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from alignprop_core.diffusion.cpu import Forwards, doubling_forwards, effective_forwards, replaced
-from alignprop_core.diffusion.families.base import Conditioning, Family
+from alignprop_core.config.model import BackpropConfig
+from alignprop_core.diffusion.cpu import Forwards, cheaper_forwards, replaced
+from alignprop_core.diffusion.families.base import Family
+from alignprop_core.diffusion.memory import available_bytes, graph_bytes
+
+_MEMORY_SHARE = 0.6
+"""Share of the available memory that stored graphs may take; the rest is for their backward pass."""
 
 
 class NetworkCalls:
@@ -23,7 +28,8 @@ class NetworkCalls:
     Attributes:
         device: the denoiser's device.
         dtype: of latents, predictions and images: float64 with a float64 denoiser, else float32.
-        sums_weights: whether layers run with summed weights (`diffusion.cpu`): full precision on a CPU.
+        forwards_of: network -> cheaper forwards of its layers for one batch (`diffusion.cpu`): in full precision on a
+            CPU; elsewhere there are none.
     """
 
     def __init__(self, family: Family) -> None:
@@ -38,22 +44,49 @@ class NetworkCalls:
             partial(torch.autocast, self.device.type, dtype=weights) if half else nullcontext
         )
         # Sums of weights are exact in full precision only, and faster only on CPUs.
-        self.sums_weights = self.device.type == "cpu" and not half
+        cheaper = self.device.type == "cpu" and not half
+        self.forwards_of: Callable[[nn.Module], Forwards] = cheaper_forwards if cheaper else lambda _network: {}
 
-    def denoiser_forwards(self, *, with_graph: bool) -> Forwards:
-        """Return cheaper forwards of the denoiser's layers for one batch; the adapters may change before the next."""
-        if not self.sums_weights:
-            return {}
-        with torch.set_grad_enabled(with_graph):
-            return effective_forwards(self.family.denoiser) | doubling_forwards(self.family.denoiser)
-
-    def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning, forwards: Forwards) -> Tensor:
-        """Return the guided prediction, (B, C, h, w), at a 0-dim timestep, computed with these layer forwards."""
+    def run(self, call: Callable[..., Tensor], *inputs: Tensor, forwards: Forwards, **named: Any) -> Tensor:
+        """Call the family's `predict` or `decode`, with these layer forwards; the output is in `dtype`."""
         with self._autocast(), replaced(forwards):
-            return self.family.predict(latents, timestep, conditioning).to(self.dtype)
+            return call(*inputs, **named).to(self.dtype)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w)."""
-        forwards = doubling_forwards(self.family.decoder) if self.sums_weights else {}
-        with self._autocast(), replaced(forwards):
-            return self.family.decode(latents).to(self.dtype)
+
+class Checkpointing:
+    """Decides whether kept steps and decoder are stored for the backward pass, or recomputed in it.
+
+    With "auto" they are stored if the graphs fit into the memory that was available when the first was needed.
+
+    Args:
+        calls: the networks.
+        backprop: the `backprop` section of the run config.
+    """
+
+    def __init__(self, calls: NetworkCalls, backprop: BackpropConfig) -> None:
+        self._calls = calls
+        self._settings = {"steps": backprop.checkpoint_steps, "decoder": backprop.checkpoint_decoder}
+        self._fitting: dict[str, float] = {}
+        self._decoder_recomputes: bool | None = None
+
+    def recomputes(self, part: Literal["steps", "decoder"], copies: int, one: Callable[[], Tensor]) -> bool:
+        """Return whether a part is recomputed; a decoder is also made to do so.
+
+        Args:
+            part: the kept steps or the decoder.
+            copies: how many graphs of a single sample would be stored: samples, times kept steps.
+            one: runs the part for a single sample, to measure its graph.
+        """
+        family, setting = self._calls.family, self._settings[part]
+        if setting == "auto":
+            if part not in self._fitting:
+                if part == "decoder":
+                    family.checkpoint_decoder(False)
+                    self._decoder_recomputes = False
+                stored = graph_bytes(one, [family.denoiser if part == "steps" else family.decoder])
+                self._fitting[part] = _MEMORY_SHARE * available_bytes(self._calls.device) / max(stored, 1)
+            setting = copies > self._fitting[part]
+        if part == "decoder" and setting != self._decoder_recomputes:
+            family.checkpoint_decoder(setting)
+            self._decoder_recomputes = setting
+        return setting

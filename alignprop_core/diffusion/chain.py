@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -40,12 +40,19 @@ class Chain:
         regularization: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
-        self._calls, self._scheduler, self._conditioning = calls, scheduler, conditioning
-        self._truncation, self._checkpointing = truncation, checkpointing
-        self._forwards = calls.denoiser_forwards(with_graph=truncation is not None)
+        self._calls, self._scheduler = calls, scheduler
+        self._truncation = truncation
+        denoiser = calls.family.denoiser
+        network = partial(calls.run, calls.family.predict, conditioning=conditioning)  # (latents, timestep) -> (B, ...)
+        with torch.set_grad_enabled(truncation is not None):
+            self._predict = partial(network, forwards=calls.forwards_of(denoiser))
+        # The networks draw no random numbers, so there is no generator state to restore for the second run.
+        recomputing = partial(checkpoint, self._predict, use_reentrant=False, preserve_rng_state=False)
+        self._predict_kept: Callable[..., Tensor] = recomputing if checkpointing else self._predict
         self._regularization = regularization if truncation is not None else 0.0
-        with adapters.disabled(calls.family.denoiser) if self._regularization else nullcontext():
-            self._base_forwards = calls.denoiser_forwards(with_graph=False) if self._regularization else {}
+        if self._regularization:
+            with torch.no_grad(), adapters.disabled(denoiser):
+                self._predict_base = partial(network, forwards=calls.forwards_of(denoiser))
 
     def run(self, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoise; returns the final latents, (B, C, h, w) or (B * (1 + n), C, h, w) with n LV samples, and aux losses.
@@ -58,15 +65,17 @@ class Chain:
         step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
         state = scheduler.initial_state
         penalties: list[Tensor] = []
-        for i in range(scheduler.steps):
+        for i, timestep in enumerate(scheduler.timesteps):
             # No graph before the first kept step; from there on every step carries the gradient of those before it.
             in_graph = truncation is not None and i >= truncation.first
             keep = truncation is not None and i in truncation.kept
-            with torch.set_grad_enabled(in_graph):
-                seen = latents.detach() if truncation is not None and truncation.detach_input else latents
-                prediction = self._predict(seen, i, keep=keep)
+            seen = latents.detach() if truncation is not None and truncation.detach_input else latents
+            # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
+            with torch.set_grad_enabled(keep):
+                prediction = (self._predict_kept if keep else self._predict)(seen, timestep)
                 if keep and self._regularization:
-                    penalties.append(self._penalty(seen, prediction, i))
+                    penalties.append(self._penalty(seen, prediction, timestep))
+            with torch.set_grad_enabled(in_graph):
                 if truncation is not None and i == truncation.stop_at:
                     latents = scheduler.clean(latents, prediction, i)
                     break
@@ -76,34 +85,9 @@ class Chain:
             latents = self._with_lv_samples(latents, noise.lv.to(calls.device, calls.dtype))
         return latents, {"regularization": self._regularization * torch.stack(penalties).mean()} if penalties else {}
 
-    def _predict(self, latents: Tensor, step: int, *, keep: bool) -> Tensor:
-        timestep = self._scheduler.timesteps[step]
-        if not keep:
-            # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
-            with torch.no_grad():
-                return self._calls.predict(latents, timestep, self._conditioning, self._forwards)
-        if self._checkpointing:
-            # The networks draw no random numbers, so there is no generator state to restore for the second run.
-            prediction: Tensor = checkpoint(
-                self._calls.predict,
-                latents,
-                timestep,
-                self._conditioning,
-                self._forwards,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-            return prediction
-        return self._calls.predict(latents, timestep, self._conditioning, self._forwards)
-
-    def _penalty(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
-        base = partial(
-            self._calls.predict,
-            timestep=self._scheduler.timesteps[step],
-            conditioning=self._conditioning,
-            forwards=self._base_forwards,
-        )
-        return squared_difference(latents, prediction, base, partial(adapters.disabled, self._calls.family.denoiser))
+    def _penalty(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
+        off = partial(adapters.disabled, self._calls.family.denoiser)
+        return squared_difference(latents, prediction, lambda inputs: self._predict_base(inputs, timestep), off)
 
     def _with_lv_samples(self, latents: Tensor, noise: Tensor) -> Tensor:
         """Append low-variance samples (DRaFT-LV, Clark et al. 2024, algorithm 1): renoise one step, denoise again.
@@ -115,11 +99,11 @@ class Chain:
         Returns:
             (B * (1 + n), C, h, w).
         """
-        last = self._scheduler.steps - 1
+        last, scheduler = self._scheduler.steps - 1, self._scheduler
         rows = [latents]
         for fresh in noise:
             # Each sample keeps the gradient of its one step alone, as with last_k of 1.
-            renoised = self._scheduler.renoise(latents.detach(), last, fresh)
-            prediction = self._predict(renoised, last, keep=True)
-            rows.append(self._scheduler.step(renoised, prediction, last, self._scheduler.initial_state, None)[0])
+            renoised = scheduler.renoise(latents.detach(), last, fresh)
+            prediction = self._predict_kept(renoised, scheduler.timesteps[last])
+            rows.append(scheduler.step(renoised, prediction, last, scheduler.initial_state, None)[0])
         return torch.cat(rows)

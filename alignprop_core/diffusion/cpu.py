@@ -48,22 +48,22 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__["forward"] = own
 
 
-def recomputes(network: nn.Module) -> bool:
-    """Return whether a network uses gradient checkpointing inside.
+def cheaper_forwards(network: nn.Module) -> Forwards:
+    """Return the cheaper forwards of a network's layers; the sums of weights keep their graph if gradients are on.
 
-    It would run parts of itself again in the backward pass, outside any `replaced` block, and build another graph.
+    A network that uses gradient checkpointing inside has none: it would run parts of itself again in the backward pass,
+    outside any `replaced` block, and build another graph.
     """
-    return any(getattr(module, "gradient_checkpointing", False) for module in network.modules())
+    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+        return {}
+    return effective_forwards(network) | doubling_forwards(network)
 
 
 def effective_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
     """Return forwards with effective weights for the network's adapted linear layers.
 
-    The sums keep their graph to A and B if gradients are on. Layers with more than plain LoRA (dropout, DoRA, merged or
-    disabled adapters, convolutions) are not replaced, nor is a network that uses gradient checkpointing inside.
+    Layers with more than plain LoRA (dropout, DoRA, merged or disabled adapters, convolutions) are not replaced.
     """
-    if recomputes(network):
-        return {}
     return {
         layer: partial(_linear, weight=_effective(layer), bias=layer.base_layer.bias)
         for layer in network.modules()
@@ -103,8 +103,6 @@ def doubling_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tenso
 
     Layers of other kinds (adapted or trained convolutions, other kernels, no convolution) are not replaced.
     """
-    if recomputes(network):
-        return {}
     return {
         layer: partial(_double, layer=layer, kernel=_kernel(layer.conv), bias=layer.conv.bias)
         for layer in network.modules()

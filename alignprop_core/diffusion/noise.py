@@ -7,7 +7,6 @@ when it is resumed, or repeated with other chunk sizes or another number of proc
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,47 +49,6 @@ def seeded(seed: int, *key: int | str) -> torch.Generator:
     """
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
-
-def sample_noise(
-    shape: tuple[int, ...],
-    *,
-    seed: int,
-    step: int,
-    indices: Sequence[int],
-    scheduler_steps: int = 0,
-    lv_samples: int = 0,
-    dtype: torch.dtype = torch.float32,
-) -> Noise:
-    """Draw the noise of the samples with these global indices.
-
-    Drawn on the CPU in float32, so that every device gets the same values.
-
-    Args:
-        shape: (C, h, w) of one latent.
-        seed: the run's seed.
-        step: the training step.
-        indices: global sample index of each sample within the step.
-        scheduler_steps: T if the scheduler adds noise at every step, else 0.
-        lv_samples: number of DRaFT-LV samples of each final latent.
-        dtype: dtype of the result.
-    """
-
-    def draw(purpose: str, count: int) -> Tensor:
-        # One generator for each sample and purpose: the values do not depend on B, T or n.
-        rows = [
-            torch.randn((count, *shape), generator=seeded(seed, purpose, step, index), dtype=torch.float32)
-            for index in indices
-        ]
-        return torch.stack(rows, dim=1).to(dtype)  # (count, B, C, h, w)
-
-    return Noise(
-        initial=draw("initial", 1)[0],
-        seed=seed,
-        step=step,
-        steps=draw("steps", scheduler_steps) if scheduler_steps else None,
-        lv=draw("lv", lv_samples) if lv_samples else None,
-    )
 
 
 def pipeline_noise(

@@ -1,12 +1,10 @@
-"""What sampling returns, and the clip of decoded pixels that keeps their gradient."""
+"""What sampling returns."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -26,20 +24,3 @@ class SampleOutput:
     sample_index: tuple[int, ...]
     sample_weights: Tensor
     aux: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-class StraightThroughClip(torch.autograd.Function):
-    """Clip to [0, 1] in the forward pass; the backward pass is the identity, so saturated pixels can still learn.
-
-    Straight-through estimator (Bengio et al. 2013, https://arxiv.org/abs/1308.3432).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pixels: Tensor) -> Tensor:
-        """Return the clipped pixels."""
-        return pixels.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        """Return the gradient unchanged."""
-        return gradient

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +25,13 @@ from torch import Tensor
 from alignprop_core.config.base import as_section
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
 from alignprop_core.devices import choose_device, network_dtype
-from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
 from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
-from alignprop_core.diffusion.memory import Checkpointing
-from alignprop_core.diffusion.noise import Noise, pipeline_noise, sample_noise, seeded
-from alignprop_core.diffusion.output import SampleOutput, StraightThroughClip
+from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
+from alignprop_core.diffusion.output import SampleOutput
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import RunError
 from alignprop_core.images import to_pil
@@ -82,7 +82,7 @@ class Sampler:
         self.device, self.dtype = self._calls.device, self._calls.dtype
         self.scheduler = self.family.scheduler(self.device)
         self.latent_shape = self.family.latent_shape()
-        self._checkpointing = Checkpointing(self._calls, self.scheduler.timesteps[0], self.latent_shape, self.backprop)
+        self._checkpointing = Checkpointing(self._calls, self.backprop)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
         self._lora_is_on = True
 
@@ -174,14 +174,12 @@ class Sampler:
 
     # -- randomness ---------------------------------------------------------------------------------------------
 
-    def truncation(self, *, seed: int, step: int) -> Truncation:
-        """Draw the truncation of training step `step`; the same on every process and for every chunk of the batch."""
-        return draw_truncation(self.backprop, self.scheduler.steps, seeded(seed, "cut", step))
-
     def noise(
         self, prompts: Sequence[str], *, seed: int = 0, step: int = 0, indices: Sequence[int] | None = None
     ) -> Noise:
-        """Draw all randomness of B samples.
+        """Draw all randomness of B samples, a function of (seed, step, global sample index) alone.
+
+        Drawn on the CPU in float32, so that every device gets the same values.
 
         Args:
             prompts: B prompts; only their number matters.
@@ -190,14 +188,22 @@ class Sampler:
             indices: global index of each sample within the step; 0 to B - 1 if None. A process that computes a part of
                 a batch passes its samples' indices.
         """
-        return sample_noise(
-            self.latent_shape,
+        indices = range(len(prompts)) if indices is None else indices
+
+        def draw(purpose: str, count: int) -> Tensor:
+            # One generator for each sample and purpose: the values do not depend on B, T or n.
+            rows = [
+                torch.randn((count, *self.latent_shape), generator=seeded(seed, purpose, step, index))
+                for index in indices
+            ]
+            return torch.stack(rows, dim=1).to(self.dtype)  # (count, B, C, h, w)
+
+        return Noise(
+            initial=draw("initial", 1)[0],
             seed=seed,
             step=step,
-            indices=range(len(prompts)) if indices is None else indices,
-            scheduler_steps=self.scheduler.steps if self.scheduler.needs_noise else 0,
-            lv_samples=self.backprop.lv_samples,
-            dtype=self.dtype,
+            steps=draw("steps", self.scheduler.steps) if self.scheduler.needs_noise else None,
+            lv=draw("lv", self.backprop.lv_samples) if self.backprop.lv_samples else None,
         )
 
     # -- the three parts ----------------------------------------------------------------------------------------
@@ -223,14 +229,26 @@ class Sampler:
         if not torch.is_grad_enabled():
             truncation = None
         elif truncation is None:
-            truncation = self.truncation(seed=noise.seed, step=noise.step)
+            truncation = draw_truncation(self.backprop, self.scheduler.steps, seed=noise.seed, step=noise.step)
+        checkpointing = False
+        if truncation is not None:
+
+            def one() -> Tensor:
+                latent = noise.initial[:1].to(self.device, self.dtype)
+                first = Conditioning.cat([conditioning[:1]])  # a copy: a slice would count the whole batch's storage
+                # With the layers' own forwards, which store a little more than the cheaper ones.
+                timestep = self.scheduler.timesteps[0]
+                return self._calls.run(self.family.predict, latent, timestep, conditioning=first, forwards={})
+
+            copies = len(prompts) * (len(truncation.kept) + self.backprop.lv_samples)
+            checkpointing = self._checkpointing.recomputes("steps", copies, one)
         chain = Chain(
             self._calls,
             self.scheduler,
             conditioning,
             truncation,
             regularization=self.regularization,
-            checkpointing=truncation is not None and self._checkpointing.recomputes_steps(truncation, conditioning),
+            checkpointing=checkpointing,
         )
         latents, aux = chain.run(noise)
         # With n LV samples each prompt has 1 + n rows, which share its weight.
@@ -246,18 +264,26 @@ class Sampler:
         """Return the denoiser's guided prediction, (B, C, h, w), at the start of denoising step `step`; no graph."""
         conditioning = self.conditioning(prompts)
         with torch.no_grad():
-            forwards = self._calls.denoiser_forwards(with_graph=False)
-            return self._calls.predict(latents, self.scheduler.timesteps[step], conditioning, forwards)
+            forwards = self._calls.forwards_of(self.family.denoiser)
+            timestep = self.scheduler.timesteps[step]
+            return self._calls.run(self.family.predict, latents, timestep, conditioning=conditioning, forwards=forwards)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1].
 
-        Clips with a straight-through gradient, so that saturated pixels can still learn.
+        Clips with a straight-through gradient (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), so that saturated
+        pixels can still learn.
         """
+
+        def pixels_of(rows: Tensor) -> Tensor:
+            return self._calls.run(self.family.decode, rows, forwards=self._calls.forwards_of(self.family.decoder))
+
         if torch.is_grad_enabled():
-            self._checkpointing.prepare_decoder(latents)
-        images: Tensor = StraightThroughClip.apply(self._calls.decode(latents))
-        return images
+            one = partial(pixels_of, latents[:1].detach().requires_grad_())
+            self._checkpointing.recomputes("decoder", len(latents), one)
+        pixels = pixels_of(latents)
+        # The value of clamp; the difference is 0 and has the gradient of the identity.
+        return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
         """Backpropagate through the kept steps into the adapters' `.grad`.

@@ -1,17 +1,17 @@
 """Truncated backpropagation: choose the denoising steps that keep their gradient, once per batch.
 
-A strategy turns the number of steps and a random generator into a `Truncation`. Everything before the first kept step
-runs without an autograd graph; at least one step always keeps its gradient, whatever the settings.
+Everything before the first kept step runs without an autograd graph; at least one step always keeps its gradient,
+whatever the settings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from alignprop_core.config.model import BackpropConfig
+from alignprop_core.diffusion.noise import seeded
 
 
 @dataclass(frozen=True)
@@ -35,80 +35,55 @@ class Truncation:
         return self.kept[0]
 
 
-def _uniform(low: int, high: int, generator: torch.Generator) -> int:
-    """Draw an integer from {low, ..., high}."""
-    return int(torch.randint(low, high + 1, (), generator=generator))
+def draw_truncation(config: BackpropConfig, steps: int, *, seed: int, step: int) -> Truncation:
+    """Draw the truncation of a training step; the same on every process and for every chunk of the batch.
 
-
-def _last(count: int, steps: int) -> tuple[int, ...]:
-    return tuple(range(steps - max(1, min(count, steps)), steps))
-
-
-def _last_k(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """DRaFT-K (Clark et al. 2024, section 4.2): the last K steps."""
-    return Truncation(_last(config.k or 1, steps))
-
-
-def _uniform_k(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """AlignProp (Prabhudesai et al. 2023, section 4): the last K steps, K uniform over 1..T, drawn once per batch."""
-    return Truncation(_last(_uniform(1, steps, generator), steps))
-
-
-def _gaussian_k(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """The last K steps, K a rounded normal draw clipped to 1..T."""
-    mean = steps / 2 if config.mean is None else config.mean
-    std = steps / 6 if config.std is None else config.std
-    draw = mean + std * float(torch.randn((), generator=generator, dtype=torch.float64))
-    return Truncation(_last(round(draw), steps))
-
-
-def _full(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """All steps: the gradient of the whole chain."""
-    return Truncation(_last(steps, steps))
-
-
-def _drtune(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """DRTune (Wu et al. 2024, algorithm 1): K evenly spaced steps from a random offset, network input detached."""
-    count = max(1, min(config.k or 1, steps))
-    spacing = steps // count
-    # The remainder of the division belongs to the offset's range, so that every step can be chosen.
-    offset = _uniform(0, steps - 1 - (count - 1) * spacing, generator)
-    return Truncation(tuple(offset + i * spacing for i in range(count)), detach_input=True)
-
-
-def _refl(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """ReFL (Xu et al. 2023, algorithm 1): the clean-image estimate at one random late step."""
-    late = max(1, min(config.refl_steps or -(-steps // 4), steps))
-    step = _uniform(steps - late, steps - 1, generator)
-    return Truncation((step,), stop_at=step)
-
-
-def _bernoulli(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """Keep each step with a fixed probability; if that leaves none, one step drawn uniformly."""
-    probability = 0.5 if config.keep_probability is None else config.keep_probability
-    draws = torch.rand(steps, generator=generator, dtype=torch.float64)
-    # One mask for the whole batch: every sample keeps the same steps.
-    kept = tuple(i for i, draw in enumerate(draws.tolist()) if draw < probability)
-    return Truncation(kept or (_uniform(0, steps - 1, generator),))
-
-
-STRATEGIES: dict[str, Callable[[BackpropConfig, int, torch.Generator], Truncation]] = {
-    "last_k": _last_k,
-    "uniform": _uniform_k,
-    "gaussian": _gaussian_k,
-    "full": _full,
-    "drtune": _drtune,
-    "refl": _refl,
-    "bernoulli": _bernoulli,
-}
-
-
-def draw_truncation(config: BackpropConfig, steps: int, generator: torch.Generator) -> Truncation:
-    """Draw the truncation of one batch.
+    - `last_k`: the last K steps (DRaFT-K; Clark et al. 2024, section 4.2).
+    - `uniform`: the last K steps, K uniform over 1..T (AlignProp; Prabhudesai et al. 2023, section 4).
+    - `gaussian`: the last K steps, K a rounded normal draw clipped to 1..T.
+    - `full`: all steps, the gradient of the whole chain.
+    - `drtune`: K evenly spaced steps from a random offset, network input detached (Wu et al. 2024, algorithm 1).
+    - `refl`: the clean-image estimate at one random late step (Xu et al. 2023, algorithm 1).
+    - `bernoulli`: each step with a fixed probability; if that leaves none, one step drawn uniformly.
 
     Args:
         config: the `backprop` section of the run config.
         steps: number of denoising steps T.
-        generator: a CPU generator; the same state gives the same truncation.
+        seed: the run's seed.
+        step: the training step.
     """
-    return STRATEGIES[config.strategy](config, steps, generator)
+    generator = seeded(seed, "cut", step)
+
+    def uniform(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (), generator=generator))
+
+    def last(count: int) -> Truncation:
+        return Truncation(tuple(range(steps - max(1, min(count, steps)), steps)))
+
+    match config.strategy:
+        case "last_k":
+            return last(config.k or 1)
+        case "uniform":
+            return last(uniform(1, steps))
+        case "gaussian":
+            mean = steps / 2 if config.mean is None else config.mean
+            std = steps / 6 if config.std is None else config.std
+            return last(round(mean + std * float(torch.randn((), generator=generator, dtype=torch.float64))))
+        case "full":
+            return last(steps)
+        case "drtune":
+            count = max(1, min(config.k or 1, steps))
+            spacing = steps // count
+            # The remainder of the division belongs to the offset's range, so that every step can be chosen.
+            offset = uniform(0, steps - 1 - (count - 1) * spacing)
+            return Truncation(tuple(offset + i * spacing for i in range(count)), detach_input=True)
+        case "refl":
+            late = max(1, min(config.refl_steps or -(-steps // 4), steps))
+            kept = uniform(steps - late, steps - 1)
+            return Truncation((kept,), stop_at=kept)
+        case "bernoulli":
+            probability = 0.5 if config.keep_probability is None else config.keep_probability
+            # One mask for the whole batch: every sample keeps the same steps.
+            draws = torch.rand(steps, generator=generator, dtype=torch.float64).tolist()
+            kept_steps = tuple(i for i, draw in enumerate(draws) if draw < probability)
+            return Truncation(kept_steps or (uniform(0, steps - 1),))

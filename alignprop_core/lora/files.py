@@ -1,4 +1,4 @@
-"""Complete LoRA files: all components and the header, read from either format and written in both."""
+"""Complete LoRA files: all components and the header, written in both formats."""
 
 from __future__ import annotations
 
@@ -7,17 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from alignprop_core.errors import LoraError
-from alignprop_core.locate import DIFFUSERS_NAME, find_lora
-from alignprop_core.lora.formats import (
-    DENOISER,
-    Factors,
-    read_lora,
-    write_diffusers,
-    write_kohya,
-)
+from alignprop_core.locate import DIFFUSERS_NAME
+from alignprop_core.lora.formats import DENOISER, Factors, write_diffusers, write_kohya
 
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""
@@ -28,7 +21,6 @@ _ARCHITECTURES = {  # width of the text embedding -> header entries that modelsp
     2048: {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_base_model_version": "sdxl_base_v1-0"},
 }
 FORMATS = ("diffusers", "kohya")
-_KEPT = ("modelspec.architecture", "modelspec.title", "ss_base_model_version", "ss_v2")
 
 
 @dataclass(frozen=True)
@@ -50,11 +42,6 @@ class LoraFile:
         """The denoiser's factors by module name."""
         return self.parts[DENOISER]
 
-    @property
-    def rank(self) -> int:
-        """The highest rank of any layer."""
-        return max(layer.rank for part in self.parts.values() for layer in part.values())
-
 
 def architecture(width: int | None, otherwise: str) -> dict[str, str]:
     """Return the header entries for an architecture.
@@ -65,27 +52,6 @@ def architecture(width: int | None, otherwise: str) -> dict[str, str]:
     """
     other = {"modelspec.architecture": f"{otherwise}/lora"}
     return dict(_ARCHITECTURES.get(width, other) if width is not None else other)
-
-
-def read_file(path: str | Path) -> LoraFile:
-    """Read a LoRA of either format.
-
-    Args:
-        path: a file, a LoRA folder or a run folder.
-
-    Raises:
-        LoraError: as `read_lora`; or the file changes only text encoders.
-    """
-    file = find_lora(path)
-    parts = read_lora(file)
-    if DENOISER not in parts:
-        raise LoraError(f"{file} changes only {', '.join(sorted(parts))}; LoRAs without a denoiser are not supported.")
-    with safe_open(file, framework="pt") as opened:
-        header = opened.metadata() or {}
-        first = next(key for key in opened.keys() if not key.startswith(("text_encoder", "lora_te")))  # noqa: SIM118
-    component = "transformer" if first.startswith(("transformer.", "lora_transformer_")) else "unet"
-    kept = {key: value for key, value in header.items() if key in _KEPT or key.startswith("alignprop.")}
-    return LoraFile(parts, component, kept)
 
 
 def write_files(

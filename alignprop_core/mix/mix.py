@@ -146,21 +146,32 @@ class Mix:
             # No projection: every scaled gradient consists of itself alone.
             multiples = torch.eye(len(self.terms)).to(scaled_products).expand_as(scaled_products)
         whole = multiples.sum(1)  # (B, K): how much of each scaled gradient the result contains
-        stats = self._stats(raw, clipped, slopes, factors)
-        stats.per_term("size_square").copy_(sizes.sum(0))
         if image_squares is None:
             image_squares = clipped_products.diagonal(dim1=1, dim2=2)
-        stats.per_term("image_square").copy_(image_squares.sum(0))
+
+        stats = StepStats.zeros(self.labels, factors.device)
+        exact = raw.to(stats.sums)  # float64, so that variances survive the subtraction of squares
+        weighted = (clipped * factors.to(clipped)).to(stats.sums)
+        stats["images"] = len(raw)
+        stats["moving"] = ((slopes != 0) & (factors != 0)).sum()
+        stats["total"] = weighted.sum()
+        stats["raw"] = exact.sum(0)
+        stats["raw_square"] = exact.square().sum(0)
+        stats["weighted"] = weighted.sum(0)
+        stats["factor"] = factors.to(stats.sums).sum(0)
+        stats["saturated"] = (slopes == 0).sum(0)
+        stats["size_square"] = sizes.sum(0)
+        stats["image_square"] = image_squares.sum(0)
         # Inner product of a term's part of the result with the result; over the terms these add up to its square.
-        stats.per_term("share").copy_(torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole))
-        stats.gram.copy_(clipped_products.sum(0))
+        stats["share"] = torch.einsum("bkm,bmn,bn->k", multiples, scaled_products, whole)
+        stats["gram"] = clipped_products.sum(0)
         # Sum over terms of coefficient * gradient, (B, ...).
         coefficients = (whole * reached).to(flat).unsqueeze(1)
         return torch.bmm(coefficients, flat).view(place[:, 0].shape), stats
 
     def update(self, stats: StepStats) -> None:
         """Add a whole step's statistics, of all its batches and processes, to the running ones."""
-        sums = [stats.per_term(name).tolist() for name in ("raw", "raw_square", "size_square")]
+        sums = [stats[name].tolist() for name in ("raw", "raw_square", "size_square")]
         for running, (raw, raw_square, size_square) in zip(self.running.values(), zip(*sums, strict=True), strict=True):
             running.add(raw / stats.images, raw_square / stats.images, size_square, self.config.decay)
 
@@ -170,7 +181,7 @@ class Mix:
             return "every weight is 0 at this step"
         if not any(self.factors(step)):
             return "no term has a nonzero standard deviation or gradient to scale by"
-        if not stats.scalar("moving"):
+        if not stats["moving"]:
             return "every image is at the ceiling, floor or target of every term"
         return "the gradient of every score is 0 (a score that rounds or counts cannot be trained on)"
 
@@ -212,18 +223,3 @@ class Mix:
         # Rounding can make the product of a vanishing gradient with itself negative.
         norms = torch.maximum(sizes.clamp(min=0).sqrt(), least)
         return torch.where(least > 0, weights * usual / torch.where(least > 0, norms, 1), 0)
-
-    def _stats(self, raw: Tensor, clipped: Tensor, slopes: Tensor, factors: Tensor) -> StepStats:
-        """Return the statistics of the scores, all (B, K); those of the gradients are left at zero."""
-        stats = StepStats.zeros(self.labels, factors.device)
-        exact = raw.to(stats.sums)  # float64, so that variances survive the subtraction of squares
-        weighted = (clipped * factors.to(clipped)).to(stats.sums)
-        stats.scalar("images").fill_(float(len(raw)))
-        stats.scalar("moving").copy_(((slopes != 0) & (factors != 0)).sum())
-        stats.scalar("total").copy_(weighted.sum())
-        stats.per_term("raw").copy_(exact.sum(0))
-        stats.per_term("raw_square").copy_(exact.square().sum(0))
-        stats.per_term("weighted").copy_(weighted.sum(0))
-        stats.per_term("factor").copy_(factors.to(stats.sums).sum(0))
-        stats.per_term("saturated").copy_((slopes == 0).sum(0))
-        return stats

@@ -73,54 +73,50 @@ class StepStats:
         size = len(_SCALARS) + len(_PER_TERM) * terms + terms * terms
         return cls(tuple(labels), torch.zeros(size, device=device, dtype=dtype))
 
-    def scalar(self, name: str) -> Tensor:
-        """Return the view of a scalar sum, ()."""
-        return self.sums[_SCALARS.index(name)]
-
-    def per_term(self, name: str) -> Tensor:
-        """Return the view of the sums of all terms, (K,)."""
-        start = len(_SCALARS) + _PER_TERM.index(name) * len(self.labels)
-        return self.sums[start : start + len(self.labels)]
-
-    @property
-    def gram(self) -> Tensor:
-        """The view of the products of the clipped scores' gradients, (K, K)."""
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the view of a sum: () of a scalar, (K,) of a value per term, (K, K) of the matrix."""
         terms = len(self.labels)
-        return self.sums[-terms * terms :].view(terms, terms)
+        if name in _SCALARS:
+            return self.sums[_SCALARS.index(name)]
+        if name in _PER_TERM:
+            return self.sums[len(_SCALARS) :].narrow(0, _PER_TERM.index(name) * terms, terms)
+        if name == "gram":
+            return self.sums[-terms * terms :].view(terms, terms)
+        raise KeyError(name)
+
+    def __setitem__(self, name: str, value: Tensor | float) -> None:
+        """Set a sum in place."""
+        self[name].copy_(value) if isinstance(value, Tensor) else self[name].fill_(value)
 
     def __add__(self, other: StepStats) -> StepStats:
         return replace(self, sums=self.sums + other.sums.to(self.sums))
-
-    def to_host(self) -> StepStats:
-        """Return the statistics on the CPU; this is the step's only transfer from the device."""
-        return replace(self, sums=self.sums.cpu())
 
     # -- on the host ----------------------------------------------------------------------------------------------
 
     @property
     def images(self) -> int:
         """Images scored."""
-        return int(self.scalar("images"))
+        return int(self["images"])
 
     @property
     def total(self) -> float:
         """Mean over the images of the mix's objective."""
-        return float(self.scalar("total")) / self.images
+        return float(self["total"]) / self.images
 
     @property
     def moving(self) -> bool:
         """Whether any image has a gradient under any term."""
-        return bool(self.scalar("moving")) and bool(self.per_term("image_square").any())
+        return bool(self["moving"]) and bool(self["image_square"].any())
 
     @property
     def grad_norm(self) -> float:
         """Norm of the adapters' gradient before clipping."""
-        return float(self.scalar("grad_norm"))
+        return float(self["grad_norm"])
 
     @property
     def regularization(self) -> float:
         """Mean over the samples of the losses that are subtracted from the objective."""
-        return float(self.scalar("regularization")) / max(float(self.scalar("samples")), 1.0)
+        return float(self["regularization"]) / max(float(self["samples"]), 1.0)
 
     @cached_property
     def terms(self) -> dict[str, dict[str, float | None]]:
@@ -130,9 +126,9 @@ class StepStats:
         gradient at the images; "share" is its part of the mixed gradient (shares add up to 1; None where the mixed
         gradient is zero).
         """
-        means = {name: (self.per_term(name) / self.images).tolist() for name in ("raw", "weighted", "factor")}
-        saturated = (self.per_term("saturated") / self.images).tolist()
-        norms, shares = self.per_term("image_square").sqrt().tolist(), self.per_term("share").tolist()
+        means = {name: (self[name] / self.images).tolist() for name in ("raw", "weighted", "factor")}
+        saturated = (self["saturated"] / self.images).tolist()
+        norms, shares = self["image_square"].sqrt().tolist(), self["share"].tolist()
         whole = sum(shares)
         return {
             label: {
@@ -148,7 +144,7 @@ class StepStats:
     @cached_property
     def cosines(self) -> dict[str, float | None]:
         """ "label | label" -> cosine of the two terms' gradients; None where one of them is zero."""
-        gram = self.gram.tolist()
+        gram = self["gram"].tolist()
         return {
             f"{self.labels[i]} | {self.labels[j]}": _cosine(gram[i][j], gram[i][i], gram[j][j])
             for i in range(len(self.labels))

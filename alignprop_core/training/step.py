@@ -5,7 +5,8 @@ prompts -> sampler.noise -> sampler.sample -> sampler.decode -> mix.gradient -> 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 
@@ -13,10 +14,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from alignprop_core.config.sections import RunConfig, TrainingConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.diffusion.noise import seeded
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.truncation import Truncation
+from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.prompts import PromptSet
@@ -49,36 +50,36 @@ class StepGradient:
     ) -> None:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
-        self._samples = samples_of(processes.process_index, processes.num_processes, config.training)
+        self._chunks = chunks_of(processes.process_index, processes.num_processes, config)
 
     def calibrate(self, step: int) -> int:
         """Show the mix one step's statistics before its first step; returns the number of images scored."""
-        stats = self._stats_of(step, backward=False)
-        if self.processes.num_processes > 1:
-            torch.distributed.all_reduce(stats.sums)
-        stats = stats.to_host()
+        stats = self.compute(step, backward=False)
         self.mix.update(stats)
         return stats.images
 
-    def compute(self, step: int) -> StepStats:
-        """Compute the clipped gradient of the step that follows `step` done ones; statistics are on the host."""
-        stats = self._stats_of(step)
-        if self.processes.num_processes > 1:
-            sum_over_processes(self.optimizer.parameters, stats.sums)
-        stats.scalar("grad_norm").copy_(self.optimizer.clip())
-        return stats.to_host()
+    def compute(self, step: int, *, backward: bool = True) -> StepStats:
+        """Compute the clipped gradient of the step that follows `step` done ones; statistics are on the host.
 
-    def _stats_of(self, step: int, *, backward: bool = True) -> StepStats:
-        """Run all batches of this process and return the sum of their statistics."""
-        seed = self.config.training.seed
-        truncation = self.sampler.truncation(seed=seed, step=step)
+        Args:
+            step: optimizer steps done.
+            backward: False computes the statistics alone.
+        """
+        truncation = draw_truncation(
+            self.config.backprop, self.sampler.scheduler.steps, seed=self.config.training.seed, step=step
+        )
+        scale = self.optimizer.scale if backward else None
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
-        stats.kept_steps = len(truncation.kept)
-        scale = self.optimizer.scale if backward else 1.0
-        for indices in self._samples:
-            for part in chunks(indices, self.config.backprop.sample_batch_size):
-                stats += self._batch(part, step, truncation, scale if backward else None)
-        return stats
+        for indices in self._chunks:
+            stats += self._batch(indices, step, truncation, scale)
+        if self.processes.num_processes > 1:
+            torch.distributed.all_reduce(stats.sums)
+            if backward:
+                sum_over_processes(self.optimizer.parameters)
+        if backward:
+            stats["grad_norm"] = self.optimizer.clip()
+        # The step's only transfer from the device.
+        return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
     def _batch(self, indices: Sequence[int], step: int, truncation: Truncation, scale: float | None) -> StepStats:
         """Sample, score and backpropagate the samples with these global indices; no backward pass if scale is None.
@@ -95,8 +96,9 @@ class StepGradient:
         out = self.sampler.sample(prompts, noise, truncation)
         gradients: list[Tensor] = []
         parts: list[StepStats] = []
-        for rows in chunks(range(len(out.sample_index)), self.config.backprop.decode_batch_size):
-            chunk = slice(rows[0], rows[-1] + 1)
+        size = self.config.backprop.decode_batch_size or len(out.latents)
+        for start in range(0, len(out.latents), size):
+            chunk = slice(start, start + size)
             latents = out.latents[chunk].detach().requires_grad_()
             images = self.sampler.decode(latents)
             owners = out.sample_index[chunk]
@@ -113,11 +115,11 @@ class StepGradient:
             ascent = -scale * gradient.to(images)
             gradients += [ascent] if self.mix.at_latent else torch.autograd.grad(images, latents, grad_outputs=ascent)
         stats = reduce(add, parts)
-        stats.scalar("samples").fill_(len(prompts))
+        stats["samples"] = len(prompts)
         if scale is not None:
             self.sampler.backward(out, torch.cat(gradients), aux_scale=share * scale)
             for loss in out.aux.values():
-                stats.scalar("regularization").add_(loss.detach())
+                stats["regularization"].add_(loss.detach())
         return stats
 
 
@@ -127,12 +129,6 @@ def _pull_back(images: Tensor, latents: Tensor, scale: float, gradient: Tensor) 
     norm = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny) if scale != 1 else gradient.new_ones(())
     (pulled,) = torch.autograd.grad(images, latents, grad_outputs=gradient / norm * scale, retain_graph=True)
     return pulled * norm / scale
-
-
-def chunks(items: Sequence[int], size: int | None) -> Iterator[Sequence[int]]:
-    """Cut a sequence into parts of at most `size` items; None is one part."""
-    size = size or max(len(items), 1)
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) -> list[int]:
@@ -145,27 +141,27 @@ def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) 
     return [order[index % count] for index in indices]
 
 
-def samples_of(process: int, processes: int, training: TrainingConfig) -> list[list[int]]:
-    """Return a process's sample indices, one list for each accumulated batch; a batch without any is left out.
+def chunks_of(process: int, processes: int, config: RunConfig) -> list[range]:
+    """Return a process's sample indices, one range for each accumulated batch, or for each chunk of one.
 
     Indices are global: a step covers 0 .. batch_size * gradient_accumulation_steps - 1 over all processes, so the run
     does not depend on their number.
     """
-    parts = []
-    for batch in range(training.gradient_accumulation_steps):
-        whole = range(batch * training.batch_size, (batch + 1) * training.batch_size)
-        parts.append(list(whole[process::processes]))
-    return [part for part in parts if part]
+    size, found = config.training.batch_size, []
+    for batch in range(config.training.gradient_accumulation_steps):
+        own = range(batch * size, (batch + 1) * size)[process::processes]
+        chunk = config.backprop.sample_batch_size or size
+        found += [own[start : start + chunk] for start in range(0, len(own), chunk)]
+    return found
 
 
-def sum_over_processes(parameters: Sequence[nn.Parameter], sums: Tensor) -> None:
-    """Add up gradients and statistics of all processes in place; each sample's share is of the whole step."""
+def sum_over_processes(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up the gradients of all processes in place; each sample's share is of the whole step."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     torch.distributed.all_reduce(flat)
-    torch.distributed.all_reduce(sums)
     sizes = [p.numel() for p in parameters]
     for parameter, part in zip(parameters, torch.split(flat, sizes), strict=True):
         parameter.grad = part.view_as(parameter)

@@ -44,16 +44,20 @@ class StepCheck:
                 that itself, and it does not count here.
         """
         terms = {label: norm for label, term in stats.terms.items() if (norm := term["grad_norm"]) is not None}
-        reason, self._error = self._reason(step, stats, terms, overflow_expected)
-        if reason is not None:
+        norm, threshold = stats.grad_norm, self.config.spike_threshold
+        finite = math.isfinite(norm)
+        broken = any(term["raw"] is None or not math.isfinite(term["raw"]) for term in stats.terms.values())
+        spike = threshold is not None and len(self.norms) >= _ENOUGH and norm > threshold * median(self.norms)
+        if broken or (spike and finite) or not (finite or overflow_expected):
+            reason, self._error = self._explain(step, stats, terms)
             self.skipped += 1
             return reason
-        self.skipped = 0
-        if math.isfinite(stats.grad_norm) and stats.grad_norm > 0:
-            self.norms = [*self.norms, stats.grad_norm][-_WINDOW:]
-            for label, norm in terms.items():
-                if math.isfinite(norm) and norm > 0:
-                    self.terms[label] = [*self.terms.get(label, ()), norm][-_WINDOW:]
+        self.skipped, self._error = 0, None
+        if finite and norm > 0:
+            self.norms = [*self.norms, norm][-_WINDOW:]
+            for label, size in terms.items():
+                if math.isfinite(size) and size > 0:
+                    self.terms[label] = [*self.terms.get(label, ()), size][-_WINDOW:]
         return None
 
     def raise_if_failing(self, *, ended: bool = False) -> None:
@@ -66,9 +70,8 @@ class StepCheck:
         if self._error is not None and failing:
             raise self._error
 
-    def _reason(
-        self, step: int, stats: StepStats, terms: Mapping[str, float], overflow_expected: bool
-    ) -> tuple[str | None, AlignpropError | None]:
+    def _explain(self, step: int, stats: StepStats, terms: Mapping[str, float]) -> tuple[str, AlignpropError]:
+        """Return why a step is skipped, and the error if it ends the run."""
         row = f"This step and the {self.skipped} before it were" if self.skipped else "This step was"
         kept = f"{row} skipped: the adapters did not change, and the last checkpoint has them."
         for label, term in stats.terms.items():
@@ -80,8 +83,6 @@ class StepCheck:
                 )
         norm = stats.grad_norm
         if not math.isfinite(norm):
-            if overflow_expected:
-                return None, None
             whose = " and ".join(f'"{label}"' for label, value in terms.items() if not math.isfinite(value))
             if whose:
                 return f"the gradient of {whose} is not finite", RunError(
@@ -93,16 +94,13 @@ class StepCheck:
                 f"Step {step}: the gradient is not finite, although all scores are{finite}. {kept} A lower "
                 "optimizer.learning_rate, fewer kept steps or another training.mixed_precision may help."
             )
-        threshold = self.config.spike_threshold
-        if threshold is not None and len(self.norms) >= _ENOUGH and norm > threshold * median(self.norms):
-            usual = median(self.norms)
-            whose = self._grown(terms, norm / usual)
-            return f"its gradient norm {norm:.3g} is {norm / usual:.3g} times the median{whose}", RunError(
-                f"Step {step}: the gradient norm is {norm:.3g}, and the median of recent steps is {usual:.3g}{whose}. "
-                f"{kept} Lower optimizer.learning_rate or keep fewer steps; if the mix really changes that much here, "
-                "raise optimizer.spike_threshold, or set it to null."
-            )
-        return None, None
+        usual = median(self.norms)
+        whose = self._grown(terms, norm / usual)
+        return f"its gradient norm {norm:.3g} is {norm / usual:.3g} times the median{whose}", RunError(
+            f"Step {step}: the gradient norm is {norm:.3g}, and the median of recent steps is {usual:.3g}{whose}. "
+            f"{kept} Lower optimizer.learning_rate or keep fewer steps; if the mix really changes that much here, "
+            "raise optimizer.spike_threshold, or set it to null."
+        )
 
     def _grown(self, terms: Mapping[str, float], times: float) -> str:
         """Name the terms whose own gradient grew at least a tenth as much as the whole; empty if none did."""

@@ -223,7 +223,9 @@ class Trainer:
             for callback in callbacks:
                 callback.on_start(self)
             while self.progress.step < self.config.training.steps and not self._should_stop():
+                started = time.perf_counter()
                 stats = self.step()
+                stats.seconds, stats.peak_memory = time.perf_counter() - started, peak_memory(self.device)
                 if main:
                     self.folder.append_metrics(stats.as_json())
                 for callback in callbacks:
@@ -256,7 +258,6 @@ class Trainer:
 
     def step(self) -> StepStats:
         """Do one optimizer step and return its statistics."""
-        started = time.perf_counter()
         step = self.progress.step
         self.optimizer.zero_grad()
         calibrated = self.mix.needs_calibration  # then the step's images are generated twice
@@ -267,22 +268,17 @@ class Trainer:
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
         overflow = self.optimizer.overflow_expected
         stats.skipped = self.step_check.reason_to_skip(step + 1, stats, overflow_expected=overflow)
-        self._update(stats, learn=not calibrated)
-        stats.reward_queries = self.progress.reward_queries
-        stats.seconds = time.perf_counter() - started
-        stats.peak_memory = peak_memory(self.device)
-        return stats
-
-    def _update(self, stats: StepStats, *, learn: bool) -> None:
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
         if changed and self.ema is not None:
             self.ema.update()
         self.progress.step += 1
         self.progress.reward_queries += stats.images
-        if learn and stats.skipped is None:
+        if not calibrated and stats.skipped is None:
             self.mix.update(stats)
         self.progress.updating = False
+        stats.reward_queries = self.progress.reward_queries
+        return stats
 
     @property
     def consistent(self) -> bool:

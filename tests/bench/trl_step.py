@@ -37,6 +37,7 @@ from torch import Tensor
 from alignprop_core.config.load import parse_config
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.truncation import draw_truncation
 from alignprop_core.prompts import load_prompts
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.reward import ImageBatch, Reward
@@ -142,7 +143,14 @@ class TrlSide:
 
 def kept_next(trainer: Trainer) -> int:
     """Return how many denoising steps keep their gradient in alignprop's next training step."""
-    return len(trainer.sampler.truncation(seed=trainer.config.training.seed, step=trainer.step_number).kept)
+    return len(
+        draw_truncation(
+            trainer.sampler.backprop,
+            trainer.sampler.scheduler.steps,
+            seed=trainer.config.training.seed,
+            step=trainer.step_number,
+        ).kept
+    )
 
 
 def compare(comparison: Comparison, ours: Trainer, theirs: TrlSide, rounds: int) -> Row:

@@ -28,19 +28,6 @@ def test_prompts_with_one_name_get_a_file_each(tiny_model: Path, capsys: pytest.
     assert all(Path(file).is_file() for file in files)
 
 
-def test_demo_replaces_no_other_run(capsys: pytest.CaptureFixture[str]) -> None:
-    mine = Path("runs/mine")
-    mine.mkdir(parents=True)
-    config: dict[str, Any] = {
-        "model": {"base": "starter"}, "prompts": {"train": "mine.txt"}, "rewards": [{"name": "aesthetic"}],
-    }  # fmt: skip
-    (mine / "config.yaml").write_text(yaml.safe_dump(config))
-    (mine / "mine-000001.safetensors").write_bytes(b"work of days")
-    assert run(["demo", "--output", str(mine), "training.steps=1"]) == 2
-    assert str(mine) in capsys.readouterr().err
-    assert (mine / "mine-000001.safetensors").read_bytes() == b"work of days"
-
-
 def test_an_empty_prompt_is_a_prompt(capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (64, 64), "red").save("red.png")
     command = ["score", "red.png", "--reward", "clip_score", "-o", "weights=starter", "--json"]

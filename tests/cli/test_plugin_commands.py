@@ -80,6 +80,25 @@ def test_a_plugins_commands_are_in_the_help_and_run(site: Path) -> None:
     assert "alignprop shout" in own.stdout
 
 
+def test_a_new_group_may_have_a_summary(site: Path) -> None:
+    rest = 'summary="Go.", group_summary="The animals.", factory="fake_zoo.commands:shout"'
+    specs = [f'CommandSpec(path="zoo {name}", {rest})' for name in ("feed", "wash")]
+    code = f"{HEAD}@hookimpl\ndef alignprop_register_commands():\n    return [{', '.join(specs)}]\n"
+    install(site, "fake-zoo", code, files={"commands.py": COMMANDS})
+    assert any("zoo" in row and "The animals." in row for row in alignprop(site, "--help").stdout.splitlines())
+    assert "The animals." in alignprop(site, "zoo", "--help").stdout
+
+
+def test_a_command_may_be_an_app(site: Path) -> None:
+    """So that a command can have a command class of its own."""
+    app = "\n\napp = typer.Typer(add_completion=False)\napp.command('other')(shout)\n"
+    install(site, "fake-app", hook("shout=fake_app.commands:app"), files={"commands.py": COMMANDS + app})
+    assert alignprop(site, "shout", "hello", "--times", "2").stdout == "HELLO HELLO\n"
+    own = alignprop(site, "shout", "--help").stdout
+    assert "alignprop shout" in own
+    assert "What to print." in own
+
+
 def test_wrong_arguments_and_typos_are_answered_as_for_the_cores_commands(site: Path) -> None:
     plugin(site, "fake-shouter", "shout")
     wrong = alignprop(site, "shout", "hello", "--times", "many")
@@ -156,16 +175,48 @@ def test_an_unexpected_error_of_a_command_is_one_message(site: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+LORA = [["lora"], ["lora", "--help"], *(["lora", name, "x"] for name in ("info", "convert", "scale", "merge", "fuse"))]
+
+
 @pytest.mark.parametrize(
     ("words", "distribution"),
-    [(["report", "runs/x"], "alignprop-report"), (["rewards", "isolate"], "alignprop-isolation")],
+    [
+        (["report", "runs/x"], "alignprop-report"),
+        (["rewards", "isolate"], "alignprop-isolation"),
+        (["demo", "training.steps=1"], "alignprop-starter"),
+        *((words, "alignprop-lora") for words in LORA),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
 def test_a_well_known_command_that_is_missing_names_what_to_install(
     words: list[str], distribution: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("alignprop_core.registry.registry.default_registry", lambda: Registry([]))
     assert cli.run(words) == 2
-    assert f"pip install {distribution}" in capsys.readouterr().err
+    path = " ".join(word for word in words[:2] if word.isalpha())
+    assert capsys.readouterr().err == (
+        f"error: The command `alignprop {path}` is in the distribution {distribution}, which is not installed. "
+        f"Install it: pip install {distribution}\n"
+    )
+
+
+@pytest.mark.parametrize(("earlier", "today"), [("mix", "merge"), ("bake", "fuse")])
+def test_an_earlier_name_is_answered_with_todays_also_where_the_group_is_not_installed(
+    earlier: str, today: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("alignprop_core.registry.registry.default_registry", lambda: Registry([]))
+    assert cli.run(["lora", earlier, "a", "b"]) == 2
+    assert capsys.readouterr().err == f"error: `alignprop lora {earlier}` is now `alignprop lora {today}`.\n"
+
+
+def test_another_plugins_command_in_a_group_hides_neither_what_to_install_nor_earlier_names(site: Path) -> None:
+    plugin(site, "fake-shouter", "lora shout")
+    environment = {"ALIGNPROP_PLUGINS": "fake-shouter"}
+    assert alignprop(site, "lora", "shout", "hello", **environment).stdout == "HELLO\n"
+    missing = alignprop(site, "lora", "info", "x", **environment)
+    assert missing.returncode == 2
+    assert "The command `alignprop lora info` is in the distribution alignprop-lora, which is not" in missing.stderr
+    assert "is now `alignprop lora merge`" in alignprop(site, "lora", "mix", "a", **environment).stderr
 
 
 def test_a_well_known_command_of_a_blocked_plugin_says_that_it_is_blocked(site: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.truncation import Truncation
+from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.lora import adapters as lora
 
 PROMPTS = ["a fox", "two owls"]
@@ -71,12 +71,13 @@ def test_the_gradient_equals_plain_autograd(
     options = {"k": 2} if strategy == "drtune" else {}
     backprop = BackpropConfig(strategy=strategy, checkpoint_steps=checkpointing, **options)  # type: ignore[arg-type]
     sampler = Sampler(pipe, sampling, backprop, regularization=WEIGHT)
-    assert sampler._calls.sums_weights
-    sampler._calls.sums_weights = sums_weights
+    assert sampler._calls.forwards_of(pipe.unet)
+    if not sums_weights:
+        sampler._calls.forwards_of = lambda network: {}
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=3, step=step)
         ascent = torch.randn(noise.initial.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        latents, penalty = plain(pipe, base, sampling, noise, sampler.truncation(seed=3, step=step))
+        latents, penalty = plain(pipe, base, sampling, noise, draw_truncation(backprop, STEPS, seed=3, step=step))
         ((latents * ascent).sum() + 0.5 * WEIGHT * penalty).backward()
         expected = gradients(parameters)
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from alignprop_core.config.model import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.noise import seeded
+from alignprop_core.config.model import BackpropConfig, SamplingConfig, Strategy
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.truncation import STRATEGIES, Truncation, draw_truncation
+from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import ConfigError, ModelError, RunError
 from tests.support.plain_autograd import plain_autograd
 
@@ -129,7 +128,7 @@ def test_gradient_equals_plain_autograd(
     sampler = Sampler(pipe, sampling, backprop)
     for step in range(3):
         noise = sampler.noise(PROMPTS, seed=7, step=step)
-        truncation = sampler.truncation(seed=7, step=step)
+        truncation = draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=7, step=step)
         expected_images = plain_autograd(pipe, PROMPTS, sampling, noise, truncation)
         objective(expected_images).backward()
         expected = gradients(parameters)
@@ -214,7 +213,7 @@ def test_auto_checkpointing_depends_on_the_available_memory(pipe: Any, monkeypat
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def unet_calls(available: int) -> int:
-        monkeypatch.setattr("alignprop_core.diffusion.memory.available_bytes", lambda device: available)
+        monkeypatch.setattr("alignprop_core.diffusion.calls.available_bytes", lambda device: available)
         sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="full"))
         out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
         calls.clear()
@@ -238,13 +237,13 @@ def truncations() -> Iterator[tuple[str, int, Truncation]]:
         "refl": [{}, {"refl_steps": 999}],
         "bernoulli": [{}, {"keep_probability": 1e-9}, {"keep_probability": 1.0}],
     }
-    assert set(extreme) == set(STRATEGIES)
+    assert set(extreme) == set(get_args(Strategy))
     for strategy, options in extreme.items():
         for option in options:
             config = BackpropConfig(strategy=strategy, **option)  # type: ignore[arg-type]
             for steps in (1, 2, 12, 50):
                 for seed in range(40):
-                    yield strategy, steps, draw_truncation(config, steps, seeded(seed, "cut", 0))
+                    yield strategy, steps, draw_truncation(config, steps, seed=seed, step=0)
 
 
 def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
@@ -256,18 +255,18 @@ def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
 
 
 def test_uniform_draws_every_length_and_gaussian_its_mean() -> None:
-    lengths = [len(draw_truncation(BackpropConfig(strategy="uniform"), 12, seeded(s)).kept) for s in range(1200)]
+    lengths = [len(draw_truncation(BackpropConfig(strategy="uniform"), 12, seed=s, step=0).kept) for s in range(1200)]
     assert set(lengths) == set(range(1, 13))
     assert abs(sum(lengths) / len(lengths) - 6.5) < 0.3
     config = BackpropConfig(strategy="gaussian", mean=6.0, std=1.5)
-    drawn = [len(draw_truncation(config, 12, seeded(s)).kept) for s in range(1200)]
+    drawn = [len(draw_truncation(config, 12, seed=s, step=0).kept) for s in range(1200)]
     assert abs(sum(drawn) / len(drawn) - 6.0) < 0.2
 
 
 def test_drtune_can_choose_every_step_and_spaces_them_evenly() -> None:
     seen = set()
     for seed in range(300):
-        plan = draw_truncation(BackpropConfig(strategy="drtune", k=5), 12, seeded(seed))
+        plan = draw_truncation(BackpropConfig(strategy="drtune", k=5), 12, seed=seed, step=0)
         assert len({b - a for a, b in zip(plan.kept, plan.kept[1:], strict=False)}) == 1
         assert plan.detach_input
         seen |= set(plan.kept)
@@ -278,8 +277,12 @@ def test_the_truncation_is_drawn_once_per_batch(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=12), BackpropConfig(strategy="bernoulli"))
     noise = sampler.noise(PROMPTS, seed=0, step=3)
     assert (noise[0:1].seed, noise[0:1].step) == (0, 3), "the truncation depends on nothing else"
-    assert sampler.truncation(seed=0, step=3) == sampler.truncation(seed=0, step=3)
-    assert len({sampler.truncation(seed=0, step=s).kept for s in range(20)}) > 10
+    assert draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=0, step=3) == draw_truncation(
+        sampler.backprop, sampler.scheduler.steps, seed=0, step=3
+    )
+    assert (
+        len({draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=0, step=s).kept for s in range(20)}) > 10
+    )
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------

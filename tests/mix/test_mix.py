@@ -377,20 +377,20 @@ def test_state_survives_json_exactly() -> None:
 
 def test_sums_do_not_overlap() -> None:
     stats = StepStats.zeros(("a", "b"), torch.device("cpu"))
-    views = [stats.scalar(name) for name in stats_module._SCALARS]
-    views += [stats.per_term(name) for name in stats_module._PER_TERM]
-    for number, view in enumerate([*views, stats.gram], start=1):
+    views = [stats[name] for name in stats_module._SCALARS]
+    views += [stats[name] for name in stats_module._PER_TERM]
+    for number, view in enumerate([*views, stats["gram"]], start=1):
         view.add_(number)
     assert (stats.sums != 0).all()
-    for number, view in enumerate([*views, stats.gram], start=1):
+    for number, view in enumerate([*views, stats["gram"]], start=1):
         assert (view == number).all(), "no two overlap"
 
 
 def test_regularization_is_logged_per_sample_and_not_per_lv_image() -> None:
     stats = StepStats.zeros(("a",), torch.device("cpu"))
-    stats.scalar("images").fill_(6)
-    stats.scalar("samples").fill_(2)
-    stats.scalar("regularization").fill_(8.0)
+    stats["images"] = 6
+    stats["samples"] = 2
+    stats["regularization"] = 8.0
     assert stats.regularization == 4.0
 
 
@@ -465,7 +465,7 @@ def test_offloaded_rewards_give_the_same_result_and_leave_the_gpu() -> None:
         assert all(tensor.device.type == "cpu" for tensor in reward.state_dict().values())
         found, stats = mix.gradient(on_gpu, shares)
         torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(stats.per_term("raw"), logged.per_term("raw"))
+        torch.testing.assert_close(stats["raw"], logged["raw"])
 
 
 def test_balancing_at_the_image_runs_the_same_operations_as_sum() -> None:

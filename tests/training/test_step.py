@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from alignprop_core.diffusion.truncation import draw_truncation
 from alignprop_core.reward import ImageBatch
 from alignprop_core.training.step import choose_prompts
 from alignprop_core.training.trainer import Trainer
@@ -55,7 +56,7 @@ def test_the_gradient_of_a_step_equals_plain_autograd(tiny_model: Path, tmp_path
     prompts = [trainer.prompts.prompts[i] for i in chosen]
     sampler = trainer.sampler
     noise = sampler.noise(prompts, seed=SEED, step=0, indices=everyone)
-    truncation = sampler.truncation(seed=SEED, step=0)
+    truncation = draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=SEED, step=0)
     images = plain_autograd(trainer.pipeline, prompts, trainer.config.sampling, noise, truncation)
     redness = Redness(RednessConfig(gain=10.0)).score(
         ImageBatch(images=images, prompts=prompts, metadata=[{}] * SAMPLES)

@@ -146,10 +146,10 @@ nan, inf = float("nan"), float("inf")
 def stats_of(norm: float, raw: float = 0.0, **terms: float) -> StepStats:
     """Return the statistics of a step of one image: the gradient's norm, raw scores, and the terms' gradient norms."""
     stats = StepStats.zeros(tuple(terms) or ("a",), torch.device("cpu"))
-    stats.scalar("images").fill_(1)
-    stats.scalar("grad_norm").fill_(norm)
-    stats.per_term("raw").fill_(raw)
-    stats.per_term("image_square").copy_(torch.tensor(list(terms.values()) or [0.0], dtype=torch.float64) ** 2)
+    stats["images"] = 1
+    stats["grad_norm"] = norm
+    stats["raw"] = raw
+    stats["image_square"] = torch.tensor(list(terms.values()) or [0.0], dtype=torch.float64) ** 2
     return stats
 
 

@@ -1,4 +1,7 @@
-"""A small text-to-image model with its scenes, prompt sets, a judge, and weights for rewards. Imports no torch."""
+"""A small text-to-image model with its demo, scenes, prompt sets, a judge, and weights for rewards.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.specs import ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
+from alignprop_core.specs import CommandSpec, ModelSpec, PromptSpec, RewardSpec, WeightsFile, WeightsSpec
 
 _SOURCE = "https://github.com/alignprop/alignprop/tree/main/plugins/alignprop-starter"
 _LICENSE = "Apache-2.0 AND MIT"
@@ -71,6 +74,19 @@ def alignprop_register_models() -> Iterable[ModelSpec]:
             demo="alignprop_starter:demo.yaml",
             license=_LICENSE,
             source=_SOURCE,
+        )
+    ]
+
+
+@hookimpl
+def alignprop_register_commands() -> Iterable[CommandSpec]:
+    """Return `alignprop demo`."""
+    return [
+        CommandSpec(
+            path="demo",
+            summary="Fine-tune a registered model on its demo config and write a before/after sheet.",
+            factory="alignprop_starter.demo_command:demo",
+            license="Apache-2.0",
         )
     ]
 

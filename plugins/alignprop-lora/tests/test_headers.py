@@ -10,8 +10,9 @@ import torch
 
 from alignprop_core.cli import run
 from alignprop_core.locate import DIFFUSERS_NAME
-from alignprop_core.lora.files import LoraFile, read_file, write_files
+from alignprop_core.lora.files import LoraFile, write_files
 from alignprop_core.lora.formats import Factors, read_lora
+from alignprop_lora.reading import read_file
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
 
@@ -93,11 +94,3 @@ def test_info_shows_rank_alpha_base_model_layers_and_header(tmp_path: Path, caps
         assert text in shown
     assert run(["lora", "info", str(tmp_path / "nowhere")]) == 2
     assert "no such LoRA" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("earlier", "today"), [("mix", "merge"), ("bake", "fuse")])
-def test_an_earlier_command_name_is_answered_with_todays(
-    earlier: str, today: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(["lora", earlier, "a", "b"]) == 2
-    assert capsys.readouterr().err == f"error: `alignprop lora {earlier}` is now `alignprop lora {today}`.\n"

@@ -11,12 +11,9 @@ import typer
 from typer.core import TyperCommand
 
 from alignprop_core.cli import common
-from alignprop_core.cli.extensions import ExtensibleGroup
 
 if TYPE_CHECKING:
     from alignprop_core.lora.files import LoraFile
-
-app = typer.Typer(cls=ExtensibleGroup, help="Inspect, convert, scale, merge and fuse LoRA files.", no_args_is_help=True)
 
 _LORA = typer.Argument(help="A LoRA file in diffusers' or kohya's format, a LoRA folder or a run folder.")
 _OUTPUT = typer.Option(..., help="Output folder for the diffusers file and the kohya file NAME.safetensors.")
@@ -40,7 +37,6 @@ class _TakesNegativeNumbers(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@app.command()
 def info(lora: Path = _LORA, json: bool = common.JSON_OPTION) -> None:
     """Show a LoRA's rank, alpha, base model, layers and header metadata."""
     from safetensors import safe_open
@@ -79,7 +75,6 @@ def info(lora: Path = _LORA, json: bool = common.JSON_OPTION) -> None:
         common.print_table(["header", "value"], sorted(header.items()))
 
 
-@app.command()
 def convert(
     lora: Path = _LORA,
     output: Path = _OUTPUT,
@@ -88,14 +83,18 @@ def convert(
 ) -> None:
     """Convert a LoRA between diffusers' and kohya's formats."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.files import read_file
+    from alignprop_lora.reading import read_file
 
     if to not in ("both", "diffusers", "kohya"):
         raise UserError(f"--to {to}: choose diffusers, kohya or both.")
     _write(read_file(lora), output, name, ("diffusers", "kohya") if to == "both" else (to,))
 
 
-@app.command(cls=_TakesNegativeNumbers)
+scaling = typer.Typer(add_completion=False, rich_markup_mode=None)
+"""An app, because the function of a command cannot name a command class."""
+
+
+@scaling.command(cls=_TakesNegativeNumbers)
 def scale(
     lora: Path = _LORA,
     strength: float = typer.Argument(help="Factor on the weight change, such as 0.7 or -1."),
@@ -103,13 +102,12 @@ def scale(
     name: str = _NAME,
 ) -> None:
     """Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the original."""
-    from alignprop_core.lora.files import read_file
-    from alignprop_core.lora.merging import scale as scaled
+    from alignprop_lora.merging import scale as scaled
+    from alignprop_lora.reading import read_file
 
     _write(scaled(read_file(lora), strength), output, name)
 
 
-@app.command()
 def merge(
     loras: list[Path] = typer.Argument(help="Two or more LoRAs for the same base model."),
     output: Path = _OUTPUT,
@@ -124,8 +122,8 @@ def merge(
 ) -> None:
     """Merge LoRAs: the weighted sum of their weight changes, not an average of their factors."""
     from alignprop_core.errors import UserError
-    from alignprop_core.lora.files import read_file
-    from alignprop_core.lora.merging import merge as merged
+    from alignprop_lora.merging import merge as merged
+    from alignprop_lora.reading import read_file
 
     if sweep and (weights or len(loras) != 2):
         raise UserError("--sweep merges two LoRAs at several shares: give two LoRAs and no --weights.")
@@ -142,7 +140,6 @@ def merge(
             common.print_facts([("error", f"{result.error:.2%} of the exact weight change{largest}")])
 
 
-@app.command()
 def fuse(
     lora: Path = _LORA,
     model: str = typer.Option(..., help=f"Base model: {common.MODELS}."),
@@ -160,15 +157,15 @@ def fuse(
         raise UserError(f"--precision {precision}: choose fp32, fp16 or bf16.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output} exists already and is not empty; choose another folder.")
-    from alignprop_core.lora.files import read_file
+    from alignprop_lora.reading import read_file
 
     read = read_file(lora)
     with common.status("loading the model"):
         import torch
 
         from alignprop_core.diffusion.loading import load_pipeline
-        from alignprop_core.lora import fusing
         from alignprop_core.registry.registry import default_registry
+        from alignprop_lora import fusing
 
         pipeline = load_pipeline(model, registry=default_registry(), device="cpu", vae=vae)
     result = fusing.fuse(pipeline, read, strength, dtype=getattr(torch, formats[precision]), path=lora)
@@ -187,4 +184,5 @@ def _write(lora: LoraFile, output: Path, name: str, formats: tuple[str, ...] = (
     from alignprop_core.lora.files import write_files
 
     files = write_files(lora, output, name or safe_name(output.absolute().name), formats=formats)
-    common.print_facts([("LoRA", str(file)) for file in files] + [("rank", str(lora.rank))])
+    rank = max(layer.rank for part in lora.parts.values() for layer in part.values())
+    common.print_facts([("LoRA", str(file)) for file in files] + [("rank", str(rank))])
