@@ -97,7 +97,7 @@ class ExtensibleGroup(TyperGroup):
             else:
                 text = f"Commands of {' and '.join(dict.fromkeys(offer.distribution for offer in offers))}."
                 text = next((offer.spec.group_summary for offer in offers if offer.spec.group_summary), text)
-                self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True))
+                self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True, rich_markup_mode=None))
 
 
 class LazyCommand(TyperCommand):

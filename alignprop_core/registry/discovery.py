@@ -18,38 +18,25 @@ from typing import Any, Literal
 import pluggy
 from packaging.specifiers import SpecifierSet
 
-from alignprop_core import __version__, hookspecs
+from alignprop_core import __version__, hookspecs, specs
 from alignprop_core.errors import did_you_mean
 from alignprop_core.registry.guard import PluginFailure, describe, guarded
 from alignprop_core.registry.licenses import LicensePolicy, license_of
-from alignprop_core.specs import (
-    API_VERSION,
-    DEPRECATED_API_VERSIONS,
-    OLDEST_API_VERSION,
-    CallbackSpec,
-    CommandSpec,
-    FamilySpec,
-    LoaderSpec,
-    ModelSpec,
-    PromptSpec,
-    RewardSpec,
-    Spec,
-    WeightsSpec,
-)
+from alignprop_core.specs import API_VERSION, DEPRECATED_API_VERSIONS, OLDEST_API_VERSION, Spec
 
 CORE = "alignprop-core"
 ALLOW_VARIABLE = "ALIGNPROP_PLUGINS"
 BLOCK_VARIABLE = "ALIGNPROP_BLOCK_PLUGINS"
 
 SPEC_OF_HOOK: dict[str, type[Spec]] = {
-    "alignprop_register_rewards": RewardSpec,
-    "alignprop_register_models": ModelSpec,
-    "alignprop_register_families": FamilySpec,
-    "alignprop_register_prompts": PromptSpec,
-    "alignprop_register_weights": WeightsSpec,
-    "alignprop_register_callbacks": CallbackSpec,
-    "alignprop_register_commands": CommandSpec,
-    "alignprop_register_loaders": LoaderSpec,
+    "alignprop_register_rewards": specs.RewardSpec,
+    "alignprop_register_models": specs.ModelSpec,
+    "alignprop_register_families": specs.FamilySpec,
+    "alignprop_register_prompts": specs.PromptSpec,
+    "alignprop_register_weights": specs.WeightsSpec,
+    "alignprop_register_callbacks": specs.CallbackSpec,
+    "alignprop_register_commands": specs.CommandSpec,
+    "alignprop_register_loaders": specs.LoaderSpec,
 }
 SLOW_IMPORT_SECONDS = 1.0
 
@@ -295,7 +282,7 @@ def _call_hooks(
             warnings=tuple(warnings),
             seconds=seconds,
         )
-    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
+    versions = {offer.api_version for offered in offers.values() for offer in offered if isinstance(offer, Spec)}
     warnings += [
         f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
         for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())
