@@ -18,7 +18,8 @@ PLUGINS  := $(FIRST) $(filter-out $(FIRST) $(LAST),$(patsubst %/pyproject.toml,%
 SOURCES  := alignprop_core $(wildcard $(addsuffix /src,$(PLUGINS)))
 
 # One OpenMP thread per test: on two busy cores, threads that wait for each other turn 0.1 s into 13 s.
-TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+# Bytecode is kept, also where a container's image turns that off: hundreds of processes would compile the core again.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=
 # One process per processor, at most eight: a process with a model takes one to two GB. WORKERS=0 uses a single process,
 # which a debugger needs. The tests of a file run in one process, long files first (tests/conftest.py).
 WORKERS  ?= logical

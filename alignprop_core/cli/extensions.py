@@ -48,6 +48,12 @@ class ExtensibleGroup(TyperGroup):
         self._join(ctx)
         return super().list_commands(ctx)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write the commands with their summaries in full; click's own table cuts them to one line."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command, or None if there is no command of that name."""
         if cmd_name not in self.commands:
@@ -91,7 +97,7 @@ class ExtensibleGroup(TyperGroup):
             else:
                 text = f"Commands of {' and '.join(dict.fromkeys(offer.distribution for offer in offers))}."
                 text = next((offer.spec.group_summary for offer in offers if offer.spec.group_summary), text)
-                self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True))
+                self.add_command(ExtensibleGroup(name=name, help=text, no_args_is_help=True, rich_markup_mode=None))
 
 
 class LazyCommand(TyperCommand):
@@ -125,7 +131,8 @@ class LazyCommand(TyperCommand):
             raise PluginError(_conflict(self.offers))
         (offer,) = self.offers
         found: Any = load_object(offer, offer.spec.factory, "function")
-        app = found if isinstance(found, typer.Typer) else typer.Typer(add_completion=False)
+        new = typer.Typer(add_completion=False, rich_markup_mode=None)
+        app = found if isinstance(found, typer.Typer) else new
         try:
             with guarded():
                 if app is not found:

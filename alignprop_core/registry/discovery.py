@@ -16,41 +16,27 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from typing import Any, Literal
 
 import pluggy
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.utils import canonicalize_name
+from packaging.specifiers import SpecifierSet
 
-from alignprop_core import __version__, hookspecs
+from alignprop_core import __version__, hookspecs, specs
 from alignprop_core.errors import did_you_mean
 from alignprop_core.registry.guard import PluginFailure, describe, guarded
 from alignprop_core.registry.licenses import LicensePolicy, license_of
-from alignprop_core.specs import (
-    API_VERSION,
-    DEPRECATED_API_VERSIONS,
-    OLDEST_API_VERSION,
-    CallbackSpec,
-    CommandSpec,
-    FamilySpec,
-    LoaderSpec,
-    ModelSpec,
-    PromptSpec,
-    RewardSpec,
-    Spec,
-    WeightsSpec,
-)
+from alignprop_core.specs import API_VERSION, DEPRECATED_API_VERSIONS, OLDEST_API_VERSION, Spec
 
 CORE = "alignprop-core"
 ALLOW_VARIABLE = "ALIGNPROP_PLUGINS"
 BLOCK_VARIABLE = "ALIGNPROP_BLOCK_PLUGINS"
 
 SPEC_OF_HOOK: dict[str, type[Spec]] = {
-    "alignprop_register_rewards": RewardSpec,
-    "alignprop_register_models": ModelSpec,
-    "alignprop_register_families": FamilySpec,
-    "alignprop_register_prompts": PromptSpec,
-    "alignprop_register_weights": WeightsSpec,
-    "alignprop_register_callbacks": CallbackSpec,
-    "alignprop_register_commands": CommandSpec,
-    "alignprop_register_loaders": LoaderSpec,
+    "alignprop_register_rewards": specs.RewardSpec,
+    "alignprop_register_models": specs.ModelSpec,
+    "alignprop_register_families": specs.FamilySpec,
+    "alignprop_register_prompts": specs.PromptSpec,
+    "alignprop_register_weights": specs.WeightsSpec,
+    "alignprop_register_callbacks": specs.CallbackSpec,
+    "alignprop_register_commands": specs.CommandSpec,
+    "alignprop_register_loaders": specs.LoaderSpec,
 }
 SLOW_IMPORT_SECONDS = 1.0
 
@@ -112,11 +98,16 @@ class Candidate:
         return PluginRecord(self.distribution, self.version, self.entry_point, status, license=self.license, **facts)
 
 
+def normalized(name: str) -> str:
+    """Return a distribution's normalized name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def names_in(value: str | None) -> frozenset[str] | None:
     """Return the normalised distribution names of a comma-separated list; None if the variable is not set."""
     if value is None:
         return None
-    return frozenset(canonicalize_name(name) for name in re.split(r"[,\s]+", value) if name)
+    return frozenset(normalized(name) for name in re.split(r"[,\s]+", value) if name)
 
 
 def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
@@ -134,9 +125,11 @@ def installed(environment: Mapping[str, str]) -> Iterator[Candidate]:
         if not section:
             continue
         try:
-            name, version = canonicalize_name(distribution.metadata["Name"]), str(distribution.version)
-            problem = _core_range_problem(distribution)
-            license = license_of(distribution)
+            metadata = distribution.metadata  # parsed anew at each access
+            name, version = normalized(metadata["Name"]), str(metadata["Version"])
+            requires = metadata.get_all("Requires-Dist") or distribution.requires or ()
+            problem = _core_range_problem(metadata["Name"], requires)
+            license = license_of(metadata)
             unlicensed = policy.problem(license)
         except Exception as error:
             # Without a name the lists cannot be applied, so it is not imported. A broken install raises many errors.
@@ -182,25 +175,33 @@ def _load(name: str, value: str) -> object:
     return EntryPoint(name, value, hookspecs.PROJECT).load()
 
 
-def _core_range_problem(distribution: Distribution) -> str | None:
-    """Return why this core is outside the range that the distribution requires; None if it is inside."""
-    for line in distribution.requires or ():
+def _core_range_problem(distribution: str, requires: Iterable[str]) -> str | None:
+    """Return why this core is outside the range that a distribution requires; None if it is inside."""
+    for line in requires:
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        if normalized(name) != CORE:
+            continue
         try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            if canonicalize_name(re.split(r"[^\w.-]", line, maxsplit=1)[0]) == CORE:
-                return f'its requirement "{line}" cannot be read'
-            continue
-        if canonicalize_name(requirement.name) != CORE:
-            continue
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if not requirement.specifier.contains(__version__, prereleases=True):
+            simple = not re.search(r"[;@\[(]", line)
+            versions = SpecifierSet(line.removeprefix(name)) if simple else _versions_here(line)
+        except ValueError:
+            return f'its requirement "{line}" cannot be read'
+        if not versions.contains(__version__, prereleases=True):
             return (
-                f"it requires {CORE}{requirement.specifier}, installed is {__version__}; "
-                f"upgrade the older one: pip install -U {CORE} {distribution.metadata['Name']}"
+                f"it requires {CORE}{versions}, installed is {__version__}; "
+                f"upgrade the older one: pip install -U {CORE} {distribution}"
             )
     return None
+
+
+def _versions_here(line: str) -> SpecifierSet:
+    """Return the versions that a requirement with a marker, an extra or an address allows in this environment."""
+    # Imported for these alone: a listing would spend a tenth of its time on the import.
+    from packaging.requirements import Requirement
+
+    requirement = Requirement(line)
+    applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    return requirement.specifier if applies else SpecifierSet()
 
 
 class _Hooks(pluggy.PluginManager):
@@ -281,7 +282,7 @@ def _call_hooks(
             warnings=tuple(warnings),
             seconds=seconds,
         )
-    versions = {offer.api_version for specs in offers.values() for offer in specs if isinstance(offer, Spec)}
+    versions = {offer.api_version for offered in offers.values() for offer in offered if isinstance(offer, Spec)}
     warnings += [
         f"written for plugin API {version}, which is deprecated: {DEPRECATED_API_VERSIONS[version]}"
         for version in sorted(versions & DEPRECATED_API_VERSIONS.keys())

@@ -6,7 +6,7 @@ import ast
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import Distribution
+from importlib.metadata import PackageMetadata
 
 LICENSES_VARIABLE = "ALIGNPROP_ALLOW_LICENSES"
 
@@ -91,14 +91,14 @@ def _value(node: ast.expr) -> bool:
     return bool(ast.literal_eval(node))
 
 
-def license_of(distribution: Distribution) -> str:
+def license_of(metadata: PackageMetadata) -> str:
     """Return the SPDX expression in a distribution's metadata: License-Expression, a short License, a classifier.
 
     Empty if there is none. Nothing of the distribution is imported.
     """
 
     def values(field: str) -> list[str]:
-        return [str(value).strip() for value in distribution.metadata.get_all(field) or ()]
+        return [str(value).strip() for value in metadata.get_all(field) or ()]
 
     # A short License field is an identifier; some put the whole text of a license there.
     for value in (*values("License-Expression"), *values("License")):

@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from packaging.utils import canonicalize_name
-
-from alignprop_core.registry.discovery import BLOCK_VARIABLE
+from alignprop_core.registry.discovery import BLOCK_VARIABLE, normalized
 from alignprop_core.specs import RewardSpec, Spec
 
 S = TypeVar("S")
@@ -36,10 +34,8 @@ def matching(name: str, offers: tuple[Offer[S], ...]) -> list[Offer[S]]:
     """Return the offers a name means, written alone or as `distribution/name`."""
     # A prompt set's own name contains a slash ("starter/simple_animals"), so both readings are tried.
     head, _, rest = name.partition("/")
-    distribution = canonicalize_name(head)
-    return [
-        o for o in offers if name == o.name or (rest == o.name and distribution == canonicalize_name(o.distribution))
-    ]
+    distribution = normalized(head)
+    return [o for o in offers if name == o.name or (rest == o.name and distribution == normalized(o.distribution))]
 
 
 def conflict(what: str, name: str, found: list[Offer[S]]) -> str:

@@ -266,7 +266,7 @@ def test_an_edited_file_is_read_anew(folder: Path) -> None:
         ("./broken.py:Plain", ["broken.py", "ZeroDivisionError"]),
         ("./leaves.py:Plain", ["leaves.py", "sys.exit"]),
         ("./my_rewards.py:Measure", ["no gradient", "use it under evaluation.rewards"]),
-        ("./my_rewards.py", ["add the name of a function or class", "./my_rewards.py:NAME"]),
+        ("./my_rewards.py", ["add the name of a function or class: ./my_rewards.py:NAME."]),
     ],
 )
 def test_what_is_wrong_with_a_file_is_said_at_its_key(

@@ -46,7 +46,8 @@ assert mine == ["fake_works.config", "fake_works.reward"], mine
 
 
 def environment(site: Path) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("ALIGNPROP_")}
+    left_out = ("ALIGNPROP_", "PYTHONDONTWRITEBYTECODE")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
     return {**kept, "PYTHONPATH": str(site)}
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import alignprop_aesthetic
-from alignprop_aesthetic.config import HEAD_WEIGHTS, AestheticConfig
+from alignprop_aesthetic.config import AestheticConfig
 from alignprop_aesthetic.head import WIDTHS, read_head
+from alignprop_aesthetic.published import HEAD_WEIGHTS
 from alignprop_aesthetic.reward import Aesthetic
 from alignprop_clip.testing import CLIP, random_state, tiny_network, write_tiny_clip
 from alignprop_clip.testing import random_batch as batch
@@ -315,7 +316,7 @@ def test_the_starter_head_selects_its_clip_model(tmp_path: Path, monkeypatch: py
             ]
 
     registry = Registry.from_plugins({"alignprop-aesthetic": alignprop_aesthetic, "tiny-starter": Plugin()})
-    monkeypatch.setattr("alignprop_core.default_registry", lambda: registry)
+    monkeypatch.setattr("alignprop_core.weights.find.default_registry", lambda: registry)
     reward = registry.load_reward("aesthetic", {"weights": "starter"})
     scores = check_scores("aesthetic", reward.score(batch()), 4, differentiable=False)
     assert scores.std() > 0

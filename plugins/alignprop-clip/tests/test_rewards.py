@@ -321,7 +321,7 @@ def test_siglip_score_requires_a_logit_bias(tmp_path: Path) -> None:
         (lambda p: p / "none", "does not exist"),
         (lambda p: _file(p / "file.png", b""), "is a file"),
         (lambda p: _file(p / "empty" / "notes.txt", b"").parent, "contains no images"),
-        (lambda p: _file(p / "bad" / "bad.png", b"nothing").parent, r"bad\.png is (no picture|not an image)"),
+        (lambda p: _file(p / "bad" / "bad.png", b"nothing").parent, r"bad\.png is not a readable image"),
     ],
 )
 def test_a_folder_without_images_is_one_clear_error(
@@ -368,7 +368,7 @@ def test_a_named_weight_set_is_found_through_the_hook(tmp_path: Path, monkeypatc
             return [WeightsSpec(name="starter", reward=name, path=path, summary="tiny") for name in NAMES]
 
     registry = Registry.from_plugins({"alignprop-clip": alignprop_clip, "tiny-starter": Plugin()})
-    monkeypatch.setattr("alignprop_core.default_registry", lambda: registry)
+    monkeypatch.setattr("alignprop_core.weights.find.default_registry", lambda: registry)
     for name in NAMES[:3]:
         reward = registry.load_reward(name, {"weights": "starter"})
         assert reward.score(batch()).shape == (4,)

@@ -189,7 +189,7 @@ def test_a_named_weight_set_is_found_through_the_hook(tmp_path: Path, monkeypatc
             return [WeightsSpec(name="starter", reward="hpsv2", path=path, summary="tiny")]
 
     registry = Registry.from_plugins({"alignprop-hpsv2": alignprop_hpsv2, "tiny-starter": Plugin()})
-    monkeypatch.setattr("alignprop_core.default_registry", lambda: registry)
+    monkeypatch.setattr("alignprop_core.weights.find.default_registry", lambda: registry)
     scores = registry.load_reward("hpsv2", {"weights": "starter", "version": 2.0}).score(batch())
     assert scores.std() > 0
     assert scores.abs().max() <= 1

@@ -25,7 +25,8 @@ from torchvision.transforms.functional import to_tensor
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.testing import CLIP, tiny_network
 from alignprop_core.reward import ImageBatch
-from alignprop_hpsv2.config import WEIGHTS, Hpsv2Config
+from alignprop_hpsv2.config import Hpsv2Config
+from alignprop_hpsv2.published import WEIGHTS
 from alignprop_hpsv2.reward import Hpsv2
 
 VERSION = "1.2.0"

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,6 @@ from alignprop_core.errors import RewardError
 from alignprop_core.reward import ImageBatch
 from alignprop_isolation.lookup import IsolatedRewards
 from alignprop_isolation.reward import IsolatedReward
-from alignprop_isolation.shared_images import shared_folder
 
 Load = Callable[..., Any]
 Images = Callable[..., Tensor]
@@ -87,26 +85,38 @@ def test_a_failing_worker_fails_the_run_by_its_name_and_keeps_what_was_saved(
     assert (tmp_path / "run" / "config.yaml").exists()
 
 
-def shared_files() -> set[str]:
-    return {entry.name for entry in os.scandir(shared_folder() or tempfile.gettempdir()) if ".images" in entry.name}
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """A folder for the shared files of one test: processes of other tests share the machine's own folder."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder
 
 
 def test_nothing_is_left_when_the_reward_is_collected(
-    python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards]
+    python: Path,
+    file: Path,
+    rewards_of: Callable[..., IsolatedRewards],
+    shared: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before = shared_files()
+    monkeypatch.setattr("alignprop_isolation.reward.shared_folder", lambda: str(shared))
     reward = rewards_of(python).load_reward(f"{file}:Redness")
     assert isinstance(reward, IsolatedReward)
-    assert len(shared_files() - before) == 1
+    assert len(list(shared.iterdir())) == 1
     process = psutil.Process(reward.worker)
     del reward
     assert not process.is_running()
-    assert not shared_files() - before
+    assert not list(shared.iterdir())
 
 
 RUN = """\
 import signal
+import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
+import alignprop_isolation.reward
+folder = sys.argv.pop(1)
+alignprop_isolation.reward.shared_folder = lambda: folder
 from alignprop_core.cli import main
 main()
 """
@@ -115,25 +125,26 @@ main()
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
 def test_a_run_that_ends_ends_its_worker(
-    python: Path, file: Path, config_file: Config, tmp_path: Path, number: signal.Signals
+    python: Path, file: Path, config_file: Config, tmp_path: Path, shared: Path, number: signal.Signals
 ) -> None:
     """Ctrl-C reaches the whole process group, as in a terminal; both while the worker is busy."""
     mark = tmp_path / "busy"
-    before = shared_files()
     path = config_file({"name": f"{file}:Sleeps", "isolation": {"python": str(python)}, "options": {"mark": str(mark)}})
     run = subprocess.Popen(
-        [sys.executable, "-c", RUN, "train", str(path)], start_new_session=True, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", RUN, str(shared), "train", str(path)],
+        start_new_session=True, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     wait_for(lambda: mark.exists() or run.poll() is not None, 200)
     assert run.poll() is None, run.communicate()[1]
     (worker,) = psutil.Process(run.pid).children()
+    assert len(list(shared.iterdir())) == 1
     if number == signal.SIGINT:
         os.killpg(run.pid, number)
     else:
         run.kill()
     _, printed = run.communicate(timeout=30)
     wait_for(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE, 15)
-    wait_for(lambda: not shared_files() - before, 15)
+    wait_for(lambda: not list(shared.iterdir()), 15)
     if number == signal.SIGINT:
         assert "Traceback" not in printed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from alignprop_aesthetic.config import HEAD_WEIGHTS
+from alignprop_aesthetic.published import HEAD_WEIGHTS
 from alignprop_clip.pretrained import CLIP_SCORE_WEIGHTS
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import RewardSpec

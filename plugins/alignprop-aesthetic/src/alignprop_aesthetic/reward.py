@@ -6,8 +6,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from alignprop_aesthetic.config import HEAD_WEIGHTS, AestheticConfig
+from alignprop_aesthetic.config import AestheticConfig
 from alignprop_aesthetic.head import read_head
+from alignprop_aesthetic.published import HEAD_WEIGHTS
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.encoder import load_clip
 from alignprop_clip.pretrained import CLIP_SCORE_WEIGHTS

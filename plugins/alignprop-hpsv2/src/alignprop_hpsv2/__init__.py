@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.specs import RewardSpec
-from alignprop_hpsv2.config import DEFAULT_VERSION, WEIGHTS
+from alignprop_hpsv2.published import DEFAULT_VERSION, WEIGHTS
 
 
 @hookimpl

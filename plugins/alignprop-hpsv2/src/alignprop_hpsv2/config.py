@@ -1,4 +1,4 @@
-"""Options of the hpsv2 reward, and its published weights. Importing this module imports no torch."""
+"""Options of the hpsv2 reward. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from alignprop_clip.config import ClipConfig
-from alignprop_core.specs import WeightsFile
-
-Version = Literal["2.0", "2.1"]
-DEFAULT_VERSION: Version = "2.1"
-
-WEIGHTS: dict[Version, WeightsFile] = {
-    "2.0": WeightsFile(repository="xswu/HPSv2", file="HPS_v2_compressed.pt", license="Apache-2.0"),
-    "2.1": WeightsFile(repository="xswu/HPSv2", file="HPS_v2.1_compressed.pt", license="Apache-2.0"),
-}
+from alignprop_hpsv2.published import DEFAULT_VERSION, Version
 
 
 def _version_text(value: object) -> object:

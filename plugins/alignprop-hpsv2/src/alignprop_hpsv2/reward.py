@@ -15,7 +15,8 @@ from alignprop_core.errors import WeightsError
 from alignprop_core.reward import ImageBatch
 from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights
-from alignprop_hpsv2.config import DEFAULT_VERSION, WEIGHTS, Hpsv2Config
+from alignprop_hpsv2.config import Hpsv2Config
+from alignprop_hpsv2.published import DEFAULT_VERSION, WEIGHTS
 
 
 class Hpsv2(EncoderReward):

@@ -90,7 +90,7 @@ def convert(
     _write(read_file(lora), output, name, ("diffusers", "kohya") if to == "both" else (to,))
 
 
-scaling = typer.Typer(add_completion=False)
+scaling = typer.Typer(add_completion=False, rich_markup_mode=None)
 """An app, because the function of a command cannot name a command class."""
 
 
