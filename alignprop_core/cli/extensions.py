@@ -68,13 +68,15 @@ class ExtensibleGroup(TyperGroup):
             UserError: the command has another name today.
         """
         if self.get_command(ctx, args[0]) is None:
+            from alignprop_core.registry.registry import default_registry
+
             before = _words(ctx)
             # With the next word first: it may be a command of a group that is missing.
             for path in (" ".join([*before, *args[:2]]), " ".join([*before, args[0]])):
                 if path in RENAMED:
                     raise UserError(f"`alignprop {path}` is now `alignprop {RENAMED[path]}`.")
                 if path in DISTRIBUTION_OF:
-                    raise PluginError(_missing(path))
+                    raise default_registry().missing(f"The command `alignprop {path}`", DISTRIBUTION_OF[path])
         return super().resolve_command(ctx, args)
 
     def _join(self, ctx: Any) -> None:
@@ -123,7 +125,7 @@ class LazyCommand(TyperCommand):
         Raises:
             PluginError: several plugins offer the command, it cannot be imported, or it is not a command function.
         """
-        from alignprop_core.registry.guard import PluginFailure, guarded
+        from alignprop_core.registry.guard import guarded_as
         from alignprop_core.registry.offers import belongs
         from alignprop_core.registry.registry import load_object
 
@@ -131,17 +133,13 @@ class LazyCommand(TyperCommand):
             raise PluginError(_conflict(self.offers))
         (offer,) = self.offers
         found: Any = load_object(offer, offer.spec.factory, "function")
-        new = typer.Typer(add_completion=False, rich_markup_mode=None)
-        app = found if isinstance(found, typer.Typer) else new
-        try:
-            with guarded():
-                if app is not found:
-                    app.command(self.name)(found)
-                return typer.main.get_command(app)
-        except PluginFailure as failure:
-            error = PluginError(f"{belongs(offer)}: {offer.spec.factory} is not a command function: {failure}.")
-            error.add_note(failure.traceback)
-            raise error from failure.__cause__
+        odd = f"{belongs(offer)}: {offer.spec.factory} is not a command function"
+        with guarded_as(lambda failure: PluginError(f"{odd}: {failure}.")):
+            if isinstance(found, typer.Typer):
+                return typer.main.get_command(found)
+            app = typer.Typer(add_completion=False, rich_markup_mode=None)
+            app.command(self.name)(found)
+            return typer.main.get_command(app)
 
 
 def problems(registry: Registry, core: TyperGroup) -> Iterator[str]:
@@ -170,20 +168,6 @@ def _conflict(offers: list[Offer[CommandSpec]]) -> str:
     names = " and ".join(dict.fromkeys(f"{offer.distribution} {offer.version}" for offer in offers))
     path = min((offer.spec.path for offer in offers), key=len)
     return f'The command "{path}" is offered by {names}. Block one of them with {BLOCK_VARIABLE}.'
-
-
-def _missing(path: str) -> str:
-    from alignprop_core.registry.registry import default_registry
-
-    home = DISTRIBUTION_OF[path]
-    record = next((record for record in default_registry().plugins if record.distribution == home), None)
-    if record is None:
-        reason = f"which is not installed. Install it: pip install {home}"
-    elif record.status != "loaded":
-        reason = f"which is not loaded ({record.status}: {record.error})."
-    else:
-        reason = f"but version {record.version} does not have it. Upgrade it: pip install -U {home}"
-    return f"The command `alignprop {path}` is in the distribution {home}, {reason}"
 
 
 def _words(ctx: Any) -> list[str]:

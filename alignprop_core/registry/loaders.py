@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from alignprop_core.registry.discovery import BLOCK_VARIABLE, PluginRecord
 from alignprop_core.registry.offers import Offer
-from alignprop_core.specs import LoaderSpec, RewardConfig, RewardSpec
+from alignprop_core.specs import RewardConfig, RewardSpec
 
 if TYPE_CHECKING:
     from alignprop_core.reward import Reward
@@ -46,24 +45,3 @@ class RewardLoader(RewardSource, Protocol):
 
         The key `from`, if it has one, is a mapping with the `sha256` of the reward's Python file.
         """
-
-
-def missing(key: str, plugins: Iterable[PluginRecord]) -> str:
-    """Return the error message for a loader key that no loaded plugin offers."""
-    home = DISTRIBUTION_OF.get(key)
-    if home is None:
-        return f'No installed plugin offers the key "{key}" of reward entries.'
-    record = next((record for record in plugins if record.distribution == home), None)
-    if record is None:
-        reason = f"which is not installed. Install it: pip install {home}"
-    elif record.status != "loaded":
-        reason = f"which is not loaded ({record.status}: {record.error})."
-    else:
-        reason = f"and version {record.version} of it does not have it. Upgrade it: pip install -U {home}"
-    return f'The key "{key}" is in the distribution {home}, {reason}'
-
-
-def several(key: str, offers: Iterable[Offer[LoaderSpec]]) -> str:
-    """Return the error message for a loader key that more than one distribution offers."""
-    names = " and ".join(f"{offer.distribution} {offer.version}" for offer in offers)
-    return f'The key "{key}" is offered by {names}. Keep one out with {BLOCK_VARIABLE}.'

@@ -26,7 +26,7 @@ from alignprop_core.registry.discovery import (
 )
 from alignprop_core.registry.guard import PluginFailure, guarded_as
 from alignprop_core.registry.licenses import LicensePolicy
-from alignprop_core.registry.loaders import DISTRIBUTION_OF, RewardLoader, RewardSource, missing, several
+from alignprop_core.registry.loaders import DISTRIBUTION_OF, RewardLoader, RewardSource
 from alignprop_core.registry.local import LocalReward, from_file, given_reward
 from alignprop_core.registry.offers import Offer, belongs, conflict, matching
 from alignprop_core.specs import (
@@ -220,13 +220,29 @@ class Registry:
             message += " `alignprop rewards list` lists the installed rewards; `pip install` adds more."
         return message
 
+    def missing(self, what: str, home: str) -> PluginError:
+        """Return the error that something is not available whose distribution, `home`, is known."""
+        record = next((record for record in self.plugins if record.distribution == home), None)
+        if record is None:
+            reason = f"which is not installed. Install it: pip install {home}"
+        elif record.status != "loaded":
+            reason = f"which is not loaded ({record.status}: {record.error})."
+        else:
+            reason = f"but version {record.version} does not have it. Upgrade it: pip install -U {home}"
+        return PluginError(f"{what} is in the distribution {home}, {reason}")
+
     # -- loaders ------------------------------------------------------------------------------------------------
 
     def loader(self, key: str) -> Offer[LoaderSpec]:
         """Find the loader of a reward-entry key; `PluginError` if no plugin or more than one offers it."""
         found = [offer for offer in self.loaders() if offer.name == key]
-        if len(found) != 1:
-            raise PluginError(several(key, found) if found else missing(key, self.plugins))
+        if not found and key in DISTRIBUTION_OF:
+            raise self.missing(f'The key "{key}"', DISTRIBUTION_OF[key])
+        if not found:
+            raise PluginError(f'No installed plugin offers the key "{key}" of reward entries.')
+        if len(found) > 1:
+            names = " and ".join(f"{offer.distribution} {offer.version}" for offer in found)
+            raise PluginError(f'The key "{key}" is offered by {names}. Keep one out with {BLOCK_VARIABLE}.')
         return found[0]
 
     def loader_keys(self) -> set[str]:

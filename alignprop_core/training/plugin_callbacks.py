@@ -20,12 +20,9 @@ DISTRIBUTION_OF = {"tensorboard": "alignprop-trackers", "wandb": "alignprop-trac
 
 def find_callback(name: str, registry: Registry) -> Offer[CallbackSpec]:
     """Return the callback that `training.trackers` names; `PluginError` if not exactly one plugin offers it."""
-    try:
-        return registry.callback(name)
-    except PluginError as error:
-        if name in DISTRIBUTION_OF and not matching(name, registry.callbacks()):
-            raise PluginError(f"{error} Install it: pip install {DISTRIBUTION_OF[name]}") from None
-        raise
+    if name in DISTRIBUTION_OF and not matching(name, registry.callbacks()):
+        raise registry.missing(f'The tracker "{name}"', DISTRIBUTION_OF[name])
+    return registry.callback(name)
 
 
 def check_trackers(names: Sequence[str], registry: Registry) -> None:

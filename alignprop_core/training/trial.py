@@ -48,17 +48,18 @@ def try_local(
     size: tuple[int, int] | None = None,
     where: str = "rewards",
 ) -> None:
-    """Score one image of noise with rewards from Python, a file or a loader, to check that they give a gradient.
+    """Score two images of noise with rewards from Python, a file or a loader, to check that they give a gradient.
 
     Plugins declare this in their spec and their tests check it; a class written a minute ago may not have a gradient,
     and another environment may lack something that scoring needs. To find out at the first step would cost the time to
-    load the model. The image has the size, dtype and range of the run's images.
+    load the model. The images have the size, dtype and range of the run's images; the second has no influence on the
+    score of the first, unless the reward mixes samples, such as by a mean over the batch.
 
     Args:
         terms: the loaded rewards.
         entries: their config entries, in the same order.
         registry: where they were looked up.
-        prompts: the run's prompts; the first one is used.
+        prompts: the run's prompts; the first ones are used.
         device: device of the rewards.
         size: (height, width) in pixels, from `image_size`; None uses `UNKNOWN_SIZE`.
         where: key of the entries in the run config.
@@ -68,17 +69,29 @@ def try_local(
     """
     height, width = size or UNKNOWN_SIZE
     # As the sampler decodes: float32 (a float64 model, which no config asks for, would give float64) in [0, 1].
-    images = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    first: dict[str, Any] = {"prompts": prompts.prompts[:1], "metadata": prompts.metadata[:1]}
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
+    chosen = [number % len(prompts) for number in range(2)]
+    texts: dict[str, Any] = {
+        "prompts": [prompts.prompts[i] for i in chosen],
+        "metadata": [prompts.metadata[i] for i in chosen],
+    }
     whose = "the size of the run's images" if size else "because the model's own size is not known before it loads"
-    tried = f"This was a trial before training, with 1 random image of {width}x{height} pixels ({whose})."
+    tried = f"This was a trial before training, with 2 random images of {width}x{height} pixels ({whose})."
     for i, (term, entry) in enumerate(zip(terms, entries, strict=True)):
         if entry.loader is None and registry.local(entry.name) is None:
             continue
-        batch = ImageBatch(images=images.clone().requires_grad_(), **first)
+        batch = ImageBatch(images=images.clone().requires_grad_(), **texts)
         try:
             with torch.enable_grad():
-                term.score(batch)
+                scores = term.score(batch)
+            if term.differentiable:
+                with term.placed, term.named("raised in its backward pass"):
+                    (gradient,) = torch.autograd.grad(scores[0], batch.images)
+                if gradient[1].any():
+                    raise RewardError(
+                        f'Reward "{term.label}": the score of an image depends on the other images of its batch. '
+                        "Reduce over pixels, images.mean((1, 2, 3)), never over the batch."
+                    )
         except (UserError, RewardError) as error:
             failed = TrialError(f"{str(error).rstrip('.')}. {tried}")
             failed.key = f"{where}.{i}.name"

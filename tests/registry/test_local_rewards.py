@@ -358,8 +358,8 @@ def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., 
     (folder / "picky.py").write_text(PICKY)
     large = {"name": "./picky.py:Large"}
     sized = {"sampling": {"steps": 2, "width": 136, "height": 104}}
-    assert trial(folder, data(large, **sized)).seen == ((1, 3, 104, 136), "torch.float32")
-    with pytest.raises(TrialError, match=r"trial before training, with 1 random image of 96x104 pixels \(the size of"):
+    assert trial(folder, data(large, **sized)).seen == ((2, 3, 104, 136), "torch.float32")
+    with pytest.raises(TrialError, match=r"trial before training, with 2 random images of 96x104 pixels \(the size of"):
         trial(folder, data(large, sampling={"steps": 2, "width": 96, "height": 104}))
     with pytest.raises(
         TrialError, match=r"512x512 pixels \(because the model's own size is not known before it loads\)"
@@ -367,11 +367,25 @@ def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., 
         trial(folder, data({"name": "./picky.py:Broken"}), size=None)
 
 
+def test_the_trial_finds_a_score_that_depends_on_the_other_images(
+    folder: Path, data: Callable[..., dict[str, Any]]
+) -> None:
+    (folder / "mixing.py").write_text(
+        "def batch_mean(images): return images.mean().expand(len(images))\n"
+        "def ranked(images): return images.mean((1, 2, 3)) - images.mean()\n"
+        "def own(images): return images.mean((1, 2, 3)) - 0.5\n"
+    )
+    for name in ("batch_mean", "ranked"):
+        with pytest.raises(TrialError, match=f'"{name}": the score of an image depends on the other images'):
+            trial(folder, data({"name": f"./mixing.py:{name}"}))
+    trial(folder, data({"name": "./mixing.py:own"}))
+
+
 def test_the_trainer_tries_at_the_size_it_draws(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
     (folder / "picky.py").write_text(PICKY)
     sections = data({"name": "./picky.py:Large"}, sampling={"steps": 1, "width": 136, "height": 104})
     trainer = Trainer(parse(folder, sections), registry=registry())
-    assert trainer.mix.terms[0].reward.seen == ((1, 3, 104, 136), "torch.float32")
+    assert trainer.mix.terms[0].reward.seen == ((2, 3, 104, 136), "torch.float32")
     with pytest.raises(TrialError, match="of 96x104 pixels"):
         Trainer(parse(folder, {**sections, "sampling": {"width": 96, "height": 104}}), registry=registry())
 

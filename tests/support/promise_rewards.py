@@ -47,6 +47,16 @@ class Good(Reward):
         return self.config.gain * (x.mean((1, 2, 3)).to(dtype) + images.to(dtype)[:, 0].mean((1, 2)))
 
 
+class Kinked(Good):
+    """Total variation and left-right symmetry: correct, with kinks that a finite difference may step over."""
+
+    def score(self, batch: ImageBatch) -> Tensor:
+        x = batch.images
+        variation = (x[..., 1:] - x[..., :-1]).abs().mean((1, 2, 3))
+        symmetry = (x - x.flip(3)).abs().mean((1, 2, 3))
+        return self.config.gain * (variation - symmetry).to(x.dtype if x.dtype == torch.float64 else torch.float32)
+
+
 class Measure(Good):
     @torch.no_grad()
     def score(self, batch: ImageBatch) -> Tensor:
@@ -279,7 +289,11 @@ BREAKERS: dict[str, list[tuple[RewardSpec, str]]] = {
 }
 """Check -> rewards that fail it, and a pattern that the message must match."""
 
-GOOD = {"a reward": _spec(Good), "a measure": _spec(Measure, differentiable=False)}
+GOOD = {
+    "a reward": _spec(Good),
+    "a reward with kinks": _spec(Kinked),
+    "a measure": _spec(Measure, differentiable=False),
+}
 
 
 def hook_of(spec: RewardSpec) -> object:
