@@ -183,7 +183,7 @@ def _wanted(item: Any) -> str:
     if kind in ("literal_error", "enum"):
         return str(context["expected"]).replace("'", "")
     if kind == "too_short":
-        return f"a list of at least {context['min_length']}"
+        return f"a list with at least {context['min_length']} entry"
     if kind == "string_pattern_mismatch":
         return f"text that matches {context['pattern']}"
     message = str(item["msg"])
@@ -216,7 +216,8 @@ def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Seq
     alike = name.lower().replace("-", "_")
     if renamed := getattr(model, "renamed", {}).get(dotted(plain)):
         return f"{message} It was renamed to {renamed}."
-    if alias := getattr(model, "aliases", {}).get(alike):
+    aliases = getattr(model, "aliases", {})
+    if alias := aliases.get(dotted(plain)) or aliases.get(alike):
         return f"{message} In alignprop this is {alias}."
     close = get_close_matches(name, [key.rpartition(".")[2] for key in siblings], n=1, cutoff=0.75)
     if close:

@@ -30,12 +30,10 @@ def train(
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
     from alignprop_core.config.load import load_config, located
-    from alignprop_core.errors import RunError, UserError
+    from alignprop_core.errors import RunError
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.training.preflight import check_inputs
 
-    if resume and overwrite:
-        raise UserError("--overwrite replaces a run and --resume continues it; give one of them.")
     registry = default_registry()
     settings = load_config(config, overrides or [], registry=registry)
     where = Path(settings.output) if resume == "latest" else Path(resume) if resume else None

@@ -202,7 +202,8 @@ def _refuse_used(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise OutputError(
             f"{path} exists already and is not empty (it contains {', '.join(names[:3])}). "
-            "Choose another output=, resume that run with --resume latest, or replace it with --overwrite."
+            "Choose another output, resume that run (--resume latest; in Python resume=), or replace it (--overwrite; "
+            "overwrite=True)."
         )
     if "config.yaml" not in names:
         raise OutputError(f"{path} contains something other than a run and is not overwritten. Choose another output=.")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.errors import ConfigError, under
+from alignprop_core.errors import ConfigError, UserError, under
 from alignprop_core.evaluation.measures import check_monitor
 from alignprop_core.locate import find_base, find_lora, find_vae
 from alignprop_core.prompts import PromptSet, load_prompts
@@ -57,6 +57,8 @@ def check_inputs(
     Raises:
         UserError: with the run config's key.
     """
+    if resume is not None and overwrite:
+        raise UserError("overwrite replaces a run, and resume continues it; choose one of them.")
     checkpoint = None if resume is None else find_checkpoint(resume, config, edited=edited)
     if checkpoint is None:
         RunFolder.check_free(config.output, overwrite=overwrite)

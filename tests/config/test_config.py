@@ -311,7 +311,7 @@ def test_impossible_combinations_are_refused(tmp_path: Path, registry: Registry,
 @pytest.mark.parametrize(
     ("terms", "key", "message"),
     [
-        ("[]", "rewards", "must be a list of at least 1, not an empty list."),
+        ("[]", "rewards", "must be a list with at least 1 entry, not an empty list."),
         ("[{name: jpeg, weight: 0}]", "rewards.0.weight", "a weight of 0 trains nothing"),
         ("[{name: jpeg, weight: -1, ceiling: -1}]", "rewards.0.ceiling", "no further, set floor: -1;"),
         ("[{name: jpeg, weight: {0: 0, 9: -1}, ceiling: 2}]", "rewards.0.ceiling", "needs a positive weight"),
