@@ -12,8 +12,17 @@ import pytest
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
-ENVIRONMENTS = ("test_distributions.py", "test_fresh_installs.py")
-"""Files whose tests make an environment each, for a minute and more, and share nothing but the wheels."""
+INDEPENDENT = (
+    "test_distributions.py",
+    "test_fresh_installs.py",
+    "test_example_plugins.py",
+    "test_isolated_hpsv2.py",
+    "test_new_reward.py",
+    "test_many_plugins.py",
+    "test_rewards_learn.py",
+    "test_examples.py",
+)
+"""Files whose tests take a quarter of a minute and more each, and share no expensive fixture but the wheels."""
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +53,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give a file to one process, for its fixtures' sake; tests that make an environment each go one by one."""
+    """Give a file to one process, for its fixtures' sake; long tests that share none go one by one."""
     if config.option.dist != "loadfile":
         return None
     from xdist.scheduler import LoadFileScheduling
@@ -52,14 +61,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return nodeid if file.endswith(ENVIRONMENTS) else file
+            return nodeid if file.endswith(INDEPENDENT) else file
 
     return Files(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest tests first, so that none is left over at the end; skip, visibly, what needs a GPU."""
-    items.sort(key=lambda item: item.path.name not in ENVIRONMENTS)
+    items.sort(key=lambda item: item.path.name not in INDEPENDENT)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return
