@@ -135,7 +135,7 @@ def _resolved(kind: str, path: Key, written: str, start: Path, registry: Registr
     otherwise = ""
     try:
         if kind == "prompts":
-            otherwise = "the path of a .txt or .jsonl file"
+            otherwise = "the path of a .txt or .jsonl file, or a list of prompts"
             registry.prompt_set(written)
         elif kind == "model" and written.count("/") != 1:
             # A hub id of a diffusers model is always owner/name; a bare word is a misspelt registered name.
