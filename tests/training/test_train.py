@@ -95,9 +95,11 @@ def test_keywords_a_dict_a_file_and_a_config_train_the_same(
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"training": {"stesp": 3}}, "training.stesp: unknown key. Did you mean training.steps?"),
     ({"training": {"steps": "3"}}, "training.steps: must be a whole number, not the text"),
+    ({"training": {"num_steps": 3}}, "training.num_steps: unknown key. In alignprop this is training.steps."),
     ({"training": 3}, "training: must be a mapping (key: value), not 3."),
     ({"sampling": {"num_inference_steps": 3}}, "sampling.num_inference_steps: unknown key. In alignprop this is"),
     ({"rewards": [{"name": "redness", "weight": "x"}]}, "rewards.0.weight: must be a number"),
+    ({"rewards": [{"name": "redness", "reward": 1}]}, "rewards.0.reward: unknown key. In alignprop this is name."),
     ({"rewards": [{"name": "rednes"}]}, 'rewards.0.name: No installed plugin offers the reward "rednes". Did you'),
     ({"rewards": [{"name": "redness", "options": {"gian": 1}}]}, "rewards.0.options.gian: unknown key. Did you mean"),
     ({"rewards": [{"name": "redness"}, {"name": "redness"}]}, 'rewards.1.label: "redness" is used by rewards.0'),
@@ -172,6 +174,13 @@ def test_functions_classes_objects_names_and_entries_are_rewards(train: Callable
     assert local["scored"]["function"] == "scored"
     assert local["built"]["class"] == "Redness"
     assert run.config.rewards[2].ceiling == 0.9
+
+
+def test_a_run_is_resumed_or_replaced(train: Callable[..., ap.Run]) -> None:
+    run = train()
+    with pytest.raises(UserError, match="overwrite replaces a run, and resume continues it"):
+        train(resume=run, overwrite=True)
+    assert len(train(resume=run, training={"steps": 3, "batch_size": 2}).metrics) == 3
 
 
 def test_a_mapping_of_rewards_is_added_to_the_config(train: Callable[..., ap.Run], folder: Path) -> None:

@@ -709,6 +709,13 @@ def test_its_commands_take_the_folder_they_name(trained: Path, made: Callable[..
     assert train[1:] == ["train", f"{plain}/config.yaml", "--resume", "latest", f"output={plain}"]
 
 
+def test_a_function_reward_is_named_in_what_resumes_the_run(made: Callable[..., Path]) -> None:
+    origin = {"function": "redness", "module": "__main__", "type": "function"}
+    page = page_of(made([step(1, 0.1), step(2, 0.3)], environment={"local_rewards": {"redness": origin}}))
+    assert "replace the dots with your objects for redness (redness)." in page.text
+    assert "(first and last step)." in page.text
+
+
 # -- several runs -----------------------------------------------------------------------------------------------
 
 

@@ -141,7 +141,11 @@ def _resume(run: Run) -> Markup:
     text = "It resumes from its last checkpoint."
     words = code(shlex.join(["alignprop", "train", f"{folder}/config.yaml", "--resume", "latest", *changes]))
     own = mapping(run.environment.get("local_rewards"))
-    given = {str(name): str(pick(origin, "class")) for name, origin in own.items() if pick(origin, "module")}
+    given = {
+        str(name): str(pick(origin, "class") or pick(origin, "function"))
+        for name, origin in own.items()
+        if pick(origin, "module")
+    }
     if given:
         named = ", ".join(f"{name} ({kind})" for name, kind in given.items())
         text += f" Its rewards were passed from Python: replace the dots with your objects for {named}."

@@ -115,7 +115,8 @@ def result(run: Run) -> str:
         part = max(1, len(rewards) // 10)
         sides = fsum(rewards[:part]) / part, fsum(rewards[-part:]) / part
         change = _from_to("the total in training", *sides)
-        return f"There was no evaluation on held-out prompts; {change} (means of the first and last {part})."
+        of = "first and last step" if part == 1 else f"means of the first and last {part} steps"
+        return f"There was no evaluation on held-out prompts; {change} ({of})."
     return "There are no metrics yet."
 
 
