@@ -63,7 +63,7 @@ def evaluate(
         raise UserError(f"--strengths {strengths}: give finite numbers, such as 0,0.5,1.")
     registry = default_registry()
     with nullcontext() if run is None else located(run / "config.yaml"):
-        config, source = inputs.chosen_model(run, model, lora, registry)
+        config, source = inputs.chosen_model(run, model, lora, registry, scores=True)
         if config is not None:
             check_rewards(config, registry)
         heldout = inputs.heldout_prompts(prompts, (config and config.prompts.heldout) or "", registry)

@@ -20,6 +20,7 @@ from alignprop_core.prompts import PromptSet, load_prompts
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
+from alignprop_core.training.result import Run
 from alignprop_core.validation import explain
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def device_of(name: str) -> torch.device:
 
 
 def chosen_model(
-    run: Path | None, model: str, lora: Path | None, registry: Registry
+    run: Path | None, model: str, lora: Path | None, registry: Registry, *, scores: bool
 ) -> tuple[RunConfig | None, dict[str, Any]]:
     """Return a run's config, if a run is given, and the model and LoRA as keyword arguments of `Sampler.load`.
 
@@ -49,6 +50,7 @@ def chosen_model(
         model: the model, where no run is given.
         lora: a LoRA to use instead of the run's result.
         registry: the installed plugins.
+        scores: whether the run's rewards are needed; rewards passed from Python are not available to a command.
 
     Raises:
         UserError: the run, the model or the LoRA does not exist.
@@ -60,9 +62,9 @@ def chosen_model(
             with under("--lora"):
                 find_lora(lora)
         return None, {"model": model, "lora": lora}
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is not a run folder (there is no config.yaml in it).")
-    config = load_config(run / "config.yaml", registry=registry)
+    config = Run(run, registry=registry).config
+    if scores:
+        config = load_config(run / "config.yaml", registry=registry)
     find_lora(lora := lora or run / "lora")
     check_model(config, registry)
     return config, {

@@ -49,7 +49,7 @@ def sample(
         raise UserError("Give at least one prompt, or --prompts FILE.")
     if compare and run is None and lora is None:
         raise UserError("--compare needs a LoRA: give --run RUN or --lora F.")
-    config, source = inputs.chosen_model(run, model, lora, registry)
+    config, source = inputs.chosen_model(run, model, lora, registry, scores=False)
     settings = inputs.sampling_settings(
         config,
         steps=steps,

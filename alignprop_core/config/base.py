@@ -33,7 +33,7 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-def as_section(kind: type[S], value: S | Mapping[str, Any] | None, where: str) -> S:
+def as_section(kind: type[S], value: S | Mapping[str, Any] | None, where: str, context: Any = None) -> S:
     """Return a section given from Python: as it is, from a mapping of its keys, or its defaults for None.
 
     Raises:
@@ -42,6 +42,6 @@ def as_section(kind: type[S], value: S | Mapping[str, Any] | None, where: str) -
     if isinstance(value, kind):
         return value
     try:
-        return kind.model_validate(dict(value or {}))
+        return kind.model_validate(dict(value or {}), context=context)
     except ValidationError as error:
         raise invalid(explain(error, kind, where), where) from error

@@ -55,12 +55,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
 def save_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> Path:
     """Write checkpoints/step-NNNNNN of a run, atomically."""
     name = f"checkpoints/step-{int(checkpoint.state['step']):06d}"
-    tensors = [*checkpoint.adapter.values(), *checkpoint.optimizer.values(), *checkpoint.extra.values()]
-    with folder.staged(name, needs=sum(t.nbytes for t in tensors)) as building:
-        save_file({k: v.contiguous().cpu() for k, v in checkpoint.adapter.items()}, building / ADAPTER)
-        save_file({k: v.contiguous().cpu() for k, v in checkpoint.optimizer.items()}, building / OPTIMIZER)
-        if checkpoint.extra:
-            save_file({k: v.contiguous().cpu() for k, v in checkpoint.extra.items()}, building / EXTRA)
+    files = {ADAPTER: checkpoint.adapter, OPTIMIZER: checkpoint.optimizer, EXTRA: checkpoint.extra}
+    with folder.staged(name, needs=sum(t.nbytes for part in files.values() for t in part.values())) as building:
+        for file, tensors in files.items():
+            save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, building / file)
         (building / STATE).write_text(json.dumps(checkpoint.state, indent=2) + "\n")
     return folder.path / name
 
@@ -73,7 +71,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
             adapter=load_file(folder / ADAPTER),
             optimizer=load_file(folder / OPTIMIZER),
             state=_upgraded(state) if "guarding" in state else state,
-            extra=load_file(folder / EXTRA) if (folder / EXTRA).is_file() else {},
+            extra=load_file(folder / EXTRA) if (folder / EXTRA).is_file() else {},  # not in checkpoints before 0.1
         )
     except (OSError, SafetensorError, json.JSONDecodeError) as error:
         raise UserError(f"{folder} is not a complete checkpoint: {error}. Choose another with --resume DIR.") from error

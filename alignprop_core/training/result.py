@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop_core.config.base import as_section
 from alignprop_core.config.load import read_run
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import under
@@ -60,8 +61,8 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The run config, complete."""
-        return RunConfig.model_validate(read_run(self.folder), context={"registry": self.registry})
+        """The run config, complete; `ConfigError` if config.yaml is wrong."""
+        return as_section(RunConfig, read_run(self.folder), "", {"registry": self.registry})
 
     @property
     def metrics(self) -> list[dict[str, Any]]:

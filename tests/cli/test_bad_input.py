@@ -192,7 +192,7 @@ def test_a_score_that_is_no_number_is_not_printed(
 
 def test_evaluate_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["evaluate"], "--model")
-    refused(capsys, ["evaluate", tmp_path], f"{tmp_path} is not a run folder (there is no config.yaml in it)")
+    refused(capsys, ["evaluate", tmp_path], f"{tmp_path} is not a run folder: it has no config.yaml")
     refused(capsys, ["evaluate", "--model", model], "--prompts")
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from torch import Tensor
 
+import alignprop_core as ap
 from alignprop_core.cli import run
 from alignprop_core.config.load import load_config
 from alignprop_core.registry.registry import Registry
@@ -67,6 +69,24 @@ def test_a_run_gives_model_lora_and_sampling_settings(sample: Any, trained: Path
     assert pixels(of_run) == pixels(by_hand)
     assert pixels(of_run) != pixels(base)
     assert pixels(of_run) != pixels(other), "an option replaces the run's setting"
+
+
+def test_a_run_of_a_python_function_is_sampled_without_the_function(
+    sample: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bright(images: Tensor) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    trained = ap.train(toy_data(tiny_model, Path.cwd(), rewards=[{"name": bright}]), registry=Registry.from_plugins({}))
+    (image,) = sample("a fox", "--run", trained)
+    assert pixels(image) == trained.sample("a fox")[0].tobytes()
+    # Its rewards cannot be computed by a command.
+    assert run(["evaluate", str(trained), "--prompts", "prompts.txt"]) == 2
+    assert '"bright" was an object passed from Python' in capsys.readouterr().err
+    config = trained.folder / "config.yaml"
+    config.write_text(config.read_text().replace("sampling:", "sampling:\n  stesp: 3", 1))
+    assert run(["sample", "a fox", "--run", str(trained)]) == 2
+    assert "sampling.stesp: unknown key. Did you mean sampling.steps?" in capsys.readouterr().err
 
 
 def test_prompts_of_a_file_follow_those_of_the_command_line(sample: Any, trained: Path) -> None:
