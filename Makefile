@@ -37,7 +37,7 @@ demo: $(STAMP) ## fine-tune the starter model and show images before and after
 test: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run the tests, without the slow ones
 	$(PYTEST) -m "not slow"
 
-test-all: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run every test, the slow proofs and installs from the registry included
+test-all: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run every test, including slow ones and installs from the registry
 	$(PYTEST)
 
 lint: $(STAMP) ## check style, formatting and types

@@ -23,8 +23,8 @@ def cannot_write(path: Path, error: OSError) -> OutputError:
     """Return the error for a write that failed: the file, the reason and what to do."""
     if error.errno in _FULL:
         return OutputError(
-            f"No room to write {path}: {error.strerror}. Files saved before are complete. Free some space (or "
-            "lower save.keep), or choose another output; --resume latest continues a training run."
+            f"Not enough disk space for {path}: {error.strerror}. Files saved earlier are complete. Free some space "
+            "(or lower save.keep), or choose another output; --resume latest continues a training run."
         )
     return OutputError(
         f"Cannot write {path}: {error.strerror or error}. Check the folder's owner and permissions, or choose another "
@@ -59,14 +59,14 @@ def space_problem(folder: Path, needed: int) -> str:
     """Return, as a sentence, that fewer than `needed` bytes are free below `folder`; empty if they are free."""
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(nearest).free
-    return "" if free >= needed else f"No room in {folder}: {_size(needed)} are needed and {_size(free)} are free."
+    return "" if free >= needed else f"Not enough disk space in {folder}: {_size(needed)} needed, {_size(free)} free."
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raise OutputError if the disk below `folder` has fewer than `needed` bytes left."""
     if problem := space_problem(folder, needed):
         raise OutputError(
-            f"{problem} Files saved before are complete. Free some space, or choose another output; --resume latest "
+            f"{problem} Files saved earlier are complete. Free some space, or choose another output; --resume latest "
             "continues a training run."
         )
 

@@ -1,4 +1,4 @@
-"""Image files as people see them, and tensors as PIL images. Imports no torch."""
+"""Read image files as viewers display them, and convert tensors to PIL images. Imports no torch."""
 
 from __future__ import annotations
 

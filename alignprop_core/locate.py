@@ -95,7 +95,7 @@ def find_lora(path: str | Path) -> Path:
             )
         pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
         if not pickles:
-            raise LoraError(f"{folder} holds no LoRA: a .safetensors file is expected.")
+            raise LoraError(f"{folder} contains no LoRA: a .safetensors file is expected.")
         path = folder / pickles[0]
     if path.suffix in _PICKLES:
         raise LoraError(

@@ -56,7 +56,7 @@ def load_prompts(source: str | Sequence[str | Mapping[str, Any]], registry: Regi
         registry: where registered sets are looked up; a registered name wins over a file.
 
     Raises:
-        PromptError: the file is missing, is not UTF-8, holds no prompt, or has a wrong line (with its number).
+        PromptError: the file is missing, is not UTF-8, contains no prompts, or has an invalid line (with its number).
         PluginError: two plugins offer the name, or the plugin's file cannot be read.
     """
     if not isinstance(source, str):
@@ -95,11 +95,11 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
         content: UTF-8 bytes.
 
     Raises:
-        PromptError: with the line numbers of what is wrong.
+        PromptError: with the line numbers of the problems.
     """
     suffix = Path(file).suffix.lower()
     if suffix not in SUFFIXES:
-        raise PromptError(f"{name}: prompt files end in .txt (a prompt a line) or .jsonl, not {suffix or 'nothing'}.")
+        raise PromptError(f"{name}: prompts are in .txt (one per line) or .jsonl files, not {suffix or 'nothing'}.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -119,15 +119,15 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
     if problems:
         raise PromptError(listed(problems))
     if not entries:
-        wanted = "one prompt a line" if suffix == ".txt" else 'one {"prompt": "..."} a line'
-        raise PromptError(f"{name}: holds no prompt; write {wanted}.")
+        wanted = "one prompt per line" if suffix == ".txt" else 'one {"prompt": "..."} per line'
+        raise PromptError(f"{name}: contains no prompts; write {wanted}.")
     lines, pairs = zip(*entries, strict=True)
     prompts, metadata = zip(*pairs, strict=True)
     return PromptSet(name, prompts, metadata, lines)
 
 
 def listed(problems: Sequence[str]) -> str:
-    """Return the first few of the problems with prompts, a line each, and how many more there are."""
+    """Return the first few problems with prompts, one per line, and the number of others."""
     more = len(problems) - _SHOWN_PROBLEMS
     return "\n".join([*problems[:_SHOWN_PROBLEMS], *([f"and {more} more lines."] if more > 0 else [])])
 

@@ -60,7 +60,7 @@ class Reward(nn.Module, ABC):
 
     A subclass names its options class as `Config`, builds what it needs in `__init__`, and implements `score`.
     Its parameters are frozen and it is in eval mode from the moment it is built; `train()` does not change that,
-    so dropout or batch statistics can never make a score depend on its neighbours.
+    so dropout or batch statistics can never make a score depend on its neighbors.
     """
 
     Config: ClassVar[type[RewardConfig]] = RewardConfig

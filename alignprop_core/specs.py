@@ -1,4 +1,4 @@
-"""Specs: what a plugin declares about its offers. Imports no torch.
+"""Specs: what a plugin declares about what it provides. Imports no torch.
 
 Hooks return specs, and listing commands read them. The code behind a spec (`factory`, `config`) is imported only when
 a run uses it.
@@ -50,7 +50,7 @@ class Spec(BaseModel):
 
     summary: str = Field(description="One line for listings.")
     # Not API_VERSION: a spec without a version was written for the first one, whichever core reads it.
-    api_version: int = Field(default=1, description="Plugin contract this was written for.")
+    api_version: int = Field(default=1, description="Version of the plugin API that the spec was written for.")
     license: str = Field(default="", description="SPDX identifier of the code or data behind this spec.")
     source: str = Field(default="", description="Where it comes from: repository or page.")
 
@@ -69,7 +69,7 @@ class WeightsFile(BaseModel):
 
 
 class RewardSpec(Spec):
-    """A reward a plugin offers. Higher scores are always better."""
+    """A reward of a plugin. Higher scores are always better."""
 
     name: SnakeName = Field(description="The field's standard term, snake_case.")
     factory: ObjectPath = Field(description='Class path, "package.module:Class"; a subclass of Reward.')
@@ -105,7 +105,7 @@ class ModelSpec(Spec):
     )
     resolution: int | None = Field(default=None, description="Native width and height in pixels.")
     demo: str = Field(
-        default="", description='"package:relative/file.yaml": a run config that shows the model off in minutes.'
+        default="", description='"package:relative/file.yaml": a run config that demonstrates the model in minutes.'
     )
     weights: tuple[WeightsFile, ...] = Field(default=(), description="Its files: their sources and licenses.")
 
@@ -133,7 +133,7 @@ class WeightsSpec(Spec):
     reward: SnakeName = Field(description="The reward these weights are for.")
     path: str = Field(description='"package:relative/file.safetensors": a file that ships in a package.')
     weights: tuple[WeightsFile, ...] = Field(
-        default=(), description="The file again, with its checksum, size and license; it is verified."
+        default=(), description="The same file with its license, and the checksum and size to verify."
     )
 
 
@@ -145,7 +145,7 @@ class CallbackSpec(Spec):
         description='"package.module:Class", a subclass of alignprop_core.Callback; built without arguments.'
     )
     automatic: bool = Field(
-        default=False, description="Whether it joins every run; otherwise `training.trackers` names it."
+        default=False, description="Whether it joins every run, or only those whose `training.trackers` names it."
     )
 
 
@@ -157,7 +157,7 @@ class CommandSpec(Spec):
         description='"package.module:function", a function with typer\'s arguments and options, or a `typer.Typer` app '
         "with one command; imported when the command runs or shows its own help."
     )
-    group_summary: str = Field(default="", description="Line of the group in the help, for the path of a new group.")
+    group_summary: str = Field(default="", description="Line of a new group in the help.")
 
     @property
     def name(self) -> str:

@@ -16,12 +16,12 @@ BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTA
 
 
 def test_there_are_two() -> None:
-    assert [path.name for path in EXAMPLES] == ["alignprop-hf-classifier", "alignprop-mean-colour"]
+    assert [path.name for path in EXAMPLES] == ["alignprop-hf-classifier", "alignprop-mean-color"]
 
 
-def test_the_mean_colour_is_ten_lines() -> None:
-    source = (ROOT / "examples/plugins/alignprop-mean-colour/mean_colour/reward.py").read_text()
-    body = source.partition("class MeanColour")[2].splitlines()
+def test_the_mean_color_is_ten_lines() -> None:
+    source = (ROOT / "examples/plugins/alignprop-mean-color/mean_color/reward.py").read_text()
+    body = source.partition("class MeanColor")[2].splitlines()
     assert len([line for line in body if line.strip()]) <= 10
 
 

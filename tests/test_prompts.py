@@ -96,9 +96,9 @@ def test_many_wrong_lines_are_reported_together_and_counted(tmp_path: Path, regi
 
 
 def test_an_empty_file_is_refused(tmp_path: Path, registry: Registry) -> None:
-    with pytest.raises(PromptError, match="holds no prompt; write one prompt a line"):
+    with pytest.raises(PromptError, match="contains no prompts; write one prompt per line"):
         load_prompts(write(tmp_path, "p.txt", "\n# nothing\n"), registry)
-    with pytest.raises(PromptError, match=r"holds no prompt; write one \{"):
+    with pytest.raises(PromptError, match=r"contains no prompts; write one \{"):
         load_prompts(write(tmp_path, "p.jsonl", ""), registry)
 
 

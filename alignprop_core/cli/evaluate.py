@@ -33,7 +33,7 @@ def evaluate(
     ),
     seed: int | None = typer.Option(None, min=0, help="Seed of the noise; the default is the run's, or 1234."),
     strengths: str = typer.Option(
-        "", help="Evaluate at these strengths of the LoRA, such as 0,0.25,0.5,0.75,1: rewards against drift."
+        "", help="Evaluate at these strengths of the LoRA, such as 0,0.25,0.5,0.75,1, to compare rewards with drift."
     ),
     soup: Path | None = typer.Option(
         None,

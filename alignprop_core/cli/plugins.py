@@ -24,7 +24,7 @@ def plugins(
     traceback: bool = typer.Option(False, "--traceback", help="Also print the tracebacks of failed plugins."),
     requirements: bool = typer.Option(False, "--requirements", help="Print pinned versions for a requirements file."),
 ) -> None:
-    """List the installed plugins: version, status, what they offer, and errors."""
+    """List the installed plugins: version, status, what they provide, and errors."""
     from alignprop_core import __version__
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.specs import API_VERSION

@@ -24,7 +24,7 @@ def check(
     skip: list[str] = typer.Option([], metavar="CHECK", help="Skip a check; can be repeated."),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Check that an installed reward keeps the contract: shapes, dtypes, gradients, independence of samples and more.
+    """Check that an installed reward meets the contract: shapes, dtypes, gradients, independence of samples and more.
 
     The exit code is 1 if a check fails.
     """
@@ -69,5 +69,5 @@ def _print(name: str, verdicts: list[Verdict]) -> None:
             common.note(f"{verdict.check}:\n{verdict.traceback}")
     count = Counter(verdict.status for verdict in verdicts)
     text = ", ".join(f"{count[status]} {status}" for status in _STYLES if count[status])  # type: ignore[index]
-    end = "The reward is not ready for runs." if count["failed"] else "The reward keeps the contract."
+    end = "The reward is not ready for runs." if count["failed"] else "The reward meets the contract."
     typer.echo(f"{name}: {text}. {end}")

@@ -1,4 +1,4 @@
-"""What other trainers call a setting, and what it is called here; asked when a run config has an unknown key."""
+"""Names of settings in other trainers and earlier versions -> their names here; used in errors about unknown keys."""
 
 from __future__ import annotations
 
@@ -158,11 +158,11 @@ RENAMED: dict[str, str] = {
     "early_stopping.explosion": "optimizer.spike_threshold",
     "early_stopping.max_dropped_steps": "optimizer.max_skipped_steps",
 }
-"""Earlier keys of this project, where they were or in the section's new name -> what they are now."""
+"""Earlier keys of this project, in the old or the renamed section -> today's keys."""
 
 
 def upgraded(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the resolved config of an old run folder with today's names; one that has them already is unchanged."""
+    """Return the resolved config of an old run folder with today's names; a newer config is unchanged."""
     if "samples" not in config or "guards" not in config:
         return config
     new = deepcopy(config)

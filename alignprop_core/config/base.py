@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
-    """Common behaviour of all sections."""
+    """Common behavior of all sections."""
 
     model_config = ConfigDict(
         extra="forbid",

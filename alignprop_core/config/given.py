@@ -1,4 +1,4 @@
-"""Objects passed from Python: how they enter a run config, and what the config of an earlier run says of them."""
+"""Objects passed from Python: adding them to a run config, and reporting them if a command cannot find them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def with_given(config: RunConfig, registry: Registry) -> RunConfig:
     """Return the config with a term of weight 1 for every reward object of the registry that it does not mention.
 
     Raises:
-        ConfigError: then, too, there is nothing to train on.
+        ConfigError: the result has no rewards to train on.
     """
     named = {entry.name for entry in (*config.rewards, *config.evaluation.rewards)}
     added = [

@@ -92,10 +92,9 @@ def resolve_paths(
 ) -> list[Problem]:
     """Make the paths in the data absolute, in place; registered names and hub ids stay as they are.
 
-    Input files are looked for from the config's folder (from the working directory if the command line or Python gave
-    them),
-    the output from the working directory. What has no path's form and is not in the config's folder, but is in the
-    working directory, is that. Returns names that nothing installed offers.
+    Input files are relative to the config's folder (to the working directory if given on the command line or from
+    Python), the output to the working directory. A bare name that is missing in the config's folder may also be a file
+    in the working directory. Returns a problem for every name that no installed plugin offers.
     """
     problems: list[Problem] = []
     for kind, path, holder in list(_path_values(data, registry)):
@@ -111,7 +110,7 @@ def _resolved(kind: str, path: Key, written: str, start: Path, registry: Registr
     """Return a value as an absolute path if it is one, else as it is.
 
     Raises:
-        PluginError: it is a name that nothing installed offers, or a file of rewards that is not written as a path.
+        PluginError: no installed plugin offers the name, or it names a Python file without an explicit path.
     """
     if kind == "output":
         return str(Path(written).expanduser().absolute())

@@ -60,7 +60,7 @@ def load_config(
     if data is None:
         data = {}
     if not isinstance(data, Mapping):
-        keys = "must hold keys such as model, prompts, rewards and output"
+        keys = "must contain keys such as model, prompts, rewards and output"
         raise ConfigError(f"{source or 'run config'}: {keys}, not {shown(data)}.")
     data, overridden = _changed(data, overrides, sections or {})
     overridden = overridden if source else {}  # without a file everything is from Python
@@ -221,7 +221,7 @@ def _place(path: Key, lines: Lines, source: str, overridden: Origins) -> str:
 
 
 def _line(path: Key, lines: Lines) -> int:
-    """Return the line of a key, or of the innermost section that holds it; 0 for none."""
+    """Return the line of a key, or of the innermost section that contains it; 0 for none."""
     while path and path not in lines:
         path = path[:-1]
     return lines[path] if path else 0

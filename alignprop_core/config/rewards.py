@@ -65,20 +65,20 @@ class RewardTerm(Section):
 
     name: Text
     """A reward of an installed plugin (distribution/reward if two offer the name), or a class or function in a Python
-    file, which is run: ./my_rewards.py:MyReward, relative to this config."""
+    file, which the run executes: ./my_rewards.py:MyReward, relative to this config."""
     weight: float | Annotated[dict[int, float], Field(min_length=1)] = 1.0
-    """Weight in the mix; negative asks for less, zero is refused. Or a schedule {steps done: weight}, linear between
-    its points and constant outside them: {0: 0.0, 20: 1.0}."""
+    """Weight in the mix; negative minimizes the score, zero is refused. Or a schedule {steps done: weight}, linear
+    between its points and constant outside them: {0: 0.0, 20: 1.0}."""
     ceiling: float | None = None
     """Scores are clipped to at most this, in the reward's unit: samples above it have no gradient."""
     floor: float | None = None
     """With a negative weight: scores are clipped to at least this; samples below it have no gradient."""
     target: float | None = None
-    """Minus the distance of the score to this value counts instead of the score; excludes ceiling and floor."""
+    """Replaces the score by minus its distance to this value; cannot be combined with ceiling or floor."""
     label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.\-]*$")] = ""
     """Name in logs and reports; unique. The default is the reward's name."""
     options: dict[str, Any] = Field(default={})
-    """The reward's own options: `alignprop rewards show NAME`."""
+    """Options of the reward; `alignprop rewards show NAME` lists them."""
 
     @property
     def loader(self) -> tuple[str, BaseModel] | None:
@@ -131,7 +131,7 @@ class RewardTerm(Section):
 
         first, *further = self.model_extra or {"": None}
         for key in further:
-            refuse(key, f"does not go with {first}: a reward has one loader; keep one of the two.")
+            refuse(key, f"cannot be combined with {first}: a reward has one loader; keep one of the two.")
         for step in schedule:
             if step < 0:
                 refuse("weight", f"has a schedule point at {step}. Keys are steps done, from 0.")
@@ -183,7 +183,7 @@ class MixConfig(Section):
     """Running statistics are kept above this fraction of their highest value so far, which limits how much a term with
     a fading gradient or standard deviation is scaled up."""
     reward_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images a reward scores at a time; null is all that are decoded. Changes memory and time only."""
+    """Images a reward scores at a time; null is all decoded images. Changes memory and time only."""
     offload: bool = False
     """Keep the rewards' weights in host memory between uses; no effect on a CPU."""
 

@@ -49,7 +49,7 @@ class OptimizerConfig(Section):
 
 
 class RegularizationConfig(Section):
-    """Regularization towards the base model."""
+    """Regularization toward the base model."""
 
     weight: float = Field(default=0.0, ge=0)
     """Weight of the mean squared difference between the predictions with and without the adapters, over the steps that
@@ -76,7 +76,7 @@ class TrainingConfig(Section):
 
 
 class SaveConfig(Section):
-    """Files along the way: LoRA files and complete training states."""
+    """Files saved during training: LoRA files and complete training states."""
 
     every: Annotated[int, Field(ge=1)] | None = 10
     """Optimizer steps between LoRA files; null saves one at the end only."""
@@ -89,7 +89,7 @@ class SaveConfig(Section):
 
 
 class PreviewsConfig(Section):
-    """Preview images, generated before the first step, along the way, and after the last step."""
+    """Preview images, generated before the first step, during training, and after the last step."""
 
     every: Annotated[int, Field(ge=1)] | None = 10
     """Optimizer steps between previews; null generates them at the start and the end only."""
@@ -119,8 +119,8 @@ class EvaluationConfig(Section):
     """Steps between evaluations while training, which early_stopping uses; also before the first step and after the
     last (needs prompts.heldout). null evaluates at the end only."""
     diversity_encoder: Text | None = None
-    """What diversity is measured with: the label of a term whose reward has image features, such as a CLIP score; null
-    uses built-in features of layout, color and edges."""
+    """Features that diversity is measured with: the label of a term whose reward has image features, such as a CLIP
+    score; null uses built-in features of layout, color and edges."""
 
 
 class EarlyStoppingConfig(Section):

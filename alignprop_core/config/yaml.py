@@ -111,7 +111,7 @@ def _note_lines(node: yaml.Node, path: tuple[str | int, ...], lines: Lines) -> N
     if len(path) > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} levels deep")
     if len(lines) > MAX_VALUES:
-        raise ValueError(f"holds more than {MAX_VALUES:,} values")
+        raise ValueError(f"contains more than {MAX_VALUES:,} values")
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:

@@ -1,4 +1,4 @@
-"""Regularization towards the base model: the squared difference of adapted and base predictions."""
+"""Regularization toward the base model: the squared difference of adapted and base predictions."""
 
 from __future__ import annotations
 

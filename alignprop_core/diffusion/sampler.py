@@ -1,6 +1,6 @@
 """The differentiable sampler: from prompts and noise to images, and from a gradient at the images to the adapters.
 
-Three parts, so that decoder and rewards never hold their activations together with the denoiser's:
+Three parts, so that activations of decoder and rewards are never in memory together with the denoiser's:
 
     noise = sampler.noise(prompts, seed=0, step=0)
     out = sampler.sample(prompts, noise)            # graph through the kept steps, ends at the final latents
@@ -321,7 +321,7 @@ class Sampler:
             output: "tensor" or "pil".
 
         Returns:
-            (R, 3, H, W) images in [0, 1] with their graph, R = B but for LV samples; or a list of B PIL images, without
+            (R, 3, H, W) images in [0, 1] with their graph, R = B without LV samples; or a list of B PIL images, without
             a graph.
         """
         generator = generator or torch.Generator().manual_seed(seed)

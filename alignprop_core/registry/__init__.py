@@ -1,1 +1,1 @@
-"""Plugin discovery, safe calls of plugin code, and lookup of offers by name. Imports no torch."""
+"""Plugin discovery, safe calls of plugin code, and lookup by name of what plugins provide. Imports no torch."""

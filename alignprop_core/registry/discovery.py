@@ -48,7 +48,7 @@ class PluginRecord:
     """One entry point of an installed distribution, and the result of loading it.
 
     Attributes:
-        distribution: normalised distribution name, such as `alignprop-jpeg`.
+        distribution: normalized distribution name, such as `alignprop-jpeg`.
         version: its version.
         entry_point: the entry point's name; `distribution:entry_point` is the plugin's name.
         status: `loaded`; `blocked` and `not allowed` by the environment, `incompatible` with this core (none of these
@@ -104,7 +104,7 @@ def normalized(name: str) -> str:
 
 
 def names_in(value: str | None) -> frozenset[str] | None:
-    """Return the normalised distribution names of a comma-separated list; None if the variable is not set."""
+    """Return the normalized distribution names of a comma-separated list; None if the variable is not set."""
     if value is None:
         return None
     return frozenset(normalized(name) for name in re.split(r"[,\s]+", value) if name)
@@ -250,7 +250,7 @@ def _import_warnings(printed: str, seconds: float, imported_torch: bool) -> list
     if imported_torch:
         warnings.append("its hook module imports torch; keep torch in the modules that factories name")
     if seconds > SLOW_IMPORT_SECONDS:
-        warnings.append(f"its hook module took {seconds:.1f} s to import; keep heavy imports in what factories name")
+        warnings.append(f"its hook module took {seconds:.1f} s to import; keep heavy imports in factory modules")
     return warnings
 
 
@@ -296,7 +296,7 @@ def _call_hooks(
 
 
 class _WrongOffer(Exception):
-    """A hook returned something else than specs."""
+    """A hook returned something other than specs."""
 
 
 class _WrongApi(_WrongOffer):

@@ -172,9 +172,9 @@ def _offer(name: str, kind: type[Reward], code: Any, origin: str) -> Offer[Rewar
 
 
 class _SourceAsRead(SourceFileLoader):
-    """Loads the source that was read, not what Python's cache of compiled files holds for the path.
+    """Loads the source that was read, instead of Python's cached bytecode for the path.
 
-    What a run writes down as its code is so the code it ran, and nothing is written beside the user's file.
+    So the code that a run records is the code that it runs, and nothing is written beside the user's file.
     """
 
     def __init__(self, name: str, path: str, source: bytes) -> None:
@@ -186,7 +186,7 @@ class _SourceAsRead(SourceFileLoader):
 
 
 def _run(path: Path, source: bytes, digest: str) -> ModuleType:
-    """Load a file's source as a module; the same content is loaded once a process."""
+    """Load a file's source as a module; the same content is loaded once per process."""
     stem = re.sub(r"\W", "_", path.stem)
     name = f"alignprop_file_{stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{digest[:16]}"
     if name in sys.modules:

@@ -114,7 +114,7 @@ class Registry:
     # -- offers -------------------------------------------------------------------------------------------------
 
     def offered(self, hook: str, kind: type[S]) -> tuple[Offer[S], ...]:
-        """Return what all plugins returned from a hook, one that a plugin specified included.
+        """Return what all plugins returned from a hook, which a plugin may have specified.
 
         Args:
             hook: the hook's name.
@@ -128,35 +128,35 @@ class Registry:
         )
 
     def rewards(self) -> tuple[Offer[RewardSpec], ...]:
-        """Return all rewards offered."""
+        """Return the rewards of all plugins."""
         return self._all(RewardSpec)
 
     def models(self) -> tuple[Offer[ModelSpec], ...]:
-        """Return all base models offered."""
+        """Return the base models of all plugins."""
         return self._all(ModelSpec)
 
     def families(self) -> tuple[Offer[FamilySpec], ...]:
-        """Return all families of pipelines offered."""
+        """Return the pipeline families of all plugins."""
         return self._all(FamilySpec)
 
     def prompts(self) -> tuple[Offer[PromptSpec], ...]:
-        """Return all prompt sets offered."""
+        """Return the prompt sets of all plugins."""
         return self._all(PromptSpec)
 
     def weights(self) -> tuple[Offer[WeightsSpec], ...]:
-        """Return all named sets of weights offered."""
+        """Return the named weight sets of all plugins."""
         return self._all(WeightsSpec)
 
     def callbacks(self) -> tuple[Offer[CallbackSpec], ...]:
-        """Return all callbacks offered by plugins."""
+        """Return the callbacks of all plugins."""
         return self._all(CallbackSpec)
 
     def commands(self) -> tuple[Offer[CommandSpec], ...]:
-        """Return all commands offered by plugins."""
+        """Return the commands of all plugins."""
         return self._all(CommandSpec)
 
     def loaders(self) -> tuple[Offer[LoaderSpec], ...]:
-        """Return all loaders offered: keys of reward entries, such as `isolation`."""
+        """Return the loaders of all plugins: keys of reward entries, such as `isolation`."""
         return self._all(LoaderSpec)
 
     def _all(self, kind: type[S]) -> tuple[Offer[S], ...]:
@@ -221,7 +221,7 @@ class Registry:
         return message
 
     def missing(self, what: str, home: str) -> PluginError:
-        """Return the error that something is not available whose distribution, `home`, is known."""
+        """Return the error for a missing name whose distribution, `home`, is known."""
         record = next((record for record in self.plugins if record.distribution == home), None)
         if record is None:
             reason = f"which is not installed. Install it: pip install {home}"

@@ -1,1 +1,1 @@
-"""Fine-tuning: the training loop and its callbacks, checkpoints and resume, early stopping, checks before a run."""
+"""The training loop and its callbacks, checkpoints and resume, early stopping, checks before a run."""

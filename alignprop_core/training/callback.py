@@ -35,5 +35,5 @@ class Callback:
     def on_results(self, folder: Path) -> None:
         """Called after `alignprop evaluate` has written result files into a folder, a run's or the one of `--output`.
 
-        There is no run then: only automatic callbacks of plugins are called, and no other method of theirs.
+        No run is active then: only automatic callbacks of plugins are called, and only this method.
         """

@@ -61,7 +61,7 @@ def prepare(pipeline: Any, config: RunConfig, device: torch.device, dtype: torch
         )
     if config.model.vae is not None:
         with under("model.vae"):
-            raise ModelError("does not go with a loaded pipeline; set pipeline.vae instead.")
+            raise ModelError("cannot be combined with a loaded pipeline; set pipeline.vae instead.")
     detach_own(pipeline)
     pipeline.to(device)
     for part in parts_of(pipeline):

@@ -1,4 +1,4 @@
-"""What a run writes along the way and at the end, each a callback: previews, LoRA files, checkpoints."""
+"""What a run writes during training and at the end, each by a callback: previews, LoRA files, checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Previews(Callback):
-    """Images of fixed prompts and seeds in images/: before the first step, along the way, and after the last."""
+    """Images of fixed prompts and seeds in images/: before the first step, during training, and after the last."""
 
     def __init__(self) -> None:
         self.last: int | None = None

@@ -83,10 +83,10 @@ def train(
         backprop: which denoising steps keep their gradient.
         lora: the trained adapter.
         optimizer: AdamW and its schedule.
-        regularization: pull towards the base model.
+        regularization: pull toward the base model.
         mix: how several rewards are combined.
         training: steps, batch size, seed, device.
-        save: files along the way.
+        save: files saved during training.
         previews: preview images.
         evaluation: base against tuned on held-out prompts.
         early_stopping: when the run stops early.

@@ -1,4 +1,4 @@
-"""A trial of the rewards before training: one that cannot score or gives no gradient fails before the model loads."""
+"""A trial of the rewards before training: rewards that cannot score or give no gradient fail before the model loads."""
 
 from __future__ import annotations
 

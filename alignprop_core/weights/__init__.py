@@ -1,4 +1,4 @@
-"""Weights of rewards: find, verify, download and read their files. Imports no torch."""
+"""Reward weights: find, verify, download and read the files. Imports no torch."""
 
 from __future__ import annotations
 

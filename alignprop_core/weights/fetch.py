@@ -181,6 +181,6 @@ def _message(error: Exception, file: WeightsFile, folder: Path | None) -> str:
         case PermissionError():
             return f"Cannot write {error.filename}: {error.strerror}. Choose another folder with --to or HF_HOME."
     if disk_is_full(error, folder or Path(constants.HF_HUB_CACHE)):
-        return f"No room to write {what}. {again} when there is space, or choose another folder with --to or HF_HOME."
+        return f"Not enough disk space for {what}. {again} when there is, or choose a folder with --to or HF_HOME."
     reason = " ".join(str(error).split())[:300] or type(error).__name__
     return f"Fetching {what} from {constants.ENDPOINT} failed: {reason}. {again}."

@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}. Fetch or copy it again.") from error
     if not isinstance(found, dict):
-        raise WeightsError(f"{path}: holds a {type(found).__name__}; it must be a mapping. Fetch or copy it again.")
+        raise WeightsError(f"{path}: contains a {type(found).__name__}; it must be a mapping. Fetch or copy it again.")
     return found
 
 

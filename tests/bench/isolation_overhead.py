@@ -77,7 +77,7 @@ def main() -> None:
             "python -m tests.bench.isolation_overhead --output docs/results/isolation.md",
             "```",
             "",
-            f"{torch.get_num_threads()} thread(s) in each process, torch {torch.__version__}, medians of "
+            f"Threads per process: {torch.get_num_threads()}; torch {torch.__version__}, medians of "
             f"{arguments.rounds} rounds. A round scores one batch and computes its gradient, once in this process and "
             "once isolated. Loading is the time to start the worker: Python, torch and the reward.",
             "",

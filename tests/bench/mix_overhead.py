@@ -169,7 +169,7 @@ def main() -> None:
             work[name] = count_operations(trainer.step)
     device = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
     print(f"{device}, torch {torch.__version__}, {options.rounds} rounds, {options.steps} denoising steps\n")
-    print("| mix | seconds per step (median) | over `sum`: median | middle half | peak GiB |")
+    print("| mix | seconds per step (median) | over `sum`: median | interquartile range | peak GiB |")
     print("| --- | --- | --- | --- | --- |")
     for name, seconds in times.items():
         over = [own / plain - 1 for own, plain in zip(seconds, times["sum"], strict=True)]

@@ -163,7 +163,7 @@ def test_a_full_disk_stops_the_run_and_keeps_what_was_saved(config: Callable[...
     )
     assert result.returncode in (1, 2), result.stderr
     assert "Traceback" not in result.stderr
-    assert "No room to write" in result.stderr
+    assert "Not enough disk space for" in result.stderr
     run_folder = tmp_path / "run"
     assert (run_folder / "config.yaml").is_file()
     assert not list(run_folder.rglob("*.tmp")), "no half-written file is left"

@@ -73,7 +73,7 @@ def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
     assert [command.split()[0] for command in commands] == ["pip", "python", "alignprop"]
     for command in commands:
         done = environment.run(command, tmp_path)
-    assert "The reward keeps the contract." in done.stdout
+    assert "The reward meets the contract." in done.stdout
     code = (
         "from pathlib import Path; from alignprop_core.testing import train_two_steps;"
         "Path('work').mkdir(); train_two_steps('warm_colors', Path('work'), {'color': [1, 0, 0]})"

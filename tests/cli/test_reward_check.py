@@ -35,7 +35,7 @@ def test_a_good_reward_passes_with_one_result_per_check(use: Use, capsys: pytest
     words = " ".join(out.split())
     for check in CHECKS:
         assert f"{check.name} passed {check.description[:20]}" in words
-    assert out.endswith(f"subject: {len(CHECKS)} passed. The reward keeps the contract.\n")
+    assert out.endswith(f"subject: {len(CHECKS)} passed. The reward meets the contract.\n")
     assert err == ""
 
 
@@ -71,7 +71,7 @@ def test_the_local_rewards_of_the_documentation_pass(
     (tmp_path / "mine.py").write_text(found)
     monkeypatch.chdir(tmp_path)
     out, _ = run(capsys, "./mine.py:redness" if function else "./mine.py:Detail")
-    assert out.endswith("The reward keeps the contract.\n")
+    assert out.endswith("The reward meets the contract.\n")
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,8 @@ def test_yaml_scalars_are_what_people_mean_and_survive_writing(text: str, value:
             "\n".join(["a0: &a0 [1]", *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]" for i in range(9))]),
             "more than 100,000 values",
         ),
-        ("- 1\n", "must hold keys such as model"),
-        ("just text\n", "must hold keys such as model"),
+        ("- 1\n", "must contain keys such as model"),
+        ("just text\n", "must contain keys such as model"),
     ],
 )
 def test_bad_yaml_is_shown_with_its_line(tmp_path: Path, registry: Registry, text: str, message: str) -> None:

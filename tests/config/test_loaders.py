@@ -178,7 +178,7 @@ def test_what_is_wrong_under_the_key_is_reported_with_everything_else(
         with pytest.raises(InvalidConfig, match=message):
             load_config(config({"name": "redness", **entry}), registry=registry)
     both = {"name": "redness", "other": {"factor": 2.0}, "scaled": {"factor": 2.0}}
-    with pytest.raises(InvalidConfig, match=r"rewards\.0\.scaled: does not go with other: a reward has one loader"):
+    with pytest.raises(InvalidConfig, match=r"rewards\.0\.scaled: cannot be combined with other: a reward has"):
         load_config(config(both), registry=default_registry())
 
 

@@ -1,4 +1,4 @@
-"""Regularization towards the base model: its value and its full gradient, against plain autograd."""
+"""Regularization toward the base model: its value and its full gradient, against plain autograd."""
 
 from __future__ import annotations
 

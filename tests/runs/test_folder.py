@@ -241,11 +241,11 @@ def test_a_full_disk_gives_one_clear_message_and_keeps_what_was_saved(tmp_path: 
     assert [line for line in lines if line == "done"] == ["done"] * 4, output  # four metrics lines fit
     refused = [line for line in lines if line != "done"]
     assert [line.split(": ")[0] for line in refused] == [
-        f"No room to write {run.path / 'evaluation.json'}",
-        f"No room to write {run.path / 'checkpoints' / 'b'}",
-        f"No room to write {run.path / 'metrics.jsonl'}",
+        f"Not enough disk space for {run.path / 'evaluation.json'}",
+        f"Not enough disk space for {run.path / 'checkpoints' / 'b'}",
+        f"Not enough disk space for {run.path / 'metrics.jsonl'}",
     ]
-    assert all("Files saved before are complete" in line and "--resume latest" in line for line in refused)
+    assert all("Files saved earlier are complete" in line and "--resume latest" in line for line in refused)
     assert (run.path / "evaluation.json").read_text() == "old"
     assert [row["step"] for row in run.read_metrics()] == [0, 1, 2, 3]
     assert (run.path / "metrics.jsonl").read_bytes().endswith(b"\n")
@@ -258,12 +258,12 @@ def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch
     usage = namedtuple("usage", "total used free")
     with made(tmp_path) as run:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-        with pytest.raises(OutputError, match=r"2\.0 kB are needed and 1\.0 kB are free"):
+        with pytest.raises(OutputError, match=r"2\.0 kB needed, 1\.0 kB free"):
             run.write_text("evaluation.json", "x" * 2000)
         with pytest.raises(OutputError, match=r"5\.0 MB are needed"), run.staged("checkpoints/a", needs=5_000_000):
             pytest.fail("the block must not run")
         # torch.save speaks of positions, not of space, when the disk is full
-        with pytest.raises(OutputError, match="No room"), run.staged("checkpoints/a"):
+        with pytest.raises(OutputError, match="Not enough disk space"), run.staged("checkpoints/a"):
             raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
     assert left(tmp_path) == ["checkpoints", "config.yaml"]
 

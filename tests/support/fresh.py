@@ -63,7 +63,7 @@ def metadata_of(wheel: Path) -> Distribution:
 
 
 def needed_by(requirements: Iterable[str], known: Mapping[str, Distribution]) -> set[str]:
-    """Return the normalised names of all distributions that requirements ask for, directly or through others.
+    """Return the normalized names of all distributions that requirements ask for, directly or through others.
 
     Markers are those of this interpreter. `known` has distributions by name that are looked at first; the others are
     looked for in this environment.

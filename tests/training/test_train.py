@@ -370,7 +370,7 @@ def test_a_pipeline_that_was_loaded_by_name_is_recorded_by_name(train: Callable[
             {"training": {"mixed_precision": "bf16", "device": "cpu"}},
             r"^training\.mixed_precision: is bf16, but .* to no",
         ),
-        ({"model_vae": "./vae"}, r"^model\.vae: does not go with a loaded pipeline"),
+        ({"model_vae": "./vae"}, r"^model\.vae: cannot be combined with a loaded pipeline"),
     ],
 )
 def test_what_does_not_go_with_a_pipeline_is_refused(

@@ -757,7 +757,7 @@ def test_a_full_disk_is_reported_and_leaves_no_file(fetcher: Fetcher) -> None:
     command = [sys.executable, "-c", code, "rewards", "fetch", "red", "--to", str(there.parent)]
     done = subprocess.run(command, env=fetcher.environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "No room to write w.safetensors of some/model" in done.stderr
+    assert "Not enough disk space for w.safetensors of some/model" in done.stderr
     assert "Nothing incomplete was kept" in done.stderr
     assert [path for path in there.rglob("*") if path.stat().st_size >= 1_000_000] == []
     assert not (there / "w.safetensors").exists()

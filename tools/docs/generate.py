@@ -30,9 +30,9 @@ from alignprop_core.testing import CHECKS
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 FOLDERS = {
-    "examples/": "run configs, scripts, notebooks and plugins to copy",
-    "docs/": "the site; decisions/ and results/ (each measurement with its command)",
-    "tests/": "the core's tests and tests across distributions",
+    "examples/": "Run configs, scripts, notebooks and plugins to copy",
+    "docs/": "The site; decisions/ and results/ (each measurement with its command)",
+    "tests/": "The core's tests and tests across distributions",
 }
 SPECS = (*SPEC_OF_HOOK.values(), WeightsFile)
 NAMES_SHOWN = 6

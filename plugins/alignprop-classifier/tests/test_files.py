@@ -77,7 +77,7 @@ def test_a_head_of_another_size_is_one_clear_error(folder: Path, capfd: pytest.C
     ("file", "text", "message"),
     [
         ("config.json", "{bad", "cannot be read as JSON"),
-        ("config.json", "[]", "holds a list; it must be a mapping"),
+        ("config.json", "[]", "contains a list; it must be a mapping"),
         ("config.json", "{}", "transformers cannot read this config: ValueError: .*model_type"),
         ("config.json", '{"model_type": "nothing"}', "transformers cannot read this config: ValueError: .*nothing"),
         (

@@ -204,7 +204,7 @@ def test_a_broken_header_is_one_message(tmp_path: Path, header: dict[str, Any], 
     ("text", "message"),
     [
         ("{bad", "cannot be read as JSON"),
-        ("[]", "holds a list; it must be a mapping"),
+        ("[]", "contains a list; it must be a mapping"),
         ("{}", "architectures: field required"),
         ('{"architectures": "RTDetrForObjectDetection"}', "architectures: input should be a valid list"),
         ('{"architectures": []}', "architectures: list should have at least 1 item"),

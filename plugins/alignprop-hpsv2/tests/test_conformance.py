@@ -25,7 +25,7 @@ class TestHpsv2(RewardConformance):
         return {"weights": weights}
 
 
-class TestHpsv2CentreCrop(TestHpsv2):
+class TestHpsv2CenterCrop(TestHpsv2):
     @pytest.fixture
     def reward_options(self, weights: str) -> dict[str, Any]:
-        return {"weights": weights, "preprocessing": "centre_crop"}
+        return {"weights": weights, "preprocessing": "center_crop"}

@@ -24,7 +24,7 @@ from alignprop_core.specs import WeightsSpec
 from alignprop_hpsv2.config import Hpsv2Config
 from alignprop_hpsv2.reward import Hpsv2
 
-PREPROCESSING = ["official", "centre_crop"]
+PREPROCESSING = ["official", "center_crop"]
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,10 @@ def test_the_plugin_is_discovered_and_its_specs_load_without_torch() -> None:
 def test_the_version_may_be_a_number_as_in_unquoted_yaml(written: object, version: str) -> None:
     registry = Registry.from_plugins({"alignprop-hpsv2": alignprop_hpsv2})
     assert registry.reward_options("hpsv2", {"version": written}).model_dump()["version"] == version
+
+
+def test_the_spelling_of_earlier_versions_is_accepted() -> None:
+    assert Hpsv2Config.model_validate({"preprocessing": "centre_crop"}).preprocessing == "center_crop"
 
 
 @pytest.mark.parametrize("options", [{"version": "2.2"}, {"version": 3}, {"preprocessing": "crop"}, {"model": "x"}])

@@ -180,8 +180,8 @@ def test_the_two_versions_score_differently(original: dict[str, list[float]]) ->
 
 
 @pytest.mark.usefixtures("small_model")
-def test_centre_crop_changes_the_score_except_for_square_images() -> None:
-    official, cropped = Hpsv2(), Hpsv2(Hpsv2Config(preprocessing="centre_crop"))
+def test_center_crop_changes_the_score_except_for_square_images() -> None:
+    official, cropped = Hpsv2(), Hpsv2(Hpsv2Config(preprocessing="center_crop"))
     wide, square = torch.rand(1, 3, 100, 300), torch.rand(1, 3, 300, 300)
     for images, same in ((wide, False), (square, True)):
         batch = ImageBatch(images=images, prompts=["a fox"])

@@ -19,7 +19,7 @@ class Preprocess:
 
     Resizing is antialiased (`F.interpolate(antialias=True)`), with the filter that Pillow uses and torchvision uses for
     tensors. Pillow rounds its result to 8 bits twice; this class does not round, so pixel values differ by at most
-    one grey level.
+    one gray level.
 
     Attributes:
         size: side of the square in pixels.
@@ -69,7 +69,7 @@ class Preprocess:
         if not self.clip:
             return F.interpolate(x, (height, width), mode=self.interpolation, align_corners=False, antialias=True)
         # Pillow scales rows first, then columns, and clips its 8-bit pixels after each pass. Clipping once, at the
-        # end, is up to twenty grey levels off at hard edges. (Pillow 13 starts with the side that shrinks more; the
+        # end, is up to twenty gray levels off at hard edges. (Pillow 13 starts with the side that shrinks more; the
         # result is the same wherever the aspect ratio is kept.)
         for size in ((x.shape[-2], width), (height, width)):
             x = F.interpolate(x, size, mode=self.interpolation, align_corners=False, antialias=True)

@@ -21,8 +21,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 class ReferenceSimilarity(EncoderReward):
     """Cosine similarity of CLIP image embeddings to a folder of reference images (CLIP-I, arXiv:2208.12242).
 
-    score = mean over the references r of cos(f(image), f(r)), or their maximum. "mean" pulls every image towards the
-    mean of the folder; "max" pulls each image towards its nearest reference, which preserves diversity. Prompts are not
+    score = mean over the references r of cos(f(image), f(r)), or their maximum. "mean" pulls every image toward the
+    mean of the folder; "max" pulls each image toward its nearest reference, which preserves diversity. Prompts are not
     used. References and images share the same preprocessing.
 
     Args:

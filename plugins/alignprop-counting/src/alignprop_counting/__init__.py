@@ -103,21 +103,25 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             "hard_absence",
         ),
         _reward(
-            "hard_count", "Whether the detector reports exactly the requested numbers.", "HardCountConfig", 0.0, "share"
+            "hard_count",
+            "Whether the detector reports exactly the requested numbers.",
+            "HardCountConfig",
+            0.0,
+            "fraction",
         ),
         _reward(
             "hard_presence",
             "Fraction of the requested classes that the detector reports.",
             "PresenceConfig",
             0.0,
-            "share",
+            "fraction",
         ),
         _reward(
             "hard_absence",
             "Fraction of the unwanted classes that the detector does not report.",
             "AbsenceConfig",
             0.0,
-            "share",
+            "fraction",
         ),
     ]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_CANDIDATES = 300
-"""Most candidates per image in hard detection, best first; the limit of ultralytics and RT-DETR."""
+"""Maximum candidates per image in hard detection, best first; the limit of ultralytics and RT-DETR."""
 
 
 @dataclass(frozen=True)

@@ -100,8 +100,8 @@ def check_samples_are_independent(detector: Detector) -> None:
     images = random_images(3).float()
     with torch.no_grad():
         together, alone = detector(images), detector(images[1:2])
-    assert torch.allclose(together.log_odds[1:2], alone.log_odds, rtol=1e-4, atol=1e-4), "scores depend on neighbours"
-    assert torch.allclose(together.boxes[1:2], alone.boxes, rtol=1e-4, atol=1e-2), "boxes depend on neighbours"
+    assert torch.allclose(together.log_odds[1:2], alone.log_odds, rtol=1e-4, atol=1e-4), "scores depend on neighbors"
+    assert torch.allclose(together.boxes[1:2], alone.boxes, rtol=1e-4, atol=1e-2), "boxes depend on neighbors"
 
 
 def check_types(detector: Detector) -> None:

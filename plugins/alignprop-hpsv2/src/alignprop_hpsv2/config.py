@@ -15,6 +15,11 @@ def _version_text(value: object) -> object:
     return str(value) if isinstance(value, float) else value.removeprefix("v") if isinstance(value, str) else value
 
 
+def _american(value: object) -> object:
+    """Accept the spelling of earlier versions."""
+    return "center_crop" if value == "centre_crop" else value
+
+
 class Hpsv2Config(ClipConfig):
     """Options of `hpsv2`."""
 
@@ -26,7 +31,7 @@ class Hpsv2Config(ClipConfig):
         default="default",
         description='Weights: "default" (published for the version), "starter", a local file, or hub:owner/name/file.',
     )
-    preprocessing: Literal["official", "centre_crop"] = Field(
+    preprocessing: Annotated[Literal["official", "center_crop"], BeforeValidator(_american)] = Field(
         default="official",
-        description='"official": longest side to 224, black padding; "centre_crop": shortest side to 224, center crop.',
+        description='"official": longest side to 224, black padding; "center_crop": shortest side to 224, center crop.',
     )

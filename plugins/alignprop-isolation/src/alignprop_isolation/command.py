@@ -16,7 +16,7 @@ def isolate(
     plugin: list[str] = typer.Option(
         [],
         help="Distribution with the reward, in any form that pip accepts; the default is the installed plugin that "
-        "offers it.",
+        "provides it.",
     ),
     package: list[str] = typer.Option(
         [],
@@ -29,7 +29,7 @@ def isolate(
         "--share",
         help="Use the packages of the current environment as well, so that torch is not installed twice.",
     ),
-    python: str | None = typer.Option(None, help="Interpreter to create it with; the default is the current one."),
+    python: str | None = typer.Option(None, help="Interpreter of the environment; the default is the current one."),
 ) -> None:
     """Create a Python environment for a reward, and print its entry for a run config.
 

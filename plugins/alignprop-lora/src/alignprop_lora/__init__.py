@@ -30,8 +30,8 @@ def alignprop_register_commands() -> Iterable[CommandSpec]:
         ),
         CommandSpec(
             path="lora scale",
-            summary="Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the "
-            "original.",
+            summary="Multiply a LoRA's weight change by a factor: the result at strength 1 is the original at that "
+            "strength.",
             group_summary=_GROUP,
             factory="alignprop_lora.commands:scaling",
             license="Apache-2.0",

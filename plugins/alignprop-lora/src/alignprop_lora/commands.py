@@ -101,7 +101,7 @@ def scale(
     output: Path = _OUTPUT,
     name: str = _NAME,
 ) -> None:
-    """Multiply a LoRA's weight change by a factor; strength 1 of the result is that strength of the original."""
+    """Multiply a LoRA's weight change by a factor: the result at strength 1 is the original at that strength."""
     from alignprop_lora.merging import scale as scaled
     from alignprop_lora.reading import read_file
 

@@ -267,7 +267,7 @@ def _machine(environment: Mapping[str, Any], *, short: bool = False) -> str:
 
 
 def _licenses(environment: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Yield the reward, what the license is of, and the license."""
+    """Yield the reward, what the license applies to, and the license."""
     for name, known in mapping(environment.get("licenses")).items():
         yield str(name), "the reward:", _text(pick(known, "reward"))
         for file, license_ in mapping(pick(known, "weights")).items():

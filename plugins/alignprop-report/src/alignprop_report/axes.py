@@ -14,14 +14,14 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Axes:
-    """The ranges of a chart, and whether the one upwards is logarithmic."""
+    """The ranges of a chart's axes, and whether the vertical axis is logarithmic."""
 
     x: tuple[float, float]
     y: tuple[float, float]
     log: bool
 
     def place(self, x: float, y: float) -> Point:
-        """Return where a point lies in the drawing."""
+        """Return the position of a point in the drawing."""
         low, high = self.y
         if self.log:
             y, low, high = math.log10(y), math.log10(low), math.log10(high)
@@ -36,7 +36,7 @@ def figure(value: float) -> str:
 
 
 def grid(axes: Axes, across: str) -> Markup:
-    """Return lines and numbers along both sides, and the name of what goes across."""
+    """Return the grid lines and numbers of both axes, and the name of the horizontal one."""
     rows, columns = [], []
     for value in _log_ticks(*axes.y) if axes.log else ticks(*axes.y):
         _, y = axes.place(axes.x[0], value)

@@ -23,8 +23,8 @@ class Line:
 
     Attributes:
         name: what it is called in the legend.
-        x: values across, ascending.
-        y: values up, None where there is none.
+        x: horizontal values, ascending.
+        y: vertical values, None where there is none.
         color: number of its color, the same for one thing in every chart; None is the color of the text.
         style: "steps" is noisy: points thin, with their range, and a running mean; "trend" is the running mean alone;
             "dots" joins points worth looking at one by one.
@@ -57,14 +57,14 @@ class Chart:
     """One chart.
 
     Attributes:
-        title: what goes up.
+        title: name of the vertical axis.
         lines: what is drawn.
         note: a remark below the title.
         log: whether the axis is logarithmic; values of zero and below are left out then.
         within: values the axis must reach, such as 0 and 1 for shares.
-        limits: (value, name) of lines across.
-        marks: what happened at which step.
-        across: what goes across.
+        limits: (value, name) of horizontal lines.
+        marks: events at steps.
+        across: name of the horizontal axis.
     """
 
     title: str
@@ -210,7 +210,7 @@ def _outline(axes: Axes, run: Sequence[_Bucket]) -> str:
 
 
 def _running_mean(run: Sequence[_Bucket], reach: int) -> list[_Bucket]:
-    """Return means over `reach` points to either side, fewer towards the ends, always as many on both sides."""
+    """Return means over `reach` points to either side, fewer near the ends, always as many on both sides."""
     result = []
     for i, bucket in enumerate(run):
         near = min(reach, i, len(run) - 1 - i)

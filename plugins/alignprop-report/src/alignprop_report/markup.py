@@ -10,22 +10,22 @@ from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
 _VOID = frozenset({"meta", "img", "br"})
-# What HTML cannot hold, even escaped: control characters and halves of surrogate pairs.
+# What HTML cannot contain, even escaped: control characters and halves of surrogate pairs.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 class Markup(str):
-    """Text that is HTML already; made by `element`, `joined` and `document` alone."""
+    """Text that is HTML already; made only by `element`, `joined` and `document`."""
 
     __slots__ = ()
 
 
 Child = str | int | float | None | Iterable["Child"]
-"""What an element may hold: markup as it is, other text escaped, nothing for None, and lists of these."""
+"""What an element may contain: markup as it is, other text escaped, nothing for None, and lists of these."""
 
 
 def clean(text: object) -> str:
-    """Return text with what HTML cannot hold replaced by U+FFFD."""
+    """Return text with characters that HTML cannot contain replaced by U+FFFD."""
     return _FORBIDDEN.sub("\ufffd", str(text))
 
 
@@ -39,8 +39,8 @@ def element(tag: str, *children: Child, **attributes: str | float | bool | None)
 
     Args:
         tag: its name; a constant of the program, never of the data.
-        children: what it holds.
-        attributes: `class_="a"`, `aria_label="b"`: underscores become hyphens, one at the end falls away. None and
+        children: its content.
+        attributes: `class_="a"`, `aria_label="b"`: underscores become hyphens, one at the end is dropped. None and
             False leave an attribute out, True gives it without a value.
     """
     inside = "".join(_attribute(name, value) for name, value in attributes.items())
@@ -57,8 +57,8 @@ def table(
     Args:
         columns: headers.
         rows: cells.
-        caption: what it shows; read out by screen readers, and seen.
-        numbers: places of columns that are figures, set flush right.
+        caption: what it shows; visible, and read out by screen readers.
+        numbers: indices of columns with numbers, which are aligned right.
     """
 
     def kind(place: int) -> str | None:
@@ -78,7 +78,7 @@ def table(
 
 
 def facts(pairs: Iterable[tuple[str, Child]]) -> Markup:
-    """Return labelled facts below one another."""
+    """Return labeled facts below one another."""
     return element("dl", [joined(element("dt", name), element("dd", value)) for name, value in pairs])
 
 

@@ -1,4 +1,4 @@
-"""Renames keys of run folders that older versions wrote, so that everything else knows today's names alone."""
+"""Renames keys of run folders that older versions wrote, so that everything else knows only today's names."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Report(Callback):
-    """report.html at the end, also of a run that failed after its first step; a report that fails costs no run."""
+    """report.html at the end of a run, even if it failed after its first step; an error here never fails the run."""
 
     def on_end(self, trainer: Trainer) -> None:
         """Write the page."""
         self.write(trainer.folder.path)
 
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
-        """Write the page of the steps that were done."""
+        """Write the page for the finished steps."""
         if trainer.step_number:
             self.write(trainer.folder.path)
 

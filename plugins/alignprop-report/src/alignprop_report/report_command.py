@@ -12,7 +12,8 @@ from alignprop_core.cli import common
 def report(
     runs: list[Path] = typer.Argument(metavar="RUN...", help="A run folder; with several, one page compares them."),
     output: Path | None = typer.Option(
-        None, help="File to write; left out, it is report.html in the run folder, or here for several runs."
+        None,
+        help="File to write; the default is report.html in the run folder, or in the current folder for several runs.",
     ),
 ) -> None:
     """Write report.html: results, curves and images on one page that opens offline."""

@@ -56,7 +56,7 @@ def score_charts(run: Run) -> list[Chart]:
         if pick(run.config, "mix", "combine") in (None, "sum"):
             lines.append(_held_out(run, "total"))
         else:  # the held-out total has a scale of its own
-            note += ", in a unit that moves with the run"
+            note += ", in a unit that changes during the run"
         charts.append(Chart("total", lines, note=note, marks=events))
     for place, label in enumerate(labels):
         lines = [Line(TRAINING, *of_steps(run, "terms", label, "raw"), color=place)]
@@ -142,7 +142,7 @@ def step_charts(run: Run) -> list[Chart]:
 
 
 def curve_charts(name: str, data: Mapping[str, Any]) -> list[Chart]:
-    """Return a chart a score of strengths.json (against drift) or soup.json (against its first score)."""
+    """Return one chart per score of strengths.json (against drift) or soup.json (against its first score)."""
     points = mappings(data.get("points"))
     labels = list(dict.fromkeys(label for point in points for label in mapping(point.get("scores"))))
     varied = "strength" if name == "strengths" else "share"

@@ -119,7 +119,7 @@ def alignprop_register_rewards() -> Iterable[RewardSpec]:
             config="alignprop_starter.config:SceneAccuracyConfig",
             differentiable=False,
             needs_prompts=True,
-            unit="share of images",
+            unit="fraction",
             typical_range=(0.0, 1.0),
             license=_LICENSE,
             source=_SOURCE,
