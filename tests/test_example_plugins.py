@@ -25,13 +25,8 @@ def test_the_mean_color_is_ten_lines() -> None:
     assert len([line for line in body if line.strip()]) <= 10
 
 
-@pytest.mark.parametrize(
-    "example",
-    [
-        pytest.param(path, id=path.name, marks=[pytest.mark.slow] if path.name == "alignprop-hf-classifier" else [])
-        for path in EXAMPLES
-    ],
-)
+@pytest.mark.slow  # tests/cli/test_new_reward.py builds and installs a plugin in `make test`
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
 def test_its_readme_works_when_pasted(example: Path, tmp_path: Path) -> None:
     environment = FreshEnvironment(tmp_path / "environment")
     environment.install(build_wheel(ROOT, tmp_path))

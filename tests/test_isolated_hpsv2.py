@@ -30,11 +30,12 @@ def scored(reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor, 
     return scores.detach(), torch.autograd.grad(scores.sum(), images)[0]
 
 
+@pytest.mark.slow  # an environment of its own, from the registry; plugins/alignprop-isolation/tests has the quick ones
 def test_the_original_hpsv2_trains_a_run_from_its_own_environment(tiny_model: Path, tmp_path: Path) -> None:
     """hpsv2 1.2.0 with protobuf<4 and pytest==7.2.0, on the starter's small weights, against our own reward."""
     inner = python_of(ORIGINAL)
     if not inner.exists():
-        pytest.fail(f"{ORIGINAL} is missing: `make test` creates it")
+        pytest.fail(f"{ORIGINAL} is missing: `make test-all` creates it")
     pins = "import google.protobuf as p, hpsv2, importlib.metadata as m; print(p.__version__, m.version('pytest'))"
     protobuf, pytest_there = subprocess.check_output([inner, "-I", "-c", pins], text=True).split()
     assert protobuf.startswith("3.")

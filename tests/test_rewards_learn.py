@@ -51,7 +51,11 @@ def test_every_reward_with_a_gradient_is_here() -> None:
     assert offered == {name for name, _ in CASES.values()}
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = {"jpeg_compressibility", "hpsv2", "object_count"}
+"""One reward of each kind; tests/test_examples.py trains on the others as well, for two steps."""
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])
 def test_the_batch_scores_higher_after_a_few_steps(case: str, tmp_path: Path) -> None:
     name, options = CASES[case]
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))

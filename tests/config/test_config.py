@@ -282,7 +282,7 @@ def test_unknown_keys_are_answered(tmp_path: Path, registry: Registry, text: str
     assert problems(tmp_path, registry, text) == {key: message}
 
 
-@pytest.mark.parametrize("foreign", ALIASES)
+@pytest.mark.parametrize("foreign", [key for key in ALIASES if "." not in key])
 def test_keys_of_other_trainers_are_answered_with_ours(tmp_path: Path, registry: Registry, foreign: str) -> None:
     ours = ALIASES[foreign].split(" (")[0].replace(" with ", " and ").split(" and ")
     assert {key.split(":")[0] for key in ours} <= set(keys_of(RunConfig))

@@ -45,10 +45,10 @@ assert mine == ["fake_works.config", "fake_works.reward"], mine
 """
 
 
-def environment(site: Path) -> dict[str, str]:
+def environment(site: Path | None) -> dict[str, str]:
     left_out = ("ALIGNPROP_", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
-    return {**kept, "PYTHONPATH": str(site)}
+    return kept if site is None else {**kept, "PYTHONPATH": str(site)}
 
 
 def alignprop(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -122,25 +122,6 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
         install(site, f"fake-number{number}")
     install(site, "fake-works")
     return site
-
-
-@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures processor time with os.wait4, which Windows lacks")
-def test_fifty_plugins_are_listed_in_seven_tenths_of_a_second(fifty: Path) -> None:
-    seconds = []
-    for _ in range(4):  # the first compiles
-        process = subprocess.Popen(
-            [sys.executable, "-c", "from alignprop_core.cli import main; main()", "rewards", "list", "--json"],
-            env=environment(fifty), stdout=subprocess.PIPE,
-        )  # fmt: skip
-        assert process.stdout is not None
-        names = [reward["name"] for reward in json.loads(process.stdout.read())]
-        process.stdout.close()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0
-        assert len([name for name in names if name.startswith("fake_")]) == 50
-        seconds.append(usage.ru_utime + usage.ru_stime)
-    assert min(seconds) < 0.7
 
 
 def test_a_run_imports_code_only_of_what_it_names(fifty: Path, tmp_path: Path) -> None:
