@@ -99,7 +99,7 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
     """
     suffix = Path(file).suffix.lower()
     if suffix not in SUFFIXES:
-        raise PromptError(f"{name}: prompts are in .txt (one per line) or .jsonl files, not {suffix or 'nothing'}.")
+        raise PromptError(f"{name}: prompt files end in .txt (a prompt per line) or .jsonl, not {suffix or 'nothing'}.")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -228,5 +228,5 @@ def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Seq
     near = get_close_matches(name, [key.rpartition(".")[2] for key in every], n=1, cutoff=0.75)
     if near:
         return f"{message} Did you mean {next(key for key in every if key.rpartition('.')[2] == near[0])}?"
-    known = f" Known here: {', '.join(key.rpartition('.')[2] for key in siblings)}."
+    known = f" Valid keys: {', '.join(key.rpartition('.')[2] for key in siblings)}."
     return message + (known if 0 < len(siblings) <= 20 else "")

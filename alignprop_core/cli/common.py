@@ -23,7 +23,7 @@ MODELS = "a registered model, a hub id, a diffusers folder or a .safetensors fil
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
 DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps.")
 REWARD_OPTIONS = typer.Option(
-    [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="An option of the reward; with several rewards, of NAME."
+    [], "--option", "-o", metavar="[NAME.]KEY=VALUE", help="Option of a reward; NAME is needed with several rewards."
 )
 
 

@@ -104,7 +104,7 @@ def _read(config: Given) -> tuple[Any, Lines, str, Path | None]:
         raise ConfigError(f"{path}: no such run config. Give the path of a YAML file.") from None
     except IsADirectoryError:
         inside = path / "config.yaml"
-        hint = f" Do you mean {inside}?" if inside.is_file() else ""
+        hint = f" Did you mean {inside}?" if inside.is_file() else ""
         raise ConfigError(f"{path}: is a folder, not a run config.{hint}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text (byte {error.start}); save it as UTF-8.") from None

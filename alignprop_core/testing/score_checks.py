@@ -36,7 +36,7 @@ def check_batch_of_one(subject: Subject) -> None:
 
 
 def check_dtype(subject: Subject) -> None:
-    """Scores are float32 (for rewards of plugins also from bfloat16 and float16 images), float64 from float64."""
+    """Scores are float64 for float64 images, else float32; rewards of plugins accept bfloat16 and float16 images."""
     # Runs score float32 images; other users of a plugin's reward may not.
     low = () if subject.plugins.local(subject.name) else (torch.bfloat16, torch.float16)
     for dtype in (torch.float32, torch.float64, *low):

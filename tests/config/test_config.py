@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_read_is_said(tmp_path: Path, registry: Registry) 
     with pytest.raises(ConfigError, match="no such run config"):
         load_config(tmp_path / "none.yaml", registry=registry)
     (tmp_path / "config.yaml").touch()
-    with pytest.raises(ConfigError, match=r"is a folder.*Do you mean .*config\.yaml"):
+    with pytest.raises(ConfigError, match=r"is a folder.*Did you mean .*config\.yaml"):
         load_config(tmp_path, registry=registry)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe4")
     with pytest.raises(ConfigError, match="not UTF-8"):
@@ -275,7 +275,7 @@ def test_wrong_values_are_refused(tmp_path: Path, registry: Registry, text: str,
         ("mix: {targets: 1}", "mix.targets", "unknown key. Did you mean rewards.0.target?"),
         ("evaluation: {samples: 1}", "evaluation.samples", "unknown key. Did you mean backprop.lv_samples?"),
         ("1: 2", "1", "keys are text. Put it in quotes."),
-        ("mix: {zzz: 1}", "mix.zzz", "unknown key. Known here: combine, balance_at, per_sample, decay, scale_floor, reward_batch_size, offload."),
+        ("mix: {zzz: 1}", "mix.zzz", "unknown key. Valid keys: combine, balance_at, per_sample, decay, scale_floor, reward_batch_size, offload."),
     ],
 )  # fmt: skip
 def test_unknown_keys_are_answered(tmp_path: Path, registry: Registry, text: str, key: str, message: str) -> None:

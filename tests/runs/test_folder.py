@@ -260,7 +260,7 @@ def test_too_little_space_is_reported_before_writing(tmp_path: Path, monkeypatch
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
         with pytest.raises(OutputError, match=r"2\.0 kB needed, 1\.0 kB free"):
             run.write_text("evaluation.json", "x" * 2000)
-        with pytest.raises(OutputError, match=r"5\.0 MB are needed"), run.staged("checkpoints/a", needs=5_000_000):
+        with pytest.raises(OutputError, match=r"5\.0 MB needed"), run.staged("checkpoints/a", needs=5_000_000):
             pytest.fail("the block must not run")
         # torch.save speaks of positions, not of space, when the disk is full
         with pytest.raises(OutputError, match="Not enough disk space"), run.staged("checkpoints/a"):

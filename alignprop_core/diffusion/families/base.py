@@ -57,7 +57,7 @@ class Family(ABC):
     """
 
     denoiser_name: ClassVar[str]
-    """Attribute of the pipeline that holds the network LoRA is attached to: "unet" or "transformer"."""
+    """Name of the network in the pipeline that LoRA is attached to: "unet" or "transformer"."""
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = pipeline
