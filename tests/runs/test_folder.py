@@ -66,7 +66,7 @@ def test_a_new_folder_has_the_agreed_names(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_not_empty_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"contains notes\.txt.*another output=.*--resume latest") as caught:
+    with pytest.raises(OutputError, match=r"contains notes\.txt.*another output, .*--resume latest") as caught:
         RunFolder.create(tmp_path)
     assert caught.value.exit_code == 2
     with pytest.raises(OutputError, match="other than a run and is not overwritten"):

@@ -318,13 +318,22 @@ def test_two_trainers_with_other_settings_in_one_process(make: Callable[..., Run
     train(make(training__steps=1, training__mixed_precision="bf16", output=str(tmp_path / "bf16")))
 
 
-@pytest.mark.parametrize(("name", "remedy"), [("tensorboard", "Install it: pip install alignprop-trackers"), ("x", "")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "tensorboard",
+            'The tracker "tensorboard" is in the distribution alignprop-trackers, .*pip install alignprop-',
+        ),
+        ("x", 'No installed plugin offers the callback "x"'),
+    ],
+)
 def test_an_unknown_tracker_is_reported_before_anything_is_written(
-    make: Callable[..., RunConfig], name: str, remedy: str
+    make: Callable[..., RunConfig], name: str, message: str
 ) -> None:
     """The toy registry has no trackers."""
     config = make(training__trackers=[name])
-    with pytest.raises(PluginError, match=rf'training\.trackers\.0: No installed plugin offers.*"{name}".*{remedy}'):
+    with pytest.raises(PluginError, match=rf"training\.trackers\.0: {message}"):
         train(config)
     assert not Path(config.output).exists()
 

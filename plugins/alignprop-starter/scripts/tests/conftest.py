@@ -13,6 +13,13 @@ from alignprop_starter import model_folder
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quality of the shipped weights and the scripts that made them rarely change: slow."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def pipe() -> Any:
     from diffusers import StableDiffusionPipeline
