@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -98,7 +99,8 @@ def status(message: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and advice of other libraries; call before they are imported."""
+    """Silence progress bars and advice of other libraries; every command that imports them calls it first."""
+    gc.enable()  # `main` starts without
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),

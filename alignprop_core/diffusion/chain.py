@@ -40,8 +40,7 @@ class Chain:
         regularization: float = 0.0,
         checkpointing: bool = False,
     ) -> None:
-        self._calls, self._scheduler = calls, scheduler
-        self._truncation = truncation
+        self._calls, self._scheduler, self._truncation = calls, scheduler, truncation
         denoiser = calls.family.denoiser
         network = partial(calls.run, calls.family.predict, conditioning=conditioning)  # (latents, timestep) -> (B, ...)
         with torch.set_grad_enabled(truncation is not None):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.training.checkpoint import optimizer_tensors, restore_optimizer
+from alignprop_core.training.checkpoint import restore_optimizer
 
 
 class Optimizer:
@@ -91,12 +91,8 @@ class Optimizer:
         """Return the numbers for a checkpoint."""
         return {"schedule": self.schedule.last_epoch, "scaler": self.scaler.state_dict()}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's tensors for a checkpoint."""
-        return optimizer_tensors(self.adamw)
-
     def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `as_json` and `tensors` returned."""
+        """Restore what `as_json` and `optimizer_tensors` returned."""
         restore_optimizer(self.adamw, tensors)
         self.schedule = self._new_schedule(done=int(state["schedule"]))
         self.scaler.load_state_dict(state["scaler"])

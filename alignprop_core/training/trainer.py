@@ -31,7 +31,7 @@ from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
 from alignprop_core.training import given_pipeline
 from alignprop_core.training.callback import Callback
-from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint
+from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint, optimizer_tensors
 from alignprop_core.training.early_stopping import EarlyStopping
 from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
@@ -330,7 +330,7 @@ class Trainer:
         }
         parts = {"average": {} if self.ema is None else self.ema.tensors(), "best": self.best or {}}
         extra = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
-        return Checkpoint(adapters.state(self.denoiser), self.optimizer.tensors(), state, extra)
+        return Checkpoint(adapters.state(self.denoiser), optimizer_tensors(self.optimizer.adamw), state, extra)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
