@@ -7,7 +7,6 @@ input is wrong, 130 interrupted.
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 import traceback
@@ -128,8 +127,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object, *
 def main() -> None:
     """Run the command `alignprop` and exit."""
     warnings.showwarning = _show_warning
-    # A listing ends before garbage matters; searching for it is a tenth of its time. `quiet_libraries` turns it on.
-    gc.disable()
     # Nothing here uses plugins of pydantic, and its search reads the metadata of every installed distribution.
     os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     for stream in (sys.stdout, sys.stderr):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -99,8 +98,7 @@ def status(message: str) -> Any:
 
 
 def quiet_libraries() -> None:
-    """Silence progress bars and advice of other libraries; every command that imports them calls it first."""
-    gc.enable()  # `main` starts without
+    """Silence progress bars and advice of other libraries; call before they are imported."""
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
