@@ -86,7 +86,10 @@ class StepStats:
 
     def __setitem__(self, name: str, value: Tensor | float) -> None:
         """Set a sum in place."""
-        self[name].copy_(value) if isinstance(value, Tensor) else self[name].fill_(value)
+        if isinstance(value, Tensor):
+            self[name].copy_(value)
+        else:
+            self[name].fill_(value)
 
     def __add__(self, other: StepStats) -> StepStats:
         return replace(self, sums=self.sums + other.sums.to(self.sums))

@@ -34,7 +34,7 @@ class StepCheck:
         self.skipped = 0
         self._error: AlignpropError | None = None
 
-    def reason_to_skip(self, step: int, stats: StepStats, *, overflow_expected: bool = False) -> str | None:
+    def reason_to_skip(self, step: int, stats: StepStats, overflow_expected: bool = False) -> str | None:
         """Return why this step must be skipped, or None.
 
         Args:

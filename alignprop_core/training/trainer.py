@@ -266,8 +266,7 @@ class Trainer:
         stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
-        overflow = self.optimizer.overflow_expected
-        stats.skipped = self.step_check.reason_to_skip(step + 1, stats, overflow_expected=overflow)
+        stats.skipped = self.step_check.reason_to_skip(step + 1, stats, self.optimizer.overflow_expected)
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
         if changed and self.ema is not None:
