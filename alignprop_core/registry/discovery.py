@@ -100,6 +100,7 @@ class Candidate:
 
 def normalized(name: str) -> str:
     """Return a distribution's normalized name (PEP 503)."""
+    # packaging.utils has this too, and imports what a listing has no use for.
     return re.sub(r"[-_.]+", "-", name).lower()
 
 

@@ -336,30 +336,24 @@ HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "h
 SLOW_TO_IMPORT = ("rich.markdown", "markdown_it", "rich.traceback", "yaml", "packaging.requirements")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["rewards", "list"]], ids=" ".join)
-def test_a_listing_imports_nothing_slow(site: Path, arguments: list[str]) -> None:
+def assert_not_imported(modules: tuple[str, ...], arguments: list[str], site: Path) -> None:
+    """Run a command in a new process, with the plugins in `site`, and check that it imports none of the modules."""
     code = (
         f"import sys; from alignprop_core.cli import run; assert run({arguments!r}) == 0;"
-        f"slow = {{*{SLOW_TO_IMPORT!r}}} & set(sys.modules); assert not slow, slow"
+        f"found = {{*{modules!r}}} & set(sys.modules); assert not found, found"
     )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
+        env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["rewards", "list"]], ids=" ".join)
+def test_a_listing_imports_nothing_slow(site: Path, arguments: list[str]) -> None:
+    assert_not_imported(SLOW_TO_IMPORT, arguments, site)
 
 
 @pytest.mark.parametrize("arguments", [*LISTINGS, ["doctor", "--quick"]], ids=" ".join)
 def test_listings_import_no_torch(site: Path, arguments: list[str]) -> None:
-    code = (
-        f"import sys; from alignprop_core.cli import run; assert run({arguments!r}) == 0;"
-        f"heavy = {{*{HEAVY!r}}} & set(sys.modules);"
-        "assert not heavy, heavy"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert_not_imported(HEAVY, arguments, site)
