@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -19,6 +20,13 @@ if TYPE_CHECKING:
     from alignprop_core.registry.registry import Registry
 
 PIPE_COLUMNS = 120
+STYLES = {
+    "loaded": "green", "ok": "green", "passed": "green",
+    "blocked": "yellow", "not allowed": "yellow", "skipped": "yellow", "warning": "yellow",
+    "error": "red", "failed": "red", "incompatible": "red",
+    "not applicable": "dim",
+}  # fmt: skip
+"""Colors of the cells that are a status."""
 MODELS = "a registered model, a hub id, a diffusers folder or a .safetensors file"
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
 DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps.")
@@ -44,18 +52,26 @@ def print_json(data: object) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; long cells wrap and are not truncated."""
+    """Print a table. Long cells wrap in a terminal; in pipes and logs, columns are as wide as their longest line."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        # Without rich, whose import takes as long as the rest of a listing's own work.
+        lines = [columns, *(line for row in cells for line in zip_longest(*map(str.splitlines, row), fillvalue=""))]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        for line in ("", *lines):
+            typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
+        return
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     # Names do not wrap unless they would take more than half of the width.
-    short = max((len(str(row[0])) for row in rows), default=0) <= console().width // 2
+    short = max((len(row[0]) for row in cells), default=0) <= console().width // 2
     for i, column in enumerate(columns):
         table.add_column(column, overflow="fold", no_wrap=i == 0 and short)
-    for row in rows:
-        table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    for row in cells:
+        table.add_row(*(Text(cell, style=STYLES.get(cell, "")) for cell in row))
     console().print(table)
 
 
@@ -70,13 +86,6 @@ def print_facts(facts: Sequence[tuple[str, str]]) -> None:
     for label, text in facts:
         grid.add_row(Text(label), Text(text))
     console().print(grid)
-
-
-def styled(text: str, style: str) -> Any:
-    """Return colored text for a table cell."""
-    from rich.text import Text
-
-    return Text(text, style=style)
 
 
 def note(message: str) -> None:

@@ -8,8 +8,6 @@ import typer
 
 from alignprop_core.cli import common
 
-_STYLES = {"ok": "green", "warning": "yellow", "error": "red"}
-
 
 def doctor(
     json: bool = common.JSON_OPTION,
@@ -26,10 +24,7 @@ def doctor(
     if json:
         common.print_json([asdict(finding) for finding in findings])
     else:
-        rows = [
-            [f.what, common.styled(f.status, _STYLES[f.status]), f.found + (f"\n{f.advice}" if f.advice else "")]
-            for f in findings
-        ]
+        rows = [[f.what, f.status, f"{f.found}\n{f.advice}".rstrip()] for f in findings]
         common.print_table(["check", "status", "result"], rows)
     if any(finding.status == "error" for finding in findings):
         raise typer.Exit(1)

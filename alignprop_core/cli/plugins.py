@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from alignprop_core.registry.discovery import PluginRecord
 
 _KINDS = ("rewards", "models", "families", "prompts", "weights", "callbacks", "commands", "loaders")
-_STYLES = {"loaded": "green", "blocked": "yellow", "not allowed": "yellow", "incompatible": "red", "failed": "red"}
 
 
 def plugins(
@@ -50,8 +49,7 @@ def _print(records: tuple[PluginRecord, ...], traceback: bool) -> None:
     for record in records:
         offers = [f"{kind}: {', '.join(names)}" for kind in _KINDS if (names := record.names(kind))]
         remarks = [*([record.error] if record.error else []), *record.warnings]
-        status = common.styled(record.status, _STYLES[record.status])
-        rows.append([record.distribution, record.version, status, "\n".join([*offers, *remarks])])
+        rows.append([record.distribution, record.version, record.status, "\n".join([*offers, *remarks])])
     common.print_table(["plugin", "version", "status", "offers, errors"], rows)
     failed = [record for record in records if record.traceback]
     for record in failed if traceback else ():

@@ -14,8 +14,6 @@ from alignprop_core.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from alignprop_core.testing import Verdict
 
-_STYLES = {"passed": "green", "failed": "red", "not applicable": "dim", "skipped": "yellow"}
-
 
 def check(
     name: str = typer.Argument(help="A reward's name."),
@@ -59,15 +57,12 @@ def check(
 
 
 def _print(name: str, verdicts: list[Verdict]) -> None:
-    rows = [
-        [v.check, common.styled(v.status, _STYLES[v.status]), f"{v.description}\n{v.message}".rstrip()]
-        for v in verdicts
-    ]
+    rows = [[v.check, v.status, f"{v.description}\n{v.message}".rstrip()] for v in verdicts]
     common.print_table(["check", "result", "description"], rows)
     for verdict in verdicts:
         if verdict.traceback:
             common.note(f"{verdict.check}:\n{verdict.traceback}")
     count = Counter(verdict.status for verdict in verdicts)
-    text = ", ".join(f"{count[status]} {status}" for status in _STYLES if count[status])  # type: ignore[index]
+    text = ", ".join(f"{number} {status}" for status, number in count.most_common())
     end = "The reward is not ready for runs." if count["failed"] else "The reward meets the contract."
     typer.echo(f"{name}: {text}. {end}")
