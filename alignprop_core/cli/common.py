@@ -56,8 +56,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     cells = [[str(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         # Without rich, whose import takes as long as the rest of a listing's own work.
-        lines = [columns, *(line for row in cells for line in zip_longest(*map(str.splitlines, row), fillvalue=""))]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        split = [[cell.split("\n") for cell in row] for row in cells]
+        lines = [columns, *(line for row in split for line in zip_longest(*row, fillvalue=""))]
+        widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
         for line in ("", *lines):
             typer.echo("  ".join(map(str.ljust, line, widths)).rstrip())
         return

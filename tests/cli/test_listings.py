@@ -16,6 +16,7 @@ from pydantic import Field
 
 from alignprop_core import cli
 from alignprop_core.cli import checks
+from alignprop_core.cli.common import print_table
 from alignprop_core.cli.options import options_of
 from alignprop_core.config.load import load_config
 from alignprop_core.config.yaml import read_yaml
@@ -333,7 +334,7 @@ LISTINGS = [["--help"], ["plugins"], ["rewards", "list"], ["rewards", "show", "r
 
 
 HEAVY = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "huggingface_hub", "httpx")
-SLOW_TO_IMPORT = ("rich.markdown", "markdown_it", "rich.traceback", "yaml", "packaging.requirements")
+SLOW_TO_IMPORT = ("rich", "markdown_it", "yaml", "packaging.requirements")
 
 
 def assert_not_imported(modules: tuple[str, ...], arguments: list[str], site: Path) -> None:
@@ -357,3 +358,14 @@ def test_a_listing_imports_nothing_slow(site: Path, arguments: list[str]) -> Non
 @pytest.mark.parametrize("arguments", [*LISTINGS, ["doctor", "--quick"]], ids=" ".join)
 def test_listings_import_no_torch(site: Path, arguments: list[str]) -> None:
     assert_not_imported(HEAVY, arguments, site)
+
+
+def test_a_table_in_a_pipe_has_plain_columns_whatever_its_cells_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    print_table(["name", "score"], [["a" * 150, "1\n2"], ["b"], ["", ""], ["c", 3]])
+    wide = "a" * 150
+    assert capsys.readouterr().out.splitlines() == [
+        "", f"{'name':150}  score", f"{wide}  1", f"{'':150}  2", "b", "", f"{'c':150}  3"
+    ]  # fmt: skip
