@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 
@@ -13,16 +14,16 @@ import pytest
 
 from alignprop_core import __version__, cli
 from alignprop_core.cli.scaffold import LICENSES, render, reward_project
-from tests.support.fresh import ROOT, FreshEnvironment, build_wheel
+from tests.support.fresh import FreshEnvironment, build_wheel
 
 COMBINATIONS = list(product((False, True), (False, True), LICENSES))
 QUICK = {(False, False, "Apache-2.0"), (True, True, "MIT")}
 """Every block of the templates once in and once out; the others are in `make test-all`."""
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_wheel(ROOT, tmp_path_factory.mktemp("wheels"))
+@pytest.fixture
+def core(wheel: Callable[[str], Path]) -> Path:
+    return wheel("alignprop-core")
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,6 @@ def test_a_new_plugin_builds_installs_and_passes_its_tests(
             check=False,
         )
         assert done.returncode == 0, done.stdout
-    (tmp_path / "dist").mkdir()
     environment.install(build_wheel(project, tmp_path / "dist"))
     done = environment.run(["pytest", "-q", "-p", "no:cacheprovider", str(project)], tmp_path)
     assert " passed" in done.stdout

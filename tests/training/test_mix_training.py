@@ -82,8 +82,7 @@ def test_accumulation_chunks_and_micro_batches_give_the_same_run(
     for number, options in enumerate(
         (
             {"training__batch_size": 2, "training__gradient_accumulation_steps": 2},
-            {"backprop__sample_batch_size": 3, "backprop__decode_batch_size": 1},
-            {"mix__reward_batch_size": 3},
+            {"backprop__sample_batch_size": 3, "backprop__decode_batch_size": 1, "mix__reward_batch_size": 3},
         )
     ):
         other = make(mix=MODES[mode], **options, output=str(tmp_path / f"run{number}")).train()

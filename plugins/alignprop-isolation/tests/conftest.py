@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import chdir, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,13 @@ import torch
 import yaml
 from torch import Tensor
 
+from alignprop_core.cli import run
 from alignprop_core.config.load import load_config
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.testing.pipelines import tiny_pipeline
 from alignprop_isolation.config import IsolationConfig
-from alignprop_isolation.install import make_environment
+from alignprop_isolation.install import python_of
 from alignprop_isolation.lookup import IsolatedRewards
 from alignprop_isolation.reward import IsolatedReward
 
@@ -40,7 +43,8 @@ from alignprop_core.errors import PromptError
 
 class Options(RewardConfig):
     gain: float = Field(default=only_there.GAIN, gt=0, description="Factor.")
-    mark: str = Field(default="", description="A file.")
+    does: str = Field(default="", description="What else it does.")
+    folder: str = Field(default="", description="Where it leaves a mark that it has scored.")
 
 
 class Redness(Reward):
@@ -48,11 +52,39 @@ class Redness(Reward):
 
     Config = Options
 
+    def check_prompt(self, prompt, metadata):
+        if self.config.does == "read" and not any(character.isdigit() for character in prompt):
+            raise PromptError(f'The prompt "{prompt}" has no number.')
+
     def score(self, batch):
+        does, known = self.config.does, False
+        if self.config.folder:
+            mark = Path(self.config.folder) / str(os.getppid())
+            known = mark.exists()
+            mark.touch()
+        if does == "crash" or (does == "crash once" and not known):
+            print("my last output", file=sys.stderr, flush=True)
+            os._exit(7)
+        if does == "raise":
+            raise ValueError("three is one too many")
+        if does == "sleep":
+            time.sleep(60)
+        if does == "grow":
+            self.kept = [torch.ones(2**28) for _ in range(4)]
+            time.sleep(20)
         red, green, blue = batch.images.mean((2, 3)).unbind(1)
-        return (self.config.gain * (red - (green + blue) / 2) + 0.1 * (batch.images ** 2).mean((1, 2, 3))).to(
+        scores = (self.config.gain * (red - (green + blue) / 2) + 0.1 * (batch.images ** 2).mean((1, 2, 3))).to(
             torch.float64 if batch.images.dtype == torch.float64 else torch.float32
         )
+        return scores.detach() if does == "detach" else scores
+
+
+class Prompted(Redness):
+    def score(self, batch):
+        if "" in batch.prompts:
+            raise PromptError("the prompt is empty.")
+        more = [len(p) + m.get("number", 0) for p, m in zip(batch.prompts, batch.metadata)]
+        return super().score(batch) + torch.tensor(more)
 
 
 class PrintsAndWrites(Redness):
@@ -65,61 +97,11 @@ class PrintsAndWrites(Redness):
         return scores
 
 
-class Prompted(Redness):
-    def score(self, batch):
-        if "" in batch.prompts:
-            raise PromptError("the prompt is empty.")
-        more = [len(p) + m.get("number", 0) for p, m in zip(batch.prompts, batch.metadata)]
-        return super().score(batch) + torch.tensor(more)
-
-
-class Reads(Redness):
-    def check_prompt(self, prompt, metadata):
-        if not any(character.isdigit() for character in prompt):
-            raise PromptError(f'The prompt "{prompt}" has no number.')
-
-
-class Raises(Redness):
-    def score(self, batch):
-        raise ValueError("three is one too many")
-
-
-class Detached(Redness):
-    def score(self, batch):
-        return super().score(batch).detach()
-
-
-class Measure(Detached):
+class Measure(Redness):
     differentiable = False
 
-
-class CrashesOnce(Redness):
     def score(self, batch):
-        if not Path(self.config.mark).exists():
-            Path(self.config.mark).touch()
-            print("my last output", file=sys.stderr, flush=True)
-            os._exit(7)
-        return super().score(batch)
-
-
-class Crashes(Redness):
-    def score(self, batch):
-        print("my last output", file=sys.stderr, flush=True)
-        os._exit(7)
-
-
-class Sleeps(Redness):
-    def score(self, batch):
-        if self.config.mark:
-            Path(self.config.mark).touch()
-        time.sleep(60)
-
-
-class Grows(Redness):
-    def score(self, batch):
-        self.kept = [torch.ones(2**28) for _ in range(4)]
-        time.sleep(20)
-        return super().score(batch)
+        return super().score(batch).detach()
 
 
 class Unbuilt(Redness):
@@ -130,9 +112,26 @@ class Unbuilt(Redness):
 
 
 @pytest.fixture(scope="session")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def isolated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A folder in which `alignprop rewards isolate` made the environment `own` for a class in a file, and its output.
+
+    Making an environment takes eight seconds, so it is the one that all tests use.
+    """
+    folder = tmp_path_factory.mktemp("environments")
+    (folder / "mine.py").write_text(
+        "from alignprop_core import Reward\n\n\nclass Mine(Reward):\n"
+        "    def score(self, batch):\n        return batch.images.mean((1, 2, 3))\n"
+    )
+    printed = StringIO()
+    with chdir(folder), redirect_stdout(printed):
+        assert run(["rewards", "isolate", "./mine.py:Mine", "--share", "--into", "own"]) == 0
+    return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="session")
+def python(isolated: tuple[Path, str]) -> Path:
     """The Python interpreter of an environment that has a package this one lacks."""
-    inner = make_environment(tmp_path_factory.mktemp("environments") / "own", [], share=True)
+    inner = python_of(isolated[0] / "own")
     paths = subprocess.check_output([inner, "-c", "import json, sysconfig; print(json.dumps(sysconfig.get_paths()))"])
     (Path(json.loads(paths)["purelib"]) / "only_there.py").write_text("GAIN = 2.0\n")
     return inner
@@ -146,7 +145,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rewards_of() -> Callable[..., IsolatedRewards]:
     """The rewards of an environment: `rewards_of(python, timeout=1.0)`; `registry` has the license policy."""
 
@@ -156,20 +155,45 @@ def rewards_of() -> Callable[..., IsolatedRewards]:
     return rewards_of
 
 
-@pytest.fixture
-def load(python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards]) -> Iterator[Callable[..., Any]]:
-    """Load a reward, or a class of `file`, in that environment; it is closed when the test ends."""
-    made: list[IsolatedReward] = []
+Load = Callable[..., IsolatedReward]
+
+
+def loader(python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards], made: list[IsolatedReward]) -> Load:
+    """Return a function that loads a reward, or a class of `file`, in that environment."""
 
     def load(name: str, options: dict[str, Any] | None = None, **isolation: Any) -> IsolatedReward:
-        source = rewards_of(python, **isolation)
         name = f"{file}:{name}" if name[0].isupper() else name
-        reward = source.load_reward(name, source.reward_options(name, options) if options else {})
+        reward = rewards_of(python, **isolation).load_reward(name, options)
         assert isinstance(reward, IsolatedReward)
         made.append(reward)
         return reward
 
-    yield load
+    return load
+
+
+@pytest.fixture
+def load(python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards]) -> Iterator[Load]:
+    """Load a reward, or a class of `file`, in a worker of its own, which is closed when the test ends."""
+    made: list[IsolatedReward] = []
+    yield loader(python, file, rewards_of, made)
+    for reward in made:
+        reward.close()
+
+
+@pytest.fixture(scope="session")
+def load_once(python: Path, file: Path, rewards_of: Callable[..., IsolatedRewards]) -> Iterator[Load]:
+    """As `load`, but with a worker that several tests use."""
+    made: list[IsolatedReward] = []
+    load = loader(python, file, rewards_of, made)
+    known: dict[str, IsolatedReward] = {}
+
+    def load_once(name: str, options: dict[str, Any] | None = None) -> IsolatedReward:
+        key = f"{name} {options}"
+        if key not in known:
+            known[key] = load(name, options)
+        return known[key]
+
+    yield load_once
     for reward in made:
         reward.close()
 

@@ -32,11 +32,12 @@ Train = Callable[..., Path]
 @jpeg
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_scores_and_gradients_equal_those_of_this_process(
-    load: Load, images: Images, scored: Scored, dtype: torch.dtype
+    load_once: Load, images: Images, scored: Scored, dtype: torch.dtype
 ) -> None:
-    there = load("jpeg_compressibility", {"quality": 80})
+    there = load_once("jpeg_compressibility", {"quality": 80})
     here = default_registry().load_reward("jpeg_compressibility", {"quality": 80})
-    for size in (4, 1, 7):  # the shared file grows, and is larger than needed
+    # The worker may have served another type of numbers; the shared file grows, and is larger than needed.
+    for size in (4, 1, 7):
         batch = images(size, dtype, side=32)
         for ours, theirs in zip(scored(here, batch), scored(there, batch), strict=True):
             assert ours.dtype == theirs.dtype
@@ -72,9 +73,9 @@ def test_images_are_not_changed_and_printed_text_is_no_answer(load: Load, images
         assert torch.equal(given, batch)
 
 
-def test_a_second_derivative_is_refused(load: Load, images: Images) -> None:
+def test_a_second_derivative_is_refused(load_once: Load, images: Images) -> None:
     batch = images().requires_grad_()
-    scores = load("Redness")(ImageBatch(images=batch))
+    scores = load_once("Redness")(ImageBatch(images=batch))
     (gradient,) = torch.autograd.grad((scores**2).sum(), batch, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -83,7 +84,9 @@ def test_a_second_derivative_is_refused(load: Load, images: Images) -> None:
 def test_prompts_are_checked_there_before_a_model_loads(
     python: Path, file: Path, config_file: Config, train: Train, tmp_path: Path
 ) -> None:
-    path = config_file({"name": f"{file}:Reads", "isolation": {"python": str(python)}})
+    path = config_file(
+        {"name": f"{file}:Redness", "label": "reads", "options": {"does": "read"}, "isolation": {"python": str(python)}}
+    )
     (tmp_path / "prompts.txt").write_text("3 foxes\nan owl\n")
     with pytest.raises(PromptError, match=r'(?s)prompts\.txt:2.*Reward "reads": The prompt "an owl" has no number'):
         train(path)
@@ -121,11 +124,17 @@ def test_a_run_with_an_isolated_reward_equals_the_run_without(
     assert known["isolated_rewards"]["jpeg_compressibility"]["python"] == str(python)
 
 
-def test_the_run_never_imports_the_package(python: Path, file: Path, config_file: Config, train: Train) -> None:
-    run = train(config_file({"name": f"{file}:Redness", "isolation": {"python": str(python)}}))
+def test_the_run_never_imports_the_package_and_evaluates_a_measure(
+    python: Path, file: Path, config_file: Config, train: Train
+) -> None:
+    isolation = {"python": str(python)}
+    measure = {"name": f"{file}:Measure", "isolation": isolation}
+    trained = {"name": f"{file}:Redness", "isolation": isolation}
+    run = train(config_file(trained, evaluation={"rewards": [measure]}))
+    assert "measure" in json.loads((run / "evaluation.json").read_text())["tuned"]
     assert "only_there" not in sys.modules
     saved = yaml.safe_load((run / "config.yaml").read_text())["rewards"][0]
-    assert saved["options"] == {"gain": 2.0, "mark": ""}  # the defaults, which only that environment has
+    assert saved["options"] == {"gain": 2.0, "does": "", "folder": ""}  # the defaults, which only that environment has
     assert saved["label"] == "redness"
     known = json.loads((run / "environment.json").read_text())
     origin = known["isolated_rewards"]["redness"]
