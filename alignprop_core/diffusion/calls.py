@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from alignprop_core.config.model import BackpropConfig
-from alignprop_core.diffusion.cpu import Forwards, cheaper_forwards, replaced
+from alignprop_core.diffusion.cpu import Forwards, cheaper_forwards, effective_weights, replaced
 from alignprop_core.diffusion.families.base import Family
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 
@@ -28,8 +28,9 @@ class NetworkCalls:
     Attributes:
         device: the denoiser's device.
         dtype: of latents, predictions and images: float64 with a float64 denoiser, else float32.
-        forwards_of: network -> cheaper forwards of its layers for one batch (`diffusion.cpu`): in full precision on a
-            CPU; elsewhere there are none.
+        effective_weights: network -> the effective weights of its layers for one batch (`diffusion.cpu`): in full
+            precision on a CPU; elsewhere there are none.
+        forwards_of: (network, effective weights) -> cheaper forwards of its layers, likewise.
     """
 
     def __init__(self, family: Family) -> None:
@@ -45,7 +46,10 @@ class NetworkCalls:
         )
         # Sums of weights are exact in full precision only, and faster only on CPUs.
         cheaper = self.device.type == "cpu" and not half
-        self.forwards_of: Callable[[nn.Module], Forwards] = cheaper_forwards if cheaper else lambda _network: {}
+        self.forwards_of: Callable[..., Forwards] = cheaper_forwards if cheaper else lambda *_: {}
+        self.effective_weights: Callable[[nn.Module], Mapping[nn.Module, Tensor]] = (
+            effective_weights if cheaper else lambda _: {}
+        )
 
     def run(self, call: Callable[..., Tensor], *inputs: Tensor, forwards: Forwards, **named: Any) -> Tensor:
         """Call the family's `predict` or `decode`, with these layer forwards; the output is in `dtype`."""
@@ -78,6 +82,9 @@ class Checkpointing:
             one: runs the part for a single sample, to measure its graph.
         """
         family, setting = self._calls.family, self._settings[part]
+        if setting == "auto" and part == "steps" and self._calls.device.type == "cuda":
+            # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
+            setting = True
         if setting == "auto":
             if part not in self._fitting:
                 if part == "decoder":

@@ -48,31 +48,33 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__["forward"] = own
 
 
-def cheaper_forwards(network: nn.Module) -> Forwards:
-    """Return the cheaper forwards of a network's layers; the sums of weights keep their graph if gradients are on.
+def cheaper_forwards(network: nn.Module, weights: Mapping[nn.Module, Tensor] | None = None) -> Forwards:
+    """Return the cheaper forwards of a network's layers.
 
     A network that uses gradient checkpointing inside has none: it would run parts of itself again in the backward pass,
     outside any `replaced` block, and build another graph.
+
+    Args:
+        network: the network.
+        weights: its effective weights; computed if None.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
         return {}
-    return effective_forwards(network) | doubling_forwards(network)
+    weights = effective_weights(network) if weights is None else weights
+    linear = {layer: partial(_linear, weight=weight, layer=layer) for layer, weight in weights.items()}
+    return linear | doubling_forwards(network)
 
 
-def effective_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """Return forwards with effective weights for the network's adapted linear layers.
+def effective_weights(network: nn.Module) -> dict[nn.Module, Tensor]:
+    """Return the effective weights of the network's adapted linear layers, with their graph if gradients are on.
 
-    Layers with more than plain LoRA (dropout, DoRA, merged or disabled adapters, convolutions) are not replaced.
+    Layers with more than plain LoRA (dropout, DoRA, merged or disabled adapters, convolutions) have none.
     """
-    return {
-        layer: partial(_linear, weight=_effective(layer), bias=layer.base_layer.bias)
-        for layer in network.modules()
-        if isinstance(layer, Linear) and _plain_lora(layer)
-    }
+    return {layer: _effective(layer) for layer in network.modules() if isinstance(layer, Linear) and _plain_lora(layer)}
 
 
-def _linear(x: Tensor, *_args: Any, weight: Tensor, bias: Tensor | None, **_kwargs: Any) -> Tensor:
-    return F.linear(x, weight, bias)
+def _linear(x: Tensor, *_args: Any, weight: Tensor, layer: Any, **_kwargs: Any) -> Tensor:
+    return F.linear(x, weight, layer.base_layer.bias)
 
 
 def _effective(layer: Any) -> Tensor:

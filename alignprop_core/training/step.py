@@ -66,7 +66,7 @@ class StepGradient:
             backward: False computes the statistics alone.
         """
         truncation = draw_truncation(
-            self.config.backprop, self.sampler.scheduler.steps, seed=self.config.training.seed, step=step
+            self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step
         )
         scale = self.optimizer.scale if backward else None
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
