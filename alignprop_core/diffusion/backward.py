@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignprop_core.diffusion.chain import Chain, Record
+from alignprop_core.diffusion.half import scaled
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.schedulers import State
 from alignprop_core.lora import adapters
@@ -74,7 +75,7 @@ class DifferentiableChain(torch.autograd.Function):
             at_input = network_vjp(chain, graph, at_prediction, total)
             if at_input is not None:
                 gradient = gradient + record.input_scale * at_input
-        # Once per batch, from the effective weights to A and B. The graph stays, for another backward pass.
+        # Once per batch, from the layers' tensors to A and B. The graph stays, for another backward pass.
         reached = [pair for pair in zip([*chain.sums, *chain.parameters], total, strict=True) if pair[1] is not None]
         weights, parts = zip(*reached, strict=True)
         found = torch.autograd.grad(weights, chain.parameters, parts, retain_graph=True, allow_unused=True)
@@ -109,12 +110,17 @@ def network_vjp(
         (B, C, h, w), or None where the truncation stops the gradient.
     """
     inputs, output = graph
+    factor: Tensor | float = 1.0
+    if chain.scales_gradients:
+        at_prediction, factor = scaled(at_prediction)
     wanted = [*chain.leaves, *chain.parameters, *([inputs] if inputs.requires_grad else [])]
     found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=chain.stores, allow_unused=True)
     for i, (one, other) in enumerate(zip(total, found, strict=False)):
         if other is not None:
-            total[i] = other if one is None else one + other
-    return found[-1] if inputs.requires_grad else None
+            # Half-precision parts are added up in full precision.
+            part = factor * other.to(at_prediction.dtype)
+            total[i] = part if one is None else one + part
+    return factor * found[-1] if inputs.requires_grad else None
 
 
 def base_vjp(chain: Chain, record: Record, at_prediction: Tensor) -> Tensor:
@@ -123,5 +129,7 @@ def base_vjp(chain: Chain, record: Record, at_prediction: Tensor) -> Tensor:
     with adapters.disabled(chain.denoiser), torch.enable_grad():
         inputs = record.latents.detach().requires_grad_()
         output = chain.predict_base(inputs, chain.scheduler.timesteps[record.number])
-        (found,) = torch.autograd.grad(output, inputs, at_prediction)
-    return found
+        if not chain.scales_gradients:
+            return torch.autograd.grad(output, inputs, at_prediction)[0]
+        gradient, factor = scaled(at_prediction)
+        return factor * torch.autograd.grad(output, inputs, gradient)[0]

@@ -78,8 +78,9 @@ class Chain:
 
     Attributes:
         parameters: the denoiser's trainable parameters.
-        sums: effective weights with their graph to the parameters (`diffusion.cpu`); empty if there are none.
-        leaves: the same values as leaves, which the network calls use.
+        sums: the tensors that adapted layers use, with their graph to the parameters; empty if they use the parameters.
+        leaves: the same in the network's dtype and without that graph: what the network calls are differentiated at.
+        scales_gradients: whether a VJP scales the gradient on its way (float16).
     """
 
     def __init__(
@@ -98,10 +99,14 @@ class Chain:
         self.parameters: list[nn.Parameter] = [p for p in self.denoiser.parameters() if p.requires_grad]
         network = partial(calls.run, calls.family.predict, conditioning=conditioning)  # (latents, timestep) -> (B, ...)
         with torch.set_grad_enabled(truncation is not None):
-            weights = calls.effective_weights(self.denoiser)
-        leaves = {layer: weight.detach().requires_grad_(weight.requires_grad) for layer, weight in weights.items()}
-        self.sums = [weight for weight in weights.values() if weight.requires_grad]
-        self.leaves = [weight for weight in leaves.values() if weight.requires_grad]
+            weights = calls.weights_of(self.denoiser)
+        leaves = {
+            layer: tuple(w.detach().to(calls.network_dtype).requires_grad_(w.requires_grad) for w in tensors)
+            for layer, tensors in weights.items()
+        }
+        self.sums = [weight for tensors in weights.values() for weight in tensors if weight.requires_grad]
+        self.leaves = [weight for tensors in leaves.values() for weight in tensors if weight.requires_grad]
+        self.scales_gradients = calls.scales_gradients
         self.predict = partial(network, forwards=calls.forwards_of(self.denoiser, leaves))
         if self.regularization:
             with torch.no_grad(), adapters.disabled(self.denoiser):

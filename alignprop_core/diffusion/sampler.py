@@ -30,6 +30,7 @@ from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
 from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
@@ -289,7 +290,7 @@ class Sampler:
         if torch.is_grad_enabled():
             one = partial(pixels_of, latents[:1].detach().requires_grad_())
             self._checkpointing.recomputes("decoder", len(latents), one)
-        pixels = pixels_of(latents)
+        pixels = with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
 
