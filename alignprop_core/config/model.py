@@ -83,14 +83,18 @@ class SamplingConfig(Section):
     """True classifier-free guidance for guidance-distilled models; null turns it off."""
 
 
-Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli"]
+Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli", "sparse", "bridge", "leap"]
 
 _USED_BY: dict[str, tuple[str, ...]] = {
-    "k": ("last_k", "drtune"),
+    "k": ("last_k", "drtune", "sparse", "bridge"),
     "mean": ("gaussian",),
     "std": ("gaussian",),
     "keep_probability": ("bernoulli",),
     "refl_steps": ("refl",),
+    "late_bias": ("sparse", "bridge"),
+    "rescale": ("sparse", "bridge"),
+    "input_scale": ("bridge", "leap"),
+    "leap_tolerance": ("leap",),
 }
 
 
@@ -100,9 +104,11 @@ class BackpropConfig(Section):
     strategy: Strategy = "uniform"
     """last_k: the last k steps (DRaFT-K). uniform: the last K steps, K drawn once per batch from 1..steps (AlignProp).
     gaussian: K drawn from a normal distribution. full: all steps. drtune: k evenly spaced steps, network input
-    detached. refl: the clean-image estimate of one late step. bernoulli: steps at random."""
+    detached. refl: the clean-image estimate of one late step. bernoulli: steps at random. sparse: k random steps,
+    network input detached (FlowBP-Sparse). bridge: the same on both sides of a connected step (FlowBP-Bridge). leap:
+    two random steps, each extended to the next (LeapAlign)."""
     k: Annotated[int, Field(ge=1)] | None = None
-    """last_k and drtune: number of steps that keep their gradient; null is 1."""
+    """last_k, drtune, sparse, bridge: number of steps that keep their gradient; null is 1 (sparse: 3, bridge: 5)."""
     mean: float | None = None
     """gaussian: mean of K in steps; null is half the steps."""
     std: Annotated[float, Field(ge=0)] | None = None
@@ -111,6 +117,15 @@ class BackpropConfig(Section):
     """bernoulli: probability that a step keeps its gradient; null is 0.5."""
     refl_steps: Annotated[int, Field(ge=1)] | None = None
     """refl: the step is drawn from this many last steps; null is a quarter of the steps."""
+    late_bias: Annotated[float, Field(ge=0)] | None = None
+    """sparse and bridge: step i of 0.. is drawn with probability proportional to (i + 1)^late_bias; null is 2."""
+    rescale: Annotated[float, Field(ge=0)] | None = None
+    """sparse and bridge: how much the kept steps' gradient grows to replace that of the dropped steps; null is 1."""
+    input_scale: Annotated[float, Field(ge=0, le=1)] | None = None
+    """bridge and leap: factor on the gradient through the input of the connected step; null is 0.1 (leap: 0.3)."""
+    leap_tolerance: Annotated[float, Field(gt=0)] | None = None
+    """leap: samples whose leaps miss the chain by less (mean absolute difference of latents) are weighted alike; null
+    is 0.1."""
     lv_samples: int = Field(default=0, ge=0)
     """Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1."""
     checkpoint_steps: Literal["auto"] | bool = "auto"

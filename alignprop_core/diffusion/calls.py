@@ -1,18 +1,17 @@
-"""Calls of a family's networks: working dtype, autocast, cheaper layer forwards, and what is recomputed."""
+"""Calls of a family's networks: dtypes, the forwards of adapted layers, and what is recomputed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from alignprop_core.config.model import BackpropConfig
-from alignprop_core.diffusion.cpu import Forwards, cheaper_forwards, replaced
+from alignprop_core.diffusion.cpu import Forwards, Weights, cheaper_forwards, effective_weights, replaced
 from alignprop_core.diffusion.families.base import Family
+from alignprop_core.diffusion.half import low_rank_forwards, low_rank_weights
 from alignprop_core.diffusion.memory import available_bytes, graph_bytes
 
 _MEMORY_SHARE = 0.6
@@ -27,29 +26,33 @@ class NetworkCalls:
 
     Attributes:
         device: the denoiser's device.
-        dtype: of latents, predictions and images: float64 with a float64 denoiser, else float32.
-        forwards_of: network -> cheaper forwards of its layers for one batch (`diffusion.cpu`): in full precision on a
-            CPU; elsewhere there are none.
+        dtype: of latents, predictions and images: float64 with a float64 denoiser, else float32. Rounding them to half
+            precision at every step would add up over the chain.
+        scales_gradients: whether gradients are scaled on their way through a network: in float16.
+        weights_of: network -> the tensors that its adapted layers use for one batch, with their graph to the adapters:
+            effective weights in full precision on a CPU (`diffusion.cpu`), A and B in half precision
+            (`diffusion.half`); elsewhere the layers use the adapters themselves.
+        forwards_of: (network, these tensors) -> the layers' forwards.
     """
 
     def __init__(self, family: Family) -> None:
         self.family = family
         network: Any = family.denoiser
         self.device: torch.device = network.device
-        weights: torch.dtype = network.dtype
-        # Latents stay in float32 with half-precision networks: rounding them at every step adds up over the chain.
-        self.dtype = torch.float64 if weights == torch.float64 else torch.float32
-        half = weights in (torch.float16, torch.bfloat16)
-        self._autocast: Callable[[], AbstractContextManager[object]] = (
-            partial(torch.autocast, self.device.type, dtype=weights) if half else nullcontext
-        )
-        # Sums of weights are exact in full precision only, and faster only on CPUs.
-        cheaper = self.device.type == "cpu" and not half
-        self.forwards_of: Callable[[nn.Module], Forwards] = cheaper_forwards if cheaper else lambda _network: {}
+        self.network_dtype: torch.dtype = network.dtype
+        self.dtype = torch.float64 if network.dtype == torch.float64 else torch.float32
+        self.scales_gradients = network.dtype == torch.float16
+        self.weights_of: Callable[[nn.Module], Weights] = lambda _: {}
+        self.forwards_of: Callable[..., Forwards] = lambda *_: {}
+        if network.dtype in (torch.float16, torch.bfloat16):
+            self.weights_of, self.forwards_of = low_rank_weights, low_rank_forwards
+        elif self.device.type == "cpu":
+            # Sums of weights are exact in full precision only, and faster only on CPUs.
+            self.weights_of, self.forwards_of = effective_weights, cheaper_forwards
 
     def run(self, call: Callable[..., Tensor], *inputs: Tensor, forwards: Forwards, **named: Any) -> Tensor:
         """Call the family's `predict` or `decode`, with these layer forwards; the output is in `dtype`."""
-        with self._autocast(), replaced(forwards):
+        with replaced(forwards):
             return call(*inputs, **named).to(self.dtype)
 
 
@@ -78,6 +81,9 @@ class Checkpointing:
             one: runs the part for a single sample, to measure its graph.
         """
         family, setting = self._calls.family, self._settings[part]
+        if setting == "auto" and part == "steps" and self._calls.device.type == "cuda":
+            # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
+            setting = True
         if setting == "auto":
             if part not in self._fitting:
                 if part == "decoder":

@@ -1,21 +1,68 @@
-"""The chain of denoising steps: from noise to final latents, with a graph through the kept steps."""
+"""The chain of denoising steps: from noise to final latents, recording what the backward pass needs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.noise import Noise
-from alignprop_core.diffusion.regularization import squared_difference
-from alignprop_core.diffusion.schedulers import Scheduler
+from alignprop_core.diffusion.schedulers import Scheduler, State
 from alignprop_core.diffusion.truncation import Truncation
 from alignprop_core.lora import adapters
+
+
+@dataclass
+class Record:
+    """One denoising step as it was sampled; no tensor has a graph except in `graph`.
+
+    Attributes:
+        number: the step; 0 is the noisiest.
+        latents: (B, C, h, w), before the step.
+        prediction: (B, C, h, w), the network's guided output at these latents.
+        state: the scheduler's state before the step.
+        noise: (B, C, h, w), the noise that the step adds; None if it adds none.
+        kept: whether the network call keeps its gradient.
+        output_weight: factor on the gradient that reaches the prediction from the following steps.
+        input_scale: factor on the gradient that goes from the prediction to the network's input.
+        base: (B, C, h, w), the base model's prediction at these latents; only with regularization.
+        graph: the network's input and output with the graph in between, if it is stored for the backward pass.
+    """
+
+    number: int
+    latents: Tensor
+    prediction: Tensor
+    state: State
+    noise: Tensor | None
+    kept: bool = False
+    output_weight: float = 1.0
+    input_scale: float = 1.0
+    base: Tensor | None = None
+    graph: tuple[Tensor, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """What a chain produced.
+
+    Attributes:
+        latents: (B, C, h, w), the final latents; (B * (1 + n), C, h, w) with n LV samples.
+        weights: as many numbers, the weight of a row within its sample.
+        penalty: the regularization, a scalar.
+        records: the steps from the first kept one.
+        copies: the steps of the n LV samples.
+    """
+
+    latents: Tensor
+    weights: Tensor
+    penalty: Tensor
+    records: list[Record]
+    copies: list[Record]
 
 
 class Chain:
@@ -25,9 +72,15 @@ class Chain:
         calls: the networks.
         scheduler: the scheduler's steps as pure functions.
         conditioning: the encoded prompts of the B samples.
-        truncation: the steps that keep their gradient; None for a chain without a graph.
+        truncation: the steps that keep their gradient; None for a chain without a gradient.
         regularization: weight of the squared difference to the base model's predictions; 0 computes none.
-        checkpointing: whether kept steps are recomputed in the backward pass instead of stored.
+        stores: whether the kept network calls store their graphs for the backward pass.
+
+    Attributes:
+        parameters: the denoiser's trainable parameters.
+        sums: the tensors that adapted layers use, with their graph to the parameters; empty if they use the parameters.
+        leaves: the same in the network's dtype and without that graph: what the network calls are differentiated at.
+        scales_gradients: whether a VJP scales the gradient on its way (float16).
     """
 
     def __init__(
@@ -38,71 +91,117 @@ class Chain:
         truncation: Truncation | None,
         *,
         regularization: float = 0.0,
-        checkpointing: bool = False,
+        stores: bool = False,
     ) -> None:
-        self._calls, self._scheduler, self._truncation = calls, scheduler, truncation
-        denoiser = calls.family.denoiser
+        self.scheduler, self.truncation, self.stores = scheduler, truncation, stores
+        self.regularization = regularization if truncation is not None else 0.0
+        self._calls, self.denoiser = calls, calls.family.denoiser
+        self.parameters: list[nn.Parameter] = [p for p in self.denoiser.parameters() if p.requires_grad]
         network = partial(calls.run, calls.family.predict, conditioning=conditioning)  # (latents, timestep) -> (B, ...)
         with torch.set_grad_enabled(truncation is not None):
-            self._predict = partial(network, forwards=calls.forwards_of(denoiser))
-        # The networks draw no random numbers, so there is no generator state to restore for the second run.
-        recomputing = partial(checkpoint, self._predict, use_reentrant=False, preserve_rng_state=False)
-        self._predict_kept: Callable[..., Tensor] = recomputing if checkpointing else self._predict
-        self._regularization = regularization if truncation is not None else 0.0
-        if self._regularization:
-            with torch.no_grad(), adapters.disabled(denoiser):
-                self._predict_base = partial(network, forwards=calls.forwards_of(denoiser))
+            weights = calls.weights_of(self.denoiser)
+        leaves = {
+            layer: tuple(w.detach().to(calls.network_dtype).requires_grad_(w.requires_grad) for w in tensors)
+            for layer, tensors in weights.items()
+        }
+        self.sums = [weight for tensors in weights.values() for weight in tensors if weight.requires_grad]
+        self.leaves = [weight for tensors in leaves.values() for weight in tensors if weight.requires_grad]
+        self.scales_gradients = calls.scales_gradients
+        self.predict = partial(network, forwards=calls.forwards_of(self.denoiser, leaves))
+        if self.regularization:
+            with torch.no_grad(), adapters.disabled(self.denoiser):
+                self.predict_base = partial(network, forwards=calls.forwards_of(self.denoiser))
 
-    def run(self, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
-        """Denoise; returns the final latents, (B, C, h, w) or (B * (1 + n), C, h, w) with n LV samples, and aux losses.
+    def run(self, noise: Noise) -> Sampled:
+        """Denoise without a graph of the chain.
 
         Args:
             noise: the batch's randomness.
         """
-        calls, scheduler, truncation = self._calls, self._scheduler, self._truncation
+        calls, scheduler, truncation = self._calls, self.scheduler, self.truncation
         latents = noise.initial.to(calls.device, calls.dtype)
         step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
         state = scheduler.initial_state
-        penalties: list[Tensor] = []
-        for i, timestep in enumerate(scheduler.timesteps):
-            # No graph before the first kept step; from there on every step carries the gradient of those before it.
-            in_graph = truncation is not None and i >= truncation.first
-            keep = truncation is not None and i in truncation.kept
-            seen = latents.detach() if truncation is not None and truncation.detach_input else latents
-            # A dropped step's prediction is a constant; inside the graph only the linear path runs through it.
-            with torch.set_grad_enabled(keep):
-                prediction = (self._predict_kept if keep else self._predict)(seen, timestep)
-                if keep and self._regularization:
-                    penalties.append(self._penalty(seen, prediction, timestep))
-            with torch.set_grad_enabled(in_graph):
-                if truncation is not None and i == truncation.stop_at:
-                    latents = scheduler.clean(latents, prediction, i)
-                    break
-                added = None if step_noise is None else step_noise[i]
-                latents, state = scheduler.step(latents, prediction, i, state, added)
+        factors = {} if truncation is None else truncation.factors
+        records: list[Record] = []
+        for i in range(scheduler.steps):
+            record = Record(i, latents, latents, state, None if step_noise is None else step_noise[i])
+            if i in factors:
+                record.kept = True
+                record.output_weight, record.input_scale = factors[i]
+                if not records:
+                    record.input_scale = 0.0  # these latents depend on no kept step
+            self._denoise(record)
+            if record.kept or records:
+                records.append(record)
+            latents, state = self.after(record)
+            if truncation is not None and i == truncation.stop_at:
+                break
+        weights = latents.new_ones(len(latents))
+        if truncation is not None and truncation.leap_tolerance is not None:
+            weights = self._leap_weights(records, latents, truncation.leap_tolerance)
+        copies: list[Record] = []
         if truncation is not None and noise.lv is not None:
-            latents = self._with_lv_samples(latents, noise.lv.to(calls.device, calls.dtype))
-        return latents, {"regularization": self._regularization * torch.stack(penalties).mean()} if penalties else {}
+            copies = [self._lv_sample(latents, fresh) for fresh in noise.lv.to(calls.device, calls.dtype)]
+            latents = torch.cat([latents, *(self.after(copy)[0] for copy in copies)])
+            # Each prompt has 1 + n rows, which share its weight.
+            weights = weights.repeat(1 + len(copies)) / (1 + len(copies))
+        penalty = self._penalty(records) if self.regularization else latents.new_zeros(())
+        return Sampled(latents, weights, penalty, records, copies)
 
-    def _penalty(self, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor:
-        off = partial(adapters.disabled, self._calls.family.denoiser)
-        return squared_difference(latents, prediction, lambda inputs: self._predict_base(inputs, timestep), off)
+    def after(self, record: Record) -> tuple[Tensor, State]:
+        """Return latents and state after a step: the scheduler's, or the clean-image estimate where sampling stops."""
+        if self.truncation is not None and record.number == self.truncation.stop_at:
+            return self.scheduler.clean(record.latents, record.prediction, record.number), ()
+        return self.scheduler.step(record.latents, record.prediction, record.number, record.state, record.noise)
 
-    def _with_lv_samples(self, latents: Tensor, noise: Tensor) -> Tensor:
-        """Append low-variance samples (DRaFT-LV, Clark et al. 2024, algorithm 1): renoise one step, denoise again.
+    def call(self, record: Record, *, graph: bool) -> tuple[Tensor, Tensor]:
+        """Call the network at a record's latents; return its input and its output, with or without a graph."""
+        inputs = record.latents.detach().requires_grad_(graph and record.input_scale != 0)
+        with torch.set_grad_enabled(graph):
+            return inputs, self.predict(inputs, self.scheduler.timesteps[record.number])
+
+    def _denoise(self, record: Record) -> None:
+        graph = record.kept and self.stores
+        inputs, output = self.call(record, graph=graph)
+        record.prediction = output.detach()
+        record.graph = (inputs, output) if graph else None
+
+    def _leap_weights(self, records: Sequence[Record], latents: Tensor, tolerance: float) -> Tensor:
+        """Return each sample's weight, (B,), from how far its leaps miss the chain (LeapAlign, arXiv:2604.15311)."""
+        starts = [i for i, record in enumerate(records) if record.kept]
+        ends = [*(records[i].latents for i in starts[1:]), latents]
+        missed = torch.zeros_like(latents[:, 0, 0, 0])
+        for start, stop, end in zip(starts, [*starts[1:], None], ends, strict=True):
+            reached, state, prediction = records[start].latents, records[start].state, records[start].prediction
+            for record in records[start:stop]:
+                reached, state = self.scheduler.step(reached, prediction, record.number, state, record.noise)
+            missed += (reached - end).abs().flatten(1).mean(1).clamp(min=tolerance)
+        return 1 / missed
+
+    def _penalty(self, records: Sequence[Record]) -> Tensor:
+        """Return weight * mean over kept steps of sum_b mean((prediction_b - base_b)^2), a scalar.
+
+        Mean over (C, h, w), sum over B: chunks of a batch add up to the batch's.
+        """
+        squares = []
+        with torch.no_grad(), adapters.disabled(self.denoiser):
+            for record in (record for record in records if record.kept):
+                record.base = self.predict_base(record.latents, self.scheduler.timesteps[record.number])
+                squares.append((record.prediction - record.base).square().flatten(1).mean(1).sum())
+        return self.regularization * torch.stack(squares).mean()
+
+    def _lv_sample(self, latents: Tensor, fresh: Tensor) -> Record:
+        """Return the step of a low-variance sample: renoise, and denoise once more (DRaFT-LV, Clark et al. 2024).
+
+        It keeps the gradient of that step alone, as with last_k of 1.
 
         Args:
             latents: (B, C, h, w), the final latents.
-            noise: (n, B, C, h, w).
-
-        Returns:
-            (B * (1 + n), C, h, w).
+            fresh: (B, C, h, w), standard normal.
         """
-        last, scheduler = self._scheduler.steps - 1, self._scheduler
-        rows = [latents]
-        for fresh in noise:
-            # Each sample keeps the gradient of its one step alone, as with last_k of 1.
-            renoised = scheduler.renoise(latents.detach(), last, fresh)
-            prediction = self._predict_kept(renoised, scheduler.timesteps[last])
-            rows.append(scheduler.step(renoised, prediction, last, scheduler.initial_state, None)[0])
-        return torch.cat(rows)
+        last = self.scheduler.steps - 1
+        renoised = self.scheduler.renoise(latents, last, fresh)
+        record = Record(last, renoised, renoised, self.scheduler.initial_state, None, kept=True, input_scale=0.0)
+        self._denoise(record)
+        return record

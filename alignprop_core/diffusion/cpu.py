@@ -28,6 +28,9 @@ from torch import Tensor, nn
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 """Module -> the function that replaces its `forward`."""
 
+Weights = Mapping[nn.Module, tuple[Tensor, ...]]
+"""Adapted layer -> the tensors that its forward uses instead of the adapters' parameters."""
+
 # Fused kernels with the version of the weights they were computed from; an entry lives as long as its convolution.
 _kernels: WeakKeyDictionary[nn.Conv2d, tuple[int, Tensor]] = WeakKeyDictionary()
 
@@ -48,31 +51,33 @@ def replaced(forwards: Forwards) -> Iterator[None]:
                 module.__dict__["forward"] = own
 
 
-def cheaper_forwards(network: nn.Module) -> Forwards:
-    """Return the cheaper forwards of a network's layers; the sums of weights keep their graph if gradients are on.
+def cheaper_forwards(network: nn.Module, weights: Weights | None = None) -> Forwards:
+    """Return the cheaper forwards of a network's layers.
 
     A network that uses gradient checkpointing inside has none: it would run parts of itself again in the backward pass,
     outside any `replaced` block, and build another graph.
+
+    Args:
+        network: the network.
+        weights: its effective weights; computed if None.
     """
     if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
         return {}
-    return effective_forwards(network) | doubling_forwards(network)
+    weights = effective_weights(network) if weights is None else weights
+    linear = {layer: partial(_linear, weight=weight, layer=layer) for layer, (weight,) in weights.items()}
+    return linear | doubling_forwards(network)
 
 
-def effective_forwards(network: nn.Module) -> dict[nn.Module, Callable[..., Tensor]]:
-    """Return forwards with effective weights for the network's adapted linear layers.
+def effective_weights(network: nn.Module) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """Return the effective weights of the network's adapted linear layers, with their graph if gradients are on.
 
-    Layers with more than plain LoRA (dropout, DoRA, merged or disabled adapters, convolutions) are not replaced.
+    Layers with more than plain LoRA (dropout, DoRA, merged or disabled adapters, convolutions) have none.
     """
-    return {
-        layer: partial(_linear, weight=_effective(layer), bias=layer.base_layer.bias)
-        for layer in network.modules()
-        if isinstance(layer, Linear) and _plain_lora(layer)
-    }
+    return {layer: (_effective(layer),) for layer in network.modules() if isinstance(layer, Linear) and is_plain(layer)}
 
 
-def _linear(x: Tensor, *_args: Any, weight: Tensor, bias: Tensor | None, **_kwargs: Any) -> Tensor:
-    return F.linear(x, weight, bias)
+def _linear(x: Tensor, *_args: Any, weight: Tensor, layer: Any, **_kwargs: Any) -> Tensor:
+    return F.linear(x, weight, layer.base_layer.bias)
 
 
 def _effective(layer: Any) -> Tensor:
@@ -85,8 +90,8 @@ def _effective(layer: Any) -> Tensor:
     return weight
 
 
-def _plain_lora(layer: Any) -> bool:
-    # Everything here would change the layer's function in a way that W + scale * B A does not express.
+def is_plain(layer: Any) -> bool:
+    """Whether a linear layer computes x W + scale * x A B and nothing else: no dropout, DoRA, merging or bias."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     return (
         type(layer.base_layer) is nn.Linear

@@ -25,13 +25,16 @@ from torch import Tensor
 from alignprop_core.config.base import as_section
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
 from alignprop_core.devices import choose_device, network_dtype
+from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
 from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
+from alignprop_core.diffusion.schedulers import step_sizes
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import RunError
 from alignprop_core.images import to_pil
@@ -62,6 +65,7 @@ class Sampler:
         device: the denoiser's device.
         dtype: of latents and images: float64 for a float64 model, else float32.
         scheduler: the scheduler's steps as pure functions.
+        step_sizes: T numbers, how far each step moves the final latents per unit of its prediction.
         latent_shape: (C, h, w) of one latent.
     """
 
@@ -81,6 +85,7 @@ class Sampler:
         self._calls = NetworkCalls(self.family)
         self.device, self.dtype = self._calls.device, self._calls.dtype
         self.scheduler = self.family.scheduler(self.device)
+        self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
         self._checkpointing = Checkpointing(self._calls, self.backprop)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
@@ -225,11 +230,13 @@ class Sampler:
                 off there are none.
             negative_prompt: for these samples; `sampling.negative_prompt` if None.
         """
+        if any(drawn is not None and drawn.requires_grad for drawn in (noise.initial, noise.steps, noise.lv)):
+            raise RunError("The noise requires a gradient, and sampling has none at the noise: pass it detached.")
         conditioning = self.conditioning(prompts, negative_prompt)
         if not torch.is_grad_enabled():
             truncation = None
         elif truncation is None:
-            truncation = draw_truncation(self.backprop, self.scheduler.steps, seed=noise.seed, step=noise.step)
+            truncation = draw_truncation(self.backprop, self.step_sizes, seed=noise.seed, step=noise.step)
         checkpointing = False
         if truncation is not None:
 
@@ -248,16 +255,18 @@ class Sampler:
             conditioning,
             truncation,
             regularization=self.regularization,
-            checkpointing=checkpointing,
+            stores=truncation is not None and not checkpointing,
         )
-        latents, aux = chain.run(noise)
-        # With n LV samples each prompt has 1 + n rows, which share its weight.
-        copies = latents.shape[0] // len(prompts)
+        if truncation is None:
+            sampled = chain.run(noise)
+            latents, weights, penalty = sampled.latents, sampled.weights, sampled.penalty
+        else:
+            latents, weights, penalty = DifferentiableChain.apply(chain, noise, *chain.parameters)
         return SampleOutput(
             latents=latents,
-            sample_index=tuple(range(len(prompts))) * copies,
-            sample_weights=latents.new_full((latents.shape[0],), 1 / copies),
-            aux=aux,
+            sample_index=tuple(range(len(prompts))) * (len(latents) // len(prompts)),
+            sample_weights=weights,
+            aux={"regularization": penalty} if chain.regularization else {},
         )
 
     def predict(self, latents: Tensor, step: int, prompts: Sequence[str]) -> Tensor:
@@ -281,7 +290,7 @@ class Sampler:
         if torch.is_grad_enabled():
             one = partial(pixels_of, latents[:1].detach().requires_grad_())
             self._checkpointing.recomputes("decoder", len(latents), one)
-        pixels = pixels_of(latents)
+        pixels = with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
 

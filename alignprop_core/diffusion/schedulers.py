@@ -69,6 +69,21 @@ class _Coefficients:
     std: Tensor
 
 
+def step_sizes(scheduler: Scheduler) -> list[float]:
+    """Return how far each step moves the final latents per unit of its prediction, along the linear path: T numbers.
+
+    It is the derivative of the final latents at step i's prediction when all later predictions are constants: for flow
+    matching sigma's difference; for DDIM the difference of sigma = sqrt(1 - alpha) / sqrt(alpha), times the factor
+    between latents and their scaled form (docs/concepts). Works for multistep schedulers as well.
+    """
+    with torch.enable_grad():
+        probes = [torch.zeros((1, 1, 1, 1), dtype=torch.float64, requires_grad=True) for _ in range(scheduler.steps)]
+        latents, state, noise = torch.zeros_like(probes[0]), scheduler.initial_state, torch.zeros_like(probes[0])
+        for i, probe in enumerate(probes):
+            latents, state = scheduler.step(latents, probe, i, state, noise)
+        return [float(size) for size in torch.autograd.grad(latents.sum(), probes)]
+
+
 class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes them.
 

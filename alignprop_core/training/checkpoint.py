@@ -1,4 +1,4 @@
-"""Complete training state on disk: adapters, optimizer, step and loss scale, in safetensors and JSON.
+"""Complete training state on disk: adapters, optimizer and step, in safetensors and JSON.
 
 A checkpoint gets its name only once it is complete, so a killed run leaves the one before it intact. All randomness
 comes from (seed, step, index), so this state is all that a resumed run needs to equal the uninterrupted one.

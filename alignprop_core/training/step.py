@@ -35,7 +35,7 @@ class StepGradient:
         sampler: the sampler, with a trainable adapter.
         mix: the rewards.
         prompts: the training prompts.
-        optimizer: knows the loss scale, and clips.
+        optimizer: clips the gradient.
         processes: this process among the others.
     """
 
@@ -66,12 +66,11 @@ class StepGradient:
             backward: False computes the statistics alone.
         """
         truncation = draw_truncation(
-            self.config.backprop, self.sampler.scheduler.steps, seed=self.config.training.seed, step=step
+            self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step
         )
-        scale = self.optimizer.scale if backward else None
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
         for indices in self._chunks:
-            stats += self._batch(indices, step, truncation, scale)
+            stats += self._batch(indices, step, truncation, backward)
         if self.processes.num_processes > 1:
             torch.distributed.all_reduce(stats.sums)
             if backward:
@@ -81,8 +80,8 @@ class StepGradient:
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
-    def _batch(self, indices: Sequence[int], step: int, truncation: Truncation, scale: float | None) -> StepStats:
-        """Sample, score and backpropagate the samples with these global indices; no backward pass if scale is None.
+    def _batch(self, indices: Sequence[int], step: int, truncation: Truncation, backward: bool) -> StepStats:
+        """Sample, score and, with `backward`, backpropagate the samples with these global indices.
 
         Decoder and rewards run chunk by chunk with the gradient computed at the final latents; then one backward pass
         runs through the denoising steps.
@@ -106,29 +105,27 @@ class StepGradient:
                 images=images, prompts=[prompts[i] for i in owners], metadata=[metadata[i] for i in owners]
             )
             weights = out.sample_weights[chunk] * share
-            pullback = partial(_pull_back, images, latents, scale or 1.0)
+            pullback = partial(_pull_back, images, latents)
             gradient, stats = self.mix.gradient(batch, weights, step=step, pullback=pullback)
             parts.append(stats)
-            if scale is None:
+            if not backward:
                 continue
             # Gradient ascent on the objective is descent on the loss, hence the sign.
-            ascent = -scale * gradient.to(images)
+            ascent = -gradient.to(images)
             gradients += [ascent] if self.mix.at_latent else torch.autograd.grad(images, latents, grad_outputs=ascent)
         stats = reduce(add, parts)
         stats["samples"] = len(prompts)
-        if scale is not None:
-            self.sampler.backward(out, torch.cat(gradients), aux_scale=share * scale)
+        if backward:
+            self.sampler.backward(out, torch.cat(gradients), aux_scale=share)
             for loss in out.aux.values():
                 stats["regularization"].add_(loss.detach())
         return stats
 
 
-def _pull_back(images: Tensor, latents: Tensor, scale: float, gradient: Tensor) -> Tensor:
+def _pull_back(images: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient at the latents of a gradient at the images decoded from them; the graph is kept."""
-    # Under a loss scale the decoder computes in half precision, where gradients of very different norms do not fit.
-    norm = gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny) if scale != 1 else gradient.new_ones(())
-    (pulled,) = torch.autograd.grad(images, latents, grad_outputs=gradient / norm * scale, retain_graph=True)
-    return pulled * norm / scale
+    (pulled,) = torch.autograd.grad(images, latents, grad_outputs=gradient, retain_graph=True)
+    return pulled
 
 
 def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) -> list[int]:

@@ -34,21 +34,19 @@ class StepCheck:
         self.skipped = 0
         self._error: AlignpropError | None = None
 
-    def reason_to_skip(self, step: int, stats: StepStats, overflow_expected: bool = False) -> str | None:
+    def reason_to_skip(self, step: int, stats: StepStats) -> str | None:
         """Return why this step must be skipped, or None.
 
         Args:
             step: its number, from 1.
             stats: its statistics, on the host.
-            overflow_expected: a gradient that is not finite is float16's loss scale being adjusted; the optimizer skips
-                that itself, and it does not count here.
         """
         terms = {label: norm for label, term in stats.terms.items() if (norm := term["grad_norm"]) is not None}
         norm, threshold = stats.grad_norm, self.config.spike_threshold
         finite = math.isfinite(norm)
         broken = any(term["raw"] is None or not math.isfinite(term["raw"]) for term in stats.terms.values())
         spike = threshold is not None and len(self.norms) >= _ENOUGH and norm > threshold * median(self.norms)
-        if broken or (spike and finite) or not (finite or overflow_expected):
+        if broken or (spike and finite) or not finite:
             reason, self._error = self._explain(step, stats, terms)
             self.skipped += 1
             return reason

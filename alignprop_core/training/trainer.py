@@ -144,7 +144,7 @@ class Trainer:
             registry=self.registry,
         )
         self.parameters = self.sampler.trainable_parameters()
-        self.optimizer = Optimizer(config, self.parameters, self.device, self.dtype)
+        self.optimizer = Optimizer(config, self.parameters)
         self.gradient = StepGradient(config, self.sampler, self.mix, self.prompts, self.optimizer, self.processes)
         advice = {entry.label: score_advice(entry, self.registry) for entry in config.rewards}
         self.step_check = StepCheck(config.optimizer, advice)
@@ -266,7 +266,7 @@ class Trainer:
         stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
-        stats.skipped = self.step_check.reason_to_skip(step + 1, stats, self.optimizer.overflow_expected)
+        stats.skipped = self.step_check.reason_to_skip(step + 1, stats)
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
         if changed and self.ema is not None:

@@ -146,7 +146,7 @@ def kept_next(trainer: Trainer) -> int:
     return len(
         draw_truncation(
             trainer.sampler.backprop,
-            trainer.sampler.scheduler.steps,
+            trainer.sampler.step_sizes,
             seed=trainer.config.training.seed,
             step=trainer.step_number,
         ).kept

@@ -241,7 +241,7 @@ def test_everything_wrong_is_reported_together_with_lines(tmp_path: Path, regist
         ("sampling: {guidance_scale: .inf}", "sampling.guidance_scale", "must be a finite number, not inf."),
         ("sampling: {eta: 2}", "sampling.eta", "must be at most 1, not 2."),
         ("backprop: {checkpoint_steps: maybe}", "backprop.checkpoint_steps", 'must be auto or true or false, not the text "maybe".'),
-        ("backprop: {strategy: lastk}", "backprop.strategy", 'must be last_k, uniform, gaussian, full, drtune, refl or bernoulli, not the text "lastk". Did you mean "last_k"?'),
+        ("backprop: {strategy: lastk}", "backprop.strategy", 'must be last_k, uniform, gaussian, full, drtune, refl, bernoulli, sparse, bridge or leap, not the text "lastk". Did you mean "last_k"?'),
         ("backprop: {strategy: bernoulli, keep_probability: 0}", "backprop.keep_probability", "must be more than 0, not 0."),
         ("optimizer: {learning_rate: fast}", "optimizer.learning_rate", 'must be a number, not the text "fast".'),
         ("model: {base: starter, loras: [{strength: 1}]}", "model.loras.0.path", "is required."),

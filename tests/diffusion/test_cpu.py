@@ -11,7 +11,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.cpu import cheaper_forwards, doubling_forwards, effective_forwards, replaced
+from alignprop_core.diffusion.cpu import cheaper_forwards, doubling_forwards, effective_weights, replaced
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.lora import adapters as lora
 
@@ -61,10 +61,10 @@ def test_images_and_gradients_equal_those_of_the_original_forwards(
 ) -> None:
     pipe, parameters = tuned(tiny_sd, use_rslora=True)
     sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=3.0), BackpropConfig.model_validate(backprop))
-    assert effective_forwards(pipe.unet)
+    assert effective_weights(pipe.unet)
     assert doubling_forwards(pipe.unet)
     images, found = gradient(sampler, parameters)
-    sampler._calls.forwards_of = lambda network: {}
+    sampler._calls.forwards_of = lambda network, weights=None: {}
     own_images, own = gradient(sampler, parameters)
     torch.testing.assert_close(images, own_images, atol=1e-12, rtol=0)
     torch.testing.assert_close(found, own, atol=1e-10 * float(own.abs().max()), rtol=1e-8)
@@ -79,7 +79,7 @@ def test_frozen_adapters_and_strengths_are_in_the_sum(tiny_sd: Callable[..., Any
     lora.set_strength(pipe.unet, 0.4)
     sampler = Sampler(pipe, SamplingConfig(steps=2, guidance_scale=3.0), BackpropConfig(strategy="full"))
     images, found = gradient(sampler, parameters)
-    sampler._calls.forwards_of = lambda network: {}
+    sampler._calls.forwards_of = lambda network, weights=None: {}
     own_images, own = gradient(sampler, parameters)
     torch.testing.assert_close(images, own_images, atol=1e-12, rtol=0)
     torch.testing.assert_close(found, own, atol=1e-10 * float(own.abs().max()), rtol=1e-8)
@@ -109,7 +109,7 @@ def test_layers_with_more_than_plain_lora_are_not_replaced(tiny_sd: Callable[...
     for options in ({"lora_dropout": 0.3}, {"use_dora": True}, {"lora_bias": True}):
         unet = tiny_sd().unet
         unet.add_adapter(LoraConfig(r=2, target_modules=["to_out.0"], **options))
-        assert effective_forwards(unet) == {}
+        assert effective_weights(unet) == {}
     recomputing = tiny_sd().unet
     lora.attach(recomputing, rank=2)
     assert cheaper_forwards(recomputing)

@@ -42,13 +42,13 @@ def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Trun
     latents, penalties, state = noise.initial, [], here.scheduler.initial_state
     for i in range(STEPS):
         t = here.scheduler.timesteps[i]
-        seen = latents.detach() if plan.detach_input else latents
+        weight, scale = plan.factors.get(i, (0.0, 0.0))
+        seen = scale * latents + (1 - scale) * latents.detach()
         prediction = here.family.predict(seen, t, one)
         if i in plan.kept:
             difference = prediction - there.family.predict(seen, t, two)
             penalties.append(difference.square().flatten(1).mean(1).sum())
-        else:
-            prediction = prediction.detach()
+        prediction = prediction.detach() + weight * (prediction - prediction.detach())
         if i < plan.first:
             prediction, latents = prediction.detach(), latents.detach()
         if i == plan.stop_at:
@@ -58,7 +58,7 @@ def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Trun
     return latents, torch.stack(penalties).mean()
 
 
-@pytest.mark.parametrize("strategy", ["uniform", "full", "drtune", "refl", "bernoulli"])
+@pytest.mark.parametrize("strategy", ["uniform", "full", "drtune", "refl", "bernoulli", "bridge", "leap"])
 @pytest.mark.parametrize("sums_weights", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_gradient_equals_plain_autograd(
@@ -73,11 +73,13 @@ def test_the_gradient_equals_plain_autograd(
     sampler = Sampler(pipe, sampling, backprop, regularization=WEIGHT)
     assert sampler._calls.forwards_of(pipe.unet)
     if not sums_weights:
-        sampler._calls.forwards_of = lambda network: {}
+        sampler._calls.forwards_of = lambda network, weights=None: {}
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=3, step=step)
         ascent = torch.randn(noise.initial.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
-        latents, penalty = plain(pipe, base, sampling, noise, draw_truncation(backprop, STEPS, seed=3, step=step))
+        latents, penalty = plain(
+            pipe, base, sampling, noise, draw_truncation(backprop, sampler.step_sizes, seed=3, step=step)
+        )
         ((latents * ascent).sum() + 0.5 * WEIGHT * penalty).backward()
         expected = gradients(parameters)
 

@@ -28,6 +28,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "refl": {"strategy": "refl", "refl_steps": 3},
     "bernoulli": {"strategy": "bernoulli", "keep_probability": 0.5},
     "lv": {"strategy": "last_k", "lv_samples": 2},
+    "sparse": {"strategy": "sparse", "k": 2},
+    "bridge": {"strategy": "bridge", "k": 3, "input_scale": 0.4},
+    "leap": {"strategy": "leap"},
 }
 
 
@@ -128,7 +131,7 @@ def test_gradient_equals_plain_autograd(
     sampler = Sampler(pipe, sampling, backprop)
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=7, step=step)
-        truncation = draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=7, step=step)
+        truncation = draw_truncation(sampler.backprop, sampler.step_sizes, seed=7, step=step)
         expected_images = plain_autograd(pipe, PROMPTS, sampling, noise, truncation)
         objective(expected_images).backward()
         expected = gradients(parameters)
@@ -236,6 +239,9 @@ def truncations() -> Iterator[tuple[str, int, Truncation]]:
         "drtune": [{}, {"k": 3}, {"k": 999}],
         "refl": [{}, {"refl_steps": 999}],
         "bernoulli": [{}, {"keep_probability": 1e-9}, {"keep_probability": 1.0}],
+        "sparse": [{}, {"k": 1}, {"k": 999}, {"late_bias": 0.0}],
+        "bridge": [{}, {"k": 1}, {"k": 2}, {"k": 999}],
+        "leap": [{}],
     }
     assert set(extreme) == set(get_args(Strategy))
     for strategy, options in extreme.items():
@@ -243,7 +249,7 @@ def truncations() -> Iterator[tuple[str, int, Truncation]]:
             config = BackpropConfig(strategy=strategy, **option)  # type: ignore[arg-type]
             for steps in (1, 2, 12, 50):
                 for seed in range(40):
-                    yield strategy, steps, draw_truncation(config, steps, seed=seed, step=0)
+                    yield strategy, steps, draw_truncation(config, [1.0] * steps, seed=seed, step=0)
 
 
 def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
@@ -255,20 +261,22 @@ def test_at_least_one_step_keeps_its_gradient_whatever_the_settings() -> None:
 
 
 def test_uniform_draws_every_length_and_gaussian_its_mean() -> None:
-    lengths = [len(draw_truncation(BackpropConfig(strategy="uniform"), 12, seed=s, step=0).kept) for s in range(1200)]
+    lengths = [
+        len(draw_truncation(BackpropConfig(strategy="uniform"), [1.0] * 12, seed=s, step=0).kept) for s in range(1200)
+    ]
     assert set(lengths) == set(range(1, 13))
     assert abs(sum(lengths) / len(lengths) - 6.5) < 0.3
     config = BackpropConfig(strategy="gaussian", mean=6.0, std=1.5)
-    drawn = [len(draw_truncation(config, 12, seed=s, step=0).kept) for s in range(1200)]
+    drawn = [len(draw_truncation(config, [1.0] * 12, seed=s, step=0).kept) for s in range(1200)]
     assert abs(sum(drawn) / len(drawn) - 6.0) < 0.2
 
 
 def test_drtune_can_choose_every_step_and_spaces_them_evenly() -> None:
     seen = set()
     for seed in range(300):
-        plan = draw_truncation(BackpropConfig(strategy="drtune", k=5), 12, seed=seed, step=0)
+        plan = draw_truncation(BackpropConfig(strategy="drtune", k=5), [1.0] * 12, seed=seed, step=0)
         assert len({b - a for a, b in zip(plan.kept, plan.kept[1:], strict=False)}) == 1
-        assert plan.detach_input
+        assert plan.input_scales == (0.0,) * 5
         seen |= set(plan.kept)
     assert seen == set(range(12))
 
@@ -277,12 +285,10 @@ def test_the_truncation_is_drawn_once_per_batch(pipe: Any) -> None:
     sampler = Sampler(pipe, SamplingConfig(steps=12), BackpropConfig(strategy="bernoulli"))
     noise = sampler.noise(PROMPTS, seed=0, step=3)
     assert (noise[0:1].seed, noise[0:1].step) == (0, 3), "the truncation depends on nothing else"
-    assert draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=0, step=3) == draw_truncation(
-        sampler.backprop, sampler.scheduler.steps, seed=0, step=3
+    assert draw_truncation(sampler.backprop, sampler.step_sizes, seed=0, step=3) == draw_truncation(
+        sampler.backprop, sampler.step_sizes, seed=0, step=3
     )
-    assert (
-        len({draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=0, step=s).kept for s in range(20)}) > 10
-    )
+    assert len({draw_truncation(sampler.backprop, sampler.step_sizes, seed=0, step=s).kept for s in range(20)}) > 10
 
 
 # -- randomness -------------------------------------------------------------------------------------------------------

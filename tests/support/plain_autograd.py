@@ -30,10 +30,9 @@ def plain_autograd(
 
     latents = noise.initial
     for i, t in enumerate(scheduler.timesteps):
-        seen = latents.detach() if plan.detach_input else latents
-        prediction = network(seen, t)
-        if i not in plan.kept:
-            prediction = prediction.detach()
+        weight, scale = plan.factors.get(i, (0.0, 0.0))
+        prediction = network(scale * latents + (1 - scale) * latents.detach(), t)
+        prediction = prediction.detach() + weight * (prediction - prediction.detach())
         if i < plan.first:
             latents = latents.detach()
         extra = {} if noise.steps is None else {"eta": sampling.eta, "variance_noise": noise.steps[i]}

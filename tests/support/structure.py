@@ -27,8 +27,11 @@ LAYERS = [
 """Bottom first. A package or module imports only from those before it, and from itself."""
 
 HEART = ("reward", "mix", "lora", "diffusion", "training")
-LIMITS = {"root modules": 13, "heart": 4000, "core": 9500, "functions of a step": 35, "modules of a step": 18}
-"""The design's limits. Lines of code are counted without comments, docstrings, data tables and model families."""
+LIMITS = {"root modules": 13, "heart": 5000, "core": 11000, "functions of a step": 42, "modules of a step": 18}
+"""The design's limits with the step-by-step engine (docs/decisions/0006-engine.md).
+
+Lines of code are counted without comments, docstrings, data tables and model families.
+"""
 
 BLIND = {"diffusion": {"reward", "mix"}, "reward": {"diffusion"}, "mix": {"diffusion"}, "registry": {"diffusion"}}
 """What a layer must not import although it is below: sampling and scoring meet in `training` and `evaluation`."""

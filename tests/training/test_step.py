@@ -56,7 +56,7 @@ def test_the_gradient_of_a_step_equals_plain_autograd(tiny_model: Path, tmp_path
     prompts = [trainer.prompts.prompts[i] for i in chosen]
     sampler = trainer.sampler
     noise = sampler.noise(prompts, seed=SEED, step=0, indices=everyone)
-    truncation = draw_truncation(sampler.backprop, sampler.scheduler.steps, seed=SEED, step=0)
+    truncation = draw_truncation(sampler.backprop, sampler.step_sizes, seed=SEED, step=0)
     images = plain_autograd(trainer.pipeline, prompts, trainer.config.sampling, noise, truncation)
     redness = Redness(RednessConfig(gain=10.0)).score(
         ImageBatch(images=images, prompts=prompts, metadata=[{}] * SAMPLES)

@@ -88,11 +88,14 @@ class Family(ABC):
 
     @abstractmethod
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        """Return the guided prediction, (B, C, h, w), for latents (B, C, h, w) at a 0-dim timestep tensor."""
+        """Return the guided prediction, (B, C, h, w), for latents (B, C, h, w) at a 0-dim timestep tensor.
+
+        Latents and prediction are in full precision; the family casts to its network's dtype and back.
+        """
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w)."""
+        """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w), in their dtype."""
 
     def checkpoint_decoder(self, enabled: bool) -> None:
         """Recompute the decoder's blocks in the backward pass (on) or keep their activations (off)."""

@@ -75,8 +75,8 @@ class StableDiffusion(Family):
             do_classifier_free_guidance=guided,
             negative_prompt=[negative_prompt] * len(prompts) if guided else None,
         )
-        key = "encoder_hidden_states"
-        return Conditioning({key: positive}, {key: negative} if guided else None)
+        key, dtype = "encoder_hidden_states", self.pipeline.unet.dtype
+        return Conditioning({key: positive.to(dtype)}, {key: negative.to(dtype)} if guided else None)
 
     def _warn_if_cut(self, prompts: Sequence[str]) -> None:
         """Warn about the first prompt that is longer than the text encoder's limit: its end has no effect."""
@@ -94,17 +94,19 @@ class StableDiffusion(Family):
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return uncond + scale * (cond - uncond) (Ho & Salimans 2022), or the plain prediction without guidance."""
+        unet, inputs = self.pipeline.unet, latents.to(self.pipeline.unet.dtype)
         if conditioning.negative is None:
-            prediction: Tensor = self.pipeline.unet(latents, timestep, **conditioning.positive, return_dict=False)[0]
-            return prediction
+            prediction: Tensor = unet(inputs, timestep, **conditioning.positive, return_dict=False)[0]
+            return prediction.to(latents.dtype)
         both = Conditioning.cat([Conditioning(conditioning.negative, None), Conditioning(conditioning.positive, None)])
-        doubled = self.pipeline.unet(torch.cat([latents] * 2), timestep, **both.positive, return_dict=False)[0]
-        uncond, cond = doubled.chunk(2)
+        doubled = unet(torch.cat([inputs] * 2), timestep, **both.positive, return_dict=False)[0]
+        # In full precision: guidance multiplies the difference of two similar numbers.
+        uncond, cond = doubled.to(latents.dtype).chunk(2)
         guided: Tensor = uncond + self.sampling.guidance_scale * (cond - uncond)
         return guided
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return VAE(latents / scaling_factor) / 2 + 1/2."""
         vae = self.pipeline.vae
-        pixels: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-        return pixels * 0.5 + 0.5
+        pixels: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
+        return pixels.to(latents.dtype) * 0.5 + 0.5

@@ -1,0 +1,96 @@
+"""Networks in half precision: adapters in the network's dtype, and gradients that float16 can represent.
+
+The adapters' parameters stay in float32, which is all that the optimizer, checkpoints and files see. The layers compute
+with copies of them in the network's dtype, made once per batch, with alpha and strength folded into B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
+
+from alignprop_core.diffusion.cpu import Forwards, Weights, is_plain
+
+_LARGEST = 2**-2
+"""Largest element of a scaled gradient: far from float16's largest number, 65,504, and from its smallest, 6e-8."""
+
+
+def low_rank_weights(network: nn.Module) -> dict[nn.Module, tuple[Tensor, ...]]:
+    """Return A (rank, in) and scale * B (out, rank) of the network's adapted linear layers, in the adapters' dtype.
+
+    The adapters of a layer are joined along the rank. The tensors have a graph to the parameters if gradients are on.
+    Layers with more than plain LoRA (dropout, DoRA, convolutions) have none; peft computes them in the adapters' dtype.
+    """
+    found: dict[nn.Module, tuple[Tensor, ...]] = {}
+    for layer in network.modules():
+        if isinstance(layer, Linear) and is_plain(layer):
+            names = [name for name in layer.active_adapters if name in layer.lora_A]
+            if names:
+                a = torch.cat([layer.lora_A[name].weight for name in names])
+                b = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in names], dim=1)
+                found[layer] = a, b
+    return found
+
+
+def low_rank_forwards(network: Any, weights: Weights | None = None) -> Forwards:
+    """Return forwards of the adapted layers that compute x W + x A B in the network's dtype.
+
+    Args:
+        network: the network; one with gradient checkpointing inside has none, since it runs again outside of them.
+        weights: its low-rank weights, in any dtype; computed if None.
+    """
+    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
+        return {}
+    weights = low_rank_weights(network) if weights is None else weights
+    return {
+        layer: partial(_low_rank, layer=layer, a=a.to(network.dtype), b=b.to(network.dtype))
+        for layer, (a, b) in weights.items()
+    }
+
+
+def _low_rank(x: Tensor, *_args: Any, layer: Any, a: Tensor, b: Tensor, **_kwargs: Any) -> Tensor:
+    out: Tensor = layer.base_layer(x) + F.linear(F.linear(x, a), b)
+    return out
+
+
+def scaled(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a gradient whose largest element is 1/4, and the factor, (), that undoes it; no sync with the host."""
+    factor = gradient.abs().amax() / _LARGEST
+    factor = torch.where(factor > 0, factor, 1.0)
+    return gradient / factor, factor
+
+
+def with_scaled_gradient(call: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """Return call(inputs), whose backward pass goes through the call with a scaled gradient and undoes the scale."""
+    factor: list[Tensor] = []
+    return _Scale.apply(call(_Undo.apply(inputs, factor)), factor)  # type: ignore[no-any-return]
+
+
+class _Scale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, factor: list[Tensor]) -> Tensor:
+        ctx.factor = factor
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        gradient, factor = scaled(gradient)
+        ctx.factor[:] = [factor]
+        return gradient, None
+
+
+class _Undo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, factor: list[Tensor]) -> Tensor:
+        ctx.factor = factor
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor[0], None
