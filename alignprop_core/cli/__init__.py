@@ -107,8 +107,9 @@ def _report(error: Exception, debug: bool) -> int:
         return 1
     if type(error).__name__ == "OutOfMemoryError":
         print(
-            "error: the device ran out of memory. Lower backprop.sample_batch_size and backprop.decode_batch_size, "
-            "keep fewer steps (backprop.strategy: last_k), or set backprop.checkpoint_steps=true.",
+            "error: the device ran out of memory. Set backprop.checkpoint_blocks=true and "
+            "backprop.checkpoint_decoder=true, and lower backprop.sample_batch_size and backprop.decode_batch_size; "
+            "none of these changes the result. On a CPU, set backprop.checkpoint_steps=true as well.",
             file=sys.stderr,
         )
         return 1

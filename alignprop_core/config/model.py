@@ -130,6 +130,9 @@ class BackpropConfig(Section):
     """Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1."""
     checkpoint_steps: Literal["auto"] | bool = "auto"
     """Recompute kept steps in the backward pass to save memory; auto: only if memory is short."""
+    checkpoint_blocks: Literal["auto"] | bool = "auto"
+    """Recompute the denoiser's blocks inside a kept step to save memory; auto: only if one step's activations do not
+    fit."""
     checkpoint_decoder: Literal["auto"] | bool = "auto"
     """Recompute the decoder in the backward pass to save memory; auto: only if memory is short."""
     sample_batch_size: Annotated[int, Field(ge=1)] | None = None

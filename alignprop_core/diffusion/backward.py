@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignprop_core.diffusion.chain import Chain, Record
+from alignprop_core.diffusion.cpu import replaced
 from alignprop_core.diffusion.half import scaled
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.schedulers import State
@@ -114,7 +115,8 @@ def network_vjp(
     if chain.scales_gradients:
         at_prediction, factor = scaled(at_prediction)
     wanted = [*chain.leaves, *chain.parameters, *([inputs] if inputs.requires_grad else [])]
-    found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=chain.stores, allow_unused=True)
+    with replaced(chain.forwards):
+        found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=chain.stores, allow_unused=True)
     for i, (one, other) in enumerate(zip(total, found, strict=False)):
         if other is not None:
             # Half-precision parts are added up in full precision.
@@ -129,7 +131,6 @@ def base_vjp(chain: Chain, record: Record, at_prediction: Tensor) -> Tensor:
     with adapters.disabled(chain.denoiser), torch.enable_grad():
         inputs = record.latents.detach().requires_grad_()
         output = chain.predict_base(inputs, chain.scheduler.timesteps[record.number])
-        if not chain.scales_gradients:
-            return torch.autograd.grad(output, inputs, at_prediction)[0]
-        gradient, factor = scaled(at_prediction)
-        return factor * torch.autograd.grad(output, inputs, gradient)[0]
+        gradient, factor = scaled(at_prediction) if chain.scales_gradients else (at_prediction, 1.0)
+        with replaced(chain.base_forwards):
+            return factor * torch.autograd.grad(output, inputs, gradient)[0]

@@ -57,9 +57,9 @@ class NetworkCalls:
 
 
 class Checkpointing:
-    """Decides whether kept steps and decoder are stored for the backward pass, or recomputed in it.
+    """Decides what is stored for the backward pass, and what is recomputed in it.
 
-    With "auto" they are stored if the graphs fit into the memory that was available when the first was needed.
+    With "auto", graphs are stored if they fit into the memory that was available when the first was needed.
 
     Args:
         calls: the networks.
@@ -68,31 +68,34 @@ class Checkpointing:
 
     def __init__(self, calls: NetworkCalls, backprop: BackpropConfig) -> None:
         self._calls = calls
-        self._settings = {"steps": backprop.checkpoint_steps, "decoder": backprop.checkpoint_decoder}
+        self._settings = {
+            "steps": backprop.checkpoint_steps,
+            "blocks": backprop.checkpoint_blocks,
+            "decoder": backprop.checkpoint_decoder,
+        }
         self._fitting: dict[str, float] = {}
-        self._decoder_recomputes: bool | None = None
+        self._enabled: dict[str, bool] = {}
 
-    def recomputes(self, part: Literal["steps", "decoder"], copies: int, one: Callable[[], Tensor]) -> bool:
-        """Return whether a part is recomputed; a decoder is also made to do so.
+    def recomputes(self, part: Literal["steps", "blocks", "decoder"], copies: int, one: Callable[[], Tensor]) -> bool:
+        """Return whether a part is recomputed; the network of blocks or decoder is also made to do so.
 
         Args:
-            part: the kept steps or the decoder.
-            copies: how many graphs of a single sample would be stored: samples, times kept steps.
-            one: runs the part for a single sample, to measure its graph.
+            part: the kept steps, the blocks of the denoiser inside one of them, or the decoder.
+            copies: how many graphs of a single sample would be stored at the same time.
+            one: runs the network for a single sample, to measure its graph.
         """
-        family, setting = self._calls.family, self._settings[part]
+        setting, network = self._settings[part], "decoder" if part == "decoder" else "denoiser"
         if setting == "auto" and part == "steps" and self._calls.device.type == "cuda":
             # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
             setting = True
         if setting == "auto":
-            if part not in self._fitting:
-                if part == "decoder":
-                    family.checkpoint_decoder(False)
-                    self._decoder_recomputes = False
-                stored = graph_bytes(one, [family.denoiser if part == "steps" else family.decoder])
-                self._fitting[part] = _MEMORY_SHARE * available_bytes(self._calls.device) / max(stored, 1)
-            setting = copies > self._fitting[part]
-        if part == "decoder" and setting != self._decoder_recomputes:
-            family.checkpoint_decoder(setting)
-            self._decoder_recomputes = setting
+            if network not in self._fitting:
+                self._calls.family.checkpoint(network, False)
+                self._enabled[network] = False
+                stored = graph_bytes(one, [getattr(self._calls.family, network)])
+                self._fitting[network] = _MEMORY_SHARE * available_bytes(self._calls.device) / max(stored, 1)
+            setting = copies > self._fitting[network]
+        if part != "steps" and self._enabled.get(network) != setting:
+            self._calls.family.checkpoint(network, setting)
+            self._enabled[network] = setting
         return setting

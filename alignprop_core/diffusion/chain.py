@@ -80,6 +80,7 @@ class Chain:
         parameters: the denoiser's trainable parameters.
         sums: the tensors that adapted layers use, with their graph to the parameters; empty if they use the parameters.
         leaves: the same in the network's dtype and without that graph: what the network calls are differentiated at.
+        forwards: the layers' forwards with these leaves; a VJP needs them too, where blocks run again.
         scales_gradients: whether a VJP scales the gradient on its way (float16).
     """
 
@@ -107,10 +108,12 @@ class Chain:
         self.sums = [weight for tensors in weights.values() for weight in tensors if weight.requires_grad]
         self.leaves = [weight for tensors in leaves.values() for weight in tensors if weight.requires_grad]
         self.scales_gradients = calls.scales_gradients
-        self.predict = partial(network, forwards=calls.forwards_of(self.denoiser, leaves))
+        self.forwards = calls.forwards_of(self.denoiser, leaves)
+        self.predict = partial(network, forwards=self.forwards)
         if self.regularization:
             with torch.no_grad(), adapters.disabled(self.denoiser):
-                self.predict_base = partial(network, forwards=calls.forwards_of(self.denoiser))
+                self.base_forwards = calls.forwards_of(self.denoiser)
+            self.predict_base = partial(network, forwards=self.base_forwards)
 
     def run(self, noise: Noise) -> Sampled:
         """Denoise without a graph of the chain.

@@ -54,15 +54,13 @@ def replaced(forwards: Forwards) -> Iterator[None]:
 def cheaper_forwards(network: nn.Module, weights: Weights | None = None) -> Forwards:
     """Return the cheaper forwards of a network's layers.
 
-    A network that uses gradient checkpointing inside has none: it would run parts of itself again in the backward pass,
-    outside any `replaced` block, and build another graph.
+    If the network uses gradient checkpointing inside, its backward pass must be in the same `replaced` block: it runs
+    parts of itself again there.
 
     Args:
         network: the network.
         weights: its effective weights; computed if None.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
-        return {}
     weights = effective_weights(network) if weights is None else weights
     linear = {layer: partial(_linear, weight=weight, layer=layer) for layer, (weight,) in weights.items()}
     return linear | doubling_forwards(network)

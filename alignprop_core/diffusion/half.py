@@ -42,11 +42,9 @@ def low_rank_forwards(network: Any, weights: Weights | None = None) -> Forwards:
     """Return forwards of the adapted layers that compute x W + x A B in the network's dtype.
 
     Args:
-        network: the network; one with gradient checkpointing inside has none, since it runs again outside of them.
+        network: the network.
         weights: its low-rank weights, in any dtype; computed if None.
     """
-    if any(getattr(module, "gradient_checkpointing", False) for module in network.modules()):
-        return {}
     weights = low_rank_weights(network) if weights is None else weights
     return {
         layer: partial(_low_rank, layer=layer, a=a.to(network.dtype), b=b.to(network.dtype))

@@ -237,7 +237,7 @@ class Sampler:
             truncation = None
         elif truncation is None:
             truncation = draw_truncation(self.backprop, self.step_sizes, seed=noise.seed, step=noise.step)
-        checkpointing = False
+        stores = False
         if truncation is not None:
 
             def one() -> Tensor:
@@ -248,14 +248,15 @@ class Sampler:
                 return self._calls.run(self.family.predict, latent, timestep, conditioning=first, forwards={})
 
             copies = len(prompts) * (len(truncation.kept) + self.backprop.lv_samples)
-            checkpointing = self._checkpointing.recomputes("steps", copies, one)
+            stores = not self._checkpointing.recomputes("steps", copies, one)
+            self._checkpointing.recomputes("blocks", len(prompts), one)
         chain = Chain(
             self._calls,
             self.scheduler,
             conditioning,
             truncation,
             regularization=self.regularization,
-            stores=truncation is not None and not checkpointing,
+            stores=stores,
         )
         if truncation is None:
             sampled = chain.run(noise)
@@ -284,12 +285,16 @@ class Sampler:
         pixels can still learn.
         """
 
+        recomputes = False
+
         def pixels_of(rows: Tensor) -> Tensor:
-            return self._calls.run(self.family.decode, rows, forwards=self._calls.forwards_of(self.family.decoder))
+            # A decoder that runs again in the backward pass keeps its own forwards: these here are gone by then.
+            forwards = {} if recomputes else self._calls.forwards_of(self.family.decoder)
+            return self._calls.run(self.family.decode, rows, forwards=forwards)
 
         if torch.is_grad_enabled():
             one = partial(pixels_of, latents[:1].detach().requires_grad_())
-            self._checkpointing.recomputes("decoder", len(latents), one)
+            recomputes = self._checkpointing.recomputes("decoder", len(latents), one)
         pixels = with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.memory import graph_bytes
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.schedulers import DDIM, State, step_sizes
@@ -305,3 +306,16 @@ def test_without_stored_graphs_sampling_keeps_no_activations(tiny_sd: Callable[.
     weights = sum(weight.numel() for tensors in sampler._calls.weights_of(pipe.unet).values() for weight in tensors)
     assert sum(saved) <= 3 * sum(p.numel() for p in parameters) + weights
     assert out.latents.requires_grad
+
+
+def test_checkpointed_blocks_store_a_fraction_of_a_step(tiny_sd: Callable[..., Any]) -> None:
+    pipe, _ = tuned(tiny_sd)
+    sampler = Sampler(pipe, SamplingConfig(steps=2, width=64, height=64))
+    latents, prompts = sampler.noise(PROMPTS).initial, sampler.conditioning(PROMPTS)
+
+    def stored() -> int:
+        return graph_bytes(lambda: sampler.family.predict(latents, torch.tensor(1), prompts), [pipe.unet])
+
+    whole = stored()
+    sampler.family.checkpoint("denoiser", True)
+    assert stored() < whole / 3

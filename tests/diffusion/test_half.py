@@ -69,13 +69,17 @@ def test_images_are_near_those_of_full_precision_and_of_diffusers(
 
 
 @pytest.mark.parametrize("strategy", ["full", "last_k"])
-@pytest.mark.parametrize("recomputes", [True, False])
+@pytest.mark.parametrize("recomputes", ["steps", "blocks", "nothing"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_the_gradient_is_near_that_of_full_precision(
-    tiny_sd: Callable[..., Any], dtype: torch.dtype, recomputes: bool, strategy: str
+    tiny_sd: Callable[..., Any], dtype: torch.dtype, recomputes: str, strategy: str
 ) -> None:
     sampling = SamplingConfig(steps=4, guidance_scale=3.0)
-    backprop = BackpropConfig(strategy=strategy, checkpoint_steps=recomputes)  # type: ignore[arg-type]
+    backprop = BackpropConfig(
+        strategy=strategy,  # type: ignore[arg-type]
+        checkpoint_steps=recomputes != "nothing",
+        checkpoint_blocks=recomputes == "blocks",
+    )
     exact_pipe, pipe = tiny_sd(), tiny_sd().to(dtype)
     _, expected = gradient(Sampler(exact_pipe, sampling, backprop), tuned(exact_pipe))
     parameters = tuned(pipe)

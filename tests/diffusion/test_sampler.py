@@ -12,6 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig, Strategy
+from alignprop_core.diffusion.memory import graph_bytes
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import ConfigError, ModelError, RunError
@@ -127,7 +128,12 @@ def test_gradient_equals_plain_autograd(
     parameters = trainable(pipe)
     eta = 0.6 if name in ("uniform", "full") else 0.0
     sampling = SamplingConfig(steps=STEPS, guidance_scale=3.0, eta=eta, negative_prompt="x")
-    backprop = BackpropConfig(checkpoint_steps=checkpointing, checkpoint_decoder=checkpointing, **SETTINGS[name])
+    backprop = BackpropConfig(
+        checkpoint_steps=checkpointing,
+        checkpoint_blocks=checkpointing,
+        checkpoint_decoder=checkpointing,
+        **SETTINGS[name],
+    )
     sampler = Sampler(pipe, sampling, backprop)
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=7, step=step)
@@ -182,7 +188,8 @@ def test_steps_before_the_first_kept_one_have_no_graph(pipe: Any) -> None:
     trainable(pipe)
     grad_calls: list[bool] = []
     pipe.unet.register_forward_hook(lambda *_: grad_calls.append(torch.is_grad_enabled()))
-    sampler = Sampler(pipe, SamplingConfig(steps=6), BackpropConfig(strategy="last_k", k=2, checkpoint_steps=False))
+    backprop = BackpropConfig(strategy="last_k", k=2, checkpoint_steps=False, checkpoint_blocks=False)
+    sampler = Sampler(pipe, SamplingConfig(steps=6), backprop)
     sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=0, step=0))
     assert grad_calls == [False] * 4 + [True] * 2
 
@@ -215,16 +222,21 @@ def test_auto_checkpointing_depends_on_the_available_memory(pipe: Any, monkeypat
     # Before the call: a recomputation ends as soon as it has what the backward pass needs.
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def unet_calls(available: int) -> int:
+    def recomputed(available: float) -> tuple[int, bool]:
         monkeypatch.setattr("alignprop_core.diffusion.calls.available_bytes", lambda device: available)
-        sampler = Sampler(pipe, SamplingConfig(steps=3), BackpropConfig(strategy="full"))
+        sampler = Sampler(pipe, SamplingConfig(steps=3, guidance_scale=1.0), BackpropConfig(strategy="full"))
         out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
         calls.clear()
         sampler.backward(out, torch.ones_like(out.latents))
-        return len(calls)
+        return len(calls), pipe.unet.is_gradient_checkpointing
 
-    assert unet_calls(available=2**40) == 0, "memory is plentiful: nothing is recomputed"
-    assert unet_calls(available=1) == 3, "memory is short: every kept step is recomputed"
+    latents, timestep = torch.zeros(1, 4, 4, 4), torch.tensor(1)
+    text = Sampler(pipe, SamplingConfig(guidance_scale=1.0)).conditioning(["fox"]).positive["encoder_hidden_states"]
+    one = graph_bytes(lambda: pipe.unet(latents, timestep, text, return_dict=False)[0], [pipe.unet])
+    assert recomputed(available=2**40) == (0, False), "memory is plentiful: nothing is recomputed"
+    assert recomputed(available=3 * one) == (3, False), "one step's activations fit: every kept step is called again"
+    assert recomputed(available=1) == (3, True), "memory is short: so are the blocks inside a step"
+    pipe.unet.disable_gradient_checkpointing()
 
 
 # -- what is kept -----------------------------------------------------------------------------------------------------

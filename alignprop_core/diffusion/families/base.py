@@ -97,9 +97,10 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w), in their dtype."""
 
-    def checkpoint_decoder(self, enabled: bool) -> None:
-        """Recompute the decoder's blocks in the backward pass (on) or keep their activations (off)."""
+    def checkpoint(self, network: str, enabled: bool) -> None:
+        """Recompute the blocks of "denoiser" or "decoder" in the backward pass (on) or keep their activations (off)."""
+        module: Any = getattr(self, network)
         if enabled:
-            self.decoder.enable_gradient_checkpointing()  # type: ignore[operator]
+            module.enable_gradient_checkpointing()
         else:
-            self.decoder.disable_gradient_checkpointing()  # type: ignore[operator]
+            module.disable_gradient_checkpointing()
