@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig
-from tests.support.fake_plugins import install, reward_spec, rewards_hook
+from tests.support.fake_plugins import install, outside_a_terminal, reward_spec, rewards_hook
 
 
 @pytest.fixture
@@ -345,7 +344,8 @@ def assert_not_imported(modules: tuple[str, ...], arguments: list[str], site: Pa
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
-        env={**os.environ, "PYTHONPATH": str(site)}, capture_output=True, text=True, timeout=60, check=False,
+        env={**outside_a_terminal(), "PYTHONPATH": str(site)},
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
@@ -369,3 +369,20 @@ def test_a_table_in_a_pipe_has_plain_columns_whatever_its_cells_are(
     assert capsys.readouterr().out.splitlines() == [
         "", f"{'name':150}  score", f"{wide}  1", f"{'':150}  2", "b", "", f"{'c':150}  3"
     ]  # fmt: skip
+
+
+def test_commands_run_with_the_garbage_collector() -> None:
+    """It is off only while the command line is read, which imports and creates little that ends."""
+    code = (
+        "import atexit, gc; from alignprop_core.cli import main; "
+        "atexit.register(lambda: print('collects', gc.isenabled())); main()"
+    )
+    for arguments in (["plugins"], ["rewards", "list"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=outside_a_terminal(),
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.splitlines()[-1] == "collects True"

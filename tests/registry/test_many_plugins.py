@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.registry.test_registry import BROKEN
-from tests.support.fake_plugins import install, reward_spec, rewards_hook
+from tests.support.fake_plugins import install, outside_a_terminal, reward_spec, rewards_hook
 
 # The ways a plugin can be broken that test_registry has not: they load, or are found out only when they are named.
 LATE = {
@@ -47,7 +47,7 @@ assert mine == ["fake_works.config", "fake_works.reward"], mine
 
 def environment(*sites: Path) -> dict[str, str]:
     left_out = ("ALIGNPROP_", "PYTHONDONTWRITEBYTECODE")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(left_out)}
+    kept = {name: value for name, value in outside_a_terminal().items() if not name.startswith(left_out)}
     return {**kept, "PYTHONPATH": os.pathsep.join(map(str, sites))}
 
 

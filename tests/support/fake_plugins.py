@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from textwrap import dedent, indent
@@ -89,3 +90,11 @@ def install(
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n{needs}\n")
     (info / "entry_points.txt").write_text(entry_points or f"[alignprop]\nmain = {package}\n")
     return package
+
+
+def outside_a_terminal() -> dict[str, str]:
+    """Return the environment without a terminal's size: importing readline, as pytest does, sets it for all processes.
+
+    Where it is set, tables are printed for a terminal of that width, by rich.
+    """
+    return {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
