@@ -66,29 +66,16 @@ def scaled(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_scaled_gradient(call: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """Return call(inputs), whose backward pass goes through the call with a scaled gradient and undoes the scale."""
-    factor: list[Tensor] = []
-    return _Scale.apply(call(_Undo.apply(inputs, factor)), factor)  # type: ignore[no-any-return]
+    factors: list[Tensor] = []
 
-
-class _Scale(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, outputs: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return outputs.view_as(outputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def scale(gradient: Tensor) -> Tensor:
         gradient, factor = scaled(gradient)
-        ctx.factor[:] = [factor]
-        return gradient, None
+        factors.append(factor)
+        return gradient
 
-
-class _Undo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, inputs: Tensor, factor: list[Tensor]) -> Tensor:
-        ctx.factor = factor
-        return inputs.view_as(inputs)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor[0], None
+    inner = inputs.view_as(inputs)  # hooks on `inputs` itself would stay there
+    outputs = call(inner)
+    if inner.requires_grad:
+        outputs.register_hook(scale)  # type: ignore[no-untyped-call]
+        inner.register_hook(lambda gradient: gradient * factors.pop())  # type: ignore[no-untyped-call]
+    return outputs
