@@ -20,6 +20,7 @@ from alignprop_core.diffusion.cpu import replaced
 from alignprop_core.diffusion.half import scaled
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.schedulers import State
+from alignprop_core.errors import RunError
 from alignprop_core.lora import adapters
 
 
@@ -109,8 +110,16 @@ def network_vjp(
 
     Returns:
         (B, C, h, w), or None where the truncation stops the gradient.
+
+    Raises:
+        RunError: the network call depends on no trainable parameter.
     """
     inputs, output = graph
+    if not output.requires_grad:
+        raise RunError(
+            "The sample carries no gradient: the trainable adapter was off while it was generated. Sample outside of "
+            "`without_lora()`."
+        )
     factor: Tensor | float = 1.0
     if chain.scales_gradients:
         at_prediction, factor = scaled(at_prediction)

@@ -287,6 +287,17 @@ def test_a_gradient_at_the_noise_is_refused(tiny_sd: Callable[..., Any]) -> None
         sampler.sample(PROMPTS, Noise(noise.initial.requires_grad_()))
 
 
+@pytest.mark.parametrize("recomputes", [True, False])
+def test_a_sample_without_the_adapter_has_no_gradient(tiny_sd: Callable[..., Any], recomputes: bool) -> None:
+    pipe, _ = tuned(tiny_sd)
+    backprop = BackpropConfig(strategy="full", checkpoint_steps=recomputes)
+    sampler = Sampler(pipe, SamplingConfig(steps=2), backprop)
+    with sampler.without_lora():
+        out = sampler.sample(PROMPTS, sampler.noise(PROMPTS))
+    with pytest.raises(RunError, match=r"adapter was off.*without_lora"):
+        sampler.backward(out, ascent_of(out.latents))
+
+
 @pytest.mark.parametrize("strategy", ["full", "last_k"])
 def test_without_stored_graphs_sampling_keeps_no_activations(tiny_sd: Callable[..., Any], strategy: str) -> None:
     """All that lives from sampling to the backward pass is the recorded latents: it does not grow with the network."""
