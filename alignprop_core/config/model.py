@@ -135,6 +135,8 @@ class BackpropConfig(Section):
     fit."""
     checkpoint_decoder: Literal["auto"] | bool = "auto"
     """Recompute the decoder in the backward pass to save memory; auto: only if memory is short."""
+    cuda_graphs: bool = True
+    """On a GPU, record the networks' calls once for each shape and replay them, so that it does not wait for Python."""
     sample_batch_size: Annotated[int, Field(ge=1)] | None = None
     """Images denoised at a time; null is all. Changes memory and time, never values."""
     decode_batch_size: Annotated[int, Field(ge=1)] | None = None

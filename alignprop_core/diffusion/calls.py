@@ -30,7 +30,7 @@ class NetworkCalls:
             precision at every step would add up over the chain.
         scales_gradients: whether gradients are scaled on their way through a network: in float16.
         weights_of: network -> the tensors that its adapted layers use for one batch, with their graph to the adapters:
-            effective weights in full precision on a CPU (`diffusion.cpu`), A and B in half precision
+            effective weights in full precision on a CPU (`diffusion.cpu`), A and B in half precision and on CUDA
             (`diffusion.half`); elsewhere the layers use the adapters themselves.
         forwards_of: (network, these tensors) -> the layers' forwards.
     """
@@ -44,7 +44,7 @@ class NetworkCalls:
         self.scales_gradients = network.dtype == torch.float16
         self.weights_of: Callable[[nn.Module], Weights] = lambda _: {}
         self.forwards_of: Callable[..., Forwards] = lambda *_: {}
-        if network.dtype in (torch.float16, torch.bfloat16):
+        if network.dtype in (torch.float16, torch.bfloat16) or self.device.type == "cuda":
             self.weights_of, self.forwards_of = low_rank_weights, low_rank_forwards
         elif self.device.type == "cpu":
             # Sums of weights are exact in full precision only, and faster only on CPUs.

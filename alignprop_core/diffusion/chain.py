@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.denoiser import Batch, Denoiser, Denoisers
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.schedulers import Scheduler, State
@@ -70,23 +70,18 @@ class Chain:
 
     Args:
         calls: the networks.
+        denoisers: the denoiser for batches of every shape.
         scheduler: the scheduler's steps as pure functions.
         conditioning: the encoded prompts of the B samples.
         truncation: the steps that keep their gradient; None for a chain without a gradient.
         regularization: weight of the squared difference to the base model's predictions; 0 computes none.
         stores: whether the kept network calls store their graphs for the backward pass.
-
-    Attributes:
-        parameters: the denoiser's trainable parameters.
-        sums: the tensors that adapted layers use, with their graph to the parameters; empty if they use the parameters.
-        leaves: the same in the network's dtype and without that graph: what the network calls are differentiated at.
-        forwards: the layers' forwards with these leaves; a VJP needs them too, where blocks run again.
-        scales_gradients: whether a VJP scales the gradient on its way (float16).
     """
 
     def __init__(
         self,
         calls: NetworkCalls,
+        denoisers: Denoisers,
         scheduler: Scheduler,
         conditioning: Conditioning,
         truncation: Truncation | None,
@@ -96,24 +91,21 @@ class Chain:
     ) -> None:
         self.scheduler, self.truncation, self.stores = scheduler, truncation, stores
         self.regularization = regularization if truncation is not None else 0.0
-        self._calls, self.denoiser = calls, calls.family.denoiser
-        self.parameters: list[nn.Parameter] = [p for p in self.denoiser.parameters() if p.requires_grad]
-        network = partial(calls.run, calls.family.predict, conditioning=conditioning)  # (latents, timestep) -> (B, ...)
+        self._calls, network = calls, calls.family.denoiser
         with torch.set_grad_enabled(truncation is not None):
-            weights = calls.weights_of(self.denoiser)
-        leaves = {
-            layer: tuple(w.detach().to(calls.network_dtype).requires_grad_(w.requires_grad) for w in tensors)
-            for layer, tensors in weights.items()
-        }
-        self.sums = [weight for tensors in weights.values() for weight in tensors if weight.requires_grad]
-        self.leaves = [weight for tensors in leaves.values() for weight in tensors if weight.requires_grad]
-        self.scales_gradients = calls.scales_gradients
-        self.forwards = calls.forwards_of(self.denoiser, leaves)
-        self.predict = partial(network, forwards=self.forwards)
+            weights = calls.weights_of(network)
+        base = None
         if self.regularization:
-            with torch.no_grad(), adapters.disabled(self.denoiser):
-                self.base_forwards = calls.forwards_of(self.denoiser)
-            self.predict_base = partial(network, forwards=self.base_forwards)
+            with torch.no_grad(), adapters.disabled(network):
+                base = calls.weights_of(network)
+        self._batch = Batch(conditioning, weights, base)
+        self._denoiser = denoisers.of(self._batch)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser with this batch's prompts and adapters, also if it has had another batch since."""
+        self._denoiser.load(self._batch)
+        return self._denoiser
 
     def run(self, noise: Noise) -> Sampled:
         """Denoise without a graph of the chain.
@@ -126,6 +118,8 @@ class Chain:
         step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
         state = scheduler.initial_state
         factors = {} if truncation is None else truncation.factors
+        if truncation is not None and not self.stores:
+            self.denoiser.prepare(latents, scheduler.timesteps[0])
         records: list[Record] = []
         for i in range(scheduler.steps):
             record = Record(i, latents, latents, state, None if step_noise is None else step_noise[i])
@@ -158,17 +152,37 @@ class Chain:
             return self.scheduler.clean(record.latents, record.prediction, record.number), ()
         return self.scheduler.step(record.latents, record.prediction, record.number, record.state, record.noise)
 
-    def call(self, record: Record, *, graph: bool) -> tuple[Tensor, Tensor]:
-        """Call the network at a record's latents; return its input and its output, with or without a graph."""
-        inputs = record.latents.detach().requires_grad_(graph and record.input_scale != 0)
-        with torch.set_grad_enabled(graph):
-            return inputs, self.predict(inputs, self.scheduler.timesteps[record.number])
+    def vjp(self, record: Record, graph: tuple[Tensor, Tensor] | None, at_prediction: Tensor) -> Tensor | None:
+        """Add the VJP of a record's network call at the adapters to the denoiser's sum.
+
+        Args:
+            record: the step.
+            graph: the call's graph, or None to run it again.
+            at_prediction: (B, C, h, w), gradient at the prediction.
+
+        Returns:
+            (B, C, h, w), its part at the latents; None where the truncation stops the gradient.
+        """
+        if graph is not None:
+            found = self.denoiser.pull(graph, at_prediction, again=True)
+        else:
+            found = self.denoiser.vjp(
+                record.latents, self.timestep(record), at_prediction, at_input=record.input_scale != 0
+            )
+        return found if record.input_scale else None
+
+    def timestep(self, record: Record) -> Tensor:
+        """Return a record's timestep, 0-dim."""
+        return self.scheduler.timesteps[record.number]
 
     def _denoise(self, record: Record) -> None:
-        graph = record.kept and self.stores
-        inputs, output = self.call(record, graph=graph)
-        record.prediction = output.detach()
-        record.graph = (inputs, output) if graph else None
+        if record.kept and self.stores:
+            record.graph = self.denoiser.with_graph(
+                record.latents, self.timestep(record), at_input=record.input_scale != 0
+            )
+            record.prediction = record.graph[1].detach()
+        else:
+            record.prediction = self.denoiser.predict(record.latents, self.timestep(record))
 
     def _leap_weights(self, records: Sequence[Record], latents: Tensor, tolerance: float) -> Tensor:
         """Return each sample's weight, (B,), from how far its leaps miss the chain (LeapAlign, arXiv:2604.15311)."""
@@ -188,9 +202,10 @@ class Chain:
         Mean over (C, h, w), sum over B: chunks of a batch add up to the batch's.
         """
         squares = []
-        with torch.no_grad(), adapters.disabled(self.denoiser):
+        denoiser = self.denoiser
+        with denoiser.base():
             for record in (record for record in records if record.kept):
-                record.base = self.predict_base(record.latents, self.scheduler.timesteps[record.number])
+                record.base = denoiser.predict(record.latents, self.timestep(record))
                 squares.append((record.prediction - record.base).square().flatten(1).mean(1).sum())
         return self.regularization * torch.stack(squares).mean()
 

@@ -24,18 +24,24 @@ _LARGEST = 2**-2
 def low_rank_weights(network: nn.Module) -> dict[nn.Module, tuple[Tensor, ...]]:
     """Return A (rank, in) and scale * B (out, rank) of the network's adapted linear layers, in the adapters' dtype.
 
-    The adapters of a layer are joined along the rank. The tensors have a graph to the parameters if gradients are on.
-    Layers with more than plain LoRA (dropout, DoRA, convolutions) have none; peft computes them in the adapters' dtype.
+    The adapters of a layer are joined along the rank; B is 0 where an adapter is off, so shapes depend on the attached
+    adapters alone. The tensors have a graph to the parameters if gradients are on. Layers with more than plain LoRA
+    (dropout, DoRA, convolutions) have none; peft computes them in the adapters' dtype.
     """
     found: dict[nn.Module, tuple[Tensor, ...]] = {}
     for layer in network.modules():
         if isinstance(layer, Linear) and is_plain(layer):
-            names = [name for name in layer.active_adapters if name in layer.lora_A]
-            if names:
-                a = torch.cat([layer.lora_A[name].weight for name in names])
-                b = torch.cat([layer.scaling[name] * layer.lora_B[name].weight for name in names], dim=1)
-                found[layer] = a, b
+            pairs = [_scaled_pair(layer, name) for name in layer.lora_A]
+            a, b = zip(*pairs, strict=True)
+            found[layer] = (*a, *b) if len(pairs) == 1 else (torch.cat(a), torch.cat(b, dim=1))
     return found
+
+
+def _scaled_pair(layer: Linear, name: str) -> tuple[Tensor, Tensor]:
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if name in layer.active_adapters:
+        return a, layer.scaling[name] * b
+    return a.detach(), torch.zeros_like(b, requires_grad=False)
 
 
 def low_rank_forwards(network: Any, weights: Weights | None = None) -> Forwards:

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +27,11 @@ from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
 from alignprop_core.diffusion.chain import Chain
+from alignprop_core.diffusion.cuda_graphs import Pool
+from alignprop_core.diffusion.decoder import Decoder
+from alignprop_core.diffusion.denoiser import Batch, Denoisers
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
-from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
@@ -88,6 +89,9 @@ class Sampler:
         self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
         self._checkpointing = Checkpointing(self._calls, self.backprop)
+        pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs)
+        self._denoisers = Denoisers(self._calls, pool)
+        self._decoder = Decoder(self._calls, pool, self._checkpointing)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
         self._lora_is_on = True
 
@@ -252,6 +256,7 @@ class Sampler:
             self._checkpointing.recomputes("blocks", len(prompts), one)
         chain = Chain(
             self._calls,
+            self._denoisers,
             self.scheduler,
             conditioning,
             truncation,
@@ -262,7 +267,7 @@ class Sampler:
             sampled = chain.run(noise)
             latents, weights, penalty = sampled.latents, sampled.weights, sampled.penalty
         else:
-            latents, weights, penalty = DifferentiableChain.apply(chain, noise, *chain.parameters)
+            latents, weights, penalty = DifferentiableChain.apply(chain, noise, *chain.denoiser.parameters)
         return SampleOutput(
             latents=latents,
             sample_index=tuple(range(len(prompts))) * (len(latents) // len(prompts)),
@@ -274,9 +279,8 @@ class Sampler:
         """Return the denoiser's guided prediction, (B, C, h, w), at the start of denoising step `step`; no graph."""
         conditioning = self.conditioning(prompts)
         with torch.no_grad():
-            forwards = self._calls.forwards_of(self.family.denoiser)
-            timestep = self.scheduler.timesteps[step]
-            return self._calls.run(self.family.predict, latents, timestep, conditioning=conditioning, forwards=forwards)
+            batch = Batch(conditioning, self._calls.weights_of(self.family.denoiser))
+            return self._denoisers.of(batch).predict(latents, self.scheduler.timesteps[step])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1].
@@ -285,19 +289,7 @@ class Sampler:
         pixels can still learn.
         """
 
-        recomputes = False
-
-        def pixels_of(rows: Tensor) -> Tensor:
-            # A decoder that runs again in the backward pass keeps its own forwards: these here are gone by then.
-            forwards = {} if recomputes else self._calls.forwards_of(self.family.decoder)
-            return self._calls.run(self.family.decode, rows, forwards=forwards)
-
-        if torch.is_grad_enabled():
-            one = partial(pixels_of, latents[:1].detach().requires_grad_())
-            recomputes = self._checkpointing.recomputes("decoder", len(latents), one)
-        pixels = with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
-        # The value of clamp; the difference is 0 and has the gradient of the identity.
-        return pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
+        return self._decoder(latents)
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
         """Backpropagate through the kept steps into the adapters' `.grad`.

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.schedulers import Scheduler
@@ -36,6 +38,25 @@ class Conditioning:
             return {name: value[index] for name, value in tensors.items()}
 
         return Conditioning(cut(self.positive), None if self.negative is None else cut(self.negative))
+
+    @property
+    def shapes(self) -> tuple[tuple[str, torch.Size], ...]:
+        """Names and shapes of all tensors; those of the negative prompt follow."""
+        return tuple((name, value.shape) for part in self._parts for name, value in part.items())
+
+    def clone(self) -> Conditioning:
+        """Return a copy."""
+        return Conditioning.cat([self])
+
+    def copy_(self, other: Conditioning) -> None:
+        """Copy the values of another one of the same shapes."""
+        for own, given in zip(self._parts, other._parts, strict=True):
+            for name, value in own.items():
+                value.copy_(given[name])
+
+    @property
+    def _parts(self) -> list[Mapping[str, Tensor]]:
+        return [self.positive, *([] if self.negative is None else [self.negative])]
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
@@ -101,6 +122,7 @@ class Family(ABC):
         """Recompute the blocks of "denoiser" or "decoder" in the backward pass (on) or keep their activations (off)."""
         module: Any = getattr(self, network)
         if enabled:
-            module.enable_gradient_checkpointing()
+            # No block draws random numbers in `eval()`, and a CUDA graph cannot save the state of a generator.
+            module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
         else:
             module.disable_gradient_checkpointing()

@@ -1,0 +1,312 @@
+"""Captured calls: on a CPU, that their fixed tensors are filled for each batch; on a GPU, the graphs themselves."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.cuda_graphs import Pool
+from alignprop_core.diffusion.decoder import Decoder
+from alignprop_core.diffusion.denoiser import Denoisers
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.lora import adapters as lora
+
+PROMPTS = ["fox", "two owls"]
+STRATEGIES: list[dict[str, Any]] = [
+    {"strategy": "full"},
+    {"strategy": "last_k", "k": 2},
+    {"strategy": "last_k", "lv_samples": 2},
+    {"strategy": "drtune", "k": 2},
+    {"strategy": "refl"},
+    {"strategy": "bernoulli"},
+    {"strategy": "sparse", "k": 2},
+    {"strategy": "bridge", "k": 3},
+    {"strategy": "leap"},
+]
+
+
+class Replays:
+    """Calls a function as a CUDA graph does: on the tensors it was captured with; other replays' leftovers are lost."""
+
+    def __init__(self, pool: FixedTensors, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
+        self.pool, self.function, self.inputs = pool, function, inputs
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given)
+        self.pool.replays += 1
+        self.pool.calls += 1
+        return [output.detach().clone() for output in self.function(*self.inputs)]
+
+
+class FixedTensors(Pool):
+    """A pool for a CPU."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=True)
+        self.calls = self.captures = 0
+
+    def capture(self, functions: Any, inputs: Any) -> Any:
+        """Return replays of the functions; like a capture, call them twice before."""
+        static = [[tensor.detach().clone() for tensor in tensors] for tensors in inputs]
+        for _ in range(2):
+            for function, tensors in zip(functions, static, strict=True):
+                function(*tensors)
+        self.captures += 1
+        return [Replays(self, function, tensors) for function, tensors in zip(functions, static, strict=True)]
+
+
+def tuned(pipe: Any, seed: int = 0, target_modules: list[str] | None = None) -> list[torch.nn.Parameter]:
+    """Attach an adapter whose B is not zero."""
+    parameters = lora.attach(
+        pipe.unet,
+        rank=2,
+        alpha=3.0,
+        seed=seed,
+        target_modules=target_modules,
+        dtype=torch.float64 if pipe.dtype == torch.float64 else torch.float32,
+    )
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in parameters[1::2]:
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return parameters
+
+
+def samplers(pipe: Any, backprop: dict[str, Any], **options: Any) -> tuple[Sampler, Sampler, FixedTensors]:
+    """Return a sampler that runs eagerly, one with fixed tensors, and the pool of the second."""
+    sampling = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5)
+    eager, fixed = (Sampler(pipe, sampling, BackpropConfig.model_validate(backprop), **options) for _ in range(2))
+    pool = FixedTensors()
+    fixed._denoisers = Denoisers(fixed._calls, pool)
+    fixed._decoder = Decoder(fixed._calls, pool, fixed._checkpointing)
+    return eager, fixed, pool
+
+
+def gradient(sampler: Sampler, parameters: Sequence[torch.nn.Parameter], prompts: Sequence[str], step: int) -> Tensor:
+    """Return the flat gradient of a weighted sum of pixels and of the regularization."""
+    out = sampler.sample(prompts, sampler.noise(prompts, seed=7, step=step))
+    latents = out.latents.detach().requires_grad_()
+    images = sampler.decode(latents)
+    weights = torch.linspace(-1, 1, images.numel()).view_as(images).to(images)
+    (ascent,) = torch.autograd.grad((weights * images).sum(), latents)
+    sampler.backward(out, ascent)
+    found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.3])
+@pytest.mark.parametrize("backprop", [STRATEGIES[i] for i in (0, 2, 3)], ids=lambda backprop: backprop["strategy"])
+def test_fixed_tensors_give_the_same_gradient(
+    tiny_sd: Callable[..., Any], backprop: dict[str, Any], regularization: float
+) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, pool = samplers(
+        pipe, backprop | {"checkpoint_steps": True, "checkpoint_blocks": False}, regularization=regularization
+    )
+    for step, prompts in enumerate((PROMPTS, ["owl", "a red fox"], ["fox"], PROMPTS)):
+        expected = gradient(eager, parameters, prompts, step)
+        found = gradient(fixed, parameters, prompts, step)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+        with torch.no_grad():
+            parameters[1].add_(0.01)
+    assert pool.calls > 0
+
+
+def test_each_batch_has_its_own_prompts_adapters_and_activations(tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
+    """Another batch, an evaluation and a change of strength between sampling and the backward pass change nothing."""
+    pipe = tiny_sd().to(torch.float64)
+    lora.attach(pipe.unet, rank=2, dtype=torch.float64)
+    lora.save(pipe.unet, tmp_path, name="frozen")
+    pipe = tiny_sd().to(torch.float64)
+    lora.attach_frozen(pipe, tmp_path / "frozen.safetensors", 0.5, dtype=torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, pool = samplers(pipe, {"strategy": "full", "checkpoint_steps": True, "checkpoint_blocks": False})
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    with torch.no_grad(), eager.without_lora():
+        base = eager.sample(PROMPTS, eager.noise(PROMPTS)).latents
+
+    out = fixed.sample(PROMPTS, fixed.noise(PROMPTS, seed=7))
+    latents = out.latents.detach().requires_grad_()
+    images = fixed.decode(latents)
+    gradient(fixed, parameters, ["owl", "bee"], 3)
+    with torch.no_grad(), fixed.without_lora():
+        torch.testing.assert_close(fixed.sample(PROMPTS, fixed.noise(PROMPTS)).latents, base)
+    lora.set_strength(pipe.unet, 0.1)
+    assert (gradient(fixed, parameters, PROMPTS, 0) - expected).abs().max() > 0
+    weights = torch.linspace(-1, 1, images.numel()).view_as(images).to(images)
+    for _ in range(2):  # as with several terms that are balanced at the latents
+        (ascent,) = torch.autograd.grad((weights * images).sum(), latents, retain_graph=True)
+    fixed.backward(out, ascent)
+    found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    assert pool.captures == 3, "denoiser: VJP and prediction; decoder"
+
+
+def test_gradients_of_batches_add_up_and_are_not_shared(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, _ = samplers(pipe, {"strategy": "full", "checkpoint_steps": True, "checkpoint_blocks": False})
+    expected = gradient(eager, parameters, PROMPTS, 0) + gradient(eager, parameters, PROMPTS, 1)
+    for step in range(2):
+        out = fixed.sample(PROMPTS, fixed.noise(PROMPTS, seed=7, step=step))
+        latents = out.latents.detach().requires_grad_()
+        images = fixed.decode(latents)
+        weights = torch.linspace(-1, 1, images.numel()).view_as(images).to(images)
+        fixed.backward(out, torch.autograd.grad((weights * images).sum(), latents)[0])
+    found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+def test_convolution_adapters_and_their_strength(tiny_sd: Callable[..., Any]) -> None:
+    """peft runs these layers with the strength as a Python number, so another strength needs another capture."""
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe, target_modules=["to_q", "conv1"])
+    eager, fixed, pool = samplers(
+        pipe, {"strategy": "full", "checkpoint_steps": True, "checkpoint_blocks": False}, regularization=0.3
+    )
+    for step, strength in enumerate((1.0, 0.3, 1.0)):
+        lora.set_strength(pipe.unet, strength)
+        expected = gradient(eager, parameters, PROMPTS, step)
+        found = gradient(fixed, parameters, PROMPTS, step)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    assert pool.captures == 5, "twice the denoiser's VJP and prediction, once the decoder"
+
+
+def test_a_network_with_hooks_runs_eagerly_with_one_warning(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, pool = samplers(pipe, {"strategy": "full", "checkpoint_steps": True, "checkpoint_blocks": False})
+    calls: list[object] = []
+    handle = pipe.unet.mid_block.register_forward_hook(lambda *_: calls.append(None))
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    before = len(calls)
+    with pytest.warns(
+        UserWarning, match=r"not run as CUDA graphs: UNet2DConditionModel\.mid_block has a hook"
+    ) as shown:
+        found = gradient(fixed, parameters, PROMPTS, 0)
+    assert len(shown) == 1
+    assert len(calls) == 2 * before
+    assert not pool.captures
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    handle.remove()
+
+
+# -- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+def on_gpu(pipe: Any, dtype: torch.dtype, backprop: dict[str, Any], **options: Any) -> tuple[Sampler, Sampler, Any]:
+    """Return a sampler that runs eagerly, one that captures, and the adapter's parameters."""
+    pipe = pipe.to("cuda", dtype)
+    parameters = tuned(pipe)
+    sampling = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5)
+    eager, captured = (
+        Sampler(pipe, sampling, BackpropConfig.model_validate(backprop | {"cuda_graphs": graphs}), **options)
+        for graphs in (False, True)
+    )
+    return eager, captured, parameters
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("blocks", [False, True])
+@pytest.mark.parametrize("regularization", [0.0, 0.3])
+@pytest.mark.parametrize("backprop", STRATEGIES, ids=lambda backprop: backprop["strategy"])
+def test_captured_gradients_equal_those_of_eager_calls(
+    tiny_sd: Callable[..., Any], backprop: dict[str, Any], regularization: float, blocks: bool
+) -> None:
+    eager, captured, parameters = on_gpu(
+        tiny_sd(), torch.float64, backprop | {"checkpoint_blocks": blocks}, regularization=regularization
+    )
+    for step, prompts in enumerate((PROMPTS, ["owl", "a red fox"], ["fox"], PROMPTS)):
+        expected = gradient(eager, parameters, prompts, step)
+        found = gradient(captured, parameters, prompts, step)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+        with torch.no_grad():
+            expected_latents = eager.sample(prompts, eager.noise(prompts)).latents
+            torch.testing.assert_close(captured.sample(prompts, captured.noise(prompts)).latents, expected_latents)
+            parameters[1].add_(0.01)
+    assert captured._denoisers._pool.enabled
+    assert captured._denoisers._pool.replays > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_captured_gradients_in_half_precision_are_as_good_as_eager_ones(
+    tiny_sd: Callable[..., Any], dtype: torch.dtype
+) -> None:
+    backprop = {"strategy": "full"}
+    full, _, parameters = on_gpu(tiny_sd(), torch.float32, backprop)
+    exact = gradient(full, parameters, PROMPTS, 0)
+    eager, captured, parameters = on_gpu(tiny_sd(), dtype, backprop)
+    cosines = [
+        float(torch.nn.functional.cosine_similarity(exact, gradient(sampler, parameters, PROMPTS, 0), dim=0))
+        for sampler in (eager, captured)
+    ]
+    assert captured._denoisers._pool.replays > 0
+    assert cosines[1] > cosines[0] - 0.001
+    assert cosines[1] > 0.99
+
+
+@pytest.mark.gpu
+def test_a_batch_between_sampling_and_backward_on_a_gpu(tiny_sd: Callable[..., Any]) -> None:
+    eager, captured, parameters = on_gpu(tiny_sd(), torch.float64, {"strategy": "full"})
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    out = captured.sample(PROMPTS, captured.noise(PROMPTS, seed=7))
+    latents = out.latents.detach().requires_grad_()
+    images = captured.decode(latents)
+    gradient(captured, parameters, ["owl", "bee"], 3)
+    gradient(captured, parameters, ["bee"], 4)
+    with torch.no_grad(), captured.without_lora():
+        captured.sample(PROMPTS, captured.noise(PROMPTS))
+    weights = torch.linspace(-1, 1, images.numel()).view_as(images).to(images)
+    for _ in range(2):
+        (ascent,) = torch.autograd.grad((weights * images).sum(), latents, retain_graph=True)
+    captured.backward(out, ascent)
+    found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reason", ["waits for the host", "memory", "memory inside a capture"])
+def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
+    tiny_sd: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails, the gradient is right, later captures work, and the failed one's memory is free."""
+    pipe = tiny_sd()
+    eager, captured, parameters = on_gpu(pipe, torch.float64, {"strategy": "full"})
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    predict, trials = captured.family.predict, iter(range(100))
+
+    def failing(latents: Tensor, timestep: Tensor, conditioning: Any) -> Tensor:
+        if reason == "waits for the host":
+            float(latents.sum())
+        elif (next(trials) == 0) if reason == "memory" else torch.cuda.is_current_stream_capturing():
+            torch.empty(10**12, device="cuda")
+        return predict(latents, timestep, conditioning)
+
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    monkeypatch.setattr(captured.family, "predict", failing)
+    message = "memory does not suffice" if "memory" in reason else "synchronizing"
+    with pytest.warns(UserWarning, match=f"not run as CUDA graphs: .*{message}") as shown:
+        found = gradient(captured, parameters, PROMPTS, 0)
+    assert len(shown) == 1
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    monkeypatch.undo()
+    again = Sampler(pipe, captured.sampling, BackpropConfig(strategy="full"))
+    torch.testing.assert_close(gradient(again, parameters, PROMPTS, 0), expected, rtol=1e-9, atol=1e-12)
+    assert again._denoisers._pool.replays > 0
+    del captured, again, found
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() < before + 2**20
