@@ -1,21 +1,16 @@
-"""Calls of a family's networks: dtypes, the forwards of adapted layers, and what is recomputed."""
+"""Calls of a family's networks: dtypes, and the forwards of adapted layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from alignprop_core.config.model import BackpropConfig
 from alignprop_core.diffusion.cpu import Forwards, Weights, cheaper_forwards, effective_weights, replaced
 from alignprop_core.diffusion.families.base import Family
 from alignprop_core.diffusion.half import low_rank_forwards, low_rank_weights
-from alignprop_core.diffusion.memory import available_bytes, graph_bytes
-
-_MEMORY_SHARE = 0.6
-"""Share of the available memory that stored graphs may take; the rest is for their backward pass."""
 
 
 class NetworkCalls:
@@ -54,48 +49,3 @@ class NetworkCalls:
         """Call the family's `predict` or `decode`, with these layer forwards; the output is in `dtype`."""
         with replaced(forwards):
             return call(*inputs, **named).to(self.dtype)
-
-
-class Checkpointing:
-    """Decides what is stored for the backward pass, and what is recomputed in it.
-
-    With "auto", graphs are stored if they fit into the memory that was available when the first was needed.
-
-    Args:
-        calls: the networks.
-        backprop: the `backprop` section of the run config.
-    """
-
-    def __init__(self, calls: NetworkCalls, backprop: BackpropConfig) -> None:
-        self._calls = calls
-        self._settings = {
-            "steps": backprop.checkpoint_steps,
-            "blocks": backprop.checkpoint_blocks,
-            "decoder": backprop.checkpoint_decoder,
-        }
-        self._fitting: dict[str, float] = {}
-        self._enabled: dict[str, bool] = {}
-
-    def recomputes(self, part: Literal["steps", "blocks", "decoder"], copies: int, one: Callable[[], Tensor]) -> bool:
-        """Return whether a part is recomputed; the network of blocks or decoder is also made to do so.
-
-        Args:
-            part: the kept steps, the blocks of the denoiser inside one of them, or the decoder.
-            copies: how many graphs of a single sample would be stored at the same time.
-            one: runs the network for a single sample, to measure its graph.
-        """
-        setting, network = self._settings[part], "decoder" if part == "decoder" else "denoiser"
-        if setting == "auto" and part == "steps" and self._calls.device.type == "cuda":
-            # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
-            setting = True
-        if setting == "auto":
-            if network not in self._fitting:
-                self._calls.family.checkpoint(network, False)
-                self._enabled[network] = False
-                stored = graph_bytes(one, [getattr(self._calls.family, network)])
-                self._fitting[network] = _MEMORY_SHARE * available_bytes(self._calls.device) / max(stored, 1)
-            setting = copies > self._fitting[network]
-        if part != "steps" and self._enabled.get(network) != setting:
-            self._calls.family.checkpoint(network, setting)
-            self._enabled[network] = setting
-        return setting

@@ -12,9 +12,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
+from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.cuda_graphs import Pool, obstacle, state_of
 from alignprop_core.diffusion.half import with_scaled_gradient
+from alignprop_core.diffusion.memory import Memory
 
 _SHAPES = 2
 """Number of shapes whose graphs are kept: a chunk's, and that of a last, smaller one."""
@@ -26,32 +27,32 @@ class Decoder:
     Args:
         calls: the networks.
         pool: captures the decoder; if it is not enabled, the decoder runs eagerly.
-        checkpointing: decides whether the decoder runs again in the backward pass.
+        memory: decides whether the decoder's blocks run again in the backward pass.
     """
 
-    def __init__(self, calls: NetworkCalls, pool: Pool, checkpointing: Checkpointing) -> None:
-        self._calls, self._pool, self._checkpointing = calls, pool, checkpointing
+    def __init__(self, calls: NetworkCalls, pool: Pool, memory: Memory) -> None:
+        self._calls, self._pool, self._memory = calls, pool, memory
         self._known: OrderedDict[Any, CapturedDecoder | None] = OrderedDict()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return images (b, 3, H, W) in [0, 1] of latents (b, C, h, w), clipped with a straight-through gradient."""
         recomputes = False
         if torch.is_grad_enabled():
-            one = partial(self._pixels, latents[:1].detach().requires_grad_(), False)
-            recomputes = self._checkpointing.recomputes("decoder", len(latents), one)
+            recomputes = self._memory.recomputes("decoder", len(latents))
         captured = self._captured(latents, recomputes) if torch.is_grad_enabled() and latents.requires_grad else None
         pixels = self._differentiable(latents, recomputes) if captured is None else _Decode.apply(latents, captured)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         images: Tensor = pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
         return images
 
-    def _pixels(self, latents: Tensor, recomputes: bool) -> Tensor:
+    def pixels(self, latents: Tensor, recomputes: bool) -> Tensor:
+        """Return pixels (b, 3, H, W) that are not clipped, without CUDA graphs."""
         # A decoder that runs again in the backward pass keeps its own forwards: these here are gone by then.
         forwards = {} if recomputes else self._calls.forwards_of(self._calls.family.decoder)
         return self._calls.run(self._calls.family.decode, latents, forwards=forwards)
 
     def _differentiable(self, latents: Tensor, recomputes: bool) -> Tensor:
-        pixels_of = partial(self._pixels, recomputes=recomputes)
+        pixels_of = partial(self.pixels, recomputes=recomputes)
         return with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
 
     def _captured(self, latents: Tensor, recomputes: bool) -> CapturedDecoder | None:
@@ -64,7 +65,10 @@ class Decoder:
             return None
         key = (latents.shape, recomputes, state_of(network))
         if key not in self._known:
-            captured = CapturedDecoder(partial(self._differentiable, recomputes=recomputes), latents, self._pool)
+            with torch.no_grad():
+                pixels = self.pixels(latents, recomputes)  # for their shape
+            pixels_of = partial(self._differentiable, recomputes=recomputes)
+            captured = CapturedDecoder(pixels_of, latents, pixels, self._pool)
             self._known[key] = captured if captured.graphs else None
         self._known.move_to_end(key)
         while len(self._known) > _SHAPES:
@@ -78,19 +82,19 @@ class CapturedDecoder:
     Args:
         pixels_of: the decoder, differentiable.
         latents: latents of this shape.
+        pixels: pixels of their shape.
         pool: captures them.
 
     Attributes:
         graphs: the forward and the backward pass; empty if capturing failed.
     """
 
-    def __init__(self, pixels_of: Any, latents: Tensor, pool: Pool) -> None:
+    def __init__(self, pixels_of: Any, latents: Tensor, pixels: Tensor, pool: Pool) -> None:
         self.pool = pool
         self._kept: tuple[Tensor, Tensor] | None = None  # with the graph between them, whose tensors replays fill
-        with torch.no_grad():
-            pixels = pixels_of(latents)
 
         def forward(given: Tensor) -> Sequence[Tensor]:
+            self._kept = None  # frees what a trial has left
             inputs = given.detach().requires_grad_()
             with torch.enable_grad():
                 self._kept = inputs, pixels_of(inputs)

@@ -1,12 +1,115 @@
-"""How many bytes a graph stores for its backward pass, and how many are available."""
+"""What is in memory at a time: stored or recomputed, the whole batch or a part of it, by measurements of one sample."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor, nn
+
+from alignprop_core.config.model import BackpropConfig
+from alignprop_core.diffusion.calls import NetworkCalls
+
+_SHARE = {"cpu": 0.6, "cuda": 0.85}
+"""Share of the available memory that may be used: on a CPU for stored graphs, whose backward pass needs the rest; on
+CUDA for a backward pass with all it needs, beside the rewards'."""
+
+Network = Literal["denoiser", "decoder"]
+One = Callable[[], tuple[Tensor, Sequence[Tensor]]]
+"""Runs a network for one sample: its output, and the tensors that a backward pass leads to."""
+
+
+class Memory:
+    """Chooses what is recomputed in the backward pass, and how many samples are computed at a time.
+
+    "auto" and null are decided by the memory that was available when a network was first measured.
+
+    Args:
+        calls: the networks.
+        backprop: the `backprop` section of the run config.
+        one: runs a network for one sample.
+    """
+
+    def __init__(self, calls: NetworkCalls, backprop: BackpropConfig, one: dict[Network, One]) -> None:
+        self._calls, self._one, self._backprop = calls, one, backprop
+        self._measured: dict[tuple[Network, bool], int] = {}
+        self._enabled: dict[Network, bool] = {}
+        self._available: int | None = None
+
+    @property
+    def available(self) -> float:
+        """Bytes that may be used."""
+        if self._available is None:
+            self._available = available_bytes(self._calls.device)
+        return _SHARE.get(self._calls.device.type, 0.6) * self._available
+
+    def of_one(self, network: Network, *, recomputes: bool) -> int:
+        """Return the bytes for one sample: of the stored graph, on CUDA of the whole forward and backward pass."""
+        if (network, recomputes) not in self._measured:
+            _ = self.available  # before the measurement fills caches
+            before = self._enabled.get(network)
+            self._recompute(network, recomputes)
+            run = self._one[network]
+            if self._calls.device.type == "cuda":
+                found = peak_bytes(run, self._calls.device)
+            else:
+                found = graph_bytes(lambda: run()[0], [getattr(self._calls.family, network)])
+            self._measured[network, recomputes] = max(found, 1)
+            if before is not None:
+                self._recompute(network, before)
+        return self._measured[network, recomputes]
+
+    def stores_steps(self, samples: int, kept: int) -> bool:
+        """Return whether the kept network calls store their graphs, instead of running again in the backward pass."""
+        setting = self._backprop.checkpoint_steps
+        if setting == "auto" and self._calls.device.type == "cuda":
+            # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
+            return False
+        if setting == "auto":
+            return samples * kept * self.of_one("denoiser", recomputes=False) <= self.available
+        return not setting
+
+    def recomputes(self, network: Network, samples: int) -> bool:
+        """Return whether a network runs its blocks again in the backward pass, and make it do so."""
+        backprop = self._backprop
+        setting = backprop.checkpoint_blocks if network == "denoiser" else backprop.checkpoint_decoder
+        if setting == "auto":
+            setting = samples * self.of_one(network, recomputes=False) > self.available
+        self._recompute(network, setting)
+        return setting
+
+    def samples(self, batch: int) -> int:
+        """Return how many samples of a batch are denoised at a time: all, if memory suffices."""
+        if self._backprop.sample_batch_size is not None or self._calls.device.type != "cuda":
+            return min(batch, self._backprop.sample_batch_size or batch)
+        one = self.of_one("denoiser", recomputes=self.recomputes("denoiser", batch))
+        return max(1, min(batch, int(self.available // one)))
+
+    def images(self, rows: int) -> int:
+        """Return how many of these images are decoded at a time: on CUDA as many as need no more than the denoiser."""
+        if self._backprop.decode_batch_size is not None or self._calls.device.type != "cuda":
+            return min(rows, self._backprop.decode_batch_size or rows)
+        return max(1, min(rows, int(self.peak(rows, decoder=False) // self.of_one("decoder", recomputes=False))))
+
+    def peak(self, batch: int, *, decoder: bool = True) -> int:
+        """Return the bytes that a batch needs beside weights and rewards; on CUDA only.
+
+        Args:
+            batch: number of samples.
+            decoder: whether the decoder is included; both share their memory.
+        """
+        denoiser = self.of_one("denoiser", recomputes=self.recomputes("denoiser", batch)) * self.samples(batch)
+        if not decoder:
+            return denoiser
+        images = self.images(batch)
+        return max(denoiser, images * self.of_one("decoder", recomputes=self.recomputes("decoder", images)))
+
+    def _recompute(self, network: Network, enabled: bool) -> None:
+        if self._enabled.get(network) != enabled:
+            self._calls.family.checkpoint(network, enabled)
+            self._enabled[network] = enabled
 
 
 def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
@@ -29,11 +132,23 @@ def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
     return sum(saved.values())
 
 
+def peak_bytes(run: One, device: torch.device) -> int:
+    """Run a network forward and backward on a GPU; return the bytes it needed at its peak."""
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.enable_grad():
+        output, inputs = run()
+        torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
 def available_bytes(device: torch.device) -> int:
     """Return the bytes a process can still allocate on this device."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # The caching allocator holds reserved blocks that are free for this process but not for the driver.
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        # A process may be limited to a fraction of the device.
+        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        return min(free, allowed - torch.cuda.memory_reserved(device))
     # Apple GPUs share the machine's memory.
     return int(psutil.virtual_memory().available)

@@ -25,7 +25,7 @@ from alignprop_core.config.base import as_section
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
 from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
-from alignprop_core.diffusion.calls import Checkpointing, NetworkCalls
+from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.cuda_graphs import Pool
 from alignprop_core.diffusion.decoder import Decoder
@@ -33,6 +33,7 @@ from alignprop_core.diffusion.denoiser import Batch, Denoisers
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.memory import Memory
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
 from alignprop_core.diffusion.schedulers import step_sizes
@@ -68,6 +69,7 @@ class Sampler:
         scheduler: the scheduler's steps as pure functions.
         step_sizes: T numbers, how far each step moves the final latents per unit of its prediction.
         latent_shape: (C, h, w) of one latent.
+        memory: what is recomputed, and how many samples are computed at a time.
     """
 
     def __init__(
@@ -88,10 +90,10 @@ class Sampler:
         self.scheduler = self.family.scheduler(self.device)
         self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
-        self._checkpointing = Checkpointing(self._calls, self.backprop)
+        self.memory = Memory(self._calls, self.backprop, {"denoiser": self._one_step, "decoder": self._one_image})
         pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs)
         self._denoisers = Denoisers(self._calls, pool)
-        self._decoder = Decoder(self._calls, pool, self._checkpointing)
+        self._decoder = Decoder(self._calls, pool, self.memory)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
         self._lora_is_on = True
 
@@ -243,17 +245,8 @@ class Sampler:
             truncation = draw_truncation(self.backprop, self.step_sizes, seed=noise.seed, step=noise.step)
         stores = False
         if truncation is not None:
-
-            def one() -> Tensor:
-                latent = noise.initial[:1].to(self.device, self.dtype)
-                first = Conditioning.cat([conditioning[:1]])  # a copy: a slice would count the whole batch's storage
-                # With the layers' own forwards, which store a little more than the cheaper ones.
-                timestep = self.scheduler.timesteps[0]
-                return self._calls.run(self.family.predict, latent, timestep, conditioning=first, forwards={})
-
-            copies = len(prompts) * (len(truncation.kept) + self.backprop.lv_samples)
-            stores = not self._checkpointing.recomputes("steps", copies, one)
-            self._checkpointing.recomputes("blocks", len(prompts), one)
+            stores = self.memory.stores_steps(len(prompts), len(truncation.kept) + self.backprop.lv_samples)
+            self.memory.recomputes("denoiser", len(prompts))
         chain = Chain(
             self._calls,
             self._denoisers,
@@ -364,6 +357,20 @@ class Sampler:
         while len(self._encoded) > _CACHED_PROMPTS:
             self._encoded.popitem(last=False)
         return batch
+
+    def _one_step(self) -> tuple[Tensor, list[Tensor]]:
+        """Call the denoiser for one sample, with a graph."""
+        latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
+        conditioning, timestep = self.conditioning([""]), self.scheduler.timesteps[0]
+        # On a CPU with the layers' own forwards, which store a little more than the cheaper ones.
+        forwards = self._calls.forwards_of(self.family.denoiser) if self.device.type == "cuda" else {}
+        output = self._calls.run(self.family.predict, latents, timestep, conditioning=conditioning, forwards=forwards)
+        return output, [latents, *(p for p in self.family.denoiser.parameters() if p.requires_grad)]
+
+    def _one_image(self) -> tuple[Tensor, list[Tensor]]:
+        """Decode one image, with a graph."""
+        latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
+        return self._decoder.pixels(latents, recomputes=False), [latents]
 
     def save_lora(self, folder: str | Path, name: str = "adapter") -> None:
         """Write the trainable adapter into a folder, in diffusers' format and as NAME.safetensors in kohya's layout."""

@@ -50,7 +50,7 @@ class StepGradient:
     ) -> None:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
-        self._chunks = chunks_of(processes.process_index, processes.num_processes, config)
+        self._chunks: list[range] = []
 
     def calibrate(self, step: int) -> int:
         """Show the mix one step's statistics before its first step; returns the number of images scored."""
@@ -69,6 +69,9 @@ class StepGradient:
             self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step
         )
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
+        if not self._chunks:
+            chunk = self.sampler.memory.samples(self.config.training.batch_size)
+            self._chunks = chunks_of(self.processes.process_index, self.processes.num_processes, self.config, chunk)
         for indices in self._chunks:
             stats += self._batch(indices, step, truncation, backward)
         if self.processes.num_processes > 1:
@@ -95,7 +98,7 @@ class StepGradient:
         out = self.sampler.sample(prompts, noise, truncation)
         gradients: list[Tensor] = []
         parts: list[StepStats] = []
-        size = self.config.backprop.decode_batch_size or len(out.latents)
+        size = self.sampler.memory.images(len(out.latents))
         for start in range(0, len(out.latents), size):
             chunk = slice(start, start + size)
             latents = out.latents[chunk].detach().requires_grad_()
@@ -138,7 +141,7 @@ def choose_prompts(count: int, *, seed: int, step: int, indices: Sequence[int]) 
     return [order[index % count] for index in indices]
 
 
-def chunks_of(process: int, processes: int, config: RunConfig) -> list[range]:
+def chunks_of(process: int, processes: int, config: RunConfig, chunk: int) -> list[range]:
     """Return a process's sample indices, one range for each accumulated batch, or for each chunk of one.
 
     Indices are global: a step covers 0 .. batch_size * gradient_accumulation_steps - 1 over all processes, so the run
@@ -147,7 +150,6 @@ def chunks_of(process: int, processes: int, config: RunConfig) -> list[range]:
     size, found = config.training.batch_size, []
     for batch in range(config.training.gradient_accumulation_steps):
         own = range(batch * size, (batch + 1) * size)[process::processes]
-        chunk = config.backprop.sample_batch_size or size
         found += [own[start : start + chunk] for start in range(0, len(own), chunk)]
     return found
 

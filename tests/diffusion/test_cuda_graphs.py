@@ -86,7 +86,7 @@ def samplers(pipe: Any, backprop: dict[str, Any], **options: Any) -> tuple[Sampl
     eager, fixed = (Sampler(pipe, sampling, BackpropConfig.model_validate(backprop), **options) for _ in range(2))
     pool = FixedTensors()
     fixed._denoisers = Denoisers(fixed._calls, pool)
-    fixed._decoder = Decoder(fixed._calls, pool, fixed._checkpointing)
+    fixed._decoder = Decoder(fixed._calls, pool, fixed.memory)
     return eager, fixed, pool
 
 

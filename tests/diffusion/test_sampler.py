@@ -223,7 +223,7 @@ def test_auto_checkpointing_depends_on_the_available_memory(pipe: Any, monkeypat
     pipe.unet.register_forward_pre_hook(lambda *_: calls.append(1))
 
     def recomputed(available: float) -> tuple[int, bool]:
-        monkeypatch.setattr("alignprop_core.diffusion.calls.available_bytes", lambda device: available)
+        monkeypatch.setattr("alignprop_core.diffusion.memory.available_bytes", lambda device: available)
         sampler = Sampler(pipe, SamplingConfig(steps=3, guidance_scale=1.0), BackpropConfig(strategy="full"))
         out = sampler.sample(["fox"], sampler.noise(["fox"], seed=0, step=0))
         calls.clear()
