@@ -26,7 +26,7 @@ WORKERS  ?= logical
 PYTEST   := $(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint docs bench clean
+.PHONY: help demo test test-all lint docs bench bench-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,11 @@ docs: $(STAMP) ## write the generated tables, build the documentation into site/
 
 bench: $(BENCH)/.installed ## time a training step against TRL's; writes docs/results/trl_step.md
 	$(BENCH)/bin/python tests/bench/trl_step.py --output docs/results/trl_step.md
+
+bench-gpu: $(BENCH)/.installed ## compare training steps on a CUDA GPU; writes docs/results/gpu_step.md
+	mkdir -p build && rm -f build/gpu_step.jsonl
+	$(BENCH)/bin/python -m tests.bench.gpu_step --profile --json build/gpu_step.jsonl \
+		--output docs/results/gpu_step.md --plot docs/results/gpu_step
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,61 @@
+"""The GPU benchmark runs, with tiny networks, and its arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.bench import gpu_step
+from tests.bench.gpu_measure import Fit, union
+
+
+def test_a_row_gives_a_result_for_each_side_and_a_page(tmp_path: Path) -> None:
+    file, page = tmp_path / "results.jsonl", tmp_path / "page.md"
+    command = ["--tiny", "--rounds", "1", "--rows", "last8_b1,sparse8_b1", "--rivals", "plain", "--json", str(file)]
+
+    assert gpu_step.main(command) == 0
+    assert gpu_step.main(["--report", str(file), "--output", str(page)]) == 0
+
+    machine, *results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert machine["kind"] == "machine"
+    assert [(result["row"], result["side"]) for result in results] == [
+        (row, side) for row in ("last8_b1", "sparse8_b1") for side in ("plain", "alignprop default")
+    ]
+    assert all(result["first_seconds"] > 0 and result["median_s"] > 0 for result in results)
+    assert page.read_text(encoding="utf-8").count("| alignprop default |") == 2
+
+
+def test_overlapping_intervals_count_once() -> None:
+    assert union([(5, 8), (0, 4), (3, 6), (20, 21), (6, 7)]) == 9
+
+
+def test_a_straight_line_is_fitted_exactly() -> None:
+    fit = Fit.of([1, 2, 4], [5, 7, 11])
+    assert (fit.slope, fit.intercept, fit.r2) == pytest.approx((2, 3, 1))
+
+
+def test_goals_compare_with_trl_and_with_another_row() -> None:
+    def result(row: str, side: str, seconds: list[float], gib: float) -> dict[str, object]:
+        kept = [8] * len(seconds)
+        return {"row": row, "side": side, "seconds": seconds, "median_s": seconds[0], "peak_gib": gib, "kept": kept}
+
+    results = [
+        result("last8_b4", "trl", [6.0, 6.0], 10.0),
+        result("last8_b4", "alignprop default", [2.0, 2.0], 8.0),
+        result("last8_b1", "alignprop default", [1.0], 4.0),
+        result("drtune8_b1", "alignprop default", [1.2], 4.0),
+    ]
+    goals = gpu_step.judge({"steps": 50, "matmul_tflops": 0.0}, results)
+    assert [(goal["row"], goal["measure"], round(goal["value"], 2), goal["met"]) for goal in goals] == [
+        ("last8_b4", "seconds", 0.33, True),
+        ("last8_b4", "gib", 0.8, False),
+        ("drtune8_b1", "seconds", 1.2, False),
+        ("drtune8_b1", "gib", 1.0, True),
+    ]
+
+
+def test_useful_work_counts_no_recomputation() -> None:
+    # 4 images: 50 guided UNet passes and 8 backward, a decoder pass and its backward.
+    assert gpu_step.useful_tflop(50, {"batch": 4, "kept": [8, 8]}) == pytest.approx(391, abs=1)
