@@ -594,19 +594,21 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def read(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Read the records of earlier runs by kind; a later one replaces an earlier one of the same row and side."""
-    records: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    for number, line in enumerate(lines):
+    """Read the records of earlier runs by kind, row by row in the order of the tables.
+
+    Only sides that alternated in one run are compared, so a later run's row replaces that of an earlier one.
+    """
+    machines: list[dict[str, Any]] = []
+    rows: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+    for line in itertools.chain.from_iterable(file.read_text(encoding="utf-8").splitlines() for file in files):
         entry = json.loads(line)
-        key = [entry.get("row"), entry.get("side"), entry.get("x")] if "row" in entry else number
-        records[entry["kind"]][json.dumps(key)] = entry
-    # Row by row, in the order of the table, whichever file a row is in.
-    order = {name: number for number, name in enumerate(GROUPS["all"])}
-    return {
-        kind: sorted(found.values(), key=lambda entry: order.get(entry.get("row", ""), 0))
-        for kind, found in records.items()
-    }
+        if entry["kind"] == "machine":  # starts a run
+            machines.append(entry)
+            continue
+        number, entries = rows.get(entry["row"], (0, []))
+        rows[entry["row"]] = (len(machines), [*entries, entry] if number == len(machines) else [entry])
+    found = [entry for name in GROUPS["all"] if name in rows for entry in rows[name][1]]
+    return {"machine": machines} | {kind: [entry for entry in found if entry["kind"] == kind] for kind in KINDS[1:]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,6 +40,23 @@ def test_a_row_gives_a_result_for_each_side_and_a_page(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").count("| alignprop default |") == 1
 
 
+def test_a_later_run_replaces_a_row_and_adds_others(tmp_path: Path) -> None:
+    runs: list[dict[str, list[str]]] = [{"full_b1": ["alignprop default"]}, {"last8_b4": ["trl", "alignprop default"]}]
+    runs.append({"last8_b4": ["alignprop blocks"]})
+    lines = []
+    for run in runs:
+        lines.append({"kind": "machine"})
+        lines += [{"kind": "result", "row": row, "side": side} for row, sides in run.items() for side in sides]
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    found = gpu_step.read([file])["result"]
+    assert [(result["row"], result["side"]) for result in found] == [
+        ("last8_b4", "alignprop blocks"),
+        ("full_b1", "alignprop default"),
+    ]
+
+
 def test_overlapping_intervals_count_once() -> None:
     assert union([(5, 8), (0, 4), (3, 6), (20, 21), (6, 7)]) == 9
 
