@@ -111,7 +111,7 @@ def profile(step: Step) -> dict[str, float]:
     # The raw events: an object for each of a step's hundred thousand kernels would take longer than the step.
     for event in profiler.profiler.kineto_results.events():
         name = event.name()
-        if event.device_type() == torch.autograd.DeviceType.CUDA:
+        if event.device_type().name == "CUDA":
             if name.startswith(("gpu_user_annotation", "ProfilerStep")):
                 continue
             intervals.append((event.start_ns(), event.start_ns() + event.duration_ns()))
@@ -162,10 +162,11 @@ class Fit:
 
     @classmethod
     def of(cls, x: Sequence[float], y: Sequence[float]) -> Fit:
-        """Fit at least two points with different x."""
+        """Fit the points; a single one gives a constant."""
         mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
         spread = sum((a - mean_x) ** 2 for a in x)
-        slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
+        together = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
+        slope = together / spread if spread else 0.0
         intercept = mean_y - slope * mean_x
         rest = sum((b - intercept - slope * a) ** 2 for a, b in zip(x, y, strict=True))
         total = sum((b - mean_y) ** 2 for b in y)

@@ -36,6 +36,10 @@ class ClipReward(Reward):
         seed: decides the vector.
     """
 
+    target: Tensor
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, network: CLIPVisionModelWithProjection, seed: int) -> None:
         super().__init__()
         self.network = network

@@ -6,7 +6,6 @@ import argparse
 import platform
 import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,9 @@ TEXT = (
     "idle GPU; all sides run alternately in one process and share the frozen weights. Peak GiB is the peak of memory "
     "that PyTorch reserved during one step after the first, weights and rewards included, after unused memory was "
     "returned to the driver; each side's peak is measured before the next side is built. "
-    '"Before" is what was reserved when that step began. Ratios are medians of the ratios of each round.'
+    '"When built" is what was reserved before the side was built: the shared weights, and what sides above it keep '
+    'between steps. "Before" is what was reserved when the measured step began. Ratios are medians of '
+    "the ratios of each round."
 )
 
 
@@ -38,7 +39,7 @@ def machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
-        "command": shlex.join(["python", "-m", "tests.bench.gpu_step", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "tests.bench.gpu_step", *options.command]),
         "steps": options.steps,
         "eta": options.eta,
         "guidance": options.guidance,
@@ -49,7 +50,8 @@ def machine(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
 
 def time_ratio(ours: Result, theirs: Result) -> float:
     """Return the median over the rounds of the ratio of seconds."""
-    return statistics.median(a / b for a, b in zip(ours["seconds"], theirs["seconds"], strict=True))
+    ratio: float = statistics.median(a / b for a, b in zip(ours["seconds"], theirs["seconds"], strict=True))
+    return ratio
 
 
 def page(machine: Result, results: Sequence[Result], goals: Sequence[Result], plots: str = "") -> str:
@@ -99,8 +101,9 @@ def page(machine: Result, results: Sequence[Result], goals: Sequence[Result], pl
 def _comparison(name: str, own: Sequence[Result]) -> list[str]:
     trl = next((result for result in own if result["side"] == "trl"), None)
     profiled = any(result["profile"] for result in own)
-    columns = ["side", "s per step", "range", "ratio to TRL", "peak GiB", "ratio to TRL", "before", "first step, s"]
-    columns += ["first step's peak"] + (["GPU busy, s", "GPU busy", "host syncs", "copies to host"] if profiled else [])
+    columns = ["side", "s per step", "range", "ratio to TRL", "peak GiB", "ratio to TRL", "when built", "before"]
+    columns += ["first step, s", "first step's peak"]
+    columns += ["GPU busy, s", "GPU busy", "host syncs", "copies to host"] if profiled else []
     lines = [
         f"## `{name}`: {own[0]['title']}",
         "",
@@ -117,6 +120,7 @@ def _comparison(name: str, own: Sequence[Result]) -> list[str]:
             f"{time_ratio(result, trl):.3f}" if trl else "",
             f"{result['peak_gib']:.2f}",
             f"{result['peak_gib'] / trl['peak_gib']:.3f}" if trl and trl["peak_gib"] else "",
+            f"{result['built_gib']:.2f}",
             f"{result['before_gib']:.2f}",
             f"{result['first_seconds']:.2f}",
             f"{result['first_peak_gib']:.2f}",

@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import traceback
 import warnings
@@ -277,7 +278,8 @@ class PlainSide:
 
     def _decode(self, latents: Tensor) -> Tensor:
         images = self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor).sample.float()
-        return (images / 2 + 0.5).clamp(0, 1)
+        clipped: Tensor = (images / 2 + 0.5).clamp(0, 1)
+        return clipped
 
     def step(self, kept: int) -> None:
         """See `Side`."""
@@ -295,9 +297,9 @@ class PlainSide:
                     predict = self._predict if i < first else partial(checkpoint, self._predict, use_reentrant=False)
                     prediction = predict(latents, timestep, embeddings)
                     latents = scheduler.step(prediction, timestep, latents, eta=self.settings.eta).prev_sample
-            decoded = [checkpoint(self._decode, one, use_reentrant=False) for one in latents.split(1)]
+            decoded = [checkpoint(self._decode, one, use_reentrant=False) for one in torch.split(latents, 1)]
         scores, _ = self.settings.models.score(torch.cat(decoded), texts, None)
-        (-scores.mean()).backward()
+        torch.autograd.backward(-scores.mean())
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -410,6 +412,12 @@ def prepare(name: str, side: str, make: Callable[[], Side], kept: Sequence[int])
     return built[0], found
 
 
+def failure(name: str, side: str, error: Exception) -> dict[str, Any]:
+    """Print the traceback of a side's error; returns the record of it."""
+    traceback.print_exception(error)
+    return {"kind": "failed", "row": name, "side": side, "error": f"{type(error).__name__}: {error}"}
+
+
 def run(settings: Settings, name: str, row: Row) -> Iterator[dict[str, Any]]:
     """Measure a row; yields a result per side. A side that fails is reported and left out."""
     settings.models.use_rewards(row.rewards)
@@ -420,11 +428,15 @@ def run(settings: Settings, name: str, row: Row) -> Iterator[dict[str, Any]]:
         try:
             sides[side], measured[side] = prepare(name, side, make, kept)
         except Exception as error:  # out of memory, or TRL is missing: the other sides' numbers remain of use
-            traceback.print_exc()
-            yield {"kind": "failed", "row": name, "side": side, "error": f"{type(error).__name__}: {error}"}
+            yield failure(name, side, error)
     for i in range(settings.rounds):
         for side in list(sides) if i % 2 == 0 else list(reversed(sides)):
-            seconds = gpu_measure.seconds_of(partial(sides[side].step, kept[2 + i]))
+            try:
+                seconds = gpu_measure.seconds_of(partial(sides[side].step, kept[2 + i]))
+            except Exception as error:
+                yield failure(name, side, error)
+                del sides[side], measured[side]
+                continue
             measured[side].seconds.append(seconds)
             print(f"{name}, {side}: kept {kept[2 + i]}, {seconds:.3f} s", flush=True)
     for side, found in measured.items():
@@ -529,6 +541,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (options.tiny or options.report) and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU; --tiny tests the script without one")
     options.steps = options.steps or (4 if options.tiny else 50)
+    options.command = list(sys.argv[1:] if argv is None else argv)
     return options
 
 
@@ -581,19 +594,21 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def read(files: Sequence[Path]) -> dict[str, list[dict[str, Any]]]:
-    """Read the records of earlier runs by kind; a later one replaces an earlier one of the same row and side."""
-    records: dict[str, dict[str, dict[str, Any]]] = {kind: {} for kind in KINDS}
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    for number, line in enumerate(lines):
+    """Read the records of earlier runs by kind, row by row in the order of the tables.
+
+    Only sides that alternated in one run are compared, so a later run's row replaces that of an earlier one.
+    """
+    machines: list[dict[str, Any]] = []
+    rows: dict[str, tuple[int, list[dict[str, Any]]]] = {}
+    for line in itertools.chain.from_iterable(file.read_text(encoding="utf-8").splitlines() for file in files):
         entry = json.loads(line)
-        key = [entry.get("row"), entry.get("side"), entry.get("x")] if "row" in entry else number
-        records[entry["kind"]][json.dumps(key)] = entry
-    # Row by row, in the order of the table, whichever file a row is in.
-    order = {name: number for number, name in enumerate(GROUPS["all"])}
-    return {
-        kind: sorted(found.values(), key=lambda entry: order.get(entry.get("row", ""), 0))
-        for kind, found in records.items()
-    }
+        if entry["kind"] == "machine":  # starts a run
+            machines.append(entry)
+            continue
+        number, entries = rows.get(entry["row"], (0, []))
+        rows[entry["row"]] = (len(machines), [*entries, entry] if number == len(machines) else [entry])
+    found = [entry for name in GROUPS["all"] if name in rows for entry in rows[name][1]]
+    return {"machine": machines} | {kind: [entry for entry in found if entry["kind"] == kind] for kind in KINDS[1:]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -606,6 +621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         records = read(options.report)
         machine = records["machine"][-1]
         machine["matmul_tflops"] = max(record["matmul_tflops"] for record in records["machine"])
+        machine["command"] = " && ".join(dict.fromkeys(record["command"] for record in records["machine"]))
     else:
         records = measure(options)
         (machine,) = records["machine"]

@@ -13,7 +13,19 @@ from tests.bench.gpu_measure import Fit, union
 
 def test_a_row_gives_a_result_for_each_side_and_a_page(tmp_path: Path) -> None:
     file, page = tmp_path / "results.jsonl", tmp_path / "page.md"
-    command = ["--tiny", "--rounds", "1", "--rows", "last8_b1,sparse8_b1", "--rivals", "plain", "--json", str(file)]
+    command = [
+        "--tiny",
+        "--rounds",
+        "1",
+        "--steps",
+        "2",
+        "--rows",
+        "sparse8_b1",
+        "--rivals",
+        "plain",
+        "--json",
+        str(file),
+    ]
 
     assert gpu_step.main(command) == 0
     assert gpu_step.main(["--report", str(file), "--output", str(page)]) == 0
@@ -21,10 +33,28 @@ def test_a_row_gives_a_result_for_each_side_and_a_page(tmp_path: Path) -> None:
     machine, *results = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert machine["kind"] == "machine"
     assert [(result["row"], result["side"]) for result in results] == [
-        (row, side) for row in ("last8_b1", "sparse8_b1") for side in ("plain", "alignprop default")
+        ("sparse8_b1", "plain"),
+        ("sparse8_b1", "alignprop default"),
     ]
     assert all(result["first_seconds"] > 0 and result["median_s"] > 0 for result in results)
-    assert page.read_text(encoding="utf-8").count("| alignprop default |") == 2
+    assert page.read_text(encoding="utf-8").count("| alignprop default |") == 1
+
+
+def test_a_later_run_replaces_a_row_and_adds_others(tmp_path: Path) -> None:
+    runs: list[dict[str, list[str]]] = [{"full_b1": ["alignprop default"]}, {"last8_b4": ["trl", "alignprop default"]}]
+    runs.append({"last8_b4": ["alignprop blocks"]})
+    lines = []
+    for run in runs:
+        lines.append({"kind": "machine"})
+        lines += [{"kind": "result", "row": row, "side": side} for row, sides in run.items() for side in sides]
+    file = tmp_path / "results.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+
+    found = gpu_step.read([file])["result"]
+    assert [(result["row"], result["side"]) for result in found] == [
+        ("last8_b4", "alignprop blocks"),
+        ("full_b1", "alignprop default"),
+    ]
 
 
 def test_overlapping_intervals_count_once() -> None:
