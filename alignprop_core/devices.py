@@ -74,9 +74,9 @@ def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return bytes: the peak allocated on the GPU, or the peak of the process on a CPU."""
+    """Return bytes: the peak reserved on the GPU, or the peak of the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     if sys.platform == "win32":
         import psutil
 

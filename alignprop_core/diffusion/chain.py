@@ -114,8 +114,8 @@ class Chain:
             noise: the batch's randomness.
         """
         calls, scheduler, truncation = self._calls, self.scheduler, self.truncation
-        latents = noise.initial.to(calls.device, calls.dtype)
-        step_noise = None if noise.steps is None else noise.steps.to(calls.device, calls.dtype)
+        noise = noise.to(calls.device, calls.dtype)
+        latents, step_noise = noise.initial, noise.steps
         state = scheduler.initial_state
         factors = {} if truncation is None else truncation.factors
         if truncation is not None and not self.stores:
@@ -139,7 +139,7 @@ class Chain:
             weights = self._leap_weights(records, latents, truncation.leap_tolerance)
         copies: list[Record] = []
         if truncation is not None and noise.lv is not None:
-            copies = [self._lv_sample(latents, fresh) for fresh in noise.lv.to(calls.device, calls.dtype)]
+            copies = [self._lv_sample(latents, fresh) for fresh in noise.lv]
             latents = torch.cat([latents, *(self.after(copy)[0] for copy in copies)])
             # Each prompt has 1 + n rows, which share its weight.
             weights = weights.repeat(1 + len(copies)) / (1 + len(copies))

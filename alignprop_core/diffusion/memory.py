@@ -30,6 +30,9 @@ class Memory:
         calls: the networks.
         backprop: the `backprop` section of the run config.
         one: runs a network for one sample.
+
+    Attributes:
+        static: bytes on the GPU before anything was computed: weights and other tensors that stay.
     """
 
     def __init__(self, calls: NetworkCalls, backprop: BackpropConfig, one: dict[Network, One]) -> None:
@@ -37,12 +40,15 @@ class Memory:
         self._measured: dict[tuple[Network, bool], int] = {}
         self._enabled: dict[Network, bool] = {}
         self._available: int | None = None
+        self.static = 0
 
     @property
     def available(self) -> float:
         """Bytes that may be used."""
         if self._available is None:
             self._available = available_bytes(self._calls.device)
+            if self._calls.device.type == "cuda":
+                self.static = torch.cuda.memory_allocated(self._calls.device)
         return _SHARE.get(self._calls.device.type, 0.6) * self._available
 
     def of_one(self, network: Network, *, recomputes: bool) -> int:
@@ -105,6 +111,42 @@ class Memory:
             return denoiser
         images = self.images(batch)
         return max(denoiser, images * self.of_one("decoder", recomputes=self.recomputes("decoder", images)))
+
+    def describe(self, batch: int) -> str:
+        """Return in words what is recomputed and how much of a batch is computed at a time; on CUDA only."""
+        images = self.images(batch)
+        networks = {"denoiser": self.recomputes("denoiser", batch), "decoder": self.recomputes("decoder", images)}
+        recomputed = " and ".join(network for network, on in networks.items() if on)
+        return (
+            f"block checkpointing {f'in {recomputed}' if recomputed else 'off'}, {self.samples(batch)} of {batch} "
+            f"samples denoised at a time, {images} decoded"
+        )
+
+    def savings(self, batch: int) -> list[tuple[str, int]]:
+        """Return the settings that would reduce what a batch needs, with the bytes saved, largest first; CUDA only."""
+        samples, blocks = self.samples(batch), self.recomputes("denoiser", batch)
+        images = self.images(batch)
+        decoder = self.recomputes("decoder", images)
+        one = {("denoiser", on): self.of_one("denoiser", recomputes=on) for on in {blocks, True}} | {
+            ("decoder", on): self.of_one("decoder", recomputes=on) for on in {decoder, True}
+        }
+
+        def needed(samples: int, blocks: bool, images: int, decoder: bool) -> int:
+            return max(samples * one["denoiser", blocks], images * one["decoder", decoder])
+
+        half = max(1, samples // 2)
+        others = {
+            "backprop.checkpoint_blocks=true": (samples, True, images, decoder),
+            "backprop.checkpoint_decoder=true": (samples, blocks, images, True),
+            "backprop.decode_batch_size=1": (samples, blocks, 1, decoder),
+            f"backprop.sample_batch_size={half}": (half, blocks, min(images, half), decoder),
+            "backprop.checkpoint_blocks=true backprop.checkpoint_decoder=true backprop.decode_batch_size=1": (
+                samples, True, 1, True
+            ),
+        }  # fmt: skip
+        now = needed(samples, blocks, images, decoder)
+        found = [(setting, now - needed(*other)) for setting, other in others.items()]
+        return sorted([pair for pair in found if pair[1] > 0], key=lambda pair: -pair[1])
 
     def _recompute(self, network: Network, enabled: bool) -> None:
         if self._enabled.get(network) != enabled:

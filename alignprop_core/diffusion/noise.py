@@ -32,6 +32,20 @@ class Noise:
     steps: Tensor | None = None
     lv: Tensor | None = None
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> Noise:
+        """Return the noise on a device, without waiting for it."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            # A GPU reads page-locked memory by itself; otherwise the host waits until it has been read.
+            locked = tensor.device.type == "cpu" and device.type == "cuda"
+            return (tensor.to(dtype).pin_memory() if locked else tensor).to(device, dtype, non_blocking=True)
+
+        initial = moved(self.initial)
+        assert initial is not None
+        return replace(self, initial=initial, steps=moved(self.steps), lv=moved(self.lv))
+
     def __getitem__(self, index: slice) -> Noise:
         """Return the noise of a part of the batch."""
         return replace(

@@ -27,6 +27,7 @@ from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.chain import Chain
+from alignprop_core.diffusion.costs import Costs, seconds_of
 from alignprop_core.diffusion.cuda_graphs import Pool
 from alignprop_core.diffusion.decoder import Decoder
 from alignprop_core.diffusion.denoiser import Batch, Denoisers
@@ -357,6 +358,36 @@ class Sampler:
         while len(self._encoded) > _CACHED_PROMPTS:
             self._encoded.popitem(last=False)
         return batch
+
+    def costs(self, batch: int, kept: float) -> Costs:
+        """Capture the calls of a batch, time them, and predict what its step will need; on CUDA only.
+
+        Args:
+            batch: number of samples.
+            kept: mean number of steps that keep their gradient.
+        """
+        samples, per_sample = self.memory.samples(batch), 1 + self.backprop.lv_samples
+        latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
+        timestep = self.scheduler.timesteps[0]
+        inputs = Batch(self.conditioning([""] * samples), self._calls.weights_of(self.family.denoiser))
+        denoiser = self._denoisers.of(inputs)
+        denoiser.prepare(latents, timestep)
+        images = self.memory.images(samples * per_sample)
+        rows = latents[:1].repeat(images, 1, 1, 1).requires_grad_()
+
+        def decode() -> None:
+            pixels = self.decode(rows)
+            torch.autograd.grad(pixels, rows, torch.ones_like(pixels))
+
+        predict = seconds_of(lambda: denoiser.predict(latents, timestep), self.device)
+        vjp = seconds_of(lambda: denoiser.vjp(latents, timestep, latents, at_input=True), self.device)
+        chunks, decoded = -(-batch // samples), -(-samples * per_sample // images)
+        seconds = chunks * (self.scheduler.steps * predict + kept * vjp + decoded * seconds_of(decode, self.device))
+        return Costs(
+            seconds=seconds,
+            peak_memory=self.memory.static + self.memory.peak(batch),
+            level=self.memory.describe(batch),
+        )
 
     def _one_step(self) -> tuple[Tensor, list[Tensor]]:
         """Call the denoiser for one sample, with a graph."""

@@ -48,7 +48,8 @@ class StepStats:
         kept_steps: denoising steps that kept their gradient.
         reward_queries: images scored since the run began.
         seconds: wall time of the step.
-        peak_memory: bytes: peak memory allocated so far on the GPU, or used by the process on a CPU.
+        peak_memory: bytes: peak memory reserved so far on the GPU, or used by the process on a CPU.
+        predicted: seconds and peak_memory as predicted before the first step, on a GPU; only with the first step.
         idle: why no image has a gradient, such as every image at its ceiling; None if one has.
         skipped: why this step did not change the adapters; None if it did.
     """
@@ -61,6 +62,7 @@ class StepStats:
     reward_queries: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
+    predicted: dict[str, float] | None = None
     idle: str | None = None
     skipped: str | None = None
 
@@ -168,6 +170,7 @@ class StepStats:
             "reward_queries": self.reward_queries,
             "seconds": self.seconds,
             "peak_memory": self.peak_memory,
+            **({} if self.predicted is None else {"predicted": self.predicted}),
             "idle": self.idle,
             "skipped": self.skipped,
         }

@@ -29,6 +29,8 @@ class NotebookProgress(ProgressBar):
         self._shown = ""
         display = import_module("IPython.display").display
         self._outputs = [display(_html(""), display_id=True) for _ in range(2)]
+        if trainer.costs is not None:
+            self._print(f"memory: {trainer.costs}")
         self._update(trainer, "")
 
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:

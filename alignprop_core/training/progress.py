@@ -25,6 +25,8 @@ class ProgressBar(Callback):
     def on_start(self, trainer: Trainer) -> None:
         """Show the bar."""
         steps, done = trainer.config.training.steps, trainer.step_number
+        if trainer.costs is not None:
+            self._print(f"memory: {trainer.costs}")
         self.task = self.bar.add_task("training", total=steps, completed=done, status="")
         self.bar.start()
 

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
+from statistics import mean
 
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.noise import seeded
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
@@ -58,6 +60,18 @@ class StepGradient:
         self.mix.update(stats)
         return stats.images
 
+    def kept_steps(self, step: int) -> int:
+        """Return how many denoising steps keep their gradient in a step."""
+        return len(self._truncation(step).kept)
+
+    def costs(self) -> Costs:
+        """Predict what a step will need, on a GPU; on the mean of the first hundred truncations."""
+        training = self.config.training
+        kept = mean(self.kept_steps(step) for step in range(100))
+        batch = -(-training.batch_size // self.processes.num_processes)
+        costs = self.sampler.costs(batch, kept)
+        return replace(costs, seconds=costs.seconds * training.gradient_accumulation_steps)
+
     def compute(self, step: int, *, backward: bool = True) -> StepStats:
         """Compute the clipped gradient of the step that follows `step` done ones; statistics are on the host.
 
@@ -65,12 +79,11 @@ class StepGradient:
             step: optimizer steps done.
             backward: False computes the statistics alone.
         """
-        truncation = draw_truncation(
-            self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step
-        )
+        truncation = self._truncation(step)
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
         if not self._chunks:
-            chunk = self.sampler.memory.samples(self.config.training.batch_size)
+            own = -(-self.config.training.batch_size // self.processes.num_processes)
+            chunk = self.sampler.memory.samples(own)
             self._chunks = chunks_of(self.processes.process_index, self.processes.num_processes, self.config, chunk)
         for indices in self._chunks:
             stats += self._batch(indices, step, truncation, backward)
@@ -82,6 +95,9 @@ class StepGradient:
             stats["grad_norm"] = self.optimizer.clip()
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
+
+    def _truncation(self, step: int) -> Truncation:
+        return draw_truncation(self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step)
 
     def _batch(self, indices: Sequence[int], step: int, truncation: Truncation, backward: bool) -> StepStats:
         """Sample, score and, with `backward`, backpropagate the samples with these global indices.

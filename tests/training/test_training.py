@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -366,6 +367,47 @@ def test_a_balanced_mix_with_offload_on_a_gpu_raises_the_reward(
     )
     result = json.loads((train(config) / "evaluation.json").read_text())
     assert result["tuned"]["redness"]["interval"][0] > 0, result
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.parametrize(("precision", "syncs"), [("no", 1), ("bf16", 1), ("fp16", 3)])
+def test_a_captured_step_waits_for_the_gpu_once(make: Callable[..., RunConfig], precision: str, syncs: int) -> None:
+    """The step's statistics are its only transfer to the host."""
+    config = make(training__device="cuda", training__mixed_precision=precision, sampling__eta=0.5)
+    trainer = Trainer(config, registry=registry())
+    trainer.step()
+    trainer.step()
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        trainer.step()
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [
+        str(warning.filename) + ":" + str(warning.lineno) for warning in shown if "synchroniz" in str(warning.message)
+    ]
+    assert len(waits) <= syncs, waits
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_predicts_its_costs(make: Callable[..., RunConfig]) -> None:
+    folder = train(make(training__device="cuda", training__mixed_precision="bf16"))
+    first, second, *_ = metrics(folder)
+    assert first["predicted"]["seconds"] > 0
+    assert 0.2 < first["predicted"]["peak_memory"] / first["peak_memory"] < 2
+    assert "predicted" not in second
+
+
+@pytest.mark.gpu
+def test_out_of_memory_names_the_settings_that_help(make: Callable[..., RunConfig]) -> None:
+    trainer = Trainer(make(training__device="cuda", training__batch_size=64), registry=registry())
+    try:
+        _, total = torch.cuda.mem_get_info()
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**23) / total)
+        with pytest.raises(RunError, match=r"Out of memory in step 1, with 64 samples.*checkpoint_blocks=true"):
+            trainer.train()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 @pytest.mark.gpu
