@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
 from alignprop_core.config.aliases import ALIASES, RENAMED
 from alignprop_core.config.base import Positive, Section, Seed, Text
@@ -56,6 +56,10 @@ class RegularizationConfig(Section):
     keep their gradient; subtracted from the mix's total. 0 turns it off, at no cost."""
 
 
+def _off(value: object) -> object:
+    return "off" if value is False else value  # YAML reads off as false
+
+
 class TrainingConfig(Section):
     """The training loop."""
 
@@ -71,6 +75,9 @@ class TrainingConfig(Section):
     """Number format of the networks; no is float32."""
     device: Annotated[str, StringConstraints(pattern=DEVICE_PATTERN)] = "auto"
     """Device: auto, cpu, cuda, cuda:N or mps."""
+    compile: Annotated[Literal["off", "blocks", "auto"], BeforeValidator(_off)] = "off"
+    """On a GPU, compile the denoiser's blocks: minutes before the first step of the first run, then faster steps. auto:
+    if the run is long enough to save that time."""
     trackers: list[Text] = Field(default=[])
     """Where metrics are also logged: tensorboard, wandb, or the name of a plugin's callback."""
 

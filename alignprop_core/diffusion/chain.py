@@ -118,8 +118,6 @@ class Chain:
         latents, step_noise = noise.initial, noise.steps
         state = scheduler.initial_state
         factors = {} if truncation is None else truncation.factors
-        if truncation is not None and not self.stores:
-            self.denoiser.prepare(latents, scheduler.timesteps[0])
         records: list[Record] = []
         for i in range(scheduler.steps):
             record = Record(i, latents, latents, state, None if step_noise is None else step_noise[i])

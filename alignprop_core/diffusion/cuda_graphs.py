@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +18,28 @@ from torch import Tensor, nn
 Outputs = Sequence[Tensor]
 
 
+@dataclass(eq=False)
+class Call:
+    """A function of tensors, and its graph once it is captured.
+
+    Attributes:
+        function: works on the tensors it is passed and on tensors that exist before the capture; may leave tensors for
+            calls that are captured after it.
+        shapes: tensors of the shapes it is called with.
+        graph: its graph; None if it has to run eagerly.
+    """
+
+    function: Callable[..., Outputs]
+    shapes: Sequence[Tensor]
+    graph: Graph | None = None
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        """Return the results for these inputs."""
+        return self.function(*inputs) if self.graph is None else self.graph(*inputs)
+
+
 class Pool:
-    """The graphs' memory, and whether functions can be captured at all.
+    """The graphs' memory, and whether calls are captured at all.
 
     Args:
         enabled: False captures nothing.
@@ -30,44 +52,47 @@ class Pool:
     def __init__(self, enabled: bool) -> None:
         self.enabled, self.replays = enabled, 0
         self._handle: Any = None
+        self._captured: WeakSet[Call] = WeakSet()
 
     def refuse(self, reason: str) -> None:
-        """Capture nothing from now on, and show a warning."""
+        """Capture nothing from now on, free the graphs, and show a warning."""
         self.enabled = False
+        for call in self._captured:
+            call.graph = None
+        torch.cuda.empty_cache()
         warnings.warn(
             f"The model is not run as CUDA graphs: {reason}. Steps are correct but slower; backprop.cuda_graphs=false "
             "hides this warning.",
             stacklevel=3,
         )
 
-    def capture(self, functions: Sequence[Callable[..., Outputs]], inputs: Sequence[Sequence[Tensor]]) -> list[Graph]:
-        """Capture functions that are always called in this order; returns their graphs, or none if that fails.
+    def capture(self, calls: Sequence[Call]) -> None:
+        """Capture calls in this order; if one fails, none is captured any more.
 
-        Args:
-            functions: work on the tensors they are passed and on tensors that exist already; may leave tensors for the
-                functions after them.
-            inputs: for each function, tensors of the shapes it will be called with.
+        Those that allocate the largest tensors come first: others fit into parts of their memory, but not vice versa.
         """
-        static = [[tensor.detach().clone() for tensor in tensors] for tensors in inputs]
-
-        def run() -> list[Outputs]:
-            return [function(*tensors) for function, tensors in zip(functions, static, strict=True)]
-
+        if not calls:
+            return
+        static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         stream = torch.cuda.current_stream()
         try:
-            _warm_up(run)
-            graphs = [Graph(f, tensors, self, self._handle) for f, tensors in zip(functions, static, strict=True)]
+            # All trials before the first capture: their memory is returned to the driver before the graphs take theirs.
+            _warm_up(lambda: [call.function(*tensors) for call, tensors in zip(calls, static, strict=True)])
+            for call, tensors in zip(calls, static, strict=True):
+                call.graph = Graph(call.function, tensors, self, self._handle)
+                self._captured.add(call)
         except (RuntimeError, NotImplementedError) as error:  # OutOfMemoryError is a RuntimeError
             torch.cuda.set_stream(stream)
-            torch.cuda.empty_cache()
-            if isinstance(error, torch.OutOfMemoryError):
-                self.refuse("memory does not suffice for capturing them")
-            else:
-                self.refuse(f"capturing them failed ({str(error).strip().splitlines()[0]})")
-            return []
-        return graphs
+            short = isinstance(error, torch.OutOfMemoryError)
+            reason = str(error).strip().splitlines()[0]
+        else:
+            return
+        # Outside of the handler, whose traceback keeps the failed call's tensors alive.
+        for call in calls:
+            call.graph = None
+        self.refuse("memory does not suffice for it" if short else f"that failed ({reason})")
 
 
 class Graph:
@@ -85,15 +110,16 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with torch.cuda.graph(self._graph, pool=handle, capture_error_mode="thread_local"):
-            self._outputs = function(*inputs)
+            # Without what led to them: only the results stay allocated in the pool.
+            self._outputs = [output.detach() for output in function(*inputs)]
 
-    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+    def __call__(self, *inputs: Tensor) -> Outputs:
         """Return copies of the results for these inputs."""
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)
         self._graph.replay()
         self._pool.replays += 1
-        return [output.detach().clone() for output in self._outputs]
+        return [output.clone() for output in self._outputs]
 
 
 def _warm_up(run: Callable[[], object]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.cuda_graphs import Pool, obstacle, state_of
+from alignprop_core.diffusion.cuda_graphs import Call, Pool, obstacle, state_of
 from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.memory import Memory
 
@@ -32,15 +32,20 @@ class Decoder:
 
     def __init__(self, calls: NetworkCalls, pool: Pool, memory: Memory) -> None:
         self._calls, self._pool, self._memory = calls, pool, memory
-        self._known: OrderedDict[Any, CapturedDecoder | None] = OrderedDict()
+        self._known: OrderedDict[Any, CapturedDecoder] = OrderedDict()
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return images (b, 3, H, W) in [0, 1] of latents (b, C, h, w), clipped with a straight-through gradient."""
-        recomputes = False
-        if torch.is_grad_enabled():
-            recomputes = self._memory.recomputes("decoder", len(latents))
-        captured = self._captured(latents, recomputes) if torch.is_grad_enabled() and latents.requires_grad else None
-        pixels = self._differentiable(latents, recomputes) if captured is None else _Decode.apply(latents, captured)
+        recomputes = torch.is_grad_enabled() and self._memory.recomputes("decoder", len(latents))
+        captured = None
+        if torch.is_grad_enabled() and latents.requires_grad:
+            captured = self._for(latents, recomputes)
+            if captured is not None:
+                self._pool.capture(captured.not_captured())
+        if captured is None or not self._pool.enabled:
+            pixels = self._differentiable(latents, recomputes)
+        else:
+            pixels = _Decode.apply(latents, captured)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         images: Tensor = pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
         return images
@@ -55,8 +60,13 @@ class Decoder:
         pixels_of = partial(self.pixels, recomputes=recomputes)
         return with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
 
-    def _captured(self, latents: Tensor, recomputes: bool) -> CapturedDecoder | None:
-        """Return the graphs for latents of this shape, captured at their first use; None if there are none."""
+    def not_captured(self, latents: Tensor) -> list[Call]:
+        """Return the calls for latents of this shape that have yet to be captured."""
+        captured = self._for(latents, self._memory.recomputes("decoder", len(latents)))
+        return [] if captured is None else captured.not_captured()
+
+    def _for(self, latents: Tensor, recomputes: bool) -> CapturedDecoder | None:
+        """Return the calls for latents of this shape; None if they cannot be captured."""
         network = self._calls.family.decoder
         if not self._pool.enabled or any(isinstance(module, LoraLayer) for module in network.modules()):
             return None
@@ -68,8 +78,7 @@ class Decoder:
             with torch.no_grad():
                 pixels = self.pixels(latents, recomputes)  # for their shape
             pixels_of = partial(self._differentiable, recomputes=recomputes)
-            captured = CapturedDecoder(pixels_of, latents, pixels, self._pool)
-            self._known[key] = captured if captured.graphs else None
+            self._known[key] = CapturedDecoder(pixels_of, latents, pixels, self._pool)
         self._known.move_to_end(key)
         while len(self._known) > _SHAPES:
             self._known.popitem(last=False)
@@ -77,7 +86,7 @@ class Decoder:
 
 
 class CapturedDecoder:
-    """A decoder for latents of one shape as CUDA graphs of its forward and its backward pass.
+    """A decoder for latents of one shape: its forward and its backward pass.
 
     Args:
         pixels_of: the decoder, differentiable.
@@ -86,25 +95,35 @@ class CapturedDecoder:
         pool: captures them.
 
     Attributes:
-        graphs: the forward and the backward pass; empty if capturing failed.
+        forward: latents -> pixels; leaves the activations in the pool's memory.
+        backward: gradient at the pixels -> gradient at the latents, with these activations.
     """
 
-    def __init__(self, pixels_of: Any, latents: Tensor, pixels: Tensor, pool: Pool) -> None:
-        self.pool = pool
-        self._kept: tuple[Tensor, Tensor] | None = None  # with the graph between them, whose tensors replays fill
+    def __init__(self, pixels_of: Callable[[Tensor], Tensor], latents: Tensor, pixels: Tensor, pool: Pool) -> None:
+        self.pool, self._pixels_of, self._is_new = pool, pixels_of, True
+        self._graph: tuple[Tensor, Tensor] | None = None  # the ends of autograd's graph, while capturing
+        self.forward = Call(self._forward, (latents,))
+        self.backward = Call(self._backward, (pixels,))
 
-        def forward(given: Tensor) -> Sequence[Tensor]:
-            self._kept = None  # frees what a trial has left
-            inputs = given.detach().requires_grad_()
-            with torch.enable_grad():
-                self._kept = inputs, pixels_of(inputs)
-            return [self._kept[1]]
+    def not_captured(self) -> list[Call]:
+        """Return both calls the first time."""
+        was_new, self._is_new = self._is_new, False
+        return [self.forward, self.backward] if was_new else []
 
-        def backward(at_pixels: Tensor) -> Sequence[Tensor]:
-            assert self._kept is not None
-            return torch.autograd.grad(self._kept[1], self._kept[0], at_pixels, retain_graph=True)
+    def _forward(self, latents: Tensor) -> Sequence[Tensor]:
+        inputs = latents.detach().requires_grad_()
+        with torch.enable_grad():
+            self._graph = inputs, self._pixels_of(inputs)
+        return [self._graph[1]]
 
-        self.graphs = pool.capture([forward, backward], [[latents], [pixels]])
+    def _backward(self, at_pixels: Tensor) -> Sequence[Tensor]:
+        assert self._graph is not None
+        inputs, pixels = self._graph
+        # The graph is kept until all is captured, so that the backward pass does not overwrite the activations: it can
+        # be replayed for several terms. Replays need the memory, not the tensors.
+        found = torch.autograd.grad(pixels, inputs, at_pixels, retain_graph=True)
+        self._graph = None
+        return found
 
 
 class _Decode(torch.autograd.Function):
@@ -115,7 +134,7 @@ class _Decode(torch.autograd.Function):
         """Decode; the activations stay in the graphs' memory until the next replay of another graph."""
         ctx.decoder = decoder
         ctx.save_for_backward(latents)
-        (pixels,) = decoder.graphs[0](latents)
+        (pixels,) = decoder.forward(latents)
         ctx.replays = decoder.pool.replays
         return pixels
 
@@ -124,9 +143,8 @@ class _Decode(torch.autograd.Function):
     def backward(ctx: Any, at_pixels: Tensor) -> tuple[Tensor, None]:
         """Return the gradient at the latents."""
         decoder: CapturedDecoder = ctx.decoder
-        if ctx.replays != decoder.pool.replays:
-            decoder.graphs[0](*ctx.saved_tensors)  # the activations have been overwritten
-        (at_latents,) = decoder.graphs[1](at_pixels)
-        # The backward graph reads the activations and keeps them, but overwrites those of all others.
+        if ctx.replays != decoder.pool.replays or decoder.forward.graph is None:
+            decoder.forward(*ctx.saved_tensors)  # the activations have been overwritten
+        (at_latents,) = decoder.backward(at_pixels)
         ctx.replays = decoder.pool.replays
         return at_latents, None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.cpu import Weights, replaced
-from alignprop_core.diffusion.cuda_graphs import Graph, Pool, obstacle, state_of
+from alignprop_core.diffusion.cuda_graphs import Call, Pool, obstacle, state_of
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.half import scaled
 from alignprop_core.errors import RunError
@@ -90,7 +90,7 @@ class Denoiser:
         self._forwards = calls.forwards_of(self.network, leaves)
         self._base_forwards = {} if fixed or batch.base is None else calls.forwards_of(self.network, batch.base)
         self._plain = all(layer in batch.weights for layer in self.network.modules() if isinstance(layer, LoraLayer))
-        self._graphs: dict[str, Graph | None] = {}
+        self._captured: dict[str, Call] = {}
         self._batch, self._is_base = batch, False
 
     def load(self, batch: Batch) -> None:
@@ -105,18 +105,21 @@ class Denoiser:
             for leaf, tensor in zip(self.leaves, (t for ts in weights.values() for t in ts), strict=True):
                 leaf.copy_(tensor)
 
-    def prepare(self, latents: Tensor, timestep: Tensor) -> None:
-        """Capture what training needs, the largest graph first: the others then fit into its memory."""
-        self._captured("vjp", partial(self._vjp, at_input=True), (latents, timestep, latents))
-        self._captured("predict", self._predict, (latents, timestep))
+    def not_captured(self, latents: Tensor, timestep: Tensor) -> list[Call]:
+        """Return the calls of training that have yet to be captured."""
+        calls = {
+            "vjp": Call(partial(self._vjp, at_input=True), (latents, timestep, latents)),
+            "predict": Call(self._predict, (latents, timestep)),
+        }
+        new = {name: call for name, call in calls.items() if name not in self._captured}
+        self._captured |= new
+        return list(new.values())
 
     # -- calls --------------------------------------------------------------------------------------------------
 
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Return the guided prediction at latents (B, C, h, w), without a graph."""
-        if graph := self._captured("predict", self._predict, (latents, timestep)):
-            return graph(latents, timestep)[0]
-        return self._predict(latents, timestep)[0]
+        return self._call("predict", self._predict, latents, timestep)[0]
 
     def with_graph(self, latents: Tensor, timestep: Tensor, *, at_input: bool) -> tuple[Tensor, Tensor]:
         """Return the network's input and its prediction with the graph between them.
@@ -142,10 +145,9 @@ class Denoiser:
         Raises:
             RunError: the prediction depends on no trainable parameter.
         """
-        inputs = (latents, timestep, at_prediction)
-        if graph := self._captured("vjp", partial(self._vjp, at_input=True), inputs):
-            return graph(*inputs)[0]
-        found = self._vjp(*inputs, at_input=at_input)
+        if self._captures:  # one graph for both cases: without the latents it would be no faster
+            at_input = True
+        found = self._call("vjp", partial(self._vjp, at_input=at_input), latents, timestep, at_prediction)
         return found[0] if found else None
 
     def pull(self, graph: tuple[Tensor, Tensor], at_prediction: Tensor, *, again: bool = False) -> Tensor | None:
@@ -184,10 +186,7 @@ class Denoiser:
 
     def base_vjp(self, latents: Tensor, timestep: Tensor, at_prediction: Tensor) -> Tensor:
         """Return the VJP of the prediction at the latents, (B, C, h, w), inside of `base()`."""
-        inputs = (latents, timestep, at_prediction)
-        if graph := self._captured("base_vjp", self._input_vjp, inputs):
-            return graph(*inputs)[0]
-        return self._input_vjp(*inputs)[0]
+        return self._call("base_vjp", self._input_vjp, latents, timestep, at_prediction)[0]
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the batch's tensors and the parameters, and the sum of the VJPs at each of them.
@@ -227,15 +226,26 @@ class Denoiser:
         with replaced(self._forwards):
             return [factor * torch.autograd.grad(output, inputs, gradient)[0]]
 
-    def _captured(self, name: str, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> Graph | None:
-        """Return the function's graph, captured at its first use; None if it has to run eagerly."""
-        if not self._pool.enabled or (self._is_base and not self._plain):
-            return None
-        if name not in self._graphs:
-            before = self.gradient.clone()  # trials must not add to it
-            self._graphs[name] = next(iter(self._pool.capture([function], [inputs])), None)
-            self.gradient.copy_(before)
-        return self._graphs[name]
+    @property
+    def _captures(self) -> bool:
+        return self._pool.enabled and not (self._is_base and not self._plain)
+
+    def _call(self, name: str, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Sequence[Tensor]:
+        """Call a function: its graph, captured at the first use, or the function itself."""
+        if not self._captures:
+            return function(*inputs)
+        if name not in self._captured:
+            self._captured[name] = Call(function, inputs)
+            self.capture([self._captured[name]])
+        return self._captured[name](*inputs)
+
+    def capture(self, calls: Sequence[Call]) -> None:
+        """Capture calls, some of which are this denoiser's."""
+        if not calls:
+            return
+        before = self.gradient.clone()  # trials must not add to it
+        self._pool.capture(calls)
+        self.gradient.copy_(before)
 
 
 class Denoisers:

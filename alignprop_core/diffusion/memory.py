@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from alignprop_core.config.model import BackpropConfig
 from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.cpu import Forwards, replaced
 
 _SHARE = {"cpu": 0.6, "cuda": 0.85}
 """Share of the available memory that may be used: on a CPU for stored graphs, whose backward pass needs the rest; on
 CUDA for a backward pass with all it needs, beside the rewards'."""
 
 Network = Literal["denoiser", "decoder"]
-One = Callable[[], tuple[Tensor, Sequence[Tensor]]]
-"""Runs a network for one sample: its output, and the tensors that a backward pass leads to."""
+One = Callable[[], tuple[Tensor, Sequence[Tensor], Forwards]]
+"""Runs a network for one sample: its output, the tensors that a backward pass leads to, and the layers' forwards, which
+the backward pass needs where blocks run again."""
 
 
 class Memory:
@@ -40,6 +42,7 @@ class Memory:
         self._measured: dict[tuple[Network, bool], int] = {}
         self._enabled: dict[Network, bool] = {}
         self._available: int | None = None
+        self._denoiser_peak = 0
         self.static = 0
 
     @property
@@ -79,38 +82,40 @@ class Memory:
 
     def recomputes(self, network: Network, samples: int) -> bool:
         """Return whether a network runs its blocks again in the backward pass, and make it do so."""
-        backprop = self._backprop
+        backprop, on_gpu = self._backprop, self._calls.device.type == "cuda"
         setting = backprop.checkpoint_blocks if network == "denoiser" else backprop.checkpoint_decoder
         if setting == "auto":
-            setting = samples * self.of_one(network, recomputes=False) > self.available
+            one = self.of_one(network, recomputes=False)
+            setting = samples * one > self.available
+            if on_gpu and network == "decoder" and self._denoiser_peak:
+                # Both use the same memory: a decoder that runs twice costs less time than more memory is worth.
+                setting = setting or one > self._denoiser_peak
         self._recompute(network, setting)
+        if on_gpu and network == "denoiser":
+            self._denoiser_peak = self.of_one(network, recomputes=setting) * self.samples(samples)
         return setting
 
     def samples(self, batch: int) -> int:
         """Return how many samples of a batch are denoised at a time: all, if memory suffices."""
         if self._backprop.sample_batch_size is not None or self._calls.device.type != "cuda":
             return min(batch, self._backprop.sample_batch_size or batch)
-        one = self.of_one("denoiser", recomputes=self.recomputes("denoiser", batch))
-        return max(1, min(batch, int(self.available // one)))
+        smallest = self.of_one("denoiser", recomputes=self._backprop.checkpoint_blocks is not False)
+        return max(1, min(batch, int(self.available // smallest)))
 
     def images(self, rows: int) -> int:
         """Return how many of these images are decoded at a time: on CUDA as many as need no more than the denoiser."""
         if self._backprop.decode_batch_size is not None or self._calls.device.type != "cuda":
             return min(rows, self._backprop.decode_batch_size or rows)
-        return max(1, min(rows, int(self.peak(rows, decoder=False) // self.of_one("decoder", recomputes=False))))
+        one = self.of_one("decoder", recomputes=self.recomputes("decoder", 1))
+        return max(1, min(rows, int(self._denoiser_peak // one)))
 
-    def peak(self, batch: int, *, decoder: bool = True) -> int:
-        """Return the bytes that a batch needs beside weights and rewards; on CUDA only.
-
-        Args:
-            batch: number of samples.
-            decoder: whether the decoder is included; both share their memory.
-        """
-        denoiser = self.of_one("denoiser", recomputes=self.recomputes("denoiser", batch)) * self.samples(batch)
-        if not decoder:
-            return denoiser
+    def peak(self, batch: int) -> int:
+        """Return the bytes that a batch needs beside weights and rewards; on CUDA only."""
+        self.recomputes("denoiser", batch)
         images = self.images(batch)
-        return max(denoiser, images * self.of_one("decoder", recomputes=self.recomputes("decoder", images)))
+        # The denoiser and the decoder use the same memory.
+        decoder = images * self.of_one("decoder", recomputes=self.recomputes("decoder", images))
+        return max(self._denoiser_peak, decoder)
 
     def describe(self, batch: int) -> str:
         """Return in words what is recomputed and how much of a batch is computed at a time; on CUDA only."""
@@ -179,8 +184,9 @@ def peak_bytes(run: One, device: torch.device) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.enable_grad():
-        output, inputs = run()
-        torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
+        output, inputs, forwards = run()
+        with replaced(forwards):
+            torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
     return torch.cuda.max_memory_allocated(device) - before
 
 

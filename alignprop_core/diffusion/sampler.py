@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.chain import Chain
+from alignprop_core.diffusion.compiling import compile_blocks, compiling
 from alignprop_core.diffusion.costs import Costs, seconds_of
+from alignprop_core.diffusion.cpu import Forwards
 from alignprop_core.diffusion.cuda_graphs import Pool
 from alignprop_core.diffusion.decoder import Decoder
-from alignprop_core.diffusion.denoiser import Batch, Denoisers
+from alignprop_core.diffusion.denoiser import Batch, Denoiser, Denoisers
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
@@ -92,11 +94,11 @@ class Sampler:
         self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
         self.memory = Memory(self._calls, self.backprop, {"denoiser": self._one_step, "decoder": self._one_image})
-        pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs)
-        self._denoisers = Denoisers(self._calls, pool)
-        self._decoder = Decoder(self._calls, pool, self.memory)
+        self._pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs)
+        self._denoisers = Denoisers(self._calls, self._pool)
+        self._decoder = Decoder(self._calls, self._pool, self.memory)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
-        self._lora_is_on = True
+        self._lora_is_on, self._compiles = True, False
 
     @classmethod
     def load(
@@ -257,6 +259,8 @@ class Sampler:
             regularization=self.regularization,
             stores=stores,
         )
+        if truncation is not None and self._pool.enabled:
+            self._capture(chain.denoiser, len(prompts))
         if truncation is None:
             sampled = chain.run(noise)
             latents, weights, penalty = sampled.latents, sampled.weights, sampled.penalty
@@ -359,6 +363,12 @@ class Sampler:
             self._encoded.popitem(last=False)
         return batch
 
+    def compile(self) -> None:
+        """Compile the denoiser's blocks, when the calls of a batch are captured next (`costs`, `sample`)."""
+        compile_blocks(self.family.denoiser)
+        self._compiles = True
+        self._denoisers = Denoisers(self._calls, self._pool)
+
     def costs(self, batch: int, kept: float) -> Costs:
         """Capture the calls of a batch, time them, and predict what its step will need; on CUDA only.
 
@@ -371,7 +381,7 @@ class Sampler:
         timestep = self.scheduler.timesteps[0]
         inputs = Batch(self.conditioning([""] * samples), self._calls.weights_of(self.family.denoiser))
         denoiser = self._denoisers.of(inputs)
-        denoiser.prepare(latents, timestep)
+        self._capture(denoiser, samples)
         images = self.memory.images(samples * per_sample)
         rows = latents[:1].repeat(images, 1, 1, 1).requires_grad_()
 
@@ -389,19 +399,31 @@ class Sampler:
             level=self.memory.describe(batch),
         )
 
-    def _one_step(self) -> tuple[Tensor, list[Tensor]]:
+    def _capture(self, denoiser: Denoiser, samples: int) -> None:
+        """Capture what training on this many samples calls, if it is not captured yet."""
+        latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
+        images = self.memory.images(samples * (1 + self.backprop.lv_samples))
+        with compiling() if self._compiles else nullcontext():
+            denoiser.capture(
+                [
+                    *self._decoder.not_captured(latents[:1].expand(images, -1, -1, -1)),
+                    *denoiser.not_captured(latents, self.scheduler.timesteps[0]),
+                ]
+            )
+
+    def _one_step(self) -> tuple[Tensor, list[Tensor], Forwards]:
         """Call the denoiser for one sample, with a graph."""
         latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
         conditioning, timestep = self.conditioning([""]), self.scheduler.timesteps[0]
         # On a CPU with the layers' own forwards, which store a little more than the cheaper ones.
         forwards = self._calls.forwards_of(self.family.denoiser) if self.device.type == "cuda" else {}
         output = self._calls.run(self.family.predict, latents, timestep, conditioning=conditioning, forwards=forwards)
-        return output, [latents, *(p for p in self.family.denoiser.parameters() if p.requires_grad)]
+        return output, [latents, *(p for p in self.family.denoiser.parameters() if p.requires_grad)], forwards
 
-    def _one_image(self) -> tuple[Tensor, list[Tensor]]:
+    def _one_image(self) -> tuple[Tensor, list[Tensor], Forwards]:
         """Decode one image, with a graph."""
         latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
-        return self._decoder.pixels(latents, recomputes=False), [latents]
+        return self._decoder.pixels(latents, recomputes=True), [latents], {}
 
     def save_lora(self, folder: str | Path, name: str = "adapter") -> None:
         """Write the trainable adapter into a folder, in diffusers' format and as NAME.safetensors in kohya's layout."""

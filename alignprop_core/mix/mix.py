@@ -137,14 +137,14 @@ class Mix:
         if self.config.per_sample:
             factors = self._factors_per_sample(step, sizes, shares)
         else:
-            factors = sizes.new_tensor(self.factors(step)).expand_as(sizes)  # (B, K)
+            factors = _on_device(self.factors(step), sizes).expand_as(sizes)  # (B, K)
         reached = factors * slopes  # (B, K), d objective / d raw score
         scaled_products = products * reached.unsqueeze(1) * reached.unsqueeze(2)
         if self.config.combine == "pcgrad":
             multiples = project_conflicts(scaled_products)
         else:
             # No projection: every scaled gradient consists of itself alone.
-            multiples = torch.eye(len(self.terms)).to(scaled_products).expand_as(scaled_products)
+            multiples = torch.eye(len(self.terms), device=sizes.device, dtype=sizes.dtype).expand_as(scaled_products)
         whole = multiples.sum(1)  # (B, K): how much of each scaled gradient the result contains
         if image_squares is None:
             image_squares = clipped_products.diagonal(dim1=1, dim2=2)
@@ -217,9 +217,14 @@ class Mix:
         """Return factors that normalize each image's gradient, (B, K), from the squared gradient norms (B, K)."""
         # A batch norm of 1 is, with equal shares that add up to 1, a norm of sqrt(share) per sample: (B, 1).
         usual = shares.to(sizes).sqrt().unsqueeze(1)
-        weights = torch.tensor([term.weight_at(step) for term in self.terms], device=sizes.device, dtype=sizes.dtype)
-        highest = [self.running[term.label].highest_gradient for term in self.terms]
-        least = self.config.scale_floor * torch.tensor(highest, device=sizes.device, dtype=sizes.dtype) * usual
+        weights = _on_device([term.weight_at(step) for term in self.terms], sizes)
+        highest = _on_device([self.running[term.label].highest_gradient for term in self.terms], sizes)
+        least = self.config.scale_floor * highest * usual
         # Rounding can make the product of a vanishing gradient with itself negative.
         norms = torch.maximum(sizes.clamp(min=0).sqrt(), least)
         return torch.where(least > 0, weights * usual / torch.where(least > 0, norms, 1), 0)
+
+
+def _on_device(numbers: Sequence[float], like: Tensor) -> Tensor:
+    """Return numbers as a tensor, (K,), on another one's device, filled there: the host would wait for a copy."""
+    return torch.stack([like.new_full((), number) for number in numbers])

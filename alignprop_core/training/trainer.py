@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
+from alignprop_core.diffusion.compiling import GAIN, SECONDS
 from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
@@ -165,6 +166,7 @@ class Trainer:
         self._folder: RunFolder | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.console = console or Console(stderr=True)
         self.callbacks = [*standard_callbacks(self, console), *callbacks]
 
     def _evaluation_terms(self) -> list[Any]:
@@ -224,9 +226,7 @@ class Trainer:
         first = self.progress.step
         self._folder = self._open() if main else RunFolder(self.output, lock=None)
         try:
-            if self.device.type == "cuda":
-                with self._explains_out_of_memory():
-                    self.costs = self.gradient.costs()
+            self.prepare()
             for callback in callbacks:
                 callback.on_start(self)
             while self.progress.step < self.config.training.steps and not self._should_stop():
@@ -295,7 +295,7 @@ class Trainer:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            reason, step = str(error).strip().splitlines()[0], self.progress.step
+            reason, step = str(error).partition(". GPU")[0].strip(), self.progress.step
         else:
             return
         # Outside of the handler, whose traceback keeps the failed step's tensors alive.
@@ -304,7 +304,7 @@ class Trainer:
             savings = self.sampler.memory.savings(batch) if self.device.type == "cuda" else []
         except torch.OutOfMemoryError:
             savings = []  # not even one sample fits
-        settings = [f"{setting} (about {size / 2**30:.1f} GiB less)" for setting, size in savings[:3]]
+        settings = [f"{setting} (about {_size(size)} less)" for setting, size in savings[:3]]
         settings = settings or ["backprop.checkpoint_blocks=true", "backprop.checkpoint_decoder=true"]
         raise RunError(
             f"Out of memory in step {step + 1}, with {batch} samples per batch and {self.gradient.kept_steps(step)} "
@@ -312,6 +312,22 @@ class Trainer:
             f"not the result: {'; '.join(settings)}. mix.offload=true keeps the rewards' weights on the CPU. "
             f"({reason})"
         )
+
+    def prepare(self) -> None:
+        """On a GPU, choose what is in memory at a time, compile and capture the networks, and predict a step's costs.
+
+        The first step would do most of it by itself; only `train()` needs the prediction.
+        """
+        if self.device.type != "cuda":
+            return
+        training = self.config.training
+        with self._explains_out_of_memory():
+            self.costs = self.gradient.costs()
+            left = (training.steps - self.progress.step) * self.costs.seconds
+            if training.compile == "blocks" or (training.compile == "auto" and left * GAIN > SECONDS):
+                with self.console.status("compiling the denoiser's blocks: minutes the first time, then cached"):
+                    self.sampler.compile()
+                    self.costs = self.gradient.costs()
 
     @property
     def consistent(self) -> bool:
@@ -381,3 +397,7 @@ class Trainer:
         self.best = parts["best"] or None
         if self.ema is not None:
             self.ema.load(parts["average"], int(state["ema_updates"]))
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -347,8 +347,8 @@ class OurSide:
 
     def __init__(self, settings: Settings, config: RunConfig, registry: Registry) -> None:
         self.trainer = Trainer(config, registry=registry, pipeline=settings.models.copy())
-        if settings.models.device.type == "cuda":
-            print(f"alignprop: {self.trainer.gradient.costs()}", flush=True)
+        self.trainer.prepare()
+        print(f"alignprop: {self.trainer.costs}", flush=True)
 
     def step(self, kept: int) -> None:
         """See `Side`; the trainer draws the same number itself."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.cuda_graphs import Pool
-from alignprop_core.diffusion.decoder import Decoder
+from alignprop_core.diffusion.cuda_graphs import Call, Pool
+from alignprop_core.diffusion.decoder import CapturedDecoder, Decoder
 from alignprop_core.diffusion.denoiser import Denoisers
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.lora import adapters as lora
@@ -33,7 +33,7 @@ STRATEGIES: list[dict[str, Any]] = [
 
 
 class Replays:
-    """Calls a function as a CUDA graph does: on the tensors it was captured with; other replays' leftovers are lost."""
+    """Calls a function as a CUDA graph does: on the tensors of its capture, with what the last replay has left."""
 
     def __init__(self, pool: FixedTensors, function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> None:
         self.pool, self.function, self.inputs = pool, function, inputs
@@ -42,8 +42,14 @@ class Replays:
         for static, given in zip(self.inputs, inputs, strict=True):
             static.copy_(given)
         self.pool.replays += 1
-        self.pool.calls += 1
-        return [output.detach().clone() for output in self.function(*self.inputs)]
+        decoder = getattr(self.function, "__self__", None)
+        if isinstance(decoder, CapturedDecoder) and self.function == decoder.backward.function:
+            assert self.pool.left is not None, "the activations have been overwritten"
+            decoder._graph = self.pool.left
+            return [output.detach().clone() for output in self.function(*self.inputs)]
+        outputs = [output.detach().clone() for output in self.function(*self.inputs)]
+        self.pool.left = decoder._graph if isinstance(decoder, CapturedDecoder) else None
+        return outputs
 
 
 class FixedTensors(Pool):
@@ -51,16 +57,19 @@ class FixedTensors(Pool):
 
     def __init__(self) -> None:
         super().__init__(enabled=True)
-        self.calls = self.captures = 0
+        self.captures = 0
+        self.left: tuple[Tensor, Tensor] | None = None
 
-    def capture(self, functions: Any, inputs: Any) -> Any:
-        """Return replays of the functions; like a capture, call them twice before."""
-        static = [[tensor.detach().clone() for tensor in tensors] for tensors in inputs]
-        for _ in range(2):
-            for function, tensors in zip(functions, static, strict=True):
-                function(*tensors)
-        self.captures += 1
-        return [Replays(self, function, tensors) for function, tensors in zip(functions, static, strict=True)]
+    def capture(self, calls: Sequence[Call]) -> None:
+        """Make replays of the calls; like a capture, call them twice before."""
+        static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
+        for _ in range(2 if calls else 0):
+            for call, tensors in zip(calls, static, strict=True):
+                call.function(*tensors)
+        for call, tensors in zip(calls, static, strict=True):
+            graph: Any = Replays(self, call.function, tensors)
+            call.graph = graph
+        self.captures += len(calls)
 
 
 def tuned(pipe: Any, seed: int = 0, target_modules: list[str] | None = None) -> list[torch.nn.Parameter]:
@@ -120,7 +129,7 @@ def test_fixed_tensors_give_the_same_gradient(
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
         with torch.no_grad():
             parameters[1].add_(0.01)
-    assert pool.calls > 0
+    assert pool.replays > 0
 
 
 def test_each_batch_has_its_own_prompts_adapters_and_activations(tiny_sd: Callable[..., Any], tmp_path: Path) -> None:
@@ -150,7 +159,7 @@ def test_each_batch_has_its_own_prompts_adapters_and_activations(tiny_sd: Callab
     fixed.backward(out, ascent)
     found = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
-    assert pool.captures == 3, "denoiser: VJP and prediction; decoder"
+    assert pool.captures == 4, "denoiser: VJP and prediction; decoder: forward and backward"
 
 
 def test_gradients_of_batches_add_up_and_are_not_shared(tiny_sd: Callable[..., Any]) -> None:
@@ -180,7 +189,7 @@ def test_convolution_adapters_and_their_strength(tiny_sd: Callable[..., Any]) ->
         expected = gradient(eager, parameters, PROMPTS, step)
         found = gradient(fixed, parameters, PROMPTS, step)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
-    assert pool.captures == 5, "twice the denoiser's VJP and prediction, once the decoder"
+    assert pool.captures == 6, "twice the denoiser's VJP and prediction, once the decoder's forward and backward"
 
 
 def test_a_network_with_hooks_runs_eagerly_with_one_warning(tiny_sd: Callable[..., Any]) -> None:
