@@ -13,6 +13,7 @@ import pytest
 
 from tests.registry.test_registry import BROKEN
 from tests.support.fake_plugins import install, outside_a_terminal, reward_spec, rewards_hook
+from tests.support.processes import command_line
 
 # The ways a plugin can be broken that test_registry has not: they load, or are found out only when they are named.
 LATE = {
@@ -54,11 +55,7 @@ def environment(*sites: Path) -> dict[str, str]:
 
 
 def alignprop(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "from alignprop_core.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment(site), capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    return command_line(arguments, environment(site))
 
 
 @pytest.fixture(scope="module")
