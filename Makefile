@@ -43,8 +43,7 @@ test-all: $(STAMP) $(REFERENCE)/.installed $(ISOLATED)/.installed ## run every t
 lint: $(STAMP) ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(SOURCES)
-	$(BIN)/mypy $(wildcard plugins/*/scripts/*.py) plugins/alignprop-jpeg/tests/jpeg_accuracy.py
+	$(BIN)/mypy $(SOURCES) $(wildcard plugins/*/scripts/*.py) plugins/alignprop-jpeg/tests/jpeg_accuracy.py
 
 docs: $(STAMP) ## write the generated tables, build the documentation into site/
 	$(BIN)/python tools/docs/generate.py

@@ -7,12 +7,12 @@ is imported and not declared fails here, however often it is installed in the wo
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from tests.support.fresh import METAPACKAGE, PLUGINS, ROOT, FreshEnvironment, metadata_of, needed_by
+from tests.support.timing import answered
 
 CORE = "alignprop-core"
 OURS = [CORE, *PLUGINS]
@@ -41,60 +42,92 @@ class Greenness(Reward):
 '''
 USE = """\
 import json
+import os
+import site
 import sys
+import traceback
+import warnings
 from importlib import import_module
 from pkgutil import walk_packages
 
-from alignprop_core.registry.registry import default_registry
 
-packages, options, prompts = map(json.loads, sys.argv[1:])
-for package in map(import_module, packages):
-    for module in walk_packages(package.__path__, package.__name__ + "."):
+def import_modules(package):
+    for module in walk_packages(import_module(package).__path__, package + "."):
         # These two are for pytest, which a user need not have.
         if module.name not in ("alignprop_core.testing.conformance", "alignprop_core.testing.fixtures"):
             import_module(module.name)
-registry = default_registry()
-for kind in ("rewards", "families", "callbacks", "commands", "loaders"):
-    for offer in getattr(registry, kind)():
-        for path in (getattr(offer.spec, "config", None), offer.spec.factory):
-            if path:
-                module, _, name = path.partition(":")
-                getattr(import_module(module), name)
 
-scores = {}
-for offer in registry.rewards():
-    registry.reward_config_class(offer.full_name)
-    if offer.name not in options:
-        continue
-    import torch
-    from alignprop_core.reward import ImageBatch
-    trained = offer.spec.differentiable
-    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(trained)
-    try:
-        reward = registry.load_reward(offer.full_name, options[offer.name])
-        given = reward(ImageBatch(images=images, prompts=prompts, metadata=[{}, {}]))
-    except Exception as error:
-        error.add_note(f"The reward is {offer.name}, with the options {options[offer.name]}.")
-        raise
-    assert given.shape == (2,) and given.isfinite().all(), (offer.name, given)
-    if trained:
-        (gradient,) = torch.autograd.grad(given.sum(), images)
-        assert gradient.isfinite().all() and gradient.flatten(1).any(1).all(), (offer.name, gradient)
-    scores[offer.name] = given.tolist()
+
+def use(packages, options, prompts):
+    for package in packages:
+        import_modules(package)
+    from alignprop_core.registry.registry import default_registry
+    registry = default_registry()
+    for kind in ("rewards", "families", "callbacks", "commands", "loaders"):
+        for offer in getattr(registry, kind)():
+            for path in (getattr(offer.spec, "config", None), offer.spec.factory):
+                if path:
+                    module, _, name = path.partition(":")
+                    getattr(import_module(module), name)
+
+    scores = {}
+    for offer in registry.rewards():
+        registry.reward_config_class(offer.full_name)
+        if offer.name not in options:
+            continue
+        import torch
+        from alignprop_core.reward import ImageBatch
+        trained = offer.spec.differentiable
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_(trained)
+        try:
+            reward = registry.load_reward(offer.full_name, options[offer.name])
+            given = reward(ImageBatch(images=images, prompts=prompts, metadata=[{}, {}]))
+        except Exception as error:
+            error.add_note(f"The reward is {offer.name}, with the options {options[offer.name]}.")
+            raise
+        assert given.shape == (2,) and given.isfinite().all(), (offer.name, given)
+        if trained:
+            (gradient,) = torch.autograd.grad(given.sum(), images)
+            assert gradient.isfinite().all() and gradient.flatten(1).any(1).all(), (offer.name, gradient)
+        scores[offer.name] = given.tolist()
 # MORE
-ours = ("alignprop_core", *packages)
-files = {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ours}
-print(json.dumps({"scores": scores, "files": files}))
+    ours = ("alignprop_core", *packages)
+    return {
+        "rewards": {offer.name: offer.distribution for offer in registry.rewards()},
+        "scores": scores,
+        "files": {name: module.__file__ for name, module in sys.modules.items() if name.partition(".")[0] in ours},
+    }
+
+
+prompts, jobs = map(json.loads, sys.argv[1:])
+if len(jobs) > 1:
+    import_modules("alignprop_core")
+for folder, packages, options in jobs:
+    sys.stdout.flush()
+    with warnings.catch_warnings(action="ignore"):  # some library may have started a thread
+        child = os.fork()
+    if not child:
+        try:
+            site.addsitedir(folder)
+            print(json.dumps(use(packages, options, prompts)), flush=True)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        sys.exit(f"The packages are {packages}.")
 """
 """Imports every module of some packages and what every spec names; then scores two images with rewards.
 
-It gets the names of packages, reward -> options, and two prompts; it prints the scores and where our modules are.
+It gets two prompts, and for each environment its site-packages, the names of packages, and reward -> options. It prints
+the rewards there are, the scores, and where our modules are, a line per environment. For several environments the core,
+with torch and diffusers, is imported once, for that takes ten seconds; the rest in a process of each environment's own.
 """
 
 TRAIN = """\
 from contextlib import redirect_stdout
 from alignprop_core.cli import run
-from alignprop_core.testing import tiny_pipeline
+from alignprop_core.testing import CHECKS, Subject, natural_images, run_checks, tiny_pipeline
 
 with open("doctor.json", "w") as file, redirect_stdout(file):
     assert run(["doctor", "--json"]) == 0
@@ -116,7 +149,10 @@ EXTRAS = {"alignprop-classifier": "[efficientnet-lite]"}
 PROMPTS = ["two dogs and no cat", "a cat and no dogs"]
 
 
-def options_for(plugin: str, folder: Path) -> dict[str, dict[str, str]]:
+Options = Mapping[str, Mapping[str, str]]
+
+
+def options_for(plugin: str, folder: Path) -> Options:
     """Return reward -> options of all rewards in a plugin's environment that the plugin makes or makes possible.
 
     Weights are files of the starter, which is not installed there, or come with the plugin. `folder` is for images.
@@ -128,48 +164,57 @@ def options_for(plugin: str, folder: Path) -> dict[str, dict[str, str]]:
         return dict.fromkeys(COUNTING, detector)
     for number, color in enumerate(("red", "blue")):
         Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
-    clip = {
+    clip: Options = {
         **dict.fromkeys(("clip_score", "pickscore", "siglip_score"), CLIP),
         "reference_similarity": {**CLIP, "folder": str(folder)},
     }
     aesthetic = {"weights": str(STARTER / "aesthetic.safetensors"), "clip_weights": CLIP["weights"]}
     target = {"target": "tabby"}
-    return {
+    known: dict[str, Options] = {
         "alignprop-aesthetic": {"aesthetic": aesthetic},
         "alignprop-classifier": {"image_classifier": target, "classifier_accuracy": target},
         "alignprop-clip": clip,
         "alignprop-hpsv2": {"hpsv2": {"weights": str(STARTER / "hpsv2.safetensors")}},
         "alignprop-jpeg": {"jpeg_compressibility": {}, "jpeg_incompressibility": {}, "jpeg_bytes": {}},
         "alignprop-starter": {"scene_accuracy": {}},
-    }.get(plugin, {})
+    }
+    return known.get(plugin, {})
 
 
 def use(
-    environment: FreshEnvironment, names: set[str], options: Mapping[str, object], cwd: Path, more: str = ""
-) -> dict[str, list[float]]:
-    """Import these distributions of ours in one process and score with the rewards that have options; return scores.
+    base: FreshEnvironment, users: Mapping[FreshEnvironment, tuple[set[str], Options]], cwd: Path, more: str = ""
+) -> list[dict[str, Any]]:
+    """Use distributions of ours in several environments as USE says, and return what it prints for each.
 
-    Any warning is an error, `more` is run there too, and nothing of ours comes from anywhere but the environment.
+    `base` has the core, the others have it too and see the same third-party packages; their distributions and reward
+    options are the values. Any warning is an error, `more` is run there too, and nothing of ours comes from anywhere
+    but the environments.
     """
-    packages = [name.replace("-", "_") for name in sorted(names)]
-    words = [json.dumps(value) for value in (packages, options, PROMPTS)]
-    done = environment.run(["python", "-W", "error", "-c", USE.replace("# MORE", more), *words], cwd)
-    used = json.loads(done.stdout.splitlines()[-1])
-    assert set(packages) <= used["files"].keys()
-    assert [file for file in used["files"].values() if not Path(file).is_relative_to(environment.site)] == []
-    scores: dict[str, list[float]] = used["scores"]
-    return scores
+    packages = {user: [name.replace("-", "_") for name in sorted(ours)] for user, (ours, _) in users.items()}
+    jobs = [(str(user.site), packages[user], options) for user, (_, options) in users.items()]
+    words = [json.dumps(value) for value in (PROMPTS, jobs)]
+    done = base.run(["python", "-W", "error", "-c", USE.replace("# MORE\n", indent(more, " " * 4)), *words], cwd)
+    results: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines() if line[:1] == "{"]
+    for user, used in zip(users, results, strict=True):
+        assert set(packages[user]) <= used["files"].keys()
+        for name, file in used["files"].items():
+            assert Path(file).is_relative_to(base.site if name.startswith("alignprop_core") else user.site), file
+    return results
 
 
 def environment_of(
-    names: list[str], folder: Path, wheel: Callable[[str], Path], *extra: str
+    names: list[str], folder: Path, wheel: Callable[[str], Path], *, check: bool = False
 ) -> tuple[FreshEnvironment, set[str]]:
-    """Make an environment with some of ours and what they require, ours included; return it and the names of ours."""
+    """Make an environment with some of ours and what they require, ours included; return it and the names of ours.
+
+    Every distribution that is required is there. `check` says whether pip shall look at their versions too, which are
+    the same in every environment: where all of ours are is enough.
+    """
     known = {name: metadata_of(wheel(name)) for name in OURS}
     needed = needed_by(names, known)
     ours = {name for name in needed if name in known}
     environment = FreshEnvironment(folder, needed - ours)
-    environment.install(*(wheel(name) for name in sorted(ours)))
+    environment.install(*(wheel(name) for name in sorted(ours)), check=check)
     return environment, ours
 
 
@@ -202,7 +247,7 @@ def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[
         "output": "run",
     }
     (work / "run.yaml").write_text(yaml.safe_dump(run))
-    use(environment, {CORE}, {}, work, TRAIN)
+    use(environment, {environment: ({CORE}, {})}, work, TRAIN)
     findings = json.loads((work / "doctor.json").read_text())
     assert [finding for finding in findings if finding["status"] == "error"] == []
     steps = [json.loads(line) for line in (work / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -211,31 +256,58 @@ def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[
     assert (work / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()
 
 
+ALIKE = (
+    {
+        "alignprop-counting", "alignprop-isolation", "alignprop-jpeg", "alignprop-lora", "alignprop-starter",
+        "alignprop-trackers",
+    },
+    {"alignprop-aesthetic", "alignprop-clip", "alignprop-hpsv2"},
+)  # fmt: skip
+"""Plugins that require the same third-party packages, theirs and the core's."""
+SINGLE = set(PLUGINS) - set().union(*ALIKE) - {METAPACKAGE}
+GROUPS = [*map(sorted, ALIKE), *([name] for name in sorted(SINGLE))]
+
+
+@pytest.mark.parametrize("plugins", GROUPS, ids=" ".join)
+def test_plugins_alone_import_and_score(plugins: list[str], tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    """Each with the core and those of ours that it requires, and before its tests' packages are there.
+
+    It imports every module and scores with each of its rewards: they need nothing but what a user gets.
+    """
+    users: dict[FreshEnvironment, tuple[set[str], Options]] = {}
+    seen: dict[str, set[str]] = {}
+    for plugin in plugins:
+        folder = tmp_path / plugin
+        (folder / "images").mkdir(parents=True)
+        environment, ours = environment_of([plugin + EXTRAS.get(plugin, "")], folder / "environment", wheel)
+        ours -= {CORE, METAPACKAGE}
+        assert installed(environment, folder) == dict.fromkeys(ours, "loaded")
+        users[environment] = ours, options_for(plugin, folder / "images")
+        seen[plugin] = environment.third_party
+    assert all(packages == seen[plugins[0]] for packages in seen.values()), "ALIKE is for the same packages"
+    base = next(iter(users))
+    if len(plugins) > 1:
+        base = FreshEnvironment(tmp_path / "core", seen[plugins[0]])
+        base.install(wheel(CORE), check=False)
+    results = use(base, users, tmp_path)
+    for plugin, (_, options), used in zip(plugins, users.values(), results, strict=True):
+        assert used["scores"].keys() == options.keys()
+        assert {name for name, owner in used["rewards"].items() if owner == plugin} <= used["scores"].keys()
+
+
+def test_the_metapackage_alone_installs_all_it_requires(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    """Its plugins are used where each is alone, and where all are together."""
+    environment, ours = environment_of([METAPACKAGE], tmp_path / "environment", wheel)
+    assert installed(environment, tmp_path) == dict.fromkeys(ours - {CORE, METAPACKAGE}, "loaded")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a plugin's whole test suite is one test here
 @pytest.mark.parametrize("plugin", PLUGINS)
-@pytest.mark.parametrize("all_tests", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["scores", "all"])
-def test_a_plugin_alone_passes_its_tests(
-    plugin: str, all_tests: bool, tmp_path: Path, wheel: Callable[[str], Path]
-) -> None:
-    """With the core and those of ours that it requires.
-
-    `make test` runs all quick tests of the plugin in the workspace. Alone, it imports every module and scores with each
-    reward; `make test-all` runs all of those tests again there.
-    """
+def test_a_plugin_alone_passes_its_tests(plugin: str, tmp_path: Path, wheel: Callable[[str], Path]) -> None:
+    """`make test` runs all quick tests of the plugin in the workspace, `make test-all` again where it is alone."""
     environment, ours = environment_of([plugin + EXTRAS.get(plugin, "")], tmp_path / "environment", wheel)
     work = outside_the_repository(plugin, tmp_path / "outside")
-    assert installed(environment, work) == dict.fromkeys(ours - {CORE, METAPACKAGE}, "loaded")
-    # Before its tests' packages are there: rewards need nothing but what a user gets.
-    (images := tmp_path / "images").mkdir()
-    options = options_for(plugin, images)
-    scores = use(environment, ours - {CORE, METAPACKAGE}, options, work)
-    offered = json.loads(environment.run("alignprop rewards list --json", work).stdout)
-    own = {reward["name"] for reward in offered if reward["distribution"] == plugin}
-    assert scores.keys() == options.keys()
-    assert own <= scores.keys()
-    if not all_tests:
-        return
-
     known = {name: metadata_of(wheel(name)) for name in ours}
     tests = [f"{plugin}[dev]", "pytest", "pytest-timeout"]
     environment.show(needed_by(tests, known) - ours)
@@ -261,14 +333,17 @@ def outside_the_repository(plugin: str, folder: Path) -> Path:
 
 
 def test_all_plugins_live_together(tmp_path: Path, wheel: Callable[[str], Path]) -> None:
-    environment, ours = environment_of(OURS, tmp_path / "environment", wheel)
+    environment, ours = environment_of(OURS, tmp_path / "environment", wheel, check=True)
     assert ours == set(OURS)
     work = tmp_path / "work"
     work.mkdir()
     assert installed(environment, work) == dict.fromkeys(set(PLUGINS) - {METAPACKAGE}, "loaded")
-    rewards = json.loads(environment.run("alignprop rewards list --json", work).stdout)
-    assert [reward["name"] for reward in rewards if reward["conflict"]] == []
-    assert listing_seconds(environment, work, 0.7) < 0.7
+    python = str(environment.bin / "python")
+    seconds, printed = answered(
+        "rewards", "list", "--json", below=0.7, python=python, environment=environment.variables
+    )
+    assert [reward["name"] for reward in json.loads(printed) if reward["conflict"]] == []
+    assert seconds < 0.7
 
     config = {
         "model": {"base": "starter"},
@@ -285,7 +360,7 @@ def test_all_plugins_live_together(tmp_path: Path, wheel: Callable[[str], Path])
         "output": "run",
     }
     (work / "run.yaml").write_text(yaml.safe_dump(config))
-    use(environment, set(PLUGINS) - {METAPACKAGE}, {}, work, DRY_RUN)
+    use(environment, {environment: (set(PLUGINS) - {METAPACKAGE}, {})}, work, DRY_RUN)
     assert not (work / "run").exists()
 
 
@@ -333,17 +408,6 @@ def test_an_isolated_reward_needs_no_heavy_package(tmp_path: Path, wheel: Callab
     full.run(["python", "-W", "error", "-c", WORKER, str(light.bin / "python")], tmp_path)
     loaded = set(light.run(["python", "-I", "-c", DESCRIBE], tmp_path).stdout.split())
     assert not loaded & {"torch", "numpy"}
-
-
-def listing_seconds(environment: FreshEnvironment, cwd: Path, limit: float) -> float:
-    """Return the processor time of `alignprop rewards list`, the best of twenty runs, or the first below the limit."""
-    seconds: list[float] = []
-    while len(seconds) < 20 and min(seconds, default=limit) >= limit:
-        before = os.times()
-        environment.run(["alignprop", "rewards", "list"], cwd)
-        after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
-    return min(seconds)
 
 
 ON_REQUEST = {"alignprop-starter", "alignprop-isolation"}

@@ -1,9 +1,9 @@
-"""Every example runs: each config for a step or two on the starter model, each script as its first lines say."""
+"""Every example runs: each config for a step on the starter model, each script as its first lines say."""
 
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -18,7 +18,7 @@ pytest.importorskip("alignprop_starter")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
 SHORT = [
-    "training.steps=2",
+    "training.steps=1",
     "training.batch_size=2",
     "sampling.steps=2",
     "previews.prompts=[]",
@@ -44,11 +44,9 @@ def test_example_config_is_valid_and_says_how_to_run_it(path: Path) -> None:
 )
 def test_example_config_trains(path: Path, tmp_path: Path) -> None:
     assert run(["train", str(path), *SHORT, f"output={tmp_path / 'run'}"]) == 0
-    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [step["step"] for step in steps] == [1, 2]
-    moved = [step for step in steps if not step["idle"]]  # a batch may be at an example's ceiling
-    assert moved
-    assert all(step["grad_norm"] > 0 for step in moved)
+    (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert (step["step"], step["idle"]) == (1, None)
+    assert step["grad_norm"] > 0
 
 
 def test_every_example_of_the_starter_has_a_real_size_variant() -> None:
@@ -69,9 +67,8 @@ SCRIPTS = sorted({*EXAMPLES.glob("*.py")} - {EXAMPLES / "own_loop.py"})  # test_
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
-def test_example_script_runs(path: Path, tmp_path: Path) -> None:
+def test_example_script_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = str(EXAMPLES / "jpeg_compressibility.yaml")
-    command = [sys.executable, str(path), config, *SHORT, f"output={tmp_path / 'run'}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", [str(path), config, *SHORT, f"output={tmp_path / 'run'}"])
+    runpy.run_path(str(path), run_name="__main__")
     assert (tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors").is_file()

@@ -52,7 +52,7 @@ def test_every_reward_with_a_gradient_is_here() -> None:
 
 
 QUICK = {"jpeg_compressibility", "hpsv2", "object_count"}
-"""One reward of each kind; tests/test_examples.py trains on the others as well, for two steps."""
+"""One reward of each kind; tests/test_examples.py trains on the others as well, for a step."""
 
 
 @pytest.mark.parametrize("case", [pytest.param(c, marks=[] if c in QUICK else pytest.mark.slow) for c in CASES])

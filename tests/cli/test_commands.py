@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 
-from alignprop_core.cli import run
+from alignprop_core.cli import main, run
 from alignprop_core.config.load import load_config, resolved_yaml
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import dump_yaml
@@ -278,59 +279,94 @@ def places(data: dict[str, Any], config: Callable[..., Path], tmp_path: Path) ->
     }
 
 
-def run_light(arguments: list[str], places: dict[str, str], cwd: Path, heavy: str) -> str:
-    """Run a command in a process of its own that must not import any of `heavy`; return its message."""
-    for name, place in places.items():
-        arguments = [argument.replace(name, place) for argument in arguments]
-    code = (
-        f"import sys; from alignprop_core.cli import run; assert run({arguments!r}) == 2;"
-        f"heavy = set({heavy!r}.split()) & set(sys.modules); assert not heavy, heavy"
-    )
-    variables = {**os.environ, "PYTHONPATH": str(cwd / "site"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=variables, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+RUN_LIGHT = """\
+import json
+import os
+import sys
+import traceback
+from importlib import import_module
+
+from alignprop_core.cli import run
+
+commands, heavy, imports = map(json.loads, sys.argv[1:])
+import_module("alignprop_core.config.load")
+for name in imports:
+    import_module(name)
+for number, arguments in enumerate(commands):
+    if os.fork():
+        os.wait()
+        continue
+    os.dup2(os.open(f"said-{number}.txt", os.O_WRONLY | os.O_CREAT), 2)
+    try:
+        assert run(arguments) == 2, "the command did not fail as it does for wrong input"
+        assert not set(heavy) & set(sys.modules), set(heavy) & set(sys.modules)
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(0)
+"""
+"""Runs each command in a process of its own, which has imported what all commands import, and keeps what it says."""
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_that_needs_no_torch_is_said_without_it(mistake: str, places: dict[str, str], tmp_path: Path) -> None:
-    arguments, words = MISTAKES[mistake]
-    assert words in run_light(arguments, places, tmp_path, "torch diffusers transformers peft accelerate")
+def not_said(
+    commands: dict[str, tuple[list[str], str]],
+    places: dict[str, str],
+    cwd: Path,
+    heavy: str,
+    imports: tuple[str, ...] = (),
+) -> dict[str, str]:
+    """Return what each command said that did not say its words, or said more, or imported any of `heavy`."""
 
+    def filled(argument: str) -> str:
+        for name, place in places.items():
+            argument = argument.replace(name, place)
+        return argument
 
-def test_a_warning_is_one_line_without_the_place_in_our_code(places: dict[str, str], tmp_path: Path) -> None:
-    prompts = ["fox " * 100, "owl " * 100]
-    done = subprocess.run(
-        [sys.executable, "-c", "from alignprop_core.cli import main; main()", "sample", *prompts,
-         "--model", places["MODEL"], "--steps", "1", "--output", str(tmp_path / "out")],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, check=False,
+    words = [[filled(argument) for argument in arguments] for arguments, _ in commands.values()]
+    subprocess.run(
+        [sys.executable, "-c", RUN_LIGHT, json.dumps(words), json.dumps(heavy.split()), json.dumps(imports)],
+        cwd=cwd, env={**os.environ, "PYTHONPATH": str(cwd / "site"), "HF_HUB_OFFLINE": "1"}, check=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = [line for line in done.stderr.splitlines() if "tokens" in line]
+    said = {name: (cwd / f"said-{number}.txt").read_text() for number, name in enumerate(commands)}
+    return {name: text for name, text in said.items() if commands[name][1] not in text or "Traceback" in text}
+
+
+def test_mistakes_that_need_no_torch_are_said_without_it(places: dict[str, str], tmp_path: Path) -> None:
+    assert not_said(MISTAKES, places, tmp_path, "torch diffusers transformers peft accelerate") == {}
+
+
+def test_a_warning_is_one_line_without_the_place_in_our_code(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["fox " * 100, "owl " * 100]
+    sample = ["sample", *prompts, "--model", str(tiny_model), "--steps", "1", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["alignprop", *sample])
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        with pytest.raises(SystemExit, match="0"):
+            main()
+    said = [line for line in capsys.readouterr().err.splitlines() if "tokens" in line]
     assert len(said) == 1
     assert re.match(r"warning: A prompt has \d+ tokens, and the base model reads 77: ", said[0])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["train", "CONFIG", "training.device=cuda"], "training.device (from the command line): cuda is requested"),
-        (["train", "CONFIG", "training.mixed_precision=fp16"], "training.mixed_precision (from the command line): fp"),
-        (["sample", "fox", "--model", "MODEL", "--device", "cuda"], "--device: cuda is requested"),
-        (["sample", "fox", "--model", "MODEL", "--device", "gpu"], "--device: must be auto, cpu, mps, cuda or cuda:N"),
-        (
-            ["evaluate", "--model", "MODEL", "--prompts", "PROMPTS", "--reward", "seen", "--device", "cuda"],
-            "--device: cuda",
+def test_a_device_that_is_not_here_costs_the_import_of_torch_alone(places: dict[str, str], tmp_path: Path) -> None:
+    evaluate = ["evaluate", "--model", "MODEL", "--prompts", "PROMPTS", "--reward", "seen"]
+    commands = {
+        "run": (["train", "CONFIG", "training.device=cuda"], "training.device (from the command line): cuda is re"),
+        "precision": (
+            ["train", "CONFIG", "training.mixed_precision=fp16"],
+            "training.mixed_precision (from the command line): fp",
         ),
-    ],
-)
-def test_a_device_that_is_not_here_costs_the_import_of_torch_alone(
-    arguments: list[str], words: str, places: dict[str, str], tmp_path: Path
-) -> None:
-    assert words in run_light(arguments, places, tmp_path, "diffusers transformers peft")
+        "sample": (["sample", "fox", "--model", "MODEL", "--device", "cuda"], "--device: cuda is requested"),
+        "unknown": (
+            ["sample", "fox", "--model", "MODEL", "--device", "gpu"],
+            "--device: must be auto, cpu, mps, cuda or cuda:N",
+        ),
+        "evaluate": ([*evaluate, "--device", "cuda"], "--device: cuda"),
+    }
+    assert not_said(commands, places, tmp_path, "diffusers transformers peft", imports=("torch",)) == {}
 
 
 def test_the_trainer_checks_the_same_without_the_command(data: dict[str, Any], tmp_path: Path) -> None:

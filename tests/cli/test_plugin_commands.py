@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from alignprop_core import cli
 from alignprop_core.registry.registry import Registry
 from tests.support.fake_plugins import HEAD, install
+from tests.support.processes import command_line
 
 COMMANDS = '''\
 import sys
@@ -54,10 +54,7 @@ def site(tmp_path: Path) -> Path:
 def alignprop(site: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command line with the fake distributions of a folder."""
     variables = {**os.environ, "PYTHONPATH": str(site), "COLUMNS": "200", "NO_COLOR": "1", **environment}
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", "from alignprop_core.cli import main; main()", *arguments],
-        env=variables, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    return command_line(arguments, variables, strict=True)
 
 
 def test_a_plugins_commands_are_in_the_help_and_run(site: Path) -> None:

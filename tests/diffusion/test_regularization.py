@@ -59,8 +59,15 @@ def plain(pipe: Any, base: Any, sampling: SamplingConfig, noise: Any, plan: Trun
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "full", "drtune", "refl", "bernoulli", "bridge", "leap"])
-@pytest.mark.parametrize("sums_weights", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("sums_weights", "checkpointing"),
+    [
+        (True, True),
+        (False, False),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_the_gradient_equals_plain_autograd(
     tiny_sd: Callable[..., Any], strategy: str, sums_weights: bool, checkpointing: bool
 ) -> None:

@@ -119,8 +119,15 @@ def test_other_image_sizes(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("prediction_type", "checkpointing"),
+    [
+        ("epsilon", False),
+        ("v_prediction", True),
+        pytest.param("epsilon", True, marks=pytest.mark.slow),
+        pytest.param("v_prediction", False, marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_equals_plain_autograd(
     tiny_sd: Callable[..., Any], name: str, prediction_type: str, checkpointing: bool
 ) -> None:

@@ -80,10 +80,13 @@ def test_closures_count() -> None:
 
 
 def test_every_process_computes_the_same() -> None:
-    program = "import sys; from tests.registry.test_code_checksum import *; print(code_checksum(typed(FUNCTION)))"
+    program = (
+        "import sys; from alignprop_core.registry.code_checksum import code_checksum\n"
+        "names = {'__name__': 'notebook'}; exec(sys.argv[1], names); print(code_checksum(names['code']))"
+    )
     found = {
         subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, FUNCTION],
             env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,

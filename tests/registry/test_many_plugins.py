@@ -13,6 +13,7 @@ import pytest
 
 from tests.registry.test_registry import BROKEN
 from tests.support.fake_plugins import install, outside_a_terminal, reward_spec, rewards_hook
+from tests.support.processes import command_line
 
 # The ways a plugin can be broken that test_registry has not: they load, or are found out only when they are named.
 LATE = {
@@ -38,10 +39,12 @@ FOUND = {kind: facts for kind, facts in BROKEN.items() if kind != "no-value"}
 TRAIN = """
 import sys
 from pathlib import Path
+from alignprop_core.cli import run
 from alignprop_core.testing import train_two_steps
 train_two_steps("fake_works", Path(sys.argv[1]), {"quality": 3})
 mine = sorted(name for name in sys.modules if name.startswith("fake_") and "." in name)
 assert mine == ["fake_works.config", "fake_works.reward"], mine
+assert run(["rewards", "check", "fake_missing_factory"]) == 2
 """
 
 
@@ -52,11 +55,7 @@ def environment(*sites: Path) -> dict[str, str]:
 
 
 def alignprop(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    code = "from alignprop_core.cli import main; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=environment(site), capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+    return command_line(arguments, environment(site))
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +99,6 @@ def test_what_is_wrong_with_a_reward_is_said_when_it_is_named(broken: Path, name
     assert message in done.stderr
 
 
-def test_a_missing_factory_is_said_when_the_reward_is_checked(broken: Path) -> None:
-    done = alignprop(broken, "rewards", "check", "fake_missing_factory")
-    assert done.returncode == 2
-    assert "fake_missing_factory.reward:Fake does not exist" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     site = tmp_path_factory.mktemp("fifty")
@@ -117,10 +110,11 @@ def fifty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_unaffected_by_them_and_imports_code_only_of_what_it_names(
     broken: Path, fifty: Path, tmp_path: Path
 ) -> None:
-    """Beside all the broken ones and fifty that work."""
+    """Beside all the broken ones and fifty that work. A check imports as much, and says that a factory is missing."""
     done = subprocess.run(
         [sys.executable, "-c", TRAIN, str(tmp_path)],
         env=environment(broken, fifty), capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "fake_missing_factory.reward:Fake does not exist" in done.stderr

@@ -1,14 +1,89 @@
-"""Runs of several processes, started as torchrun starts them."""
+"""Command lines in processes of their own, and runs of several processes, started as torchrun starts them."""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from alignprop_core.config.sections import RunConfig
 from tests.support import ROOT
+
+if TYPE_CHECKING:
+    from alignprop_core.config.sections import RunConfig
+
+FORKS = """\
+import json
+import os
+import sys
+import traceback
+import warnings
+
+import alignprop_core.config.load
+from alignprop_core.cli import main
+
+assert not {"torch", "huggingface_hub"} & sys.modules.keys(), "only some commands import these"
+for line in sys.stdin:
+    arguments, environment, strict, folder = json.loads(line)
+    if not (child := os.fork()):
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.dup2(os.open(f"{folder}/{name}", os.O_RDWR | os.O_CREAT), number)
+        sys.stdin = open(0)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.path[1:1] = environment["PYTHONPATH"].split(os.pathsep)
+        if strict:
+            warnings.simplefilter("error")
+        sys.argv = ["alignprop", *arguments]
+        code = 1
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+"""Runs each command line of its input in a process of its own, for which it has imported what all commands import."""
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=ROOT, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    atexit.register(server.communicate)
+    return server
+
+
+def command_line(
+    arguments: tuple[str, ...], environment: Mapping[str, str], *, strict: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `alignprop` in a process of its own with an environment, which has a PYTHONPATH.
+
+    It is a fork of a process that has imported what all commands import, which takes them most of their time. The
+    search for plugins and what a command itself imports are its own. `strict` makes its warnings errors.
+    """
+    server = _forks()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        server.stdin.write(json.dumps([arguments, dict(environment), strict, folder]) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        texts = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
+    return subprocess.CompletedProcess(arguments, code, *texts)
+
 
 SCRIPT = """\
 from pathlib import Path

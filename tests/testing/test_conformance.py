@@ -142,15 +142,6 @@ def test_nothing_is_loaded_into_other_tests(tmp_path: Path) -> None:
     assert not [point for point in entry_points(group="pytest11") if point.value.startswith("alignprop")]
 
 
-def test_the_checks_need_no_pytest() -> None:
-    code = (
-        "import sys; sys.modules['pytest'] = None\n"
-        "from alignprop_core.testing import CHECKS, Subject, run_checks, natural_images, tiny_pipeline\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 # -- fixtures ---------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ def test_the_average_is_saved_and_evaluated(make: Callable[..., RunConfig], tmp_
 
 def test_weight_decay_and_regularization_limit_the_drift(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     def drift(name: str, **options: object) -> float:
-        folder = train(make(evaluation__every=20, training__steps=20, output=str(tmp_path / name), **options))
+        folder = train(make(evaluation__every=6, training__steps=6, output=str(tmp_path / name), **options))
         return float(metrics(folder, "evaluation")[-1]["evaluation"]["drift"])
 
     free = drift("free")

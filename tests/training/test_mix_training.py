@@ -56,7 +56,7 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., Trainer]:
         rewards=[{"name": "redness", "options": {"gain": 1000.0}}, {"name": "shade", "weight": 1.0}],
         # A large epsilon, so that gradients that are nothing but rounding do not become steps of full size.
         optimizer={"learning_rate": 1e-2, "epsilon": 1e-3},
-        training={"steps": 4, "batch_size": 4, "device": "cpu"},
+        training={"steps": 2, "batch_size": 4, "device": "cpu"},
     )
 
     def build(resume: Path | None = None, **overrides: object) -> Trainer:
@@ -97,8 +97,8 @@ def test_accumulation_chunks_and_micro_batches_give_the_same_run(
 def test_a_resumed_mix_is_the_run(make: Callable[..., Trainer], tmp_path: Path, mode: str) -> None:
     straight = make(mix=MODES[mode]).train()
     broken = tmp_path / "broken"
-    make(mix=MODES[mode], training__steps=2, output=str(broken)).train()
-    state = json.loads((broken / "checkpoints/step-000002/state.json").read_text())
+    make(mix=MODES[mode], training__steps=1, output=str(broken)).train()
+    state = json.loads((broken / "checkpoints/step-000001/state.json").read_text())
     assert state["mix"]["redness"]["mass"] > 0
     resumed = make(mix=MODES[mode], output=str(broken), resume=broken).train()
     for name, tensor in adapters(straight).items():

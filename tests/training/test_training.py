@@ -51,7 +51,7 @@ def train(config: RunConfig, **options: Any) -> Path:
 
 @pytest.mark.parametrize("strategy", ["uniform", "last_k", "full", "drtune", "refl"])
 def test_reward_rises_on_held_out_noise(make: Callable[..., RunConfig], strategy: str) -> None:
-    config = make(backprop__strategy=strategy, training__steps=15, evaluation__at_end=True)
+    config = make(backprop__strategy=strategy, training__steps=8, evaluation__at_end=True)
     folder = train(config)
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["tuned"]["redness"]["interval"][0] > 0, result
@@ -80,7 +80,7 @@ def test_mix_is_the_weighted_sum_and_every_term_is_logged(make: Callable[..., Ru
 
 
 def test_accumulation_and_chunks_give_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    whole = adapters(train(make()))
+    whole = adapters(train(make(training__steps=3)))
     for number, options in enumerate(
         (
             {"training__batch_size": 2, "training__gradient_accumulation_steps": 2},
@@ -88,7 +88,7 @@ def test_accumulation_and_chunks_give_the_same_run(make: Callable[..., RunConfig
             {"backprop__checkpoint_steps": True, "backprop__checkpoint_decoder": True},
         )
     ):
-        other = adapters(train(make(**options, output=str(tmp_path / f"run{number}"))))
+        other = adapters(train(make(training__steps=3, **options, output=str(tmp_path / f"run{number}"))))
         for name, tensor in whole.items():
             torch.testing.assert_close(other[name], tensor, rtol=2e-3, atol=2e-5)
 

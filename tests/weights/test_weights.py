@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -35,6 +36,7 @@ from alignprop_core.training.preflight import check_weights
 from alignprop_core.weights import find_weights, load_state_dict, parse_hub_file, read_header
 from tests.support import ROOT
 from tests.support.fake_plugins import install, reward_spec, rewards_hook
+from tests.support.processes import command_line
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONTENT = bytes(range(256)) * 4096 * 3  # 3 MiB
@@ -376,11 +378,8 @@ def test_what_would_need_unpickling_is_refused_and_not_run(
     elif kind == "module":
         torch.save(torch.nn.Linear(2, 2), file)
     elif kind == "torchscript":
-        code = (
-            "import sys, torch, warnings\nwarnings.simplefilter('ignore')\n"
-            "torch.jit.script(torch.nn.Linear(2, 2)).save(sys.argv[1])"
-        )
-        subprocess.run([sys.executable, "-c", code, str(file)], check=True)
+        with warnings.catch_warnings(action="ignore"):  # it is deprecated
+            torch.jit.script(torch.nn.Linear(2, 2)).save(str(file))
     else:
         torch.save({"a": torch.ones(1), "b": Trap()}, file, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(WeightsError, match=r"would need unpickling, which can run any code.*Convert it to safetensors"):
@@ -515,7 +514,7 @@ def hub() -> Iterator[Hub]:
 
 @dataclass
 class Fetcher:
-    """Runs `alignprop rewards fetch` in a process of its own, against the small hub."""
+    """Runs `alignprop rewards fetch` in processes of their own, against the small hub."""
 
     hub: Hub
     folder: Path
@@ -536,10 +535,9 @@ class Fetcher:
         )
 
     def run(self, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
-        process = self.start(*arguments, **environment)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
-        return out, err
+        done = command_line(("rewards", "fetch", *arguments), {**self.environment, **environment})
+        assert done.returncode == code, done.stderr
+        return done.stdout, done.stderr
 
     def run_json(self, *arguments: str) -> Any:
         return json.loads(self.run(*arguments, "--json")[0])

@@ -28,9 +28,23 @@ def test_an_environment_does_not_overwrite_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(find_spec("alignprop_jpeg") is None, reason="alignprop-jpeg is not installed")
-def test_the_command_creates_an_environment_that_answers(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("made", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["linked", "made"])
+def test_the_command_prints_an_entry_of_an_environment_that_answers(
+    made: bool,
+    isolated: tuple[Path, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Making one takes eight seconds: without `made` it is a link to the one that all tests use."""
+
+    def link(folder: Path, distributions: list[str], *, share: bool, **_: object) -> None:
+        assert (distributions, share) == (["alignprop-jpeg"], True)
+        folder.parent.mkdir()
+        folder.symlink_to(isolated[0] / "own")
+
+    if not made:
+        monkeypatch.setattr("alignprop_isolation.install.make_environment", link)
     monkeypatch.chdir(tmp_path)
     assert run(["rewards", "isolate", "jpeg_compressibility", "--share"]) == 0
     printed = capsys.readouterr().out

@@ -129,8 +129,15 @@ def test_any_size_and_aspect_ratio(shape: tuple[int, int]) -> None:
     assert images.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("quality", [50, 95])
-@pytest.mark.parametrize(("kind", "sign"), [(JpegCompressibility, -1), (JpegIncompressibility, 1)])
+@pytest.mark.parametrize(
+    ("kind", "sign", "quality"),
+    [
+        (JpegCompressibility, -1, 50),
+        (JpegIncompressibility, 1, 95),
+        pytest.param(JpegCompressibility, -1, 95, marks=pytest.mark.slow),
+        pytest.param(JpegIncompressibility, 1, 50, marks=pytest.mark.slow),
+    ],
+)
 def test_ten_gradient_steps_move_the_true_bytes_in_the_right_direction(
     kind: type[JpegCompressibility], sign: int, quality: int
 ) -> None:

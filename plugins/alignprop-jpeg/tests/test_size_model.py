@@ -92,7 +92,7 @@ def test_sizes_of_unseen_photographs_are_accurate_within_six_percent(quality: in
 
 
 @pytest.mark.parametrize("quality", QUALITIES)
-@pytest.mark.parametrize("size", [64, 128, 256, 512])
+@pytest.mark.parametrize("size", [64, 128, 256, pytest.param(512, marks=pytest.mark.slow)])
 def test_decreases_in_size_are_predicted_within_ten_percent(size: int, quality: int) -> None:
     images = photos(size)[::2]
     before = jpeg_size(images, quality), true_size(images, quality)
