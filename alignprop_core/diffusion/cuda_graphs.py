@@ -56,15 +56,19 @@ class Pool:
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, free the graphs, and show a warning."""
-        self.enabled = False
-        for call in self._captured:
-            call.graph = None
-        torch.cuda.empty_cache()
+        self.release()
         warnings.warn(
             f"The model is not run as CUDA graphs: {reason}. Steps are correct but slower; backprop.cuda_graphs=false "
             "hides this warning.",
             stacklevel=3,
         )
+
+    def release(self) -> None:
+        """Free the graphs, and capture nothing from now on."""
+        self.enabled = False
+        for call in self._captured:
+            call.graph = None
+        torch.cuda.empty_cache()
 
     def capture(self, calls: Sequence[Call]) -> None:
         """Capture calls in this order; if one fails, none is captured any more.
@@ -109,7 +113,7 @@ class Graph:
         self._inputs, self._pool = inputs, pool
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
-        with torch.cuda.graph(self._graph, pool=handle, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, handle, _side_stream(), capture_error_mode="thread_local"):
             # Without what led to them: only the results stay allocated in the pool.
             self._outputs = [output.detach() for output in function(*inputs)]
 
@@ -122,12 +126,23 @@ class Graph:
         return [output.clone() for output in self._outputs]
 
 
+_side_streams: dict[int, torch.cuda.Stream] = {}
+
+
+def _side_stream() -> torch.cuda.Stream:
+    """Return the stream for captures and their trials: always the same, since each one keeps workspaces of its own."""
+    device = torch.cuda.current_device()
+    if device not in _side_streams:
+        _side_streams[device] = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    return _side_streams[device]
+
+
 def _warm_up(run: Callable[[], object]) -> None:
     """Run twice without capturing: to initialize libraries, and to find out whether the host waits for the GPU.
 
     During a capture, waiting would leave CUDA and torch's allocator in a bad state; here it is an ordinary error.
     """
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     mode = torch.cuda.get_sync_debug_mode()
     with torch.cuda.stream(side):

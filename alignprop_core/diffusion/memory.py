@@ -107,7 +107,7 @@ class Memory:
         if self._backprop.decode_batch_size is not None or self._calls.device.type != "cuda":
             return min(rows, self._backprop.decode_batch_size or rows)
         one = self.of_one("decoder", recomputes=self.recomputes("decoder", 1))
-        return max(1, min(rows, int(self._denoiser_peak // one)))
+        return max(1, min(rows, int((self._denoiser_peak or self.available) // one)))
 
     def peak(self, batch: int) -> int:
         """Return the bytes that a batch needs beside weights and rewards; on CUDA only."""

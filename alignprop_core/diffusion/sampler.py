@@ -377,6 +377,7 @@ class Sampler:
             kept: mean number of steps that keep their gradient.
         """
         samples, per_sample = self.memory.samples(batch), 1 + self.backprop.lv_samples
+        self.memory.recomputes("denoiser", samples)
         latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
         timestep = self.scheduler.timesteps[0]
         inputs = Batch(self.conditioning([""] * samples), self._calls.weights_of(self.family.denoiser))
@@ -398,6 +399,14 @@ class Sampler:
             peak_memory=self.memory.static + self.memory.peak(batch),
             level=self.memory.describe(batch),
         )
+
+    def savings(self, batch: int) -> list[tuple[str, int]]:
+        """Return the settings that would reduce the memory of a batch, with the bytes saved, largest first; CUDA only.
+
+        Frees the CUDA graphs: for a run that has ended because memory was short.
+        """
+        self._pool.release()
+        return self.memory.savings(batch)
 
     def _capture(self, denoiser: Denoiser, samples: int) -> None:
         """Capture what training on this many samples calls, if it is not captured yet."""

@@ -301,7 +301,7 @@ class Trainer:
         # Outside of the handler, whose traceback keeps the failed step's tensors alive.
         batch = -(-self.config.training.batch_size // self.processes.num_processes)
         try:
-            savings = self.sampler.memory.savings(batch) if self.device.type == "cuda" else []
+            savings = self.sampler.savings(batch) if self.device.type == "cuda" else []
         except torch.OutOfMemoryError:
             savings = []  # not even one sample fits
         settings = [f"{setting} (about {_size(size)} less)" for setting, size in savings[:3]]
