@@ -59,6 +59,10 @@ class DifferentiableChain(torch.autograd.Function):
         slope = at_penalty * (2 * chain.regularization / kept / gradient[0].numel())
         state: State = ()
         for record in reversed(ctx.records):
+            slope_at_latents = None if record.kept or state else chain.scheduler.slope(record.number)
+            if slope_at_latents is not None:
+                gradient = slope_at_latents * gradient
+                continue
             gradient, at_prediction, state = scheduler_vjp(chain, record, gradient, state)
             if not record.kept:
                 continue
@@ -70,7 +74,7 @@ class DifferentiableChain(torch.autograd.Function):
                     # Both networks see these latents: without the base model's part, the latents would be pulled to
                     # where the adapted prediction equals a constant, instead of to where the two predictions agree.
                     with denoiser.base():
-                        at_base = denoiser.base_vjp(record.latents, chain.timestep(record), pull)
+                        at_base = denoiser.base_vjp(record.latents, record.timestep, pull)
                     gradient = gradient - record.input_scale * at_base
             at_input = chain.vjp(record, graphs.get(id(record)), at_prediction)
             if at_input is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.denoiser import Batch, Denoiser, Denoisers
+from alignprop_core.diffusion.captured import Denoisers
+from alignprop_core.diffusion.denoiser import Batch, Denoiser
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.schedulers import Scheduler, State
@@ -23,6 +24,7 @@ class Record:
 
     Attributes:
         number: the step; 0 is the noisiest.
+        timestep: 0-dim, the network's time at this step.
         latents: (B, C, h, w), before the step.
         prediction: (B, C, h, w), the network's guided output at these latents.
         state: the scheduler's state before the step.
@@ -35,6 +37,7 @@ class Record:
     """
 
     number: int
+    timestep: Tensor
     latents: Tensor
     prediction: Tensor
     state: State
@@ -104,7 +107,8 @@ class Chain:
     @property
     def denoiser(self) -> Denoiser:
         """The denoiser with this batch's prompts and adapters, also if it has had another batch since."""
-        self._denoiser.load(self._batch)
+        if self._denoiser.batch is not self._batch:
+            self._denoiser.load(self._batch)
         return self._denoiser
 
     def run(self, noise: Noise) -> Sampled:
@@ -120,7 +124,8 @@ class Chain:
         factors = {} if truncation is None else truncation.factors
         records: list[Record] = []
         for i in range(scheduler.steps):
-            record = Record(i, latents, latents, state, None if step_noise is None else step_noise[i])
+            fresh = None if step_noise is None else step_noise[i]
+            record = Record(i, scheduler.timesteps[i], latents, latents, state, fresh)
             if i in factors:
                 record.kept = True
                 record.output_weight, record.input_scale = factors[i]
@@ -164,23 +169,15 @@ class Chain:
         if graph is not None:
             found = self.denoiser.pull(graph, at_prediction, again=True)
         else:
-            found = self.denoiser.vjp(
-                record.latents, self.timestep(record), at_prediction, at_input=record.input_scale != 0
-            )
+            found = self.denoiser.vjp(record.latents, record.timestep, at_prediction, at_input=record.input_scale != 0)
         return found if record.input_scale else None
-
-    def timestep(self, record: Record) -> Tensor:
-        """Return a record's timestep, 0-dim."""
-        return self.scheduler.timesteps[record.number]
 
     def _denoise(self, record: Record) -> None:
         if record.kept and self.stores:
-            record.graph = self.denoiser.with_graph(
-                record.latents, self.timestep(record), at_input=record.input_scale != 0
-            )
+            record.graph = self.denoiser.with_graph(record.latents, record.timestep, at_input=record.input_scale != 0)
             record.prediction = record.graph[1].detach()
         else:
-            record.prediction = self.denoiser.predict(record.latents, self.timestep(record))
+            record.prediction = self.denoiser.predict(record.latents, record.timestep)
 
     def _leap_weights(self, records: Sequence[Record], latents: Tensor, tolerance: float) -> Tensor:
         """Return each sample's weight, (B,), from how far its leaps miss the chain (LeapAlign, arXiv:2604.15311)."""
@@ -203,7 +200,7 @@ class Chain:
         denoiser = self.denoiser
         with denoiser.base():
             for record in (record for record in records if record.kept):
-                record.base = denoiser.predict(record.latents, self.timestep(record))
+                record.base = denoiser.predict(record.latents, record.timestep)
                 squares.append((record.prediction - record.base).square().flatten(1).mean(1).sum())
         return self.regularization * torch.stack(squares).mean()
 
@@ -218,6 +215,7 @@ class Chain:
         """
         last = self.scheduler.steps - 1
         renoised = self.scheduler.renoise(latents, last, fresh)
-        record = Record(last, renoised, renoised, self.scheduler.initial_state, None, kept=True, input_scale=0.0)
+        timestep, state = self.scheduler.timesteps[last], self.scheduler.initial_state
+        record = Record(last, timestep, renoised, renoised, state, None, kept=True, input_scale=0.0)
         self._denoise(record)
         return record

@@ -36,16 +36,15 @@ class Decoder:
 
     def __call__(self, latents: Tensor) -> Tensor:
         """Return images (b, 3, H, W) in [0, 1] of latents (b, C, h, w), clipped with a straight-through gradient."""
-        recomputes = torch.is_grad_enabled() and self._memory.recomputes("decoder", len(latents))
-        captured = None
-        if torch.is_grad_enabled() and latents.requires_grad:
-            captured = self._for(latents, recomputes)
-            if captured is not None:
-                self._pool.capture(captured.not_captured())
-        if captured is None or not self._pool.enabled:
-            pixels = self._differentiable(latents, recomputes)
-        else:
+        differentiable = torch.is_grad_enabled() and latents.requires_grad
+        recomputes = differentiable and self._memory.recomputes_decoder(len(latents))
+        captured = self._for(latents, recomputes) if differentiable and self._pool.enabled else None
+        if captured is not None:
+            self._pool.capture(captured.not_captured())
+        if captured is not None and self._pool.enabled:
             pixels = _Decode.apply(latents, captured)
+        else:
+            pixels = self.pixels(latents, recomputes)
         # The value of clamp; the difference is 0 and has the gradient of the identity.
         images: Tensor = pixels.detach().clamp(0, 1) + (pixels - pixels.detach())
         return images
@@ -54,21 +53,18 @@ class Decoder:
         """Return pixels (b, 3, H, W) that are not clipped, without CUDA graphs."""
         # A decoder that runs again in the backward pass keeps its own forwards: these here are gone by then.
         forwards = {} if recomputes else self._calls.forwards_of(self._calls.family.decoder)
-        return self._calls.run(self._calls.family.decode, latents, forwards=forwards)
-
-    def _differentiable(self, latents: Tensor, recomputes: bool) -> Tensor:
-        pixels_of = partial(self.pixels, recomputes=recomputes)
-        return with_scaled_gradient(pixels_of, latents) if self._calls.scales_gradients else pixels_of(latents)
+        decode = partial(self._calls.run, self._calls.family.decode, forwards=forwards)
+        return with_scaled_gradient(decode, latents) if self._calls.scales_gradients else decode(latents)
 
     def not_captured(self, latents: Tensor) -> list[Call]:
         """Return the calls for latents of this shape that have yet to be captured."""
-        captured = self._for(latents, self._memory.recomputes("decoder", len(latents)))
+        captured = self._for(latents, self._memory.recomputes_decoder(len(latents))) if self._pool.enabled else None
         return [] if captured is None else captured.not_captured()
 
     def _for(self, latents: Tensor, recomputes: bool) -> CapturedDecoder | None:
         """Return the calls for latents of this shape; None if they cannot be captured."""
         network = self._calls.family.decoder
-        if not self._pool.enabled or any(isinstance(module, LoraLayer) for module in network.modules()):
+        if any(isinstance(module, LoraLayer) for module in network.modules()):
             return None
         if (reason := obstacle(network)) is not None:
             self._pool.refuse(reason)
@@ -77,7 +73,7 @@ class Decoder:
         if key not in self._known:
             with torch.no_grad():
                 pixels = self.pixels(latents, recomputes)  # for their shape
-            pixels_of = partial(self._differentiable, recomputes=recomputes)
+            pixels_of = partial(self.pixels, recomputes=recomputes)
             self._known[key] = CapturedDecoder(pixels_of, latents, pixels, self._pool)
         self._known.move_to_end(key)
         while len(self._known) > _SHAPES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import psutil
@@ -23,6 +25,35 @@ One = Callable[[], tuple[Tensor, Sequence[Tensor], Forwards]]
 the backward pass needs where blocks run again."""
 
 
+@dataclass(frozen=True)
+class Level:
+    """How a batch is computed.
+
+    Attributes:
+        samples: denoised at a time.
+        images: decoded at a time; None is all.
+        graphs: how many kept steps, each of one sample, may store their graphs; all others are called again in the
+            backward pass.
+        blocks: whether the denoiser's blocks run again in the backward pass.
+        decoder: whether the decoder's do.
+        peak: bytes that the networks need at their peak beside their weights; 0 if not on CUDA.
+    """
+
+    samples: int
+    images: int | None
+    graphs: float
+    blocks: bool
+    decoder: bool
+    peak: int = 0
+
+    def __str__(self) -> str:
+        parts = [name for name, on in (("denoiser", self.blocks), ("decoder", self.decoder)) if on]
+        return (
+            f"block checkpointing {'in ' + ' and '.join(parts) if parts else 'off'}, {self.samples} samples denoised "
+            f"and {self.images or 'all'} decoded at a time"
+        )
+
+
 class Memory:
     """Chooses what is recomputed in the backward pass, and how many samples are computed at a time.
 
@@ -39,30 +70,109 @@ class Memory:
 
     def __init__(self, calls: NetworkCalls, backprop: BackpropConfig, one: dict[Network, One]) -> None:
         self._calls, self._one, self._backprop = calls, one, backprop
+        self._on_gpu = calls.device.type == "cuda"
         self._measured: dict[tuple[Network, bool], int] = {}
-        self._enabled: dict[Network, bool] = {}
+        self._recomputed: dict[Network, bool] = {}
+        self._levels: dict[int, Level] = {}
         self._available: int | None = None
         self._denoiser_peak = 0
         self.static = 0
 
+    def level(self, batch: int) -> Level:
+        """Choose how a batch of this size is computed, and make the denoiser recompute its blocks or not."""
+        if batch not in self._levels:
+            self._levels[batch] = self._on_cuda(batch) if self._on_gpu else self._elsewhere(batch)
+        level = self._levels[batch]
+        self._denoiser_peak = level.peak
+        if self._recomputed.get("denoiser") != level.blocks:
+            self._recompute("denoiser", level.blocks)
+        return level
+
+    def recomputes_decoder(self, rows: int) -> bool:
+        """Return whether the decoder recomputes its blocks for so many images, and make it do so."""
+        setting = self._backprop.checkpoint_decoder
+        if setting == "auto":
+            one = self._of_one("decoder", recomputes=False)
+            # On CUDA both networks use the same memory: it need not grow for a decoder that is called once.
+            setting = rows * one > self._share or (self._denoiser_peak > 0 and one > self._denoiser_peak)
+        if self._recomputed.get("decoder") != setting:
+            self._recompute("decoder", setting)
+        return setting
+
+    def savings(self, batch: int) -> list[tuple[str, int]]:
+        """Return the settings that would reduce what a batch needs, with the bytes saved, largest first; CUDA only."""
+        level = self.level(batch)
+        half, images = max(1, level.samples // 2), level.images or batch
+        now = self._peak(level.samples, level.blocks, images, level.decoder)
+        others = {
+            "backprop.checkpoint_blocks=true": (level.samples, True, images, level.decoder),
+            "backprop.checkpoint_decoder=true": (level.samples, level.blocks, images, True),
+            "backprop.decode_batch_size=1": (level.samples, level.blocks, 1, level.decoder),
+            f"backprop.sample_batch_size={half}": (half, level.blocks, min(images, half), level.decoder),
+            "backprop.checkpoint_blocks=true backprop.checkpoint_decoder=true backprop.decode_batch_size=1": (
+                level.samples,
+                True,
+                1,
+                True,
+            ),
+        }
+        found = [(setting, now - self._peak(*other)) for setting, other in others.items()]
+        return sorted([pair for pair in found if pair[1] > 0], key=lambda pair: -pair[1])
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _elsewhere(self, batch: int) -> Level:
+        backprop = self._backprop
+        steps, blocks = backprop.checkpoint_steps, backprop.checkpoint_blocks
+        if "auto" in (steps, blocks):
+            fitting = self._share / self._of_one("denoiser", recomputes=False)
+        return Level(
+            samples=min(batch, backprop.sample_batch_size or batch),
+            images=backprop.decode_batch_size,
+            graphs=fitting if steps == "auto" else 0 if steps else math.inf,
+            blocks=batch > fitting if blocks == "auto" else blocks,
+            decoder=backprop.checkpoint_decoder is True,
+        )
+
+    def _on_cuda(self, batch: int) -> Level:
+        backprop, blocks = self._backprop, self._backprop.checkpoint_blocks
+        samples, images = backprop.sample_batch_size, backprop.decode_batch_size
+        one_image = self._of_one("decoder", recomputes=False)  # all is measured before anything is captured
+        if blocks == "auto":
+            blocks = min(batch, samples or batch) * self._of_one("denoiser", recomputes=False) > self._share
+        one = self._of_one("denoiser", recomputes=blocks)
+        samples = min(batch, samples or max(1, int(self._share // one)))
+        decoder = backprop.checkpoint_decoder
+        if decoder == "auto":
+            decoder = one_image > min(self._share, samples * one)
+        if decoder:
+            one_image = self._of_one("decoder", recomputes=True)
+        # As many as need no more than the denoiser: their memory is the same.
+        images = images or max(1, int(samples * one // one_image))
+        # A GPU repeats a network call in less time than its memory is worth: no graph is stored unless it is wanted.
+        graphs = math.inf if backprop.checkpoint_steps is False else 0
+        peak = self._peak(samples, blocks, min(images, batch), decoder)
+        return Level(samples, images, graphs, blocks, decoder, peak)
+
     @property
-    def available(self) -> float:
+    def _share(self) -> float:
         """Bytes that may be used."""
         if self._available is None:
             self._available = available_bytes(self._calls.device)
-            if self._calls.device.type == "cuda":
+            if self._on_gpu:
                 self.static = torch.cuda.memory_allocated(self._calls.device)
         return _SHARE.get(self._calls.device.type, 0.6) * self._available
 
-    def of_one(self, network: Network, *, recomputes: bool) -> int:
+    def _of_one(self, network: Network, *, recomputes: bool) -> int:
         """Return the bytes for one sample: of the stored graph, on CUDA of the whole forward and backward pass."""
         if (network, recomputes) not in self._measured:
-            _ = self.available  # before the measurement fills caches
-            before = self._enabled.get(network)
+            _ = self._share  # before the measurement fills caches
+            before = self._recomputed.get(network)
             self._recompute(network, recomputes)
             run = self._one[network]
-            if self._calls.device.type == "cuda":
-                found = peak_bytes(run, self._calls.device)
+            if self._on_gpu:
+                # Of the decoder with all activations until the end: so its backward pass can be repeated.
+                found = peak_bytes(run, self._calls.device, keeps=network == "decoder")
             else:
                 found = graph_bytes(lambda: run()[0], [getattr(self._calls.family, network)])
             self._measured[network, recomputes] = max(found, 1)
@@ -70,93 +180,13 @@ class Memory:
                 self._recompute(network, before)
         return self._measured[network, recomputes]
 
-    def stores_steps(self, samples: int, kept: int) -> bool:
-        """Return whether the kept network calls store their graphs, instead of running again in the backward pass."""
-        setting = self._backprop.checkpoint_steps
-        if setting == "auto" and self._calls.device.type == "cuda":
-            # A GPU repeats a network call in less time than its memory is worth: K graphs or one.
-            return False
-        if setting == "auto":
-            return samples * kept * self.of_one("denoiser", recomputes=False) <= self.available
-        return not setting
-
-    def recomputes(self, network: Network, samples: int) -> bool:
-        """Return whether a network runs its blocks again in the backward pass, and make it do so."""
-        backprop, on_gpu = self._backprop, self._calls.device.type == "cuda"
-        setting = backprop.checkpoint_blocks if network == "denoiser" else backprop.checkpoint_decoder
-        if setting == "auto":
-            one = self.of_one(network, recomputes=False)
-            setting = samples * one > self.available
-            if on_gpu and network == "decoder" and self._denoiser_peak:
-                # Both use the same memory: a decoder that runs twice costs less time than more memory is worth.
-                setting = setting or one > self._denoiser_peak
-        self._recompute(network, setting)
-        if on_gpu and network == "denoiser":
-            self._denoiser_peak = self.of_one(network, recomputes=setting) * self.samples(samples)
-        return setting
-
-    def samples(self, batch: int) -> int:
-        """Return how many samples of a batch are denoised at a time: all, if memory suffices."""
-        if self._backprop.sample_batch_size is not None or self._calls.device.type != "cuda":
-            return min(batch, self._backprop.sample_batch_size or batch)
-        smallest = self.of_one("denoiser", recomputes=self._backprop.checkpoint_blocks is not False)
-        return max(1, min(batch, int(self.available // smallest)))
-
-    def images(self, rows: int) -> int:
-        """Return how many of these images are decoded at a time: on CUDA as many as need no more than the denoiser."""
-        if self._backprop.decode_batch_size is not None or self._calls.device.type != "cuda":
-            return min(rows, self._backprop.decode_batch_size or rows)
-        one = self.of_one("decoder", recomputes=self.recomputes("decoder", 1))
-        return max(1, min(rows, int((self._denoiser_peak or self.available) // one)))
-
-    def peak(self, batch: int) -> int:
-        """Return the bytes that a batch needs beside weights and rewards; on CUDA only."""
-        self.recomputes("denoiser", batch)
-        images = self.images(batch)
-        # The denoiser and the decoder use the same memory.
-        decoder = images * self.of_one("decoder", recomputes=self.recomputes("decoder", images))
-        return max(self._denoiser_peak, decoder)
-
-    def describe(self, batch: int) -> str:
-        """Return in words what is recomputed and how much of a batch is computed at a time; on CUDA only."""
-        images = self.images(batch)
-        networks = {"denoiser": self.recomputes("denoiser", batch), "decoder": self.recomputes("decoder", images)}
-        recomputed = " and ".join(network for network, on in networks.items() if on)
-        return (
-            f"block checkpointing {f'in {recomputed}' if recomputed else 'off'}, {self.samples(batch)} of {batch} "
-            f"samples denoised at a time, {images} decoded"
-        )
-
-    def savings(self, batch: int) -> list[tuple[str, int]]:
-        """Return the settings that would reduce what a batch needs, with the bytes saved, largest first; CUDA only."""
-        samples, blocks = self.samples(batch), self.recomputes("denoiser", batch)
-        images = self.images(batch)
-        decoder = self.recomputes("decoder", images)
-        one = {("denoiser", on): self.of_one("denoiser", recomputes=on) for on in {blocks, True}} | {
-            ("decoder", on): self.of_one("decoder", recomputes=on) for on in {decoder, True}
-        }
-
-        def needed(samples: int, blocks: bool, images: int, decoder: bool) -> int:
-            return max(samples * one["denoiser", blocks], images * one["decoder", decoder])
-
-        half = max(1, samples // 2)
-        others = {
-            "backprop.checkpoint_blocks=true": (samples, True, images, decoder),
-            "backprop.checkpoint_decoder=true": (samples, blocks, images, True),
-            "backprop.decode_batch_size=1": (samples, blocks, 1, decoder),
-            f"backprop.sample_batch_size={half}": (half, blocks, min(images, half), decoder),
-            "backprop.checkpoint_blocks=true backprop.checkpoint_decoder=true backprop.decode_batch_size=1": (
-                samples, True, 1, True
-            ),
-        }  # fmt: skip
-        now = needed(samples, blocks, images, decoder)
-        found = [(setting, now - needed(*other)) for setting, other in others.items()]
-        return sorted([pair for pair in found if pair[1] > 0], key=lambda pair: -pair[1])
+    def _peak(self, samples: int, blocks: bool, images: int, decoder: bool) -> int:
+        one, one_image = self._of_one("denoiser", recomputes=blocks), self._of_one("decoder", recomputes=decoder)
+        return max(samples * one, images * one_image)
 
     def _recompute(self, network: Network, enabled: bool) -> None:
-        if self._enabled.get(network) != enabled:
-            self._calls.family.checkpoint(network, enabled)
-            self._enabled[network] = enabled
+        self._calls.family.checkpoint(network, enabled)
+        self._recomputed[network] = enabled
 
 
 def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
@@ -179,14 +209,20 @@ def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
     return sum(saved.values())
 
 
-def peak_bytes(run: One, device: torch.device) -> int:
-    """Run a network forward and backward on a GPU; return the bytes it needed at its peak."""
+def peak_bytes(run: One, device: torch.device, *, keeps: bool = False) -> int:
+    """Run a network forward and backward on a GPU; return the bytes it needed at its peak.
+
+    Args:
+        run: runs it forward.
+        device: the GPU.
+        keeps: keep the graph until the backward pass has ended.
+    """
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     with torch.enable_grad():
         output, inputs, forwards = run()
         with replaced(forwards):
-            torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True)
+            torch.autograd.grad(output, inputs, torch.ones_like(output), allow_unused=True, retain_graph=keeps)
     return torch.cuda.max_memory_allocated(device) - before
 
 

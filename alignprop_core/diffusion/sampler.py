@@ -26,13 +26,14 @@ from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, S
 from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.captured import CapturedDenoiser, Denoisers
 from alignprop_core.diffusion.chain import Chain
 from alignprop_core.diffusion.compiling import compile_blocks, compiling
 from alignprop_core.diffusion.costs import Costs, seconds_of
 from alignprop_core.diffusion.cpu import Forwards
 from alignprop_core.diffusion.cuda_graphs import Pool
 from alignprop_core.diffusion.decoder import Decoder
-from alignprop_core.diffusion.denoiser import Batch, Denoiser, Denoisers
+from alignprop_core.diffusion.denoiser import Batch, Denoiser
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
@@ -248,8 +249,8 @@ class Sampler:
             truncation = draw_truncation(self.backprop, self.step_sizes, seed=noise.seed, step=noise.step)
         stores = False
         if truncation is not None:
-            stores = self.memory.stores_steps(len(prompts), len(truncation.kept) + self.backprop.lv_samples)
-            self.memory.recomputes("denoiser", len(prompts))
+            graphs = len(prompts) * (len(truncation.kept) + self.backprop.lv_samples)
+            stores = graphs <= self.memory.level(len(prompts)).graphs
         chain = Chain(
             self._calls,
             self._denoisers,
@@ -259,7 +260,7 @@ class Sampler:
             regularization=self.regularization,
             stores=stores,
         )
-        if truncation is not None and self._pool.enabled:
+        if truncation is not None and isinstance(chain.denoiser, CapturedDenoiser):
             self._capture(chain.denoiser, len(prompts))
         if truncation is None:
             sampled = chain.run(noise)
@@ -376,15 +377,13 @@ class Sampler:
             batch: number of samples.
             kept: mean number of steps that keep their gradient.
         """
-        samples, per_sample = self.memory.samples(batch), 1 + self.backprop.lv_samples
-        self.memory.recomputes("denoiser", samples)
-        latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
+        level = self.memory.level(batch)
+        latents = torch.zeros((level.samples, *self.latent_shape), device=self.device, dtype=self.dtype)
         timestep = self.scheduler.timesteps[0]
-        inputs = Batch(self.conditioning([""] * samples), self._calls.weights_of(self.family.denoiser))
+        inputs = Batch(self.conditioning([""] * level.samples), self._calls.weights_of(self.family.denoiser))
         denoiser = self._denoisers.of(inputs)
-        self._capture(denoiser, samples)
-        images = self.memory.images(samples * per_sample)
-        rows = latents[:1].repeat(images, 1, 1, 1).requires_grad_()
+        self._capture(denoiser, level.samples)
+        rows = self._chunk(latents).requires_grad_()
 
         def decode() -> None:
             pixels = self.decode(rows)
@@ -392,13 +391,10 @@ class Sampler:
 
         predict = seconds_of(lambda: denoiser.predict(latents, timestep), self.device)
         vjp = seconds_of(lambda: denoiser.vjp(latents, timestep, latents, at_input=True), self.device)
-        chunks, decoded = -(-batch // samples), -(-samples * per_sample // images)
-        seconds = chunks * (self.scheduler.steps * predict + kept * vjp + decoded * seconds_of(decode, self.device))
-        return Costs(
-            seconds=seconds,
-            peak_memory=self.memory.static + self.memory.peak(batch),
-            level=self.memory.describe(batch),
-        )
+        chunks, images = -(-batch // level.samples), batch * (1 + self.backprop.lv_samples)
+        seconds = chunks * (self.scheduler.steps * predict + kept * vjp)
+        seconds += -(-images // len(rows)) * seconds_of(decode, self.device)
+        return Costs(seconds=seconds, peak_memory=self.memory.static + level.peak, level=str(level))
 
     def savings(self, batch: int) -> list[tuple[str, int]]:
         """Return the settings that would reduce the memory of a batch, with the bytes saved, largest first; CUDA only.
@@ -411,14 +407,21 @@ class Sampler:
     def _capture(self, denoiser: Denoiser, samples: int) -> None:
         """Capture what training on this many samples calls, if it is not captured yet."""
         latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
-        images = self.memory.images(samples * (1 + self.backprop.lv_samples))
+        if not isinstance(denoiser, CapturedDenoiser):
+            return
         with compiling() if self._compiles else nullcontext():
             denoiser.capture(
                 [
-                    *self._decoder.not_captured(latents[:1].expand(images, -1, -1, -1)),
+                    *self._decoder.not_captured(self._chunk(latents)),
                     *denoiser.not_captured(latents, self.scheduler.timesteps[0]),
                 ]
             )
+
+    def _chunk(self, latents: Tensor) -> Tensor:
+        """Return latents of the shape that are decoded at a time, for a batch's latents (B, C, h, w)."""
+        rows = len(latents) * (1 + self.backprop.lv_samples)
+        images = min(rows, self.memory.level(len(latents)).images or rows)
+        return latents[:1].repeat(images, 1, 1, 1)
 
     def _one_step(self) -> tuple[Tensor, list[Tensor], Forwards]:
         """Call the denoiser for one sample, with a graph."""

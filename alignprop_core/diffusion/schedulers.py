@@ -49,6 +49,13 @@ class Scheduler(Protocol):
         """
         ...
 
+    def slope(self, step: int) -> float | None:
+        """Return the derivative of a step's latents by those before it, the prediction a constant.
+
+        None if it is not the same for all latents, or if the step depends on a state.
+        """
+        ...
+
     def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
         """Return the estimate of the clean latents, (B, C, h, w), at this step."""
         ...
@@ -168,6 +175,19 @@ class DDIM:
         if self.needs_noise and noise is not None:
             previous = previous + c.std * noise
         return previous, state
+
+    def slope(self, step: int) -> float | None:
+        """Return the derivative of a step's latents by those before it; None with clipping."""
+        c = self._table[step]
+        if self._clip is not None:
+            return None
+        alpha, beta = float(c.sqrt_alpha), float(c.sqrt_beta)
+        # Of the two estimates of `_split`, by the latents.
+        clean, epsilon = {
+            "epsilon": (1 / alpha, 0.0),
+            "v_prediction": (alpha, beta),
+        }.get(self.prediction_type, (0.0, 1 / beta))
+        return float(c.sqrt_alpha_prev) * clean + float(c.direction) * epsilon
 
     def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
         """Return the clean estimate at this step (ReFL scores it; Xu et al. 2023, algorithm 1)."""

@@ -137,7 +137,8 @@ class Mix:
         if self.config.per_sample:
             factors = self._factors_per_sample(step, sizes, shares)
         else:
-            factors = _on_device(self.factors(step), sizes).expand_as(sizes)  # (B, K)
+            # Written on the device: the host would wait for a copy.
+            factors = torch.stack([sizes.new_full((), factor) for factor in self.factors(step)]).expand_as(sizes)
         reached = factors * slopes  # (B, K), d objective / d raw score
         scaled_products = products * reached.unsqueeze(1) * reached.unsqueeze(2)
         if self.config.combine == "pcgrad":

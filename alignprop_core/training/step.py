@@ -5,11 +5,12 @@ prompts -> sampler.noise -> sampler.sample -> sampler.decode -> mix.gradient -> 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
 from statistics import mean
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -17,13 +18,14 @@ from torch import Tensor, nn
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.diffusion.costs import Costs
-from alignprop_core.diffusion.noise import seeded
+from alignprop_core.diffusion.noise import Noise, seeded
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.prompts import PromptSet
 from alignprop_core.reward import ImageBatch
+from alignprop_core.training.diagnosis import first_not_finite
 from alignprop_core.training.optimizer import Optimizer
 
 
@@ -53,6 +55,8 @@ class StepGradient:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
         self._chunks: list[range] = []
+        # (step) -> the steps of its batches that keep their gradient
+        self._draw = partial(draw_truncation, config.backprop, sampler.step_sizes, seed=config.training.seed)
 
     def calibrate(self, step: int) -> int:
         """Show the mix one step's statistics before its first step; returns the number of images scored."""
@@ -62,7 +66,7 @@ class StepGradient:
 
     def kept_steps(self, step: int) -> int:
         """Return how many denoising steps keep their gradient in a step."""
-        return len(self._truncation(step).kept)
+        return len(self._draw(step=step).kept)
 
     def costs(self) -> Costs:
         """Predict what a step will need, on a GPU; on the mean of the first hundred truncations."""
@@ -79,11 +83,11 @@ class StepGradient:
             step: optimizer steps done.
             backward: False computes the statistics alone.
         """
-        truncation = self._truncation(step)
+        truncation = self._draw(step=step)
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
         if not self._chunks:
             own = -(-self.config.training.batch_size // self.processes.num_processes)
-            chunk = self.sampler.memory.samples(own)
+            chunk = self.sampler.memory.level(own).samples
             self._chunks = chunks_of(self.processes.process_index, self.processes.num_processes, self.config, chunk)
         for indices in self._chunks:
             stats += self._batch(indices, step, truncation, backward)
@@ -96,8 +100,22 @@ class StepGradient:
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
-    def _truncation(self, step: int) -> Truncation:
-        return draw_truncation(self.config.backprop, self.sampler.step_sizes, seed=self.config.training.seed, step=step)
+    def first_not_finite(self, step: int) -> str:
+        """Return in words which part of a step that has failed is not finite, and for which prompt; "" if none is."""
+        for indices in self._chunks:
+            prompts, metadata, noise = self._inputs(indices, step)
+            where = first_not_finite(self.sampler, self.mix, prompts, metadata, noise, self._draw(step=step))
+            if where:
+                return where
+        return ""
+
+    def _inputs(self, indices: Sequence[int], step: int) -> tuple[list[str], list[Mapping[str, Any]], Noise]:
+        """Return prompts, metadata and noise of the samples with these global indices."""
+        seed = self.config.training.seed
+        chosen = choose_prompts(len(self.prompts), seed=seed, step=step, indices=indices)
+        prompts = [self.prompts.prompts[i] for i in chosen]
+        noise = self.sampler.noise(prompts, seed=seed, step=step, indices=indices)
+        return prompts, [self.prompts.metadata[i] for i in chosen], noise
 
     def _batch(self, indices: Sequence[int], step: int, truncation: Truncation, backward: bool) -> StepStats:
         """Sample, score and, with `backward`, backpropagate the samples with these global indices.
@@ -106,15 +124,12 @@ class StepGradient:
         runs through the denoising steps.
         """
         training = self.config.training
-        chosen = choose_prompts(len(self.prompts), seed=training.seed, step=step, indices=indices)
-        prompts = [self.prompts.prompts[i] for i in chosen]
-        metadata = [self.prompts.metadata[i] for i in chosen]
+        prompts, metadata, noise = self._inputs(indices, step)
         share = 1.0 / (training.batch_size * training.gradient_accumulation_steps)  # of each sample in the step's mean
-        noise = self.sampler.noise(prompts, seed=training.seed, step=step, indices=indices)
         out = self.sampler.sample(prompts, noise, truncation)
         gradients: list[Tensor] = []
         parts: list[StepStats] = []
-        size = self.sampler.memory.images(len(out.latents))
+        size = self.sampler.memory.level(len(prompts)).images or len(out.latents)
         for start in range(0, len(out.latents), size):
             chunk = slice(start, start + size)
             latents = out.latents[chunk].detach().requires_grad_()

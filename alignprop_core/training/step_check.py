@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from statistics import median
 from typing import Any
 
@@ -33,13 +33,15 @@ class StepCheck:
         self.terms: dict[str, list[float]] = {}
         self.skipped = 0
         self._error: AlignpropError | None = None
+        self._where = ""
 
-    def reason_to_skip(self, step: int, stats: StepStats) -> str | None:
+    def reason_to_skip(self, step: int, stats: StepStats, locate: Callable[[], str] = lambda: "") -> str | None:
         """Return why this step must be skipped, or None.
 
         Args:
             step: its number, from 1.
             stats: its statistics, on the host.
+            locate: says in words which part of the step is not finite; called for the first such step in a row.
         """
         terms = {label: norm for label, term in stats.terms.items() if (norm := term["grad_norm"]) is not None}
         norm, threshold = stats.grad_norm, self.config.spike_threshold
@@ -47,10 +49,12 @@ class StepCheck:
         broken = any(term["raw"] is None or not math.isfinite(term["raw"]) for term in stats.terms.values())
         spike = threshold is not None and len(self.norms) >= _ENOUGH and norm > threshold * median(self.norms)
         if broken or (spike and finite) or not finite:
+            if not self.skipped and (broken or not finite):
+                self._where = locate()
             reason, self._error = self._explain(step, stats, terms)
             self.skipped += 1
             return reason
-        self.skipped, self._error = 0, None
+        self.skipped, self._error, self._where = 0, None, ""
         if finite and norm > 0:
             self.norms = [*self.norms, norm][-_WINDOW:]
             for label, size in terms.items():
@@ -72,12 +76,13 @@ class StepCheck:
         """Return why a step is skipped, and the error if it ends the run."""
         row = f"This step and the {self.skipped} before it were" if self.skipped else "This step was"
         kept = f"{row} skipped: the adapters did not change, and the last checkpoint has them."
+        where = f" The first value that is not finite is {self._where}." if self._where else ""
         for label, term in stats.terms.items():
             value = term["raw"]
             if value is None or not math.isfinite(value):
                 check = f" Check the reward on an image {advice}." if (advice := self.advice.get(label)) else ""
                 return f'"{label}" returned a score that is not finite', RewardError(
-                    f'Step {step}: reward "{label}" returned a score that is not finite ({value}). {kept}{check}'
+                    f'Step {step}: reward "{label}" returned a score that is not finite ({value}).{where} {kept}{check}'
                 )
         norm = stats.grad_norm
         if not math.isfinite(norm):
@@ -89,7 +94,7 @@ class StepCheck:
                 )
             finite = ", and so are the gradients of all rewards at the images" if terms else ""
             return "the gradient is not finite", RunError(
-                f"Step {step}: the gradient is not finite, although all scores are{finite}. {kept} A lower "
+                f"Step {step}: the gradient is not finite, although all scores are{finite}.{where} {kept} A lower "
                 "optimizer.learning_rate, fewer kept steps or another training.mixed_precision may help."
             )
         usual = median(self.norms)

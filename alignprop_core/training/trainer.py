@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,8 @@ class Trainer:
                 callback.on_start(self)
             while self.progress.step < self.config.training.steps and not self._should_stop():
                 started = time.perf_counter()
-                stats = self.step()
+                with self._explains_out_of_memory():
+                    stats = self.step()
                 stats.seconds, stats.peak_memory = time.perf_counter() - started, peak_memory(self.device)
                 if self.costs is not None and self.progress.step == first + 1:
                     stats.predicted = self.costs.as_json()
@@ -272,11 +274,11 @@ class Trainer:
         calibrated = self.mix.needs_calibration  # then the step's images are generated twice
         if calibrated:
             self.progress.reward_queries += self.gradient.calibrate(step)
-        with self._explains_out_of_memory():
-            stats = self.gradient.compute(step)
+        stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
-        stats.skipped = self.step_check.reason_to_skip(step + 1, stats)
+        locate = partial(self.gradient.first_not_finite, step)
+        stats.skipped = self.step_check.reason_to_skip(step + 1, stats, locate)
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
         if changed and self.ema is not None:

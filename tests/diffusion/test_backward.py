@@ -64,6 +64,9 @@ class TwoStep:
         mixed = 1.5 * prediction - 0.5 * state[0] if state else prediction
         return self.inner.step(latents, mixed, step, (), noise)[0], (prediction,)
 
+    def slope(self, step: int) -> float | None:
+        return None
+
     def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
         return self.inner.clean(latents, prediction, step)
 

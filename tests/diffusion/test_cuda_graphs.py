@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.captured import Denoisers
 from alignprop_core.diffusion.cuda_graphs import Call, Pool
 from alignprop_core.diffusion.decoder import CapturedDecoder, Decoder
-from alignprop_core.diffusion.denoiser import Denoisers
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.lora import adapters as lora
 
