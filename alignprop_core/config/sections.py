@@ -190,6 +190,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _possible_together(self) -> Self:
         problems = _more_steps_than_there_are(self) + _labels_used_twice(self) + _evaluation_is_possible(self)
+        if self.training.compile != "off" and not self.backprop.cuda_graphs:
+            problems.append(("training.compile", "needs backprop.cuda_graphs: true."))
         if problems:
             raise Problems(problems)
         return self

@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.cpu import Weights
-from alignprop_core.diffusion.cuda_graphs import Call, Pool, obstacle, state_of
-from alignprop_core.diffusion.denoiser import ADAPTER_OFF, Batch, Denoiser
-from alignprop_core.errors import RunError
+from alignprop_core.diffusion.cuda_graphs import SHAPES, Call, Pool, obstacle, state_of
+from alignprop_core.diffusion.denoiser import Batch, Denoiser
 from alignprop_core.lora import adapters
-
-_SHAPES = 4
-"""Number of shapes whose graphs are kept: a run has its batch's, and perhaps those of a last, smaller one."""
 
 
 class CapturedDenoiser(Denoiser):
@@ -72,37 +68,37 @@ class CapturedDenoiser(Denoiser):
             self._is_base = False
             self._fill(self.batch.weights)
 
-    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """See `Denoiser`; raises `RunError` if the adapter was off."""
-        if self._plain and self.leaves and not any(tensor.requires_grad for tensor in self.batch.tensors):
-            raise RunError(ADAPTER_OFF)
-        return super().parts()
-
     def not_captured(self, latents: Tensor, timestep: Tensor) -> list[Call]:
         """Return the calls of training that have yet to be captured."""
-        calls = {
-            "vjp": Call(self._vjp, (latents, timestep, latents)),
-            "predict": Call(self._predict, (latents, timestep)),
-        }
-        new = {name: call for name, call in calls.items() if name not in self._captured}
-        self._captured |= new
-        return list(new.values())
+        for name, function, inputs in (
+            ("vjp", self._vjp, (latents, timestep, latents)),
+            ("predict", self._predict, (latents, timestep)),
+        ):
+            self._captured.setdefault(name, Call(function, inputs))
+        return [self._captured[name] for name in ("vjp", "predict") if self._captured[name].graph is None]
 
     def capture(self, calls: Sequence[Call]) -> None:
         """Capture calls, some of which are this denoiser's."""
         if calls:
             before = self.gradient.clone()  # trials must not add to it
-            self._pool.capture(calls)
-            self.gradient.copy_(before)
+            try:
+                self._pool.capture(calls)
+            finally:
+                self.gradient.copy_(before)
+
+    def release(self) -> None:
+        """Free the graphs."""
+        for call in self._captured.values():
+            call.graph = None
 
     def _call(self, name: str, function: Callable[..., Sequence[Tensor]], *inputs: Tensor) -> Tensor:
         """Call a function: its graph, captured at the first use, or the function itself."""
         if not self._pool.enabled or (self._is_base and not self._plain):
             return function(*inputs)[0]
-        if name not in self._captured:
-            self._captured[name] = Call(function, inputs)
-            self.capture([self._captured[name]])
-        return self._captured[name](*inputs)[0]
+        call = self._captured.setdefault(name, Call(function, inputs))
+        if call.graph is None:
+            self.capture([call])
+        return call(*inputs)[0]
 
     def _predict(self, latents: Tensor, timestep: Tensor) -> Sequence[Tensor]:
         return [super().predict(latents, timestep)]
@@ -133,18 +129,33 @@ class Denoisers:
         self._calls, self._pool = calls, pool
         self._known: OrderedDict[Any, CapturedDenoiser] = OrderedDict()
 
-    def of(self, batch: Batch) -> Denoiser:
-        """Return the denoiser for a batch, with captured calls if there has been one of its shape."""
+    @property
+    def captures(self) -> bool:
+        """Whether calls are captured."""
+        return self._pool.enabled
+
+    def of(self, batch: Batch, *, captured: bool = True) -> Denoiser:
+        """Return the denoiser for a batch, with captured calls if there has been one of its shape.
+
+        Args:
+            batch: the batch.
+            captured: False for calls that run eagerly, because their graphs are stored.
+        """
         network = self._calls.family.denoiser
         if self._pool.enabled and (reason := obstacle(network)) is not None:
             self._pool.refuse(reason)
         if not self._pool.enabled:
+            self._known.clear()
+        if not self._pool.enabled or not captured:
             return Denoiser(self._calls, batch)
         key = (batch.conditioning.shapes, state_of(network), _layers(network, batch.weights))
-        denoiser = self._known.pop(key, None) or CapturedDenoiser(self._calls, batch, self._pool)
+        denoiser = self._known.pop(key, None)
+        if denoiser is None:
+            with torch.inference_mode(False):  # its tensors last: later batches may need gradients
+                denoiser = CapturedDenoiser(self._calls, batch, self._pool)
         self._known[key] = denoiser
-        while len(self._known) > _SHAPES:
-            self._known.popitem(last=False)
+        while len(self._known) > SHAPES:
+            self._known.popitem(last=False)[1].release()
         if denoiser.batch is not batch:
             denoiser.load(batch)
         return denoiser

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.captured import Denoisers
+from alignprop_core.diffusion.captured import CapturedDenoiser, Denoisers
 from alignprop_core.diffusion.denoiser import Batch, Denoiser
 from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.noise import Noise
@@ -101,13 +101,13 @@ class Chain:
         if self.regularization:
             with torch.no_grad(), adapters.disabled(network):
                 base = calls.weights_of(network)
-        self._batch = Batch(conditioning, weights, base)
-        self._denoiser = denoisers.of(self._batch)
+        self._batch = Batch(conditioning, weights, base, denoisers.captures and adapters.is_off(network))
+        self._denoiser = denoisers.of(self._batch, captured=not stores)
 
     @property
     def denoiser(self) -> Denoiser:
-        """The denoiser with this batch's prompts and adapters, also if it has had another batch since."""
-        if self._denoiser.batch is not self._batch:
+        """The denoiser with this batch's prompts and adapters, also after other batches."""
+        if isinstance(self._denoiser, CapturedDenoiser) and self._denoiser.batch is not self._batch:
             self._denoiser.load(self._batch)
         return self._denoiser
 
@@ -167,7 +167,7 @@ class Chain:
             (B, C, h, w), its part at the latents; None where the truncation stops the gradient.
         """
         if graph is not None:
-            found = self.denoiser.pull(graph, at_prediction, again=True)
+            found = self.denoiser.pull(graph, at_prediction, retain_graph=True)
         else:
             found = self.denoiser.vjp(record.latents, record.timestep, at_prediction, at_input=record.input_scale != 0)
         return found if record.input_scale else None

@@ -10,32 +10,45 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
-"""Classes of diffusers that most of a UNet's work is in."""
+"""diffusers classes that do most of a UNet's work."""
 
-SECONDS, GAIN = 240.0, 0.2
+COMPILE_SECONDS, COMPILE_GAIN = 240.0, 0.2
 """What compiling costs the first time, and the share of a step's time that it saves: both measured on an H200."""
 
 
-def compile_blocks(network: nn.Module) -> int:
-    """Compile a network's blocks, each at its first call inside of `compiling()`; return their number."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "alignprop" / "compiled"))
-    # Every shape of a block, with and without a gradient, is a version of its own.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
-    blocks = [module for module in network.modules() if type(module).__name__ in _BLOCKS]
-    for block in blocks:
-        block.compile(dynamic=False)
-    # Shapes that come up later, such as a last, smaller batch, are not worth minutes of compiling.
-    torch.compiler.set_stance("eager_on_recompile")
-    return len(blocks)
+class CompiledBlocks:
+    """A network's compiled blocks, used only inside of `active()`: the network itself stays as it is.
 
+    So shapes that come up later, such as that of a last, smaller batch, cost no minutes of compiling.
 
-@contextmanager
-def compiling() -> Iterator[None]:
-    """Compile blocks that are called inside with a new shape."""
-    with torch.compiler.set_stance("default"):
-        yield
+    Args:
+        network: the network; None for no compiled blocks.
+    """
+
+    def __init__(self, network: nn.Module | None = None) -> None:
+        blocks = [] if network is None else [m for m in network.modules() if type(m).__name__ in _BLOCKS]
+        if blocks:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "alignprop" / "compiled"))
+            # Every shape of a block, with and without a gradient, is a version of its own.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+        self._compiled: dict[nn.Module, Any] = {
+            block: torch.compile(block._call_impl, dynamic=False) for block in blocks
+        }
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Run the compiled blocks inside; each is compiled at its first call with a new shape."""
+        blocks: Any = self._compiled  # what `Module.compile` sets
+        try:
+            for block, compiled in blocks.items():
+                block._compiled_call_impl = compiled
+            yield
+        finally:
+            for block in blocks:
+                block._compiled_call_impl = None

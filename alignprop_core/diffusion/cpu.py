@@ -129,7 +129,8 @@ def _kernel(conv: nn.Conv2d) -> Tensor:
     version = conv.weight._version
     if conv not in _kernels or _kernels[conv][0] != version:
         out, inside = conv.weight.shape[:2]
-        with torch.no_grad():
+        # Not an inference tensor: it is kept for later calls, which may need a gradient.
+        with torch.inference_mode(False), torch.no_grad():
             # Every (out, in) pair is a one-channel image, and 2x2 ones with padding 1 add up the weights that meet one
             # input pixel. A transposed convolution applies its kernel flipped, with the channels swapped.
             flat = conv.weight.detach().reshape(out * inside, 1, 3, 3)

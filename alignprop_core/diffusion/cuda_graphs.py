@@ -6,6 +6,8 @@ there: results are copied out, and what must outlive a replay is allocated outsi
 
 from __future__ import annotations
 
+import gc
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,15 @@ import torch
 from torch import Tensor, nn
 
 Outputs = Sequence[Tensor]
+
+SHAPES = 4
+"""Number of batch shapes whose graphs are kept: a run has its batch's, and perhaps those of a smaller rest."""
+
+_SWITCHES = (
+    *("training", "processor", "forward", "gradient_checkpointing", "use_slicing", "use_tiling"),
+    *("s1", "s2", "b1", "b2"),  # FreeU
+)
+"""Attributes of modules that decide what a graph contains: in their `__dict__` if they are set."""
 
 
 @dataclass(eq=False)
@@ -43,31 +54,34 @@ class Pool:
 
     Args:
         enabled: False captures nothing.
+        device: the networks' device.
 
     Attributes:
         enabled: False after a capture has failed.
         replays: number of replays so far; what a replay has left in the pool is intact until the next.
     """
 
-    def __init__(self, enabled: bool) -> None:
-        self.enabled, self.replays = enabled, 0
+    def __init__(self, enabled: bool, device: torch.device) -> None:
+        self.enabled, self.replays, self._device = enabled, 0, device
         self._handle: Any = None
         self._captured: WeakSet[Call] = WeakSet()
 
     def refuse(self, reason: str) -> None:
         """Capture nothing from now on, free the graphs, and show a warning."""
-        self.release()
+        self.enabled = False
+        self.clear()
         warnings.warn(
-            f"The model is not run as CUDA graphs: {reason}. Steps are correct but slower; backprop.cuda_graphs=false "
-            "hides this warning.",
+            f"CUDA graphs are off: {reason}. Results are the same, steps are slower; backprop.cuda_graphs=false hides "
+            "this warning.",
             stacklevel=3,
         )
 
-    def release(self) -> None:
-        """Free the graphs, and capture nothing from now on."""
-        self.enabled = False
+    def clear(self) -> None:
+        """Free the graphs and their memory; calls are captured again when they are needed."""
         for call in self._captured:
             call.graph = None
+        self._handle = None
+        gc.collect()
         torch.cuda.empty_cache()
 
     def capture(self, calls: Sequence[Call]) -> None:
@@ -77,26 +91,40 @@ class Pool:
         """
         if not calls:
             return
+        # Tensors that last must not be inference tensors, which no later gradient can be computed with.
+        with torch.cuda.device(self._device), torch.inference_mode(False):
+            reason = self._try(calls)
+            if reason == _NO_MEMORY:
+                # The trial needs as much again as the graphs of other shapes: without those it may fit.
+                self.clear()
+                reason = self._try(calls)
+        if reason:
+            self.refuse(reason)
+
+    def _try(self, calls: Sequence[Call]) -> str:
+        """Capture calls; return why they cannot be captured, "" if they are."""
         static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
+        stream, reason, captured = torch.cuda.current_stream(), "", False
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.current_stream()
         try:
-            # All trials before the first capture: their memory is returned to the driver before the graphs take theirs.
+            # All trials run before the first capture: their memory is free again before the graphs take theirs.
             _warm_up(lambda: [call.function(*tensors) for call, tensors in zip(calls, static, strict=True)])
             for call, tensors in zip(calls, static, strict=True):
                 call.graph = Graph(call.function, tensors, self, self._handle)
                 self._captured.add(call)
-        except (RuntimeError, NotImplementedError) as error:  # OutOfMemoryError is a RuntimeError
-            torch.cuda.set_stream(stream)
+            captured = True
+        except RuntimeError as error:
+            first = next(iter(str(error).strip().splitlines()), type(error).__name__)
             short = isinstance(error, torch.OutOfMemoryError)
-            reason = str(error).strip().splitlines()[0]
-        else:
-            return
-        # Outside of the handler, whose traceback keeps the failed call's tensors alive.
-        for call in calls:
-            call.graph = None
-        self.refuse("memory does not suffice for it" if short else f"that failed ({reason})")
+            reason = _NO_MEMORY if short else f"capturing failed ({first})"
+            traceback.clear_frames(error.__traceback__)  # they keep the failed call's tensors alive
+        finally:
+            torch.cuda.set_stream(stream)
+            if not captured:
+                for call in calls:
+                    call.graph = None
+        return reason
 
 
 class Graph:
@@ -114,7 +142,7 @@ class Graph:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may call CUDA meanwhile.
         with torch.cuda.graph(self._graph, handle, _side_stream(), capture_error_mode="thread_local"):
-            # Without what led to them: only the results stay allocated in the pool.
+            # Detached, so that autograd's graph is freed and only the results stay allocated in the pool.
             self._outputs = [output.detach() for output in function(*inputs)]
 
     def __call__(self, *inputs: Tensor) -> Outputs:
@@ -125,6 +153,8 @@ class Graph:
         self._pool.replays += 1
         return [output.clone() for output in self._outputs]
 
+
+_NO_MEMORY = "not enough memory to capture them"
 
 _side_streams: dict[int, torch.cuda.Stream] = {}
 
@@ -145,28 +175,36 @@ def _warm_up(run: Callable[[], object]) -> None:
     side = _side_stream()
     side.wait_stream(torch.cuda.current_stream())
     mode = torch.cuda.get_sync_debug_mode()
-    with torch.cuda.stream(side):
-        run()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Synchronization debug mode")
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                run()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-    torch.cuda.current_stream().wait_stream(side)
+    try:
+        with torch.cuda.stream(side):
+            run()
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Synchronization debug mode")
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    run()
+                finally:
+                    torch.cuda.set_sync_debug_mode(mode)
+    finally:
+        torch.cuda.current_stream().wait_stream(side)
 
 
 def obstacle(network: nn.Module) -> str | None:
-    """Return what keeps a network from being captured: a hook, which a replay would not call; None if nothing does."""
+    """Return what keeps a network from being captured; None if nothing does."""
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on, which keeps copies of weights that a graph would not update"
     for name, module in network.named_modules():
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        if any(hooks) or hasattr(module, "_hf_hook"):
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        # accelerate and diffusers replace `forward` for offloading and caching; a replay would not call it.
+        if any(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook"):
             return f"{type(network).__name__}{f'.{name}' if name else ''} has a hook"
+    if any(type(parameter) not in (nn.Parameter, Tensor) for parameter in network.parameters()):
+        return f"{type(network).__name__} has quantized weights, whose addresses are not known"
     return None
 
 
 def state_of(network: nn.Module) -> tuple[Any, ...]:
     """Return what a captured network depends on beside its inputs: another value needs another capture."""
-    addresses = (tensor.data_ptr() for tensor in (*network.parameters(), *network.buffers()))
-    return id(network), network.training, getattr(network, "is_gradient_checkpointing", False), hash(tuple(addresses))
+    tensors = (*network.parameters(), *network.buffers())
+    switches = tuple(tuple(module.__dict__.get(name) for name in _SWITCHES) for module in network.modules())
+    return network, hash(tuple((tensor.data_ptr(), tensor.requires_grad) for tensor in tensors)), switches

@@ -13,12 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.cuda_graphs import Call, Pool, obstacle, state_of
+from alignprop_core.diffusion.cuda_graphs import SHAPES, Call, Pool, obstacle, state_of
 from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.memory import Memory
-
-_SHAPES = 2
-"""Number of shapes whose graphs are kept: a chunk's, and that of a last, smaller one."""
 
 
 class Decoder:
@@ -68,6 +65,7 @@ class Decoder:
             return None
         if (reason := obstacle(network)) is not None:
             self._pool.refuse(reason)
+            self._known.clear()
             return None
         key = (latents.shape, recomputes, state_of(network))
         if key not in self._known:
@@ -76,8 +74,8 @@ class Decoder:
             pixels_of = partial(self.pixels, recomputes=recomputes)
             self._known[key] = CapturedDecoder(pixels_of, latents, pixels, self._pool)
         self._known.move_to_end(key)
-        while len(self._known) > _SHAPES:
-            self._known.popitem(last=False)
+        while len(self._known) > SHAPES:
+            self._known.popitem(last=False)[1].release()
         return self._known[key]
 
 
@@ -96,15 +94,18 @@ class CapturedDecoder:
     """
 
     def __init__(self, pixels_of: Callable[[Tensor], Tensor], latents: Tensor, pixels: Tensor, pool: Pool) -> None:
-        self.pool, self._pixels_of, self._is_new = pool, pixels_of, True
+        self.pool, self._pixels_of = pool, pixels_of
         self._graph: tuple[Tensor, Tensor] | None = None  # the ends of autograd's graph, while capturing
-        self.forward = Call(self._forward, (latents,))
+        self.forward = Call(self._forward, (latents.detach(),))
         self.backward = Call(self._backward, (pixels,))
 
     def not_captured(self) -> list[Call]:
-        """Return both calls the first time."""
-        was_new, self._is_new = self._is_new, False
-        return [self.forward, self.backward] if was_new else []
+        """Return both calls if they have yet to be captured."""
+        return [self.forward, self.backward] if self.forward.graph is None else []
+
+    def release(self) -> None:
+        """Free the graphs."""
+        self.forward.graph = self.backward.graph = None
 
     def _forward(self, latents: Tensor) -> Sequence[Tensor]:
         inputs = latents.detach().requires_grad_()

@@ -32,11 +32,14 @@ class Batch:
         weights: the tensors that adapted layers use, with their graph to the parameters; layers that are not in it use
             the parameters themselves.
         base: the same without the trainable adapter; None without regularization.
+        adapter_off: whether the trainable adapter was off when they were computed; known only for captured calls, where
+            nothing else shows it.
     """
 
     conditioning: Conditioning
     weights: Weights
     base: Weights | None = None
+    adapter_off: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -81,10 +84,6 @@ class Denoiser:
         self._forwards = calls.forwards_of(self.network, leaves)
         self._base_forwards = {} if fixed or batch.base is None else calls.forwards_of(self.network, batch.base)
 
-    def load(self, batch: Batch) -> None:
-        """Make the following calls those of another batch of the same shape."""
-        raise NotImplementedError("an eager denoiser belongs to one batch")
-
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Return the guided prediction at latents (B, C, h, w), without a graph."""
         with torch.no_grad():
@@ -116,8 +115,8 @@ class Denoiser:
         """
         return self.pull(self.with_graph(latents, timestep, at_input=at_input), at_prediction)
 
-    def pull(self, graph: tuple[Tensor, Tensor], at_prediction: Tensor, *, again: bool = False) -> Tensor | None:
-        """Like `vjp`, through the graph of `with_graph`; `again`: the graph is kept."""
+    def pull(self, graph: tuple[Tensor, Tensor], at_prediction: Tensor, *, retain_graph: bool = False) -> Tensor | None:
+        """Like `vjp`, through the graph of `with_graph`."""
         inputs, output = graph
         if not output.requires_grad:
             raise RunError(ADAPTER_OFF)
@@ -126,7 +125,7 @@ class Denoiser:
             at_prediction, factor = scaled(at_prediction)
         wanted = [*self._wanted, *([inputs] if inputs.requires_grad else [])]
         with replaced(self._forwards):
-            found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=again, allow_unused=True)
+            found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=retain_graph, allow_unused=True)
         for total, part in zip(self._sums, found, strict=False):
             if part is not None:  # half-precision parts are added up in full precision
                 total.add_(part if isinstance(factor, float) else factor * part.to(total.dtype))
@@ -150,7 +149,13 @@ class Denoiser:
             return factor * torch.autograd.grad(output, inputs, gradient)[0]
 
     def parts(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the batch's tensors and the parameters, and the sum of the VJPs at each of them."""
+        """Return the batch's tensors and the parameters, and the sum of the VJPs at each of them.
+
+        Raises:
+            RunError: the trainable adapter was off.
+        """
+        if self.batch.adapter_off:
+            raise RunError(ADAPTER_OFF)
         sums = [t for t, leaf in zip(self.batch.tensors, self.leaves, strict=True) if leaf.requires_grad]
         # Copies: what autograd derives from them may be views, which become the parameters' `.grad`.
         found = self._split(self.gradient.clone())

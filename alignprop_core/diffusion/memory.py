@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import psutil
@@ -72,37 +73,41 @@ class Memory:
         self._calls, self._one, self._backprop = calls, one, backprop
         self._on_gpu = calls.device.type == "cuda"
         self._measured: dict[tuple[Network, bool], int] = {}
-        self._recomputed: dict[Network, bool] = {}
         self._levels: dict[int, Level] = {}
         self._available: int | None = None
-        self._denoiser_peak = 0
+        self._level: Level | None = None
         self.static = 0
 
     def level(self, batch: int) -> Level:
-        """Choose how a batch of this size is computed, and make the denoiser recompute its blocks or not."""
+        """Choose how a batch of this size is computed, and make the denoiser recompute its blocks or not.
+
+        On CUDA, smaller batches are computed like the first one, of which they are parts.
+        """
         if batch not in self._levels:
-            self._levels[batch] = self._on_cuda(batch) if self._on_gpu else self._elsewhere(batch)
-        level = self._levels[batch]
-        self._denoiser_peak = level.peak
-        if self._recomputed.get("denoiser") != level.blocks:
-            self._recompute("denoiser", level.blocks)
-        return level
+            larger = [level for size, level in self._levels.items() if size > batch]
+            if self._on_gpu and larger:
+                self._levels[batch] = replace(larger[0], samples=min(batch, larger[0].samples))
+            else:
+                self._levels[batch] = self._on_cuda(batch) if self._on_gpu else self._elsewhere(batch)
+        self._level = self._levels[batch]
+        # Always: another sampler or the user may have switched it.
+        self._calls.family.checkpoint("denoiser", self._level.blocks)
+        return self._level
 
     def recomputes_decoder(self, rows: int) -> bool:
         """Return whether the decoder recomputes its blocks for so many images, and make it do so."""
         setting = self._backprop.checkpoint_decoder
-        if setting == "auto":
-            one = self._of_one("decoder", recomputes=False)
-            # On CUDA both networks use the same memory: it need not grow for a decoder that is called once.
-            setting = rows * one > self._share or (self._denoiser_peak > 0 and one > self._denoiser_peak)
-        if self._recomputed.get("decoder") != setting:
-            self._recompute("decoder", setting)
+        if setting == "auto" and self._on_gpu and self._level is not None:
+            setting = self._level.decoder
+        elif setting == "auto":
+            setting = rows * self._of_one("decoder", recomputes=False) > self._share
+        self._calls.family.checkpoint("decoder", setting)
         return setting
 
     def savings(self, batch: int) -> list[tuple[str, int]]:
         """Return the settings that would reduce what a batch needs, with the bytes saved, largest first; CUDA only."""
         level = self.level(batch)
-        half, images = max(1, level.samples // 2), level.images or batch
+        half, images = max(1, level.samples // 2), min(batch, level.images or batch)
         now = self._peak(level.samples, level.blocks, images, level.decoder)
         others = {
             "backprop.checkpoint_blocks=true": (level.samples, True, images, level.decoder),
@@ -142,9 +147,11 @@ class Memory:
             blocks = min(batch, samples or batch) * self._of_one("denoiser", recomputes=False) > self._share
         one = self._of_one("denoiser", recomputes=blocks)
         samples = min(batch, samples or max(1, int(self._share // one)))
+        samples = -(-batch // -(-batch // samples))  # parts of about the same size
         decoder = backprop.checkpoint_decoder
         if decoder == "auto":
-            decoder = one_image > min(self._share, samples * one)
+            # Both networks use the same memory: it need not grow for a decoder, which is called once.
+            decoder = one_image > samples * one or (images or 1) * one_image > self._share
         if decoder:
             one_image = self._of_one("decoder", recomputes=True)
         # As many as need no more than the denoiser: their memory is the same.
@@ -167,8 +174,7 @@ class Memory:
         """Return the bytes for one sample: of the stored graph, on CUDA of the whole forward and backward pass."""
         if (network, recomputes) not in self._measured:
             _ = self._share  # before the measurement fills caches
-            before = self._recomputed.get(network)
-            self._recompute(network, recomputes)
+            self._calls.family.checkpoint(network, recomputes)
             run = self._one[network]
             if self._on_gpu:
                 # Of the decoder with all activations until the end: so its backward pass can be repeated.
@@ -176,17 +182,11 @@ class Memory:
             else:
                 found = graph_bytes(lambda: run()[0], [getattr(self._calls.family, network)])
             self._measured[network, recomputes] = max(found, 1)
-            if before is not None:
-                self._recompute(network, before)
         return self._measured[network, recomputes]
 
     def _peak(self, samples: int, blocks: bool, images: int, decoder: bool) -> int:
         one, one_image = self._of_one("denoiser", recomputes=blocks), self._of_one("decoder", recomputes=decoder)
         return max(samples * one, images * one_image)
-
-    def _recompute(self, network: Network, enabled: bool) -> None:
-        self._calls.family.checkpoint(network, enabled)
-        self._recomputed[network] = enabled
 
 
 def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
@@ -229,6 +229,7 @@ def peak_bytes(run: One, device: torch.device, *, keeps: bool = False) -> int:
 def available_bytes(device: torch.device) -> int:
     """Return the bytes a process can still allocate on this device."""
     if device.type == "cuda":
+        gc.collect()  # a sampler that is no longer used may still have its graphs
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
         # A process may be limited to a fraction of the device.

@@ -40,7 +40,7 @@ class Noise:
                 return None
             # A GPU reads page-locked memory by itself; otherwise the host waits until it has been read.
             locked = tensor.device.type == "cpu" and device.type == "cuda"
-            return (tensor.to(dtype).pin_memory() if locked else tensor).to(device, dtype, non_blocking=True)
+            return (tensor.to(dtype).pin_memory() if locked else tensor).to(device, dtype, non_blocking=locked)
 
         initial = moved(self.initial)
         assert initial is not None

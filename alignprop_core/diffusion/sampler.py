@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from alignprop_core.diffusion.backward import DifferentiableChain
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.captured import CapturedDenoiser, Denoisers
 from alignprop_core.diffusion.chain import Chain
-from alignprop_core.diffusion.compiling import compile_blocks, compiling
+from alignprop_core.diffusion.compiling import CompiledBlocks
 from alignprop_core.diffusion.costs import Costs, seconds_of
 from alignprop_core.diffusion.cpu import Forwards
 from alignprop_core.diffusion.cuda_graphs import Pool
@@ -95,11 +95,12 @@ class Sampler:
         self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
         self.memory = Memory(self._calls, self.backprop, {"denoiser": self._one_step, "decoder": self._one_image})
-        self._pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs)
+        self._pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs, self.device)
         self._denoisers = Denoisers(self._calls, self._pool)
         self._decoder = Decoder(self._calls, self._pool, self.memory)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
-        self._lora_is_on, self._compiles = True, False
+        self._lora_is_on = True
+        self._blocks = CompiledBlocks()
 
     @classmethod
     def load(
@@ -260,7 +261,7 @@ class Sampler:
             regularization=self.regularization,
             stores=stores,
         )
-        if truncation is not None and isinstance(chain.denoiser, CapturedDenoiser):
+        if truncation is not None and chain.denoiser.parameters:
             self._capture(chain.denoiser, len(prompts))
         if truncation is None:
             sampled = chain.run(noise)
@@ -366,9 +367,8 @@ class Sampler:
 
     def compile(self) -> None:
         """Compile the denoiser's blocks, when the calls of a batch are captured next (`costs`, `sample`)."""
-        compile_blocks(self.family.denoiser)
-        self._compiles = True
-        self._denoisers = Denoisers(self._calls, self._pool)
+        self._blocks = CompiledBlocks(self.family.denoiser)
+        self.release()
 
     def costs(self, batch: int, kept: float) -> Costs:
         """Capture the calls of a batch, time them, and predict what its step will need; on CUDA only.
@@ -392,24 +392,24 @@ class Sampler:
         predict = seconds_of(lambda: denoiser.predict(latents, timestep), self.device)
         vjp = seconds_of(lambda: denoiser.vjp(latents, timestep, latents, at_input=True), self.device)
         chunks, images = -(-batch // level.samples), batch * (1 + self.backprop.lv_samples)
-        seconds = chunks * (self.scheduler.steps * predict + kept * vjp)
+        # LV samples are one more step each, with a gradient; regularization calls the base model at the kept steps.
+        steps, further = self.scheduler.steps, self.backprop.lv_samples
+        base = kept * (predict + vjp) if self.regularization else 0.0
+        seconds = chunks * ((steps + further) * predict + (kept + further) * vjp + base)
         seconds += -(-images // len(rows)) * seconds_of(decode, self.device)
         return Costs(seconds=seconds, peak_memory=self.memory.static + level.peak, level=str(level))
 
-    def savings(self, batch: int) -> list[tuple[str, int]]:
-        """Return the settings that would reduce the memory of a batch, with the bytes saved, largest first; CUDA only.
-
-        Frees the CUDA graphs: for a run that has ended because memory was short.
-        """
-        self._pool.release()
-        return self.memory.savings(batch)
+    def release(self) -> None:
+        """Free the CUDA graphs and their memory; they are captured again when they are needed."""
+        if self.device.type == "cuda":
+            self._pool.clear()
 
     def _capture(self, denoiser: Denoiser, samples: int) -> None:
         """Capture what training on this many samples calls, if it is not captured yet."""
-        latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
         if not isinstance(denoiser, CapturedDenoiser):
             return
-        with compiling() if self._compiles else nullcontext():
+        latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
+        with self._blocks.active():
             denoiser.capture(
                 [
                     *self._decoder.not_captured(self._chunk(latents)),

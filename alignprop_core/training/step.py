@@ -55,6 +55,7 @@ class StepGradient:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
         self._chunks: list[range] = []
+        self._own_batch = -(-config.training.batch_size // processes.num_processes)
         # (step) -> the steps of its batches that keep their gradient
         self._draw = partial(draw_truncation, config.backprop, sampler.step_sizes, seed=config.training.seed)
 
@@ -70,11 +71,9 @@ class StepGradient:
 
     def costs(self) -> Costs:
         """Predict what a step will need, on a GPU; on the mean of the first hundred truncations."""
-        training = self.config.training
         kept = mean(self.kept_steps(step) for step in range(100))
-        batch = -(-training.batch_size // self.processes.num_processes)
-        costs = self.sampler.costs(batch, kept)
-        return replace(costs, seconds=costs.seconds * training.gradient_accumulation_steps)
+        costs = self.sampler.costs(self._own_batch, kept)
+        return replace(costs, seconds=costs.seconds * self.config.training.gradient_accumulation_steps)
 
     def compute(self, step: int, *, backward: bool = True) -> StepStats:
         """Compute the clipped gradient of the step that follows `step` done ones; statistics are on the host.
@@ -86,8 +85,7 @@ class StepGradient:
         truncation = self._draw(step=step)
         stats = StepStats.zeros(self.mix.labels, self.sampler.device)
         if not self._chunks:
-            own = -(-self.config.training.batch_size // self.processes.num_processes)
-            chunk = self.sampler.memory.level(own).samples
+            chunk = self.sampler.memory.level(self._own_batch).samples
             self._chunks = chunks_of(self.processes.process_index, self.processes.num_processes, self.config, chunk)
         for indices in self._chunks:
             stats += self._batch(indices, step, truncation, backward)

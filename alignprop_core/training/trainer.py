@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
-from alignprop_core.diffusion.compiling import GAIN, SECONDS
+from alignprop_core.diffusion.compiling import COMPILE_GAIN, COMPILE_SECONDS
 from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
@@ -255,6 +256,7 @@ class Trainer:
             raise
         finally:
             self._folder.close()
+            self.sampler.release()
         return Run(self.output, registry=self.registry, trained=self.pipeline, model=self._given)
 
     def _open(self) -> RunFolder:
@@ -298,21 +300,21 @@ class Trainer:
             yield
         except torch.OutOfMemoryError as error:
             reason, step = str(error).partition(". GPU")[0].strip(), self.progress.step
+            traceback.clear_frames(error.__traceback__)  # they keep the failed step's tensors alive
         else:
             return
-        # Outside of the handler, whose traceback keeps the failed step's tensors alive.
         batch = -(-self.config.training.batch_size // self.processes.num_processes)
-        try:
-            savings = self.sampler.savings(batch) if self.device.type == "cuda" else []
-        except torch.OutOfMemoryError:
-            savings = []  # not even one sample fits
-        settings = [f"{setting} (about {_size(size)} less)" for setting, size in savings[:3]]
-        settings = settings or ["backprop.checkpoint_blocks=true", "backprop.checkpoint_decoder=true"]
+        settings = ["backprop.checkpoint_blocks=true", "backprop.checkpoint_decoder=true"]
+        if self.device.type == "cuda":
+            self.sampler.release()
+            with suppress(torch.OutOfMemoryError):  # not even one sample fits
+                savings = self.sampler.memory.savings(batch)[:3]
+                settings = [f"{setting} (about {_size(size)} less)" for setting, size in savings]
         raise RunError(
             f"Out of memory in step {step + 1}, with {batch} samples per batch and {self.gradient.kept_steps(step)} "
             "denoising steps that keep their gradient. Nothing saved is lost. These settings change memory and time, "
-            f"not the result: {'; '.join(settings)}. mix.offload=true keeps the rewards' weights on the CPU. "
-            f"({reason})"
+            f"not the result: {'; '.join([*settings, 'mix.offload=true (the weights of the rewards)'])}. Otherwise use "
+            f"smaller images. ({reason})"
         )
 
     def prepare(self) -> None:
@@ -326,7 +328,7 @@ class Trainer:
         with self._explains_out_of_memory():
             self.costs = self.gradient.costs()
             left = (training.steps - self.progress.step) * self.costs.seconds
-            if training.compile == "blocks" or (training.compile == "auto" and left * GAIN > SECONDS):
+            if training.compile == "blocks" or (training.compile == "auto" and left * COMPILE_GAIN > COMPILE_SECONDS):
                 with self.console.status("compiling the denoiser's blocks: minutes the first time, then cached"):
                     self.sampler.compile()
                     self.costs = self.gradient.costs()

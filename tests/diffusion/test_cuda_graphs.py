@@ -16,6 +16,7 @@ from alignprop_core.diffusion.captured import Denoisers
 from alignprop_core.diffusion.cuda_graphs import Call, Pool
 from alignprop_core.diffusion.decoder import CapturedDecoder, Decoder
 from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.errors import RunError
 from alignprop_core.lora import adapters as lora
 
 PROMPTS = ["fox", "two owls"]
@@ -56,13 +57,14 @@ class FixedTensors(Pool):
     """A pool for a CPU."""
 
     def __init__(self) -> None:
-        super().__init__(enabled=True)
+        super().__init__(True, torch.device("cpu"))
         self.captures = 0
         self.left: tuple[Tensor, Tensor] | None = None
 
     def capture(self, calls: Sequence[Call]) -> None:
         """Make replays of the calls; like a capture, call them twice before."""
-        static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
+        with torch.inference_mode(False):
+            static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
         for _ in range(2 if calls else 0):
             for call, tensors in zip(calls, static, strict=True):
                 call.function(*tensors)
@@ -200,15 +202,60 @@ def test_a_network_with_hooks_runs_eagerly_with_one_warning(tiny_sd: Callable[..
     handle = pipe.unet.mid_block.register_forward_hook(lambda *_: calls.append(None))
     expected = gradient(eager, parameters, PROMPTS, 0)
     before = len(calls)
-    with pytest.warns(
-        UserWarning, match=r"not run as CUDA graphs: UNet2DConditionModel\.mid_block has a hook"
-    ) as shown:
+    with pytest.warns(UserWarning, match=r"CUDA graphs are off: UNet2DConditionModel\.mid_block has a hook") as shown:
         found = gradient(fixed, parameters, PROMPTS, 0)
     assert len(shown) == 1
     assert len(calls) == 2 * before
     assert not pool.captures
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
     handle.remove()
+
+
+def test_stored_graphs_and_regularization_with_fixed_tensors(tiny_sd: Callable[..., Any]) -> None:
+    """A stored graph would be broken by another batch's values, so it belongs to one batch."""
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, _ = samplers(pipe, {"strategy": "full", "checkpoint_steps": False}, regularization=0.3)
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    torch.testing.assert_close(gradient(fixed, parameters, PROMPTS, 0), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_an_evaluation_in_inference_mode_before_training(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, _ = samplers(pipe, {"strategy": "full", "checkpoint_steps": True})
+    with torch.inference_mode():
+        for sampler in (eager, fixed):
+            sampler.decode(sampler.sample(PROMPTS, sampler.noise(PROMPTS)).latents)
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    torch.testing.assert_close(gradient(fixed, parameters, PROMPTS, 0), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_parameters_and_freeu_need_another_capture(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    parameters = tuned(pipe)
+    eager, fixed, pool = samplers(pipe, {"strategy": "full", "checkpoint_steps": True})
+    gradient(fixed, parameters, PROMPTS, 0)
+    for parameter in parameters[::2]:
+        parameter.requires_grad_(False)
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    torch.testing.assert_close(gradient(fixed, parameters, PROMPTS, 0), expected, rtol=1e-9, atol=1e-12)
+    before = pool.captures
+    pipe.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4)
+    gradient(fixed, parameters, PROMPTS, 0)
+    assert pool.captures == before + 2
+    pipe.disable_freeu()
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_convolution_adapters_that_were_off_have_no_gradient(tiny_sd: Callable[..., Any], captures: bool) -> None:
+    pipe = tiny_sd().to(torch.float64)
+    tuned(pipe, target_modules=["conv1"])
+    sampler = samplers(pipe, {"strategy": "full", "checkpoint_steps": True})[captures]
+    with sampler.without_lora():
+        out = sampler.sample(PROMPTS, sampler.noise(PROMPTS))
+    with pytest.raises(RunError, match="adapter was off"):
+        sampler.backward(out, torch.ones_like(out.latents))
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------
@@ -306,8 +353,8 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     monkeypatch.setattr(captured.family, "predict", failing)
-    message = "memory does not suffice" if "memory" in reason else "synchronizing"
-    with pytest.warns(UserWarning, match=f"not run as CUDA graphs: .*{message}") as shown:
+    message = "not enough memory" if "memory" in reason else "synchronizing"
+    with pytest.warns(UserWarning, match=f"CUDA graphs are off: .*{message}") as shown:
         found = gradient(captured, parameters, PROMPTS, 0)
     assert len([w for w in shown if "CUDA graphs" in str(w.message)]) == 1, [str(w.message) for w in shown]
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)

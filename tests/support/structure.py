@@ -27,7 +27,7 @@ LAYERS = [
 """Bottom first. A package or module imports only from those before it, and from itself."""
 
 HEART = ("reward", "mix", "lora", "diffusion", "training")
-LIMITS = {"root modules": 13, "heart": 5000, "core": 11000, "functions of a step": 52, "modules of a step": 22}
+LIMITS = {"root modules": 13, "heart": 5000, "core": 11000, "functions of a step": 54, "modules of a step": 22}
 """The design's limits with the step-by-step engine (docs/decisions/0006-engine.md).
 
 Lines of code are counted without comments, docstrings, data tables and model families.
