@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from alignprop_core.diffusion.calls import NetworkCalls
 from alignprop_core.diffusion.cpu import Weights
 from alignprop_core.diffusion.cuda_graphs import SHAPES, Call, Pool, obstacle, state_of
-from alignprop_core.diffusion.denoiser import Batch, Denoiser
+from alignprop_core.diffusion.denoiser import ADAPTER_OFF, Batch, Denoiser
+from alignprop_core.errors import RunError
 from alignprop_core.lora import adapters
 
 
@@ -67,6 +68,12 @@ class CapturedDenoiser(Denoiser):
         finally:
             self._is_base = False
             self._fill(self.batch.weights)
+
+    def parts(self) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Denoiser`; the graphs have a gradient even if the adapter was off."""
+        if self._plain and self.leaves and not any(tensor.requires_grad for tensor in self.batch.tensors):
+            raise RunError(ADAPTER_OFF)
+        return super().parts()
 
     def not_captured(self, latents: Tensor, timestep: Tensor) -> list[Call]:
         """Return the calls of training that have yet to be captured."""
@@ -128,11 +135,6 @@ class Denoisers:
     def __init__(self, calls: NetworkCalls, pool: Pool) -> None:
         self._calls, self._pool = calls, pool
         self._known: OrderedDict[Any, CapturedDenoiser] = OrderedDict()
-
-    @property
-    def captures(self) -> bool:
-        """Whether calls are captured."""
-        return self._pool.enabled
 
     def of(self, batch: Batch, *, captured: bool = True) -> Denoiser:
         """Return the denoiser for a batch, with captured calls if there has been one of its shape.

@@ -79,6 +79,7 @@ class Chain:
         truncation: the steps that keep their gradient; None for a chain without a gradient.
         regularization: weight of the squared difference to the base model's predictions; 0 computes none.
         stores: whether the kept network calls store their graphs for the backward pass.
+        adapter_off: whether the trainable adapter is off: then there is no gradient.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Chain:
         *,
         regularization: float = 0.0,
         stores: bool = False,
+        adapter_off: bool = False,
     ) -> None:
         self.scheduler, self.truncation, self.stores = scheduler, truncation, stores
         self.regularization = regularization if truncation is not None else 0.0
@@ -101,7 +103,7 @@ class Chain:
         if self.regularization:
             with torch.no_grad(), adapters.disabled(network):
                 base = calls.weights_of(network)
-        self._batch = Batch(conditioning, weights, base, denoisers.captures and adapters.is_off(network))
+        self._batch = Batch(conditioning, weights, base, adapter_off)
         self._denoiser = denoisers.of(self._batch, captured=not stores)
 
     @property

@@ -104,12 +104,17 @@ class Pool:
     def _try(self, calls: Sequence[Call]) -> str:
         """Capture calls; return why they cannot be captured, "" if they are."""
         static = [[tensor.detach().clone() for tensor in call.shapes] for call in calls]
+
+        def trial() -> None:
+            for call, tensors in zip(calls, static, strict=True):
+                call.function(*tensors)  # no result is kept: what led to it would stay in memory
+
         stream, reason, captured = torch.cuda.current_stream(), "", False
         if self._handle is None:
             self._handle = torch.cuda.graph_pool_handle()
         try:
             # All trials run before the first capture: their memory is free again before the graphs take theirs.
-            _warm_up(lambda: [call.function(*tensors) for call, tensors in zip(calls, static, strict=True)])
+            _warm_up(trial)
             for call, tensors in zip(calls, static, strict=True):
                 call.graph = Graph(call.function, tensors, self, self._handle)
                 self._captured.add(call)

@@ -111,7 +111,7 @@ class CapturedDecoder:
         inputs = latents.detach().requires_grad_()
         with torch.enable_grad():
             self._graph = inputs, self._pixels_of(inputs)
-        return [self._graph[1]]
+        return [self._graph[1].detach()]
 
     def _backward(self, at_pixels: Tensor) -> Sequence[Tensor]:
         assert self._graph is not None

@@ -32,8 +32,7 @@ class Batch:
         weights: the tensors that adapted layers use, with their graph to the parameters; layers that are not in it use
             the parameters themselves.
         base: the same without the trainable adapter; None without regularization.
-        adapter_off: whether the trainable adapter was off when they were computed; known only for captured calls, where
-            nothing else shows it.
+        adapter_off: whether the trainable adapter was off when they were computed.
     """
 
     conditioning: Conditioning

@@ -260,6 +260,7 @@ class Sampler:
             truncation,
             regularization=self.regularization,
             stores=stores,
+            adapter_off=not self._lora_is_on,
         )
         if truncation is not None and chain.denoiser.parameters:
             self._capture(chain.denoiser, len(prompts))

@@ -174,12 +174,6 @@ def disabled(denoiser: nn.Module, *, name: str = ADAPTER) -> Iterator[None]:
             activate(layer, active)
 
 
-def is_off(denoiser: nn.Module) -> bool:
-    """Return whether the denoiser has a trainable adapter that is disabled in all layers."""
-    layers = [layer for _, layer in layers_of(denoiser, ADAPTER)]
-    return bool(layers) and not any(ADAPTER in layer.active_adapters for layer in layers)
-
-
 def state(denoiser: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trainable adapter's tensors, on the same device in the same dtype, for checkpoints."""
     tensors: dict[str, Tensor] = {}
