@@ -129,18 +129,20 @@ class BackpropConfig(Section):
     lv_samples: int = Field(default=0, ge=0)
     """Additional one-step samples of each final latent (DRaFT-LV); needs last_k with k: 1."""
     checkpoint_steps: Literal["auto"] | bool = "auto"
-    """Recompute kept steps in the backward pass to save memory; auto: only if memory is short."""
+    """Recompute kept steps in the backward pass to save memory; auto: on a GPU always, otherwise if memory is short."""
     checkpoint_blocks: Literal["auto"] | bool = "auto"
     """Recompute the denoiser's blocks inside a kept step to save memory; auto: only if one step's activations do not
     fit."""
     checkpoint_decoder: Literal["auto"] | bool = "auto"
-    """Recompute the decoder in the backward pass to save memory; auto: only if memory is short."""
+    """Recompute the decoder in the backward pass to save memory; auto: only if memory is short, on a GPU also if one
+    image would need more than the denoiser."""
     cuda_graphs: bool = True
     """On a GPU, record the networks' calls once for each shape and replay them, so that it does not wait for Python."""
     sample_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images denoised at a time; null is all. Changes memory and time, never values."""
+    """Images denoised at a time; null is all, on a GPU as many as fit. Changes memory and time, never values."""
     decode_batch_size: Annotated[int, Field(ge=1)] | None = None
-    """Images decoded and scored at a time; null is all. Changes memory and time, never values."""
+    """Images decoded and scored at a time; null is all, on a GPU as many as need no more memory than the denoiser.
+    Changes memory and time, never values."""
 
     @model_validator(mode="after")
     def _only_what_the_strategy_uses(self) -> Self:
