@@ -232,8 +232,9 @@ def available_bytes(device: torch.device) -> int:
         gc.collect()  # a sampler that is no longer used may still have its graphs
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(device)
-        # A process may be limited to a fraction of the device.
-        allowed = int(total * torch.cuda.get_per_process_memory_fraction(device))
+        # A process may be limited to a fraction of the device; older versions of torch do not tell.
+        fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
+        allowed = int(total * fraction)
         return min(free, allowed - torch.cuda.memory_reserved(device))
     # Apple GPUs share the machine's memory.
     return int(psutil.virtual_memory().available)
