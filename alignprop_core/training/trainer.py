@@ -322,9 +322,9 @@ class Trainer:
 
         The first step would do most of it by itself; only `train()` needs the prediction.
         """
-        if self.device.type != "cuda":
-            return
         training = self.config.training
+        if self.device.type != "cuda" or self.progress.step >= training.steps:
+            return
         with self._explains_out_of_memory():
             self.costs = self.gradient.costs()
             left = (training.steps - self.progress.step) * self.costs.seconds
