@@ -14,13 +14,21 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 _BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")
 """diffusers classes that do most of a UNet's work."""
 
-COMPILE_SECONDS, COMPILE_GAIN = 240.0, 0.2
-"""What compiling costs the first time, and the share of a step's time that it saves: estimates from single calls of
-Stable Diffusion 1.5's UNet on an H200. A whole step has not been measured."""
+COMPILE_SECONDS, COMPILE_GAIN = 180.0, 0.16
+"""What compiling costs the first time, and the share of a step's time that it saves: measured with Stable Diffusion 1.5
+on an H200, batch 4 (docs/results/gpu_step.md)."""
+
+
+def _keep_compiled_code() -> None:
+    """Move torch's cache of compiled code out of the folder for temporary files, unless the user has chosen one."""
+    # torch itself writes its default into the variable as soon as anything asks for the folder.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path.home() / ".cache" / "alignprop" / "compiled")
 
 
 class CompiledBlocks:
@@ -35,7 +43,7 @@ class CompiledBlocks:
     def __init__(self, network: nn.Module | None = None) -> None:
         blocks = [] if network is None else [m for m in network.modules() if type(m).__name__ in _BLOCKS]
         if blocks:
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "alignprop" / "compiled"))
+            _keep_compiled_code()
             # Every shape of a block, with and without a gradient, is a version of its own.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
         self._compiled: dict[nn.Module, Any] = {

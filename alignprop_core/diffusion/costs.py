@@ -14,8 +14,8 @@ class Costs:
     """A prediction for a training step.
 
     Attributes:
-        seconds: its time without the rewards'.
-        peak_memory: bytes: the memory PyTorch will have reserved at its peak, without the rewards' activations.
+        seconds: its time.
+        peak_memory: bytes: the memory PyTorch will have reserved at its peak.
         level: in words, what is recomputed and how much of a batch is computed at a time.
     """
 
@@ -24,10 +24,7 @@ class Costs:
     level: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.level}; predicted: {self.peak_memory / 2**30:.1f} GiB at the peak, {self.seconds:.2f} s per step, "
-            "both without the rewards"
-        )
+        return f"{self.level}; predicted: {self.peak_memory / 2**30:.1f} GiB at the peak, {self.seconds:.2f} s per step"
 
     def as_json(self) -> dict[str, float]:
         """Return the numbers for metrics.jsonl."""

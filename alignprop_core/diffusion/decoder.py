@@ -9,13 +9,18 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from alignprop_core.diffusion.calls import NetworkCalls
+from alignprop_core.diffusion.cpu import Forwards
 from alignprop_core.diffusion.cuda_graphs import SHAPES, Call, Pool, obstacle, state_of
 from alignprop_core.diffusion.half import with_scaled_gradient
 from alignprop_core.diffusion.memory import Memory
+
+_LAYERS = ("ResnetBlock2D", "Attention", "Upsample2D", "AutoencoderTinyBlock")
+"""diffusers classes that decoders consist of."""
 
 
 class Decoder:
@@ -24,7 +29,7 @@ class Decoder:
     Args:
         calls: the networks.
         pool: captures the decoder; if it is not enabled, the decoder runs eagerly.
-        memory: decides whether the decoder's blocks run again in the backward pass.
+        memory: decides whether the decoder's layers run again in the backward pass.
     """
 
     def __init__(self, calls: NetworkCalls, pool: Pool, memory: Memory) -> None:
@@ -48,8 +53,10 @@ class Decoder:
 
     def pixels(self, latents: Tensor, recomputes: bool) -> Tensor:
         """Return pixels (b, 3, H, W) that are not clipped, without CUDA graphs."""
-        # A decoder that runs again in the backward pass keeps its own forwards: these here are gone by then.
-        forwards = {} if recomputes else self._calls.forwards_of(self._calls.family.decoder)
+        network = self._calls.family.decoder
+        forwards = self._calls.forwards_of(network)
+        if recomputes:
+            forwards = recomputing(network, forwards)
         decode = partial(self._calls.run, self._calls.family.decode, forwards=forwards)
         return with_scaled_gradient(decode, latents) if self._calls.scales_gradients else decode(latents)
 
@@ -77,6 +84,26 @@ class Decoder:
         while len(self._known) > SHAPES:
             self._known.popitem(last=False)[1].release()
         return self._known[key]
+
+
+def recomputing(network: nn.Module, forwards: Forwards) -> Forwards:
+    """Return forwards of a decoder whose layers run again in the backward pass, each alone.
+
+    diffusers' own gradient checkpointing runs all layers of one resolution again together, which needs about twice as
+    much memory for the highest resolution.
+
+    Args:
+        network: the decoder.
+        forwards: other forwards of its layers; inside of a layer that runs again they would be gone by then, and are
+            left out.
+    """
+    layers = [module for module in network.modules() if type(module).__name__ in _LAYERS]
+    inside = {module for layer in layers for module in layer.modules() if module is not layer}
+    again = {
+        layer: partial(checkpoint, forwards.get(layer, layer.forward), use_reentrant=False, preserve_rng_state=False)
+        for layer in layers
+    }
+    return {module: forward for module, forward in forwards.items() if module not in inside} | again
 
 
 class CapturedDecoder:

@@ -6,6 +6,7 @@ import gc
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import psutil
@@ -21,9 +22,9 @@ _SHARE = {"cpu": 0.6, "cuda": 0.85}
 CUDA for a backward pass with all it needs, beside the rewards'."""
 
 Network = Literal["denoiser", "decoder"]
-One = Callable[[], tuple[Tensor, Sequence[Tensor], Forwards]]
-"""Runs a network for one sample: its output, the tensors that a backward pass leads to, and the layers' forwards, which
-the backward pass needs where blocks run again."""
+One = Callable[[bool], tuple[Tensor, Sequence[Tensor], Forwards]]
+"""Runs a network for one sample, and whether its blocks run again in the backward pass: its output, the tensors that a
+backward pass leads to, and the layers' forwards, which the backward pass needs where blocks run again."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +92,17 @@ class Memory:
                 self._levels[batch] = self._on_cuda(batch) if self._on_gpu else self._elsewhere(batch)
         self._level = self._levels[batch]
         # Always: another sampler or the user may have switched it.
-        self._calls.family.checkpoint("denoiser", self._level.blocks)
+        self._calls.family.checkpoint_denoiser(self._level.blocks)
         return self._level
 
     def recomputes_decoder(self, rows: int) -> bool:
-        """Return whether the decoder recomputes its blocks for so many images, and make it do so."""
+        """Return whether the decoder recomputes its layers for so many images."""
         setting = self._backprop.checkpoint_decoder
         if setting == "auto" and self._on_gpu and self._level is not None:
             setting = self._level.decoder
         elif setting == "auto":
             setting = rows * self._of_one("decoder", recomputes=False) > self._share
-        self._calls.family.checkpoint("decoder", setting)
-        return setting
+        return bool(setting)
 
     def savings(self, batch: int) -> list[tuple[str, int]]:
         """Return the settings that would reduce what a batch needs, with the bytes saved, largest first; CUDA only."""
@@ -174,8 +174,7 @@ class Memory:
         """Return the bytes for one sample: of the stored graph, on CUDA of the whole forward and backward pass."""
         if (network, recomputes) not in self._measured:
             _ = self._share  # before the measurement fills caches
-            self._calls.family.checkpoint(network, recomputes)
-            run = self._one[network]
+            run = partial(self._one[network], recomputes)
             if self._on_gpu:
                 # Of the decoder with all activations until the end: so its backward pass can be repeated.
                 found = peak_bytes(run, self._calls.device, keeps=network == "decoder")
@@ -209,7 +208,9 @@ def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:
     return sum(saved.values())
 
 
-def peak_bytes(run: One, device: torch.device, *, keeps: bool = False) -> int:
+def peak_bytes(
+    run: Callable[[], tuple[Tensor, Sequence[Tensor], Forwards]], device: torch.device, *, keeps: bool = False
+) -> int:
     """Run a network forward and backward on a GPU; return the bytes it needed at its peak.
 
     Args:

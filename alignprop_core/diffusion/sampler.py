@@ -25,19 +25,12 @@ from alignprop_core.config.base import as_section
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
 from alignprop_core.devices import choose_device, network_dtype
 from alignprop_core.diffusion.backward import DifferentiableChain
-from alignprop_core.diffusion.calls import NetworkCalls
-from alignprop_core.diffusion.captured import CapturedDenoiser, Denoisers
 from alignprop_core.diffusion.chain import Chain
-from alignprop_core.diffusion.compiling import CompiledBlocks
-from alignprop_core.diffusion.costs import Costs, seconds_of
-from alignprop_core.diffusion.cpu import Forwards
-from alignprop_core.diffusion.cuda_graphs import Pool
-from alignprop_core.diffusion.decoder import Decoder
-from alignprop_core.diffusion.denoiser import Batch, Denoiser
+from alignprop_core.diffusion.denoiser import Batch
+from alignprop_core.diffusion.engine import Engine
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.loading import load_pipeline
-from alignprop_core.diffusion.memory import Memory
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
 from alignprop_core.diffusion.schedulers import step_sizes
@@ -73,6 +66,7 @@ class Sampler:
         scheduler: the scheduler's steps as pure functions.
         step_sizes: T numbers, how far each step moves the final latents per unit of its prediction.
         latent_shape: (C, h, w) of one latent.
+        engine: runs the networks.
         memory: what is recomputed, and how many samples are computed at a time.
     """
 
@@ -89,18 +83,14 @@ class Sampler:
         self.sampling = sampling or SamplingConfig()
         self.backprop = backprop or BackpropConfig()
         self.family = family or family_for(pipeline, self.sampling)
-        self._calls = NetworkCalls(self.family)
-        self.device, self.dtype = self._calls.device, self._calls.dtype
+        self.engine = Engine(self.family, self.backprop, self._example)
+        self.memory = self.engine.memory
+        self.device, self.dtype = self.engine.calls.device, self.engine.calls.dtype
         self.scheduler = self.family.scheduler(self.device)
         self.step_sizes = step_sizes(self.scheduler)
         self.latent_shape = self.family.latent_shape()
-        self.memory = Memory(self._calls, self.backprop, {"denoiser": self._one_step, "decoder": self._one_image})
-        self._pool = Pool(self.device.type == "cuda" and self.backprop.cuda_graphs, self.device)
-        self._denoisers = Denoisers(self._calls, self._pool)
-        self._decoder = Decoder(self._calls, self._pool, self.memory)
         self._encoded: OrderedDict[tuple[str, str, bool], Conditioning] = OrderedDict()
         self._lora_is_on = True
-        self._blocks = CompiledBlocks()
 
     @classmethod
     def load(
@@ -253,8 +243,8 @@ class Sampler:
             graphs = len(prompts) * (len(truncation.kept) + self.backprop.lv_samples)
             stores = graphs <= self.memory.level(len(prompts)).graphs
         chain = Chain(
-            self._calls,
-            self._denoisers,
+            self.engine.calls,
+            self.engine.denoisers,
             self.scheduler,
             conditioning,
             truncation,
@@ -262,8 +252,8 @@ class Sampler:
             stores=stores,
             adapter_off=not self._lora_is_on,
         )
-        if truncation is not None and chain.denoiser.parameters:
-            self._capture(chain.denoiser, len(prompts))
+        if self.engine.pool.enabled and truncation is not None and chain.denoiser.parameters:
+            self.engine.capture(chain.denoiser, len(prompts))
         if truncation is None:
             sampled = chain.run(noise)
             latents, weights, penalty = sampled.latents, sampled.weights, sampled.penalty
@@ -280,8 +270,8 @@ class Sampler:
         """Return the denoiser's guided prediction, (B, C, h, w), at the start of denoising step `step`; no graph."""
         conditioning = self.conditioning(prompts)
         with torch.no_grad():
-            batch = Batch(conditioning, self._calls.weights_of(self.family.denoiser))
-            return self._denoisers.of(batch).predict(latents, self.scheduler.timesteps[step])
+            batch = Batch(conditioning, self.engine.calls.weights_of(self.family.denoiser))
+            return self.engine.denoisers.of(batch).predict(latents, self.scheduler.timesteps[step])
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decode (b, C, h, w) latents into images (b, 3, H, W), float32 (float64 for a float64 model) in [0, 1].
@@ -289,8 +279,7 @@ class Sampler:
         Clips with a straight-through gradient (Bengio et al. 2013, https://arxiv.org/abs/1308.3432), so that saturated
         pixels can still learn.
         """
-
-        return self._decoder(latents)
+        return self.engine.decoder(latents)
 
     def backward(self, out: SampleOutput, grad_latents: Tensor, *, aux_scale: float = 1.0) -> None:
         """Backpropagate through the kept steps into the adapters' `.grad`.
@@ -366,77 +355,10 @@ class Sampler:
             self._encoded.popitem(last=False)
         return batch
 
-    def compile(self) -> None:
-        """Compile the denoiser's blocks, when the calls of a batch are captured next (`costs`, `sample`)."""
-        self._blocks = CompiledBlocks(self.family.denoiser)
-        self.release()
-
-    def costs(self, batch: int, kept: float) -> Costs:
-        """Capture the calls of a batch, time them, and predict what its step will need; on CUDA only.
-
-        Args:
-            batch: number of samples.
-            kept: mean number of steps that keep their gradient.
-        """
-        level = self.memory.level(batch)
-        latents = torch.zeros((level.samples, *self.latent_shape), device=self.device, dtype=self.dtype)
-        timestep = self.scheduler.timesteps[0]
-        inputs = Batch(self.conditioning([""] * level.samples), self._calls.weights_of(self.family.denoiser))
-        denoiser = self._denoisers.of(inputs)
-        self._capture(denoiser, level.samples)
-        rows = self._chunk(latents).requires_grad_()
-
-        def decode() -> None:
-            pixels = self.decode(rows)
-            torch.autograd.grad(pixels, rows, torch.ones_like(pixels))
-
-        predict = seconds_of(lambda: denoiser.predict(latents, timestep), self.device)
-        vjp = seconds_of(lambda: denoiser.vjp(latents, timestep, latents, at_input=True), self.device)
-        chunks, images = -(-batch // level.samples), batch * (1 + self.backprop.lv_samples)
-        # LV samples are one more step each, with a gradient; regularization calls the base model at the kept steps.
-        steps, further = self.scheduler.steps, self.backprop.lv_samples
-        base = kept * (predict + vjp) if self.regularization else 0.0
-        seconds = chunks * ((steps + further) * predict + (kept + further) * vjp + base)
-        seconds += -(-images // len(rows)) * seconds_of(decode, self.device)
-        return Costs(seconds=seconds, peak_memory=self.memory.static + level.peak, level=str(level))
-
-    def release(self) -> None:
-        """Free the CUDA graphs and their memory; they are captured again when they are needed."""
-        if self.device.type == "cuda":
-            self._pool.clear()
-
-    def _capture(self, denoiser: Denoiser, samples: int) -> None:
-        """Capture what training on this many samples calls, if it is not captured yet."""
-        if not isinstance(denoiser, CapturedDenoiser):
-            return
+    def _example(self, samples: int) -> tuple[Tensor, Tensor, Conditioning]:
+        """Return inputs of the denoiser for so many samples, for measurements and captures."""
         latents = torch.zeros((samples, *self.latent_shape), device=self.device, dtype=self.dtype)
-        with self._blocks.active():
-            denoiser.capture(
-                [
-                    *self._decoder.not_captured(self._chunk(latents)),
-                    *denoiser.not_captured(latents, self.scheduler.timesteps[0]),
-                ]
-            )
-
-    def _chunk(self, latents: Tensor) -> Tensor:
-        """Return latents of the shape that are decoded at a time, for a batch's latents (B, C, h, w)."""
-        rows = len(latents) * (1 + self.backprop.lv_samples)
-        images = min(rows, self.memory.level(len(latents)).images or rows)
-        return latents[:1].repeat(images, 1, 1, 1)
-
-    def _one_step(self) -> tuple[Tensor, list[Tensor], Forwards]:
-        """Call the denoiser for one sample, with a graph."""
-        latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
-        conditioning, timestep = self.conditioning([""]), self.scheduler.timesteps[0]
-        # On a CPU with the layers' own forwards, which store a little more than the cheaper ones.
-        forwards = self._calls.forwards_of(self.family.denoiser) if self.device.type == "cuda" else {}
-        output = self._calls.run(self.family.predict, latents, timestep, conditioning=conditioning, forwards=forwards)
-        return output, [latents, *(p for p in self.family.denoiser.parameters() if p.requires_grad)], forwards
-
-    def _one_image(self) -> tuple[Tensor, list[Tensor], Forwards]:
-        """Decode one image, with a graph."""
-        latents = torch.zeros((1, *self.latent_shape), device=self.device, dtype=self.dtype, requires_grad=True)
-        return self._decoder.pixels(latents, recomputes=True), [latents], {}
+        return latents, self.scheduler.timesteps[0], self.conditioning([""] * samples)
 
     def save_lora(self, folder: str | Path, name: str = "adapter") -> None:
         """Write the trainable adapter into a folder, in diffusers' format and as NAME.safetensors in kohya's layout."""

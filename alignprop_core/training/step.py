@@ -17,7 +17,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.diffusion.costs import Costs
+from alignprop_core.diffusion.costs import Costs, seconds_of
 from alignprop_core.diffusion.noise import Noise, seeded
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
@@ -69,11 +69,26 @@ class StepGradient:
         """Return how many denoising steps keep their gradient in a step."""
         return len(self._draw(step=step).kept)
 
-    def costs(self) -> Costs:
-        """Predict what a step will need, on a GPU; on the mean of the first hundred truncations."""
-        kept = mean(self.kept_steps(step) for step in range(100))
-        costs = self.sampler.costs(self._own_batch, kept)
-        return replace(costs, seconds=costs.seconds * self.config.training.gradient_accumulation_steps)
+    def costs(self, step: int) -> Costs:
+        """Predict what the step after `step` done ones will need, on a GPU; for the mean of a hundred truncations."""
+        sampler, config = self.sampler, self.config
+        kept = mean(self.kept_steps(other) for other in range(100))
+        regularized = bool(sampler.regularization)
+        costs = sampler.engine.costs(self._own_batch, kept, steps=sampler.scheduler.steps, regularization=regularized)
+        # Decoder and rewards, on images of this step's prompts.
+        samples = sampler.memory.level(self._own_batch).samples
+        latents = torch.zeros((samples, *sampler.latent_shape), device=sampler.device, dtype=sampler.dtype)
+        rows = sampler.engine.decoded_at_once(latents)
+        prompts, metadata, _ = self._inputs(range(len(rows)), step)
+        chunk = partial(self._ascent, rows, prompts, metadata, torch.ones_like(rows[:, 0, 0, 0]), step)
+        torch.cuda.reset_peak_memory_stats(sampler.device)
+        images = self._own_batch * (1 + config.backprop.lv_samples)
+        seconds = costs.seconds + -(-images // len(rows)) * seconds_of(chunk, sampler.device)
+        return replace(
+            costs,
+            seconds=seconds * config.training.gradient_accumulation_steps,
+            peak_memory=max(costs.peak_memory, torch.cuda.max_memory_reserved(sampler.device)),
+        )
 
     def compute(self, step: int, *, backward: bool = True) -> StepStats:
         """Compute the clipped gradient of the step that follows `step` done ones; statistics are on the host.
@@ -130,28 +145,42 @@ class StepGradient:
         size = self.sampler.memory.level(len(prompts)).images or len(out.latents)
         for start in range(0, len(out.latents), size):
             chunk = slice(start, start + size)
-            latents = out.latents[chunk].detach().requires_grad_()
-            images = self.sampler.decode(latents)
-            owners = out.sample_index[chunk]
-            batch = ImageBatch(
-                images=images, prompts=[prompts[i] for i in owners], metadata=[metadata[i] for i in owners]
-            )
-            weights = out.sample_weights[chunk] * share
-            pullback = partial(_pull_back, images, latents)
-            gradient, stats = self.mix.gradient(batch, weights, step=step, pullback=pullback)
-            parts.append(stats)
-            if not backward:
-                continue
-            # Gradient ascent on the objective is descent on the loss, hence the sign.
-            ascent = -gradient.to(images)
-            gradients += [ascent] if self.mix.at_latent else torch.autograd.grad(images, latents, grad_outputs=ascent)
+            owners, weights = out.sample_index[chunk], out.sample_weights[chunk] * share
+            texts, facts = [prompts[i] for i in owners], [metadata[i] for i in owners]
+            gradient, statistics = self._ascent(out.latents[chunk], texts, facts, weights, step, backward=backward)
+            gradients.append(gradient)
+            parts.append(statistics)
         stats = reduce(add, parts)
         stats["samples"] = len(prompts)
         if backward:
-            self.sampler.backward(out, torch.cat(gradients), aux_scale=share)
+            # Gradient ascent on the objective is descent on the loss, hence the sign.
+            self.sampler.backward(out, -torch.cat(gradients), aux_scale=share)
             for loss in out.aux.values():
                 stats["regularization"].add_(loss.detach())
         return stats
+
+    def _ascent(
+        self,
+        latents: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
+        weights: Tensor,
+        step: int,
+        *,
+        backward: bool = True,
+    ) -> tuple[Tensor, StepStats]:
+        """Decode and score latents, (b, C, h, w); returns the objective's gradient there and the statistics.
+
+        Without `backward`, the gradient is not taken through the decoder.
+        """
+        latents = latents.detach().requires_grad_()
+        images = self.sampler.decode(latents)
+        batch = ImageBatch(images=images, prompts=prompts, metadata=metadata)
+        pullback = partial(_pull_back, images, latents)
+        gradient, stats = self.mix.gradient(batch, weights, step=step, pullback=pullback)
+        if backward and not self.mix.at_latent:
+            (gradient,) = torch.autograd.grad(images, latents, grad_outputs=gradient.to(images))
+        return gradient, stats
 
 
 def _pull_back(images: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,7 @@ from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
-from alignprop_core.training import given_pipeline
+from alignprop_core.training import given_pipeline, out_of_memory
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint, optimizer_tensors
 from alignprop_core.training.early_stopping import EarlyStopping
@@ -233,7 +232,7 @@ class Trainer:
                 callback.on_start(self)
             while self.progress.step < self.config.training.steps and not self._should_stop():
                 started = time.perf_counter()
-                with self._explains_out_of_memory():
+                with out_of_memory.explained(self):
                     stats = self.step()
                 stats.seconds, stats.peak_memory = time.perf_counter() - started, peak_memory(self.device)
                 if self.costs is not None and self.progress.step == first + 1:
@@ -256,7 +255,7 @@ class Trainer:
             raise
         finally:
             self._folder.close()
-            self.sampler.release()
+            self.sampler.engine.release()
         return Run(self.output, registry=self.registry, trained=self.pipeline, model=self._given)
 
     def _open(self) -> RunFolder:
@@ -293,30 +292,6 @@ class Trainer:
         stats.reward_queries = self.progress.reward_queries
         return stats
 
-    @contextmanager
-    def _explains_out_of_memory(self) -> Iterator[None]:
-        """Turn an out-of-memory error into one that names the settings that reduce memory most, and by how much."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            reason, step = str(error).partition(". GPU")[0].strip(), self.progress.step
-            traceback.clear_frames(error.__traceback__)  # they keep the failed step's tensors alive
-        else:
-            return
-        batch = -(-self.config.training.batch_size // self.processes.num_processes)
-        settings = ["backprop.checkpoint_blocks=true", "backprop.checkpoint_decoder=true"]
-        if self.device.type == "cuda":
-            self.sampler.release()
-            with suppress(torch.OutOfMemoryError):  # not even one sample fits
-                savings = self.sampler.memory.savings(batch)[:3]
-                settings = [f"{setting} (about {_size(size)} less)" for setting, size in savings]
-        raise RunError(
-            f"Out of memory in step {step + 1}, with {batch} samples per batch and {self.gradient.kept_steps(step)} "
-            "denoising steps that keep their gradient. Nothing saved is lost. These settings change memory and time, "
-            f"not the result: {'; '.join([*settings, 'mix.offload=true (the weights of the rewards)'])}. Otherwise use "
-            f"smaller images. ({reason})"
-        )
-
     def prepare(self) -> None:
         """On a GPU, choose what is in memory at a time, compile and capture the networks, and predict a step's costs.
 
@@ -325,13 +300,13 @@ class Trainer:
         training = self.config.training
         if self.device.type != "cuda" or self.progress.step >= training.steps:
             return
-        with self._explains_out_of_memory():
-            self.costs = self.gradient.costs()
+        with out_of_memory.explained(self):
+            self.costs = self.gradient.costs(self.progress.step)
             left = (training.steps - self.progress.step) * self.costs.seconds
             if training.compile == "blocks" or (training.compile == "auto" and left * COMPILE_GAIN > COMPILE_SECONDS):
                 with self.console.status("compiling the denoiser's blocks: minutes the first time, then cached"):
-                    self.sampler.compile()
-                    self.costs = self.gradient.costs()
+                    self.sampler.engine.compile()
+                    self.costs = self.gradient.costs(self.progress.step)
 
     @property
     def consistent(self) -> bool:
@@ -401,7 +376,3 @@ class Trainer:
         self.best = parts["best"] or None
         if self.ema is not None:
             self.ema.load(parts["average"], int(state["ema_updates"]))
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -64,17 +64,19 @@ LEVELS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Bar:
-    """A goal: a measure of alignprop's first level is at most (`useful`: at least) `limit`.
+    """A goal: a measure of alignprop is at most (`useful`: at least) `limit`.
 
     Attributes:
-        measure: seconds, gib, or useful: useful TFLOP/s as a share of the matrix product's rate.
+        measure: seconds, gib (see `own_gib`), or useful: useful TFLOP/s as a share of the matrix product's rate.
         limit: in the measure's unit, or a ratio if there is something to compare with.
         to: the side, or another row's first level, that the measure is divided by.
+        level: the level of alignprop; the row's first if empty.
     """
 
     measure: str
     limit: float
     to: str = ""
+    level: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Row:
         rewards: number of rewards.
         levels: names in LEVELS.
         rivals: trl, plain; only with `last_k`, `uniform` and `full`, one reward and the model's own size.
-        bars: goals for the first level.
+        bars: goals.
     """
 
     title: str
@@ -107,9 +109,9 @@ def last(k: int) -> dict[str, Any]:
     return {"strategy": "last_k", "k": k}
 
 
-def trl_bars(faster: float, memory: float) -> tuple[Bar, ...]:
-    """Return the goals against TRL: that many times faster, and a share of its memory."""
-    return Bar("seconds", 1 / faster, "trl"), Bar("gib", memory, "trl")
+def trl_bars(faster: float, memory: float, level: str = "") -> tuple[Bar, ...]:
+    """Return a level's goals against TRL: that many times faster, and a share of its memory."""
+    return Bar("seconds", 1 / faster, "trl", level), Bar("gib", memory, "trl", level)
 
 
 BOTH = ("trl", "plain")
@@ -118,16 +120,12 @@ NOT_SLOWER = (Bar("seconds", 1.05, "last8_b1"), Bar("gib", 1.02, "last8_b1"))
 ONE = Row("batch 1, last 8", last(8), batch=1)
 
 ROWS = {
-    "last8_b4": Row("batch 4, last 8 steps", last(8), rivals=BOTH, bars=trl_bars(2.7, 0.7)),
-    "last8_b4_blocks": Row(
-        "batch 4, last 8 steps, block checkpointing",
+    "last8_b4": Row(
+        "batch 4, last 8 steps",
         last(8),
-        levels=("blocks",),
-        rivals=("trl",),
-        bars=trl_bars(2.4, 0.45),
-    ),
-    "last8_b4_compiled": Row(
-        "batch 4, last 8 steps, compiled", last(8), levels=("compiled",), rivals=("trl",), bars=trl_bars(3.5, 0.7)[:1]
+        levels=("default", "blocks", "compiled"),
+        rivals=BOTH,
+        bars=(*trl_bars(2.7, 0.7), *trl_bars(2.4, 0.45, "blocks"), *trl_bars(3.5, 0.7, "compiled")[:1]),
     ),
     "uniform_b4": Row(
         "batch 4, `uniform` over all steps", {"strategy": "uniform"}, rivals=("trl",), bars=trl_bars(2.7, 0.7)
@@ -472,19 +470,22 @@ def judge(machine: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> l
     rate = machine["matmul_tflops"]
     for name, row in ROWS.items():
         own = [result for result in results if result["row"] == name]
-        ours = next((result for result in own if result["side"].startswith("alignprop")), None)
-        if ours is None:
-            continue
         for bar in row.bars:
+            side = f"alignprop {bar.level or row.levels[0]}"
+            ours = next((result for result in own if result["side"] == side), None)
+            if ours is None:
+                continue
             rival = next((result for result in own if result["side"] == bar.to), None)
-            other = rival or next((result for result in results if result["row"] == bar.to), None)
+            others = [result for result in results if result["row"] == bar.to]
+            other = rival or next(iter(others), None)
             value: float | None = None
             if bar.measure == "useful" and rate:
                 value = useful_tflop(machine["steps"], ours) / ours["median_s"] / rate
             elif not bar.to:
-                value = ours["median_s" if bar.measure == "seconds" else "peak_gib"]
+                value = ours["median_s"] if bar.measure == "seconds" else gpu_report.own_gib(ours, own)
             elif other is not None and bar.measure == "gib":
-                value = ours["peak_gib"] / other["peak_gib"] if other["peak_gib"] else None
+                theirs = gpu_report.own_gib(other, own if rival else others)
+                value = gpu_report.own_gib(ours, own) / theirs if theirs else None
             elif rival is not None:
                 value = gpu_report.time_ratio(ours, rival)
             elif other is not None:

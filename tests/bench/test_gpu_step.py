@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.bench import gpu_step
+from tests.bench import gpu_gradient, gpu_step
 from tests.bench.gpu_measure import Fit, union
 
 
@@ -67,13 +68,14 @@ def test_a_straight_line_is_fitted_exactly() -> None:
 
 
 def test_goals_compare_with_trl_and_with_another_row() -> None:
-    def result(row: str, side: str, seconds: list[float], gib: float) -> dict[str, object]:
-        kept = [8] * len(seconds)
-        return {"row": row, "side": side, "seconds": seconds, "median_s": seconds[0], "peak_gib": gib, "kept": kept}
+    def result(row: str, side: str, seconds: list[float], gib: float, built: float = 2.0) -> dict[str, object]:
+        shared = {"row": row, "side": side, "kept": [8] * len(seconds), "built_gib": built}
+        return {**shared, "seconds": seconds, "median_s": seconds[0], "peak_gib": gib}
 
     results = [
         result("last8_b4", "trl", [6.0, 6.0], 10.0),
         result("last8_b4", "alignprop default", [2.0, 2.0], 8.0),
+        result("last8_b4", "alignprop blocks", [2.4, 2.4], 10.0, built=8.0),  # 6 of them are the default's
         result("last8_b1", "alignprop default", [1.0], 4.0),
         result("drtune8_b1", "alignprop default", [1.2], 4.0),
     ]
@@ -81,6 +83,8 @@ def test_goals_compare_with_trl_and_with_another_row() -> None:
     assert [(goal["row"], goal["measure"], round(goal["value"], 2), goal["met"]) for goal in goals] == [
         ("last8_b4", "seconds", 0.33, True),
         ("last8_b4", "gib", 0.8, False),
+        ("last8_b4", "seconds", 0.4, True),
+        ("last8_b4", "gib", 0.4, True),
         ("drtune8_b1", "seconds", 1.2, False),
         ("drtune8_b1", "gib", 1.0, True),
     ]
@@ -89,3 +93,12 @@ def test_goals_compare_with_trl_and_with_another_row() -> None:
 def test_useful_work_counts_no_recomputation() -> None:
     # 4 images: 50 guided UNet passes and 8 backward, a decoder pass and its backward.
     assert gpu_step.useful_tflop(50, {"batch": 4, "kept": [8, 8]}) == pytest.approx(391, abs=1)
+
+
+@pytest.mark.slow
+def test_the_gradient_script_runs_on_tiny_networks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # restored afterwards
+    gpu_gradient.main(["--tiny", "--steps", "3", "--levels", "block checkpointing", "--output", str(page)])
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith("| float64 | alignprop")]
+    assert float(row.split("|")[3]) < 1e-9

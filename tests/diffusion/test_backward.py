@@ -317,7 +317,9 @@ def test_without_stored_graphs_sampling_keeps_no_activations(tiny_sd: Callable[.
     sampler.sample(PROMPTS, noise)  # measures a single call
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = sampler.sample(PROMPTS, noise)
-    weights = sum(weight.numel() for tensors in sampler._calls.weights_of(pipe.unet).values() for weight in tensors)
+    weights = sum(
+        weight.numel() for tensors in sampler.engine.calls.weights_of(pipe.unet).values() for weight in tensors
+    )
     assert sum(saved) <= 3 * sum(p.numel() for p in parameters) + weights
     assert out.latents.requires_grad
 
@@ -331,5 +333,5 @@ def test_checkpointed_blocks_store_a_fraction_of_a_step(tiny_sd: Callable[..., A
         return graph_bytes(lambda: sampler.family.predict(latents, torch.tensor(1), prompts), [pipe.unet])
 
     whole = stored()
-    sampler.family.checkpoint("denoiser", True)
+    sampler.family.checkpoint_denoiser(True)
     assert stored() < whole / 3

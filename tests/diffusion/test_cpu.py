@@ -66,7 +66,7 @@ def test_images_and_gradients_equal_those_of_the_original_forwards(
     assert effective_weights(pipe.unet)
     assert doubling_forwards(pipe.unet)
     images, found = gradient(sampler, parameters)
-    sampler._calls.forwards_of = lambda network, weights=None: {}
+    sampler.engine.calls.forwards_of = lambda network, weights=None: {}
     own_images, own = gradient(sampler, parameters)
     torch.testing.assert_close(images, own_images, atol=1e-12, rtol=0)
     torch.testing.assert_close(found, own, atol=1e-10 * float(own.abs().max()), rtol=1e-8)
@@ -81,7 +81,7 @@ def test_frozen_adapters_and_strengths_are_in_the_sum(tiny_sd: Callable[..., Any
     lora.set_strength(pipe.unet, 0.4)
     sampler = Sampler(pipe, SamplingConfig(steps=2, guidance_scale=3.0), BackpropConfig(strategy="full"))
     images, found = gradient(sampler, parameters)
-    sampler._calls.forwards_of = lambda network, weights=None: {}
+    sampler.engine.calls.forwards_of = lambda network, weights=None: {}
     own_images, own = gradient(sampler, parameters)
     torch.testing.assert_close(images, own_images, atol=1e-12, rtol=0)
     torch.testing.assert_close(found, own, atol=1e-10 * float(own.abs().max()), rtol=1e-8)

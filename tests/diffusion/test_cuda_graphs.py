@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
-from alignprop_core.diffusion.captured import Denoisers
 from alignprop_core.diffusion.cuda_graphs import Call, Pool
-from alignprop_core.diffusion.decoder import CapturedDecoder, Decoder
+from alignprop_core.diffusion.decoder import CapturedDecoder
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import RunError
 from alignprop_core.lora import adapters as lora
@@ -96,8 +96,7 @@ def samplers(pipe: Any, backprop: dict[str, Any], **options: Any) -> tuple[Sampl
     sampling = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5)
     eager, fixed = (Sampler(pipe, sampling, BackpropConfig.model_validate(backprop), **options) for _ in range(2))
     pool = FixedTensors()
-    fixed._denoisers = Denoisers(fixed._calls, pool)
-    fixed._decoder = Decoder(fixed._calls, pool, fixed.memory)
+    fixed.engine.use(pool)
     return eager, fixed, pool
 
 
@@ -290,8 +289,8 @@ def test_captured_gradients_equal_those_of_eager_calls(
             expected_latents = eager.sample(prompts, eager.noise(prompts)).latents
             torch.testing.assert_close(captured.sample(prompts, captured.noise(prompts)).latents, expected_latents)
             parameters[1].add_(0.01)
-    assert captured._denoisers._pool.enabled
-    assert captured._denoisers._pool.replays > 0
+    assert captured.engine.pool.enabled
+    assert captured.engine.pool.replays > 0
 
 
 @pytest.mark.gpu
@@ -307,9 +306,24 @@ def test_captured_gradients_in_half_precision_are_as_good_as_eager_ones(
         float(torch.nn.functional.cosine_similarity(exact, gradient(sampler, parameters, PROMPTS, 0), dim=0))
         for sampler in (eager, captured)
     ]
-    assert captured._denoisers._pool.replays > 0
+    assert captured.engine.pool.replays > 0
     assert cosines[1] > cosines[0] - 0.001
     assert cosines[1] > 0.99
+
+
+@pytest.mark.gpu
+def test_compiled_blocks_give_the_same_gradient_and_are_kept_on_disk(
+    tiny_sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
+    eager, captured, parameters = on_gpu(tiny_sd(), torch.float64, {"strategy": "last_k", "k": 2})
+    captured.engine.compile()
+    expected = gradient(eager, parameters, PROMPTS, 0)
+    found = gradient(captured, parameters, PROMPTS, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    assert captured.engine.pool.replays > 0
+    assert any((tmp_path / ".cache" / "alignprop" / "compiled").rglob("*.py")), "generated code"
 
 
 @pytest.mark.gpu
@@ -361,7 +375,7 @@ def test_what_cannot_be_captured_runs_eagerly_with_one_warning(
     monkeypatch.undo()
     again = Sampler(pipe, captured.sampling, BackpropConfig(strategy="full"))
     torch.testing.assert_close(gradient(again, parameters, PROMPTS, 0), expected, rtol=1e-9, atol=1e-12)
-    assert again._denoisers._pool.replays > 0
+    assert again.engine.pool.replays > 0
     del captured, again, found
     gc.collect()
     torch.cuda.empty_cache()

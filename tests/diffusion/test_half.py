@@ -12,15 +12,17 @@ from torch import Tensor
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.diffusion.half import low_rank_forwards, low_rank_weights, scaled, with_scaled_gradient
 from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.truncation import draw_truncation
 from alignprop_core.lora import adapters as lora
+from tests.support.plain_autograd import plain_autograd
 
 PROMPTS = ["a fox", "two owls"]
 HALVES = [torch.bfloat16, torch.float16]
 
 
-def tuned(pipe: Any) -> list[torch.nn.Parameter]:
+def tuned(pipe: Any, dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
     """Attach an adapter whose B is not zero."""
-    parameters = lora.attach(pipe.unet, rank=2, alpha=3.0)
+    parameters = lora.attach(pipe.unet, rank=2, alpha=3.0, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters[1::2]:
@@ -35,13 +37,18 @@ def taken(parameters: list[torch.nn.Parameter]) -> Tensor:
     return flat
 
 
+def weighted(images: Tensor) -> Tensor:
+    """Return a function in which every pixel counts differently."""
+    weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
+    return (weights * images + 0.3 * images**2).sum()
+
+
 def gradient(sampler: Sampler, parameters: list[torch.nn.Parameter], size: float = 1.0) -> tuple[Tensor, Tensor]:
     """Return images, and the gradient of `size` times a function in which every pixel counts differently."""
     out = sampler.sample(PROMPTS, sampler.noise(PROMPTS, seed=1))
     latents = out.latents.detach().requires_grad_()
     images = sampler.decode(latents)
-    weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
-    (at_latents,) = torch.autograd.grad(size * (weights * images + 0.3 * images**2).sum(), latents)
+    (at_latents,) = torch.autograd.grad(size * weighted(images), latents)
     sampler.backward(out, at_latents)
     return images.detach(), taken(parameters)
 
@@ -88,6 +95,41 @@ def test_the_gradient_is_near_that_of_full_precision(
     assert found.dtype == torch.float32
     assert cosine(found, expected) > (0.995 if dtype == torch.bfloat16 else 0.9999)
     assert float(found.norm() / expected.norm()) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.parametrize("recomputes", ["steps", "blocks", "nothing"])
+def test_single_precision_is_as_exact_and_bfloat16_as_near_as_plain_autograd(
+    tiny_sd: Callable[..., Any], recomputes: str
+) -> None:
+    """Against plain autograd in float64, plain autograd in the same precision is the measure."""
+    sampling = SamplingConfig(steps=4, guidance_scale=3.0)
+    backprop = BackpropConfig(
+        strategy="full",
+        checkpoint_steps=recomputes != "nothing",
+        checkpoint_blocks=recomputes == "blocks",
+        checkpoint_decoder=recomputes == "blocks",
+    )
+    found: dict[tuple[str, torch.dtype], Tensor] = {}
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        pipe = tiny_sd().to(dtype)
+        parameters = tuned(pipe, torch.float64 if dtype == torch.float64 else torch.float32)
+        sampler = Sampler(pipe, sampling, backprop)
+        noise = sampler.noise(PROMPTS, seed=1)
+        truncation = draw_truncation(backprop, sampler.step_sizes, seed=0, step=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            images = plain_autograd(pipe, PROMPTS, sampling, noise, truncation).to(noise.initial)
+        (weighted(images)).backward()  # type: ignore[no-untyped-call]
+        found["plain", dtype] = taken(parameters).double()
+        found["ours", dtype] = gradient(sampler, parameters)[1].double()
+    exact = found["plain", torch.float64]
+
+    def distance(side: str, dtype: torch.dtype) -> float:
+        return float((found[side, dtype] - exact).norm() / exact.norm())
+
+    assert distance("ours", torch.float64) < 1e-9
+    assert distance("ours", torch.float32) < 2 * distance("plain", torch.float32)
+    near = [cosine(found[side, torch.bfloat16], exact) for side in ("ours", "plain")]
+    assert near[0] > near[1] - 0.001
 
 
 @pytest.mark.parametrize("size", [1e-9, 1e9])

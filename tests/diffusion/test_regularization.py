@@ -78,9 +78,9 @@ def test_the_gradient_equals_plain_autograd(
     options = {"k": 2} if strategy == "drtune" else {}
     backprop = BackpropConfig(strategy=strategy, checkpoint_steps=checkpointing, **options)  # type: ignore[arg-type]
     sampler = Sampler(pipe, sampling, backprop, regularization=WEIGHT)
-    assert sampler._calls.forwards_of(pipe.unet)
+    assert sampler.engine.calls.forwards_of(pipe.unet)
     if not sums_weights:
-        sampler._calls.forwards_of = lambda network, weights=None: {}
+        sampler.engine.calls.forwards_of = lambda network, weights=None: {}
     for step in range(2):
         noise = sampler.noise(PROMPTS, seed=3, step=step)
         ascent = torch.randn(noise.initial.shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)

@@ -118,11 +118,11 @@ class Family(ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Return pixels (B, 3, H, W), nominally in [0, 1] but not clipped, of latents (B, C, h, w), in their dtype."""
 
-    def checkpoint(self, network: str, enabled: bool) -> None:
-        """Recompute the blocks of "denoiser" or "decoder" in the backward pass (on) or keep their activations (off)."""
-        module: Any = getattr(self, network)
+    def checkpoint_denoiser(self, enabled: bool) -> None:
+        """Recompute the denoiser's blocks in the backward pass (on) or keep their activations (off)."""
+        network: Any = self.denoiser
         if enabled:
             # No block draws random numbers in `eval()`, and a CUDA graph cannot save the state of a generator.
-            module.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
+            network.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
         else:
-            module.disable_gradient_checkpointing()
+            network.disable_gradient_checkpointing()
