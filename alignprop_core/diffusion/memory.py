@@ -146,8 +146,8 @@ class Memory:
         if blocks == "auto":
             blocks = min(batch, samples or batch) * self._of_one("denoiser", recomputes=False) > self._share
         one = self._of_one("denoiser", recomputes=blocks)
-        samples = min(batch, samples or max(1, int(self._share // one)))
-        samples = -(-batch // -(-batch // samples))  # parts of about the same size
+        samples = samples or part_of(batch, int(self._share // one))
+        samples = min(batch, samples)
         decoder = backprop.checkpoint_decoder
         if decoder == "auto":
             # Both networks use the same memory: it need not grow for a decoder, which is called once.
@@ -155,7 +155,7 @@ class Memory:
         if decoder:
             one_image = self._of_one("decoder", recomputes=True)
         # As many as need no more than the denoiser: their memory is the same.
-        images = images or max(1, int(samples * one // one_image))
+        images = images or part_of(samples * (1 + backprop.lv_samples), int(samples * one // one_image))
         # A GPU repeats a network call in less time than its memory is worth: no graph is stored unless it is wanted.
         graphs = math.inf if backprop.checkpoint_steps is False else 0
         peak = self._peak(samples, blocks, min(images, batch), decoder)
@@ -186,6 +186,16 @@ class Memory:
     def _peak(self, samples: int, blocks: bool, images: int, decoder: bool) -> int:
         one, one_image = self._of_one("denoiser", recomputes=blocks), self._of_one("decoder", recomputes=decoder)
         return max(samples * one, images * one_image)
+
+
+def part_of(batch: int, limit: int) -> int:
+    """Return how many of a batch are computed at a time: at most `limit`, and the same number each time if possible.
+
+    Every other number is another shape, which needs another capture.
+    """
+    limit = min(batch, max(1, limit))
+    equal = [size for size in range(limit, limit // 2, -1) if batch % size == 0]
+    return equal[0] if equal else -(-batch // -(-batch // limit))
 
 
 def graph_bytes(run: Callable[[], Tensor], modules: Iterable[nn.Module]) -> int:

@@ -12,7 +12,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, SamplingConfig, Strategy
-from alignprop_core.diffusion.memory import graph_bytes
+from alignprop_core.diffusion.memory import graph_bytes, part_of
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
 from alignprop_core.errors import ConfigError, ModelError, RunError
@@ -406,3 +406,11 @@ def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: 
         sampler.backward(out, leaf.grad)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("batch", "limit", "expected"),
+    [(16, 7, 4), (16, 16, 16), (4, 100, 4), (12, 5, 4), (13, 7, 7), (7, 3, 3), (5, 0, 1)],
+)
+def test_parts_of_a_batch_have_the_same_size_if_that_costs_little(batch: int, limit: int, expected: int) -> None:
+    assert part_of(batch, limit) == expected
