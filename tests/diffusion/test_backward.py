@@ -335,3 +335,14 @@ def test_checkpointed_blocks_store_a_fraction_of_a_step(tiny_sd: Callable[..., A
     whole = stored()
     sampler.family.checkpoint_denoiser(True)
     assert stored() < whole / 3
+
+
+def test_a_decoder_whose_layers_run_again_stores_a_fraction(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd()
+    sampler = Sampler(pipe, SamplingConfig(steps=2))
+    latents = torch.randn(2, *sampler.latent_shape, requires_grad=True)
+
+    def stored(recomputes: bool) -> int:
+        return graph_bytes(lambda: sampler.engine.decoder.pixels(latents, recomputes), [pipe.vae])
+
+    assert stored(True) < 0.5 * stored(False)
