@@ -45,7 +45,8 @@ def _size_from_files(config: RunConfig, registry: Registry) -> tuple[int, int] |
     base = find_base(config.model.base, registry)
     network = _settings(base, "unet") or _settings(base, "transformer")
     vae = find_vae(config.model.vae) if config.model.vae is not None else base
-    levels = (_settings(vae, "vae") or _settings(vae, "")).get("block_out_channels")
+    settings = _settings(vae, "vae") or _settings(vae, "")
+    levels = settings.get("block_out_channels") or settings.get("decoder_block_out_channels")
     return _pixels(network.get("sample_size"), 2 ** (len(levels) - 1) if levels else None)
 
 
