@@ -36,7 +36,7 @@ def image_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> t
 
 
 def _size_of(pipeline: Any) -> tuple[int, int] | None:
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    network = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     side = getattr(getattr(network, "config", None), "sample_size", None)
     return _pixels(side, getattr(pipeline, "vae_scale_factor", None))
 

@@ -74,12 +74,16 @@ def uncompiled(pipeline: Any) -> Any:
 
     Adapters are attached to their layers, with which the compiled code would have to be compiled again.
     """
-    for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module):
-            if isinstance(network := getattr(part, "_orig_mod", None), nn.Module):
-                setattr(pipeline, name, network)
-            for module in part.modules():
-                module._compiled_call_impl = None  # of `network.compile()`, of one block or of all
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    owners: list[tuple[Any, dict[str, nn.Module]]] = [(pipeline, networks)]
+    while owners:
+        owner, parts = owners.pop()
+        for name, part in parts.items():
+            network = getattr(part, "_orig_mod", part)  # torch.compile(network)
+            if network is not part:
+                setattr(owner, name, network)
+            network._compiled_call_impl = None  # network.compile()
+            owners.append((network, dict(network.named_children())))
     return pipeline
 
 
