@@ -19,14 +19,14 @@ PASSED = "pipeline:"
 """How the name of a base model starts that was passed from Python, a loaded pipeline, and has no name of its own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLE = "a pickle, which can run code when opened, so it is refused: convert it to safetensors"
 _FORMATS = {
-    b"PK\x03\x04": "pickle",  # torch's zip format
-    b"\x80": "pickle",  # protocol 2 and later, as torch wrote before
+    b"PK\x03\x04": _PICKLE,  # torch's zip format
+    b"\x80": _PICKLE,  # protocol 2 and later, as torch wrote before
     b"version https://git-lfs": "a Git LFS pointer, not the file itself (fetch it: git lfs pull)",
     b"GGUF": "a quantized GGUF file",
     b"<": "a web page, not a model: download it again",
 }
-_REFUSED = {"pickle": "a pickle, which can run code when opened, so it is refused: convert it to safetensors"}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -58,13 +58,9 @@ def find_base(base: str, registry: Registry) -> Path | str:
             raise ModelError(f"{path_} is not a diffusers folder: it has no model_index.json.")
         return path_
     if path_.is_file():
-        content = file_format(path_)
-        if content != "safetensors":
-            raise ModelError(
-                f"{path_} is {_REFUSED.get(content, content)}; model.base takes a diffusers folder, a safetensors file "
-                "or a hub id."
-            )
-        return path_
+        if (content := file_format(path_)) == "safetensors":
+            return path_
+        raise ModelError(f"{path_} is {content}; model.base takes a diffusers folder, a safetensors file or a hub id.")
     if path_.suffix.lower() in {".safetensors", *_PICKLES} or base.startswith((".", "/", "~")):
         raise ModelError(f"{path_} does not exist.")
     if _HUB_ID.fullmatch(base):
@@ -89,14 +85,14 @@ def find_vae(vae: str) -> Path | str:
 
 
 def file_format(path: Path) -> str:
-    """Return "safetensors", "pickle", or words for anything else: by a file's content, whatever its name is."""
+    """Return "safetensors", or in words what else a file is: by its content, whatever its name is."""
     with open(path, "rb") as stream:
-        start = stream.read(200)
+        start = stream.read(30)
     # Checked first: the eight bytes before it are the header's length and may look like another format.
     if start[8:9] == b"{":
         return "safetensors"
-    known = {prefix: name for prefix, name in _FORMATS.items() if start.startswith(prefix)}
-    return next(iter(known.values()), "a file of an unknown format" if start else "an empty file: download it again")
+    other = "a file of an unknown format" if start else "an empty file: download it again"
+    return next((name for prefix, name in _FORMATS.items() if start.startswith(prefix)), other)
 
 
 def find_lora(path: str | Path) -> Path:
@@ -120,7 +116,7 @@ def find_lora(path: str | Path) -> Path:
         if not pickles:
             raise LoraError(f"{folder} contains no LoRA: a .safetensors file is expected.")
         path = folder / pickles[0]
-    if path.suffix.lower() in _PICKLES if not path.is_file() else file_format(path) == "pickle":
+    if path.suffix.lower() in _PICKLES if not path.is_file() else file_format(path) == _PICKLE:
         raise LoraError(
             f"{path} is a pickled file, which can run arbitrary code when opened, so it is refused. "
             "Convert it to .safetensors with a tool that you trust, then name that file."

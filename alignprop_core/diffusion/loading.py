@@ -126,21 +126,27 @@ def _open_vae(source: Path | str) -> nn.Module:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hide the libraries' progress bars and their deprecation warnings about each other."""
+    """Hide the libraries' progress bars, tables of missing weights (`load_part` reports them) and advice."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
-    for module in shown:
+    before = [
+        (module, module.get_verbosity(), module.is_progress_bar_enabled())
+        for module in (diffusers_logging, transformers_logging)
+    ]
+    for module, level, _ in before:
         module.disable_progress_bar()
+        module.set_verbosity(max(level, module.ERROR))
     try:
         with warnings.catch_warnings():
             # diffusers still passes this argument, about which huggingface_hub warns.
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
             yield
     finally:
-        for module in shown:
-            module.enable_progress_bar()
+        for module, level, shown in before:
+            module.set_verbosity(level)
+            if shown:
+                module.enable_progress_bar()
 
 
 def prepare(pipeline: Any, device: torch.device | str) -> Any:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -73,17 +72,13 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
     """
     from safetensors import SafetensorError
 
+    variant = _variant(Path(source))
     try:
-        with _no_load_report():
-            # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
-            # libraries raise errors that name one of them or none, and advise an option that leaves weights random.
-            network, info = kind.from_pretrained(
-                source,
-                use_safetensors=True,
-                variant=_variant(Path(source)),
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+        # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
+        # libraries raise errors that name one of them or none, and advise an option that leaves weights random.
+        network, info = kind.from_pretrained(
+            source, variant=variant, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except OSError as error:
         raise ModelError(f"{part} at {source} could not be loaded: {error}") from error
     except SafetensorError as error:
@@ -151,19 +146,3 @@ def _never_filled(network: nn.Module) -> list[str]:
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Silence the libraries' own tables of missing and unused weights; `load_part` reports them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, level in levels:
-        module.set_verbosity(max(level, module.ERROR))
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)

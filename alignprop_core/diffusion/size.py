@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.locate import find_base, find_vae
 from alignprop_core.registry.registry import Registry
+from alignprop_core.weights.read import read_json
 
 UNKNOWN_SIZE = (512, 512)
 """Height and width, in pixels, of the trial images if the model's size is not known before it loads."""
@@ -66,5 +66,4 @@ def _settings(model: Path | str, part: str) -> dict[str, Any]:
         file = try_to_load_from_cache(model, name)
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}
-    found: dict[str, Any] = json.loads(Path(file).read_bytes())
-    return found
+    return read_json(Path(file))
