@@ -19,7 +19,7 @@ PASSED = "pipeline:"
 """How the name of a base model starts that was passed from Python, a loaded pipeline, and has no name of its own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PICKLE = "a pickle, which can run code when opened, so it is refused: convert it to safetensors"
+_PICKLE = "a pickle, which can run code when opened, so it is refused: convert it to .safetensors"
 _FORMATS = {
     b"PK\x03\x04": _PICKLE,  # torch's zip format
     b"\x80": _PICKLE,  # protocol 2 and later, as torch wrote before
@@ -92,6 +92,7 @@ def file_format(path: Path) -> str:
     if start[8:9] == b"{":
         return "safetensors"
     other = "a file of an unknown format" if start else "an empty file: download it again"
+    other = _PICKLE if path.suffix.lower() in _PICKLES else other  # of a protocol without a mark
     return next((name for prefix, name in _FORMATS.items() if start.startswith(prefix)), other)
 
 

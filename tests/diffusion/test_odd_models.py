@@ -182,7 +182,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
 }
 
 
-ALSO_ELSEWHERE = {"flow matching", "flow prediction", "misspelt spacing", "noise predicted at zero SNR", "no VAE"}
+ALSO_ELSEWHERE = {
+    *("flow matching", "flow prediction", "misspelt spacing", "noise predicted at zero SNR", "no VAE"),
+    *("tokenizer without its config", "link to nothing", "upscaler", "editing UNet", "UNet with a variance"),
+}
 """Tested without a model in test_schedulers.py, or in the same way as another one."""
 
 
