@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import sys
+import warnings
+from typing import Any
 
 import torch
 
@@ -31,6 +34,26 @@ def device_and_dtype(device: str, mixed_precision: str) -> tuple[torch.device, t
         return chosen, network_dtype(mixed_precision, chosen)
 
 
+def processes(*, cpu: bool = False) -> Any:
+    """Return accelerate's state: which of how many processes this one is.
+
+    A launcher tells each process its rank. WORLD_SIZE alone is left over from one, and would end in waiting for
+    processes that nobody has started.
+
+    Args:
+        cpu: whether the processes compute on the CPU.
+    """
+    from accelerate import PartialState
+
+    if os.environ.get("WORLD_SIZE", "1") != "1" and not any(name.endswith("RANK") for name in os.environ):
+        warnings.warn(
+            f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')} is set, but no launcher (torchrun, accelerate launch) has "
+            "started this process: it is ignored, and one process runs.",
+            stacklevel=2,
+        )
+    return PartialState(cpu=cpu)
+
+
 def choose_device(name: str) -> torch.device:
     """Return the device of a name: auto, cpu, mps, cuda or cuda:N.
 
@@ -53,9 +76,7 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise DeviceError(f"{name} is requested, but the CUDA devices are 0 to {torch.cuda.device_count() - 1}.")
     if name in ("auto", "cuda"):
-        from accelerate import PartialState
-
-        device: torch.device = PartialState().device
+        device: torch.device = processes().device
         return device
     return torch.device(name)
 

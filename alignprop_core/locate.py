@@ -19,6 +19,14 @@ PASSED = "pipeline:"
 """How the name of a base model starts that was passed from Python, a loaded pipeline, and has no name of its own."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLE = "a pickle, which can run code when opened, so it is refused: convert it to .safetensors"
+_FORMATS = {
+    b"PK\x03\x04": _PICKLE,  # torch's zip format
+    b"\x80": _PICKLE,  # protocol 2 and later, as torch wrote before
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself (fetch it: git lfs pull)",
+    b"GGUF": "a quantized GGUF file",
+    b"<": "a web page, not a model: download it again",
+}
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
 
 
@@ -49,13 +57,11 @@ def find_base(base: str, registry: Registry) -> Path | str:
         if not (path_ / "model_index.json").is_file():
             raise ModelError(f"{path_} is not a diffusers folder: it has no model_index.json.")
         return path_
-    if path_.suffix in _PICKLES:
-        raise ModelError(
-            f"{path_} is a pickle, which can run code when opened; convert it to .safetensors and use that."
-        )
     if path_.is_file():
-        return path_
-    if path_.suffix == ".safetensors" or base.startswith((".", "/", "~")):
+        if (content := file_format(path_)) == "safetensors":
+            return path_
+        raise ModelError(f"{path_} is {content}; model.base takes a diffusers folder, a safetensors file or a hub id.")
+    if path_.suffix.lower() in {".safetensors", *_PICKLES} or base.startswith((".", "/", "~")):
         raise ModelError(f"{path_} does not exist.")
     if _HUB_ID.fullmatch(base):
         return base
@@ -70,10 +76,24 @@ def find_vae(vae: str) -> Path | str:
     """Return the folder or hub id that an autoencoder's name means; `ModelError` if it is a path to nothing."""
     path = Path(vae).expanduser()
     if path.is_dir():
+        if not any((folder / "config.json").is_file() for folder in (path, path / "vae")):
+            raise ModelError(f"{path} is not an autoencoder's folder: it has no config.json.")
         return path
     if vae.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(vae):
         raise ModelError(f"{path} is not a folder; an autoencoder is a diffusers folder or a hub id.")
     return vae
+
+
+def file_format(path: Path) -> str:
+    """Return "safetensors", or in words what else a file is: by its content, whatever its name is."""
+    with open(path, "rb") as stream:
+        start = stream.read(30)
+    # Checked first: the eight bytes before it are the header's length and may look like another format.
+    if start[8:9] == b"{":
+        return "safetensors"
+    other = "a file of an unknown format" if start else "an empty file: download it again"
+    other = _PICKLE if path.suffix.lower() in _PICKLES else other  # of a protocol without a mark
+    return next((name for prefix, name in _FORMATS.items() if start.startswith(prefix)), other)
 
 
 def find_lora(path: str | Path) -> Path:
@@ -93,11 +113,11 @@ def find_lora(path: str | Path) -> Path:
             raise LoraError(
                 f"{folder} contains several LoRA files ({', '.join(f.name for f in found)}): name one of them."
             )
-        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix.lower() in _PICKLES)
         if not pickles:
             raise LoraError(f"{folder} contains no LoRA: a .safetensors file is expected.")
         path = folder / pickles[0]
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES if not path.is_file() else file_format(path) == _PICKLE:
         raise LoraError(
             f"{path} is a pickled file, which can run arbitrary code when opened, so it is refused. "
             "Convert it to .safetensors with a tool that you trust, then name that file."

@@ -25,7 +25,9 @@ def train(
         False, "--edited", help="Resume even if a reward's code has changed, for example after a bug fix."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier run in the output folder."),
-    dry_run: bool = typer.Option(False, "--dry-run", help="Check and load everything, but train and write nothing."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check everything, generate one image, but train and write nothing."
+    ),
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
@@ -51,8 +53,10 @@ def train(
                 settings, registry=registry, edited=edited, overwrite=overwrite, inputs=inputs, console=console
             )
         if dry_run:
+            with common.status("generating an image"):
+                trainer.sampler(trainer.prompts.prompts[:1], output="pil")
             common.print_facts(_facts(trainer))
-            common.console().print("Everything loads. Nothing was trained or written.")
+            common.console().print("Everything loads, and an image was generated. Nothing was trained or written.")
             return
         try:
             run = trainer.train()

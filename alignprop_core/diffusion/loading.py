@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_core.diffusion.networks import load_part, load_parts, refuse_unfilled
-from alignprop_core.errors import ModelError
+from alignprop_core.diffusion.families.find import find_family
+from alignprop_core.diffusion.families.stable_diffusion_file import open_single_file
+from alignprop_core.diffusion.networks import load_part, load_parts
+from alignprop_core.errors import ModelError, under
 from alignprop_core.locate import find_base, find_vae
 from alignprop_core.registry.registry import Registry
+from alignprop_core.specs import FamilySpec
+from alignprop_core.weights.read import read_json
+
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
 
 
 def load_pipeline(
@@ -24,6 +30,7 @@ def load_pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: str | None = None,
+    families: Sequence[FamilySpec] | None = None,
 ) -> Any:
     """Load a pipeline for sampling and fine-tuning: frozen, in eval mode, channels last, without a safety checker.
 
@@ -35,63 +42,71 @@ def load_pipeline(
         device: where the networks go.
         dtype: dtype of all networks.
         vae: folder or hub id of another VAE, or None for the model's own.
+        families: refuse a pipeline that none of these families nor the core's can run, before its networks load; None
+            loads any pipeline.
 
     Raises:
         ModelError: the model is not found or cannot be loaded, or a network's file lacks weights or contains them
             in another shape.
     """
     source = find_base(base, registry)
-    autoencoder = None if vae is None else find_vae(vae)
-    try:
-        with _quietly():
-            pipeline = _open(source, {} if autoencoder is None else {"vae": _open_vae(autoencoder)})
-    # Beyond unreadable files, these are what the libraries raise on files that another version of them wrote.
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
-        raise ModelError(_not_here(source) or f'"{base}" could not be loaded from {source}: {error}') from error
+    given: dict[str, Any] = {}
+    if vae is not None:
+        with under("model.vae"), _explained(vae, find_vae(vae), "config.json"), _quietly():
+            given["vae"] = _open_vae(find_vae(vae))
+    with _explained(base, source), _quietly():
+        file = Path(source)
+        pipeline = open_single_file(file, given) if file.is_file() else _open(source, given, families)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns about modules that the model lacks
     return prepare(pipeline, device)
 
 
-def _not_here(source: Path | str) -> str:
+@contextmanager
+def _explained(name: str, source: Path | str, file: str = "model_index.json") -> Iterator[None]:
+    """Turn what the libraries raise on unreadable files, or files of another version, into a `ModelError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+        if missing := _not_here(source, file):
+            raise ModelError(missing) from error
+        raise ModelError(f'"{name}" could not be loaded from {source}: {error}') from error
+
+
+def _not_here(source: Path | str, file: str) -> str:
     """Return the message for a hub model that cannot be downloaded; empty if it is in the cache or a local path."""
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if Path(source).exists() or isinstance(try_to_load_from_cache(str(source), "model_index.json"), str):
+    if Path(source).exists() or isinstance(try_to_load_from_cache(str(source), file), str):
         return ""
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached or has no such model"
+    base = file == "model_index.json"
     return (
-        f"model.base: {source} is not on this machine and could not be downloaded: {why}. With a connection, the run "
-        f"downloads it to {constants.HF_HUB_CACHE}. Or set model.base to a local diffusers folder or .safetensors "
-        "file."
+        f"{'model.base: ' if base else ''}{source} is not on this machine and could not be downloaded: {why}. With a "
+        f"connection, the run downloads it to {constants.HF_HUB_CACHE}. Or set {'model.base' if base else 'it'} to a "
+        f"local diffusers folder{' or .safetensors file' if base else ''}."
     )
 
 
-def _open(source: Path | str, given: dict[str, Any]) -> Any:
+def _open(source: Path | str, given: dict[str, Any], families: Sequence[FamilySpec] | None) -> Any:
     import diffusers
 
-    if Path(source).is_file():
-        try:
-            pipeline = diffusers.StableDiffusionPipeline.from_single_file(source, **given)
-        except NotImplementedError as error:
-            if "meta tensor" not in str(error):
-                raise
-            # Weights that the file lacks stay on the meta device, from which torch cannot move them.
-            raise ModelError(
-                f"{source} lacks weights of its unet or vae, which would stay random, so the model is not used. "
-                "The file is damaged or contains only a part of a model: download a complete one."
-            ) from error
-        for part, network in pipeline.components.items():
-            if isinstance(network, nn.Module) and part not in given:
-                refuse_unfilled(network, part, source)
-        return pipeline
     index = diffusers.DiffusionPipeline.load_config(source)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if not kind:
+        raise ModelError(f"{source}: its model_index.json names no pipeline class (_class_name); download it again.")
+    family = None if families is None else find_family(str(kind), families)
     if index.get("safety_checker", (None, None))[0] is not None:
         given = {**given, "safety_checker": None, "requires_safety_checker": False}
     folder = source
     if not Path(source).is_dir():
         folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
+    if family is not None:
+        listed = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+        files = {part: Path(folder) / part / "config.json" for part in listed}
+        configs: dict[str, Any] = {part: read_json(file) if file.is_file() else {} for part, file in files.items()}
+        family.check(configs | {part: network.config for part, network in given.items() if hasattr(network, "config")})
     given = {**given, **load_parts(Path(folder), index, given)}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **given)
     pipeline.register_to_config(_name_or_path=str(source))  # the hub id, not the path of its cache
@@ -102,26 +117,36 @@ def _open_vae(source: Path | str) -> nn.Module:
     import diffusers
 
     own = Path(source) / "vae"
-    return load_part(diffusers.AutoencoderKL, own if own.is_dir() else source, "vae")
+    source = own if own.is_dir() else source
+    kind = diffusers.AutoencoderKL.load_config(source).get("_class_name", "AutoencoderKL")
+    if kind not in _AUTOENCODERS:
+        raise ModelError(f"{source} is a {kind}; alignprop decodes with {', '.join(_AUTOENCODERS)}.")
+    return load_part(getattr(diffusers, kind), source, "vae")
 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hide the libraries' progress bars and their deprecation warnings about each other."""
+    """Hide the libraries' progress bars, tables of missing weights (`load_part` reports them) and advice."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = [module for module in (diffusers_logging, transformers_logging) if module.is_progress_bar_enabled()]
-    for module in shown:
+    before = [
+        (module, module.get_verbosity(), module.is_progress_bar_enabled())
+        for module in (diffusers_logging, transformers_logging)
+    ]
+    for module, level, _ in before:
         module.disable_progress_bar()
+        module.set_verbosity(max(level, module.ERROR))
     try:
         with warnings.catch_warnings():
             # diffusers still passes this argument, about which huggingface_hub warns.
             warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
             yield
     finally:
-        for module in shown:
-            module.enable_progress_bar()
+        for module, level, shown in before:
+            module.set_verbosity(level)
+            if shown:
+                module.enable_progress_bar()
 
 
 def prepare(pipeline: Any, device: torch.device | str) -> Any:

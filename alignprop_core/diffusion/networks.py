@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from logging import getLogger
 from pathlib import Path
@@ -17,6 +17,8 @@ from alignprop_core.errors import ModelError
 _log = getLogger(__name__)
 
 _LIBRARIES = ("diffusers", "transformers")
+_VARIANT = r"[^.]+\.(\w+)(?:-\d+-of-\d+)?\.safetensors"
+"""Names of weights of a variant, complete or of one shard: model.fp16.safetensors, model.fp16-00001-of-00002..."""
 _NAMED = 3
 """How many weights a message names; a part of another architecture has hundreds."""
 
@@ -46,6 +48,15 @@ def load_parts(folder: Path, index: Mapping[str, Any], given: Iterable[str] = ()
     return parts
 
 
+def _variant(folder: Path) -> str | None:
+    """Return the variant of a part's weights, such as "fp16", if the folder has them in no other."""
+    files = [file.name for file in folder.glob("*.safetensors*")]
+    if any(re.fullmatch(r"[^.]+(-\d+-of-\d+)?\.safetensors", name) for name in files):
+        return None
+    found = sorted({match[1] for name in files if (match := re.fullmatch(_VARIANT, name))})
+    return "fp16" if "fp16" in found else found[0] if len(found) == 1 else None
+
+
 def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
     """Load one network, on the CPU, in the dtype its library chooses; safetensors only.
 
@@ -55,18 +66,21 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
         part: its name in the pipeline, for messages.
 
     Raises:
-        ModelError: the file lacks weights of this network, has them in another shape, or is damaged.
-        OSError, ValueError: the library finds no files, or cannot read them.
+        ModelError: the library finds no file, or it lacks weights of this network, has them in another shape or is
+            damaged.
+        ValueError: the library cannot read its config.
     """
     from safetensors import SafetensorError
 
+    variant = _variant(Path(source))
     try:
-        with _no_load_report():
-            # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
-            # libraries raise errors that name one of them or none, and advise an option that leaves weights random.
-            network, info = kind.from_pretrained(
-                source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+        # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
+        # libraries raise errors that name one of them or none, and advise an option that leaves weights random.
+        network, info = kind.from_pretrained(
+            source, variant=variant, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except OSError as error:
+        raise ModelError(f"{part} at {source} could not be loaded: {error}") from error
     except SafetensorError as error:
         raise ModelError(f"{part} at {source} is damaged ({error}); download it again.") from error
     # Weights that the index lists but the shard lacks are not in `missing_keys`; they are still on the meta device.
@@ -132,19 +146,3 @@ def _never_filled(network: nn.Module) -> list[str]:
 def _some(names: list[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Silence the libraries' own tables of missing and unused weights; `load_part` reports them."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    levels = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
-    for module, level in levels:
-        module.set_verbosity(max(level, module.ERROR))
-    try:
-        yield
-    finally:
-        for module, level in levels:
-            module.set_verbosity(level)

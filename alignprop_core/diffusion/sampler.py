@@ -136,12 +136,14 @@ class Sampler:
         registry = registry or default_registry()
         settings = as_section(SamplingConfig, sampling, "sampling")
         truncating = as_section(BackpropConfig, backprop, "backprop")
-        pipeline = model
+        pipeline, families = model, [offer.spec for offer in registry.families()]
         if isinstance(model, str | Path):
             place = device if isinstance(device, torch.device) else choose_device(device)
             dtype = network_dtype(mixed_precision, place)
-            pipeline = load_pipeline(str(model), registry=registry, device=place, dtype=dtype, vae=vae)
-        family = family_for(pipeline, settings, [offer.spec for offer in registry.families()])
+            pipeline = load_pipeline(
+                str(model), registry=registry, device=place, dtype=dtype, vae=vae, families=families
+            )
+        family = family_for(pipeline, settings, families)
         # Frozen LoRAs first, so that `without_lora` and regularization have them as a part of the base model.
         for number, extra in enumerate(frozen):
             adapters.attach_frozen(pipeline, extra.path, extra.strength, f"frozen_{number}")

@@ -7,14 +7,18 @@ arithmetic on tensors: it can be checkpointed, repeated and differentiated.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from alignprop_core.errors import ModelError
+from alignprop_core.errors import ModelError, complaint, did_you_mean
 
 State = tuple[Tensor, ...]
 """Tensors that a multistep scheduler passes from step to step; empty for one-step schedulers."""
@@ -45,7 +49,8 @@ class Scheduler(Protocol):
             prediction: (B, C, h, w), the network's guided output at these latents.
             step: number of the step; 0 is the noisiest.
             state: what the step before returned.
-            noise: (B, C, h, w), standard normal; read only if `needs_noise`.
+            noise: (B, C, h, w), standard normal; read only if `needs_noise`. None takes the step of the same length
+                that adds none.
         """
         ...
 
@@ -74,6 +79,7 @@ class _Coefficients:
     sqrt_alpha_prev: Tensor
     direction: Tensor
     std: Tensor
+    sqrt_beta_prev: Tensor
 
 
 def step_sizes(scheduler: Scheduler) -> list[float]:
@@ -91,12 +97,65 @@ def step_sizes(scheduler: Scheduler) -> list[float]:
         return [float(size) for size in torch.autograd.grad(latents.sum(), probes)]
 
 
+_VALUES = {
+    "prediction_type": ("epsilon", "sample", "v_prediction"),
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
+}
+"""What DDIM can compute; diffusers takes some other values for these."""
+_MISSPELT = 0.88
+"""How similar a misspelt key is; timestep_scaling (LCM) and timestep_spacing are two keys."""
+
+
+def _own_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of diffusers' DDIM in a pipeline's scheduler config, of whatever class.
+
+    These are the values the pipeline itself runs with. `DDIMScheduler.from_config` would replace those that are not in
+    the model's file by its own defaults: other betas, an offset that the pipeline has corrected, clipped latents.
+
+    Raises:
+        ModelError: the model needs a scheduler that DDIM cannot replace.
+    """
+    options = list(signature(DDIMScheduler.__init__).parameters)[1:]
+    kind, prediction = config.get("_class_name", "of its own class"), config.get("prediction_type", "not set")
+    flow = config.get("use_flow_sigmas") or "flow" in f"{kind} {prediction}".lower()
+    # In this mode the network's time is the logarithm of a noise level, not a number of a step.
+    continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
+    if flow or continuous or not {"beta_schedule", "beta_start", "trained_betas"} & set(config):
+        why = "is for flow matching" if flow else "counts time continuously" if continuous else "has no table of betas"
+        raise ModelError(
+            f"The model's scheduler ({kind}, prediction_type: {prediction}) {why}. alignprop samples with DDIM, which "
+            f"needs betas and one of the prediction_types {', '.join(_VALUES['prediction_type'])}. Another kind of "
+            "model needs a family of its own, which a plugin can add."
+        )
+    for key, allowed in _VALUES.items():
+        value = config.get(key, allowed[0])
+        if value not in allowed:
+            raise ModelError(
+                f'The model\'s scheduler_config.json has {key}: "{value}"; '
+                f"it must be one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+            )
+    if config.get("thresholding"):
+        raise ModelError(
+            "The model's scheduler uses dynamic thresholding, whose quantile has no useful gradient; "
+            "set thresholding to false in its scheduler_config.json."
+        )
+    for key in config:
+        # Keys of other schedulers, such as solver_order, say nothing about the model. A misspelt key does.
+        if key not in options and (meant := get_close_matches(key, options, n=1, cutoff=_MISSPELT)):
+            warnings.warn(
+                f'The model\'s scheduler_config.json has the key "{key}", which is ignored. Did you mean "{meant[0]}"?',
+                stacklevel=2,
+            )
+    return {"clip_sample": False, **{key: config[key] for key in options if key in config}}
+
+
 class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes them.
 
     Supports epsilon, v and sample prediction, `clip_sample`, every timestep spacing and zero terminal SNR. The tables
     are diffusers' own, built from the pipeline's scheduler config, and the arithmetic keeps its order, so results are
-    equal to the last bit.
+    equal to the last bit. A scheduler without `clip_sample` (Euler, DPM++) does not clip.
 
     Args:
         config: config of the pipeline's scheduler.
@@ -105,28 +164,37 @@ class DDIM:
         device: where `timesteps` is needed.
 
     Raises:
-        ModelError: the config uses dynamic thresholding, or has fewer timesteps than `steps`.
+        ModelError: the config is of a scheduler that DDIM cannot replace, has an unknown value, uses dynamic
+            thresholding, or has fewer timesteps than `steps`.
     """
 
     def __init__(self, config: Any, steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu") -> None:
-        table = DDIMScheduler.from_config(config)
-        if table.config.thresholding:
+        options = _own_config(config)
+        try:
+            table = DDIMScheduler(**options)
+            trained = int(table.config.num_train_timesteps)
+            if steps <= trained:
+                table.set_timesteps(steps)
+        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
+        # "leading" with an offset of 1 begins beyond the last timestep if every timestep is a step.
+        if steps > trained or not 0 <= int(table.timesteps.min()) <= int(table.timesteps.max()) < trained:
             raise ModelError(
-                "The model's scheduler uses dynamic thresholding, whose quantile has no useful gradient; "
-                "set thresholding to false in its scheduler_config.json."
+                f"sampling.steps is {steps}, but the model was trained with {trained} timesteps; use at most that "
+                f"many, with this model's timestep_spacing ({table.config.timestep_spacing}) fewer."
             )
-        if steps > table.config.num_train_timesteps:
-            raise ModelError(
-                f"sampling.steps is {steps}, but the model was trained with {table.config.num_train_timesteps} "
-                "timesteps; use at most that many."
-            )
-        table.set_timesteps(steps)
         self.steps = steps
         self.needs_noise = eta > 0
         self.initial_state: State = ()
         self.prediction_type: str = table.config.prediction_type
         self._clip: float | None = table.config.clip_sample_range if table.config.clip_sample else None
         self._table = [self._coefficients(table, int(t), eta) for t in table.timesteps]
+        if self.prediction_type == "epsilon" and any(c.sqrt_alpha == 0 for c in self._table):
+            raise ModelError(
+                "The model's scheduler has zero terminal SNR (rescale_betas_zero_snr) and begins at pure noise, from "
+                "which a prediction of the noise (prediction_type: epsilon) says nothing about the image: its images "
+                "would be NaN. Correct prediction_type in its scheduler_config.json (v_prediction), or the other key."
+            )
         # Copied once, here, so that the loop never waits for the host.
         self.timesteps: Tensor = table.timesteps.to(device)
 
@@ -142,8 +210,10 @@ class DDIM:
             sqrt_alpha=alpha**0.5,
             sqrt_beta=(1 - alpha) ** 0.5,
             sqrt_alpha_prev=alpha_prev**0.5,
-            direction=(1 - alpha_prev - std**2) ** 0.5,
+            # Rounding can make this slightly negative with eta = 1.
+            direction=(1 - alpha_prev - std**2).clamp(min=0) ** 0.5,
             std=std,
+            sqrt_beta_prev=(1 - alpha_prev) ** 0.5,
         )
 
     def _split(self, latents: Tensor, prediction: Tensor, c: _Coefficients) -> tuple[Tensor, Tensor]:
@@ -171,10 +241,9 @@ class DDIM:
         c = self._table[step]
         clean, epsilon = self._split(latents, prediction, c)
         # Equation 12: the clean estimate, the direction back to the current latents, and fresh noise.
-        previous = c.sqrt_alpha_prev * clean + c.direction * epsilon
-        if self.needs_noise and noise is not None:
-            previous = previous + c.std * noise
-        return previous, state
+        if not self.needs_noise or noise is None:
+            return c.sqrt_alpha_prev * clean + c.sqrt_beta_prev * epsilon, state
+        return c.sqrt_alpha_prev * clean + c.direction * epsilon + c.std * noise, state
 
     def slope(self, step: int) -> float | None:
         """Return the derivative of a step's latents by those before it; None with clipping."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from huggingface_hub import try_to_load_from_cache
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.locate import find_base, find_vae
 from alignprop_core.registry.registry import Registry
+from alignprop_core.weights.read import read_json
 
 UNKNOWN_SIZE = (512, 512)
 """Height and width, in pixels, of the trial images if the model's size is not known before it loads."""
@@ -36,7 +36,7 @@ def image_size(config: RunConfig, registry: Registry, pipeline: Any = None) -> t
 
 
 def _size_of(pipeline: Any) -> tuple[int, int] | None:
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    network = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     side = getattr(getattr(network, "config", None), "sample_size", None)
     return _pixels(side, getattr(pipeline, "vae_scale_factor", None))
 
@@ -45,7 +45,8 @@ def _size_from_files(config: RunConfig, registry: Registry) -> tuple[int, int] |
     base = find_base(config.model.base, registry)
     network = _settings(base, "unet") or _settings(base, "transformer")
     vae = find_vae(config.model.vae) if config.model.vae is not None else base
-    levels = (_settings(vae, "vae") or _settings(vae, "")).get("block_out_channels")
+    settings = _settings(vae, "vae") or _settings(vae, "")
+    levels = settings.get("block_out_channels") or settings.get("decoder_block_out_channels")
     return _pixels(network.get("sample_size"), 2 ** (len(levels) - 1) if levels else None)
 
 
@@ -65,5 +66,4 @@ def _settings(model: Path | str, part: str) -> dict[str, Any]:
         file = try_to_load_from_cache(model, name)
     if not isinstance(file, str | Path) or not Path(file).is_file():
         return {}
-    found: dict[str, Any] = json.loads(Path(file).read_bytes())
-    return found
+    return read_json(Path(file))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from alignprop_core.config.sections import RunConfig
+from alignprop_core.diffusion.families.base import uncompiled
 from alignprop_core.diffusion.sampler import LOADED
 from alignprop_core.errors import ModelError, under
 from alignprop_core.locate import PASSED, find_base
@@ -47,12 +48,13 @@ def base_of(pipeline: Any, registry: Registry) -> str:
 
 
 def prepare(pipeline: Any, config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a pipeline to a run's device, freeze it, and remove the adapters of an earlier run.
+    """Move a pipeline to a run's device, freeze it, and remove compiled code and the adapters of an earlier run.
 
     Raises:
         ModelError: its networks have another dtype than the run, or the config has another autoencoder.
     """
-    network = getattr(pipeline, "unet", None) or getattr(pipeline, "transformer", None)
+    uncompiled(pipeline)
+    network = getattr(pipeline, "unet", getattr(pipeline, "transformer", None))
     if network is not None and network.dtype not in (dtype, torch.float64):
         fits = {torch.float32: "no", torch.float16: "fp16", torch.bfloat16: "bf16"}.get(network.dtype)
         raise ModelError(

@@ -107,9 +107,12 @@ def test_prompt_file_mistakes_name_file_and_line(
     refused(capsys, ["train", config(prompts={"train": name})], *words)
 
 
-def test_blank_lines_between_prompts_are_fine(config: Callable[..., Path], tmp_path: Path) -> None:
+def test_blank_lines_between_prompts_are_fine(
+    config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "prompts.txt").write_text("a fox\n\n\nan owl\n")
     assert run(["train", str(config()), "--dry-run"]) == 0
+    assert "Everything loads, and an image was generated." in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists(), "a dry run writes nothing"
 
 

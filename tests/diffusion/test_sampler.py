@@ -133,7 +133,7 @@ def test_gradient_equals_plain_autograd(
 ) -> None:
     pipe = tiny_sd(prediction_type=prediction_type).to(torch.float64)
     parameters = trainable(pipe)
-    eta = 0.6 if name in ("uniform", "full") else 0.0
+    eta = 0.6 if name in ("uniform", "full", "lv") else 0.0
     sampling = SamplingConfig(steps=STEPS, guidance_scale=3.0, eta=eta, negative_prompt="x")
     backprop = BackpropConfig(
         checkpoint_steps=checkpointing,

@@ -319,6 +319,28 @@ def test_a_pipeline_is_trained_again_and_each_run_keeps_its_result(
     assert train(model=pipeline).metrics[0]["total"] == pytest.approx(first.metrics[0]["total"], abs=1e-6)
 
 
+def wrapped(pipeline: Any) -> None:
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager")
+    pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, backend="eager")
+
+
+def in_place(pipeline: Any) -> None:
+    pipeline.unet.compile(backend="eager")
+
+
+@pytest.mark.parametrize("compiled", [wrapped, pytest.param(in_place, marks=pytest.mark.slow)])
+def test_a_compiled_pipeline_trains_with_equal_values(
+    train: Callable[..., ap.Run], tiny_sd: Callable[..., Any], compiled: Callable[[Any], None]
+) -> None:
+    plain, pipeline = train(model=tiny_sd()), tiny_sd()
+    compiled(pipeline)
+    run = train(model=pipeline)
+    ours, expected = adapters(run.folder), adapters(plain.folder)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    assert abs(image(run.pipeline()) - sampled(plain)).max() <= 1
+
+
 def test_a_lora_that_the_pipeline_had_stays_active_at_its_strength(
     train: Callable[..., ap.Run], tiny_sd: Callable[..., Any]
 ) -> None:

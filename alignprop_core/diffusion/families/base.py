@@ -69,6 +69,29 @@ class Conditioning:
         return Conditioning(join([part.positive for part in parts]), join(negatives) if negatives else None)
 
 
+def uncompiled(pipeline: Any) -> Any:
+    """Replace the networks of a pipeline that `torch.compile` has wrapped by the networks; returns the pipeline.
+
+    Adapters are attached to their layers, with which the compiled code would have to be compiled again.
+    """
+    networks = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    owners: list[tuple[Any, dict[str, nn.Module]]] = [(pipeline, networks)]
+    while owners:
+        owner, parts = owners.pop()
+        for name, part in parts.items():
+            network = getattr(part, "_orig_mod", part)  # torch.compile(network)
+            if network is not part:
+                setattr(owner, name, network)
+            network._compiled_call_impl = None  # network.compile()
+            owners.append((network, dict(network.named_children())))
+    return pipeline
+
+
+def _config_of(part: Any) -> Mapping[str, Any]:
+    config = getattr(part, "config", {})
+    return config.to_dict() if hasattr(config, "to_dict") else config
+
+
 class Family(ABC):
     """Adapter between one family of diffusers pipelines and the sampler.
 
@@ -81,8 +104,18 @@ class Family(ABC):
     """Name of the network in the pipeline that LoRA is attached to: "unet" or "transformer"."""
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
-        self.pipeline = pipeline
+        self.pipeline = uncompiled(pipeline)
         self.sampling = sampling
+        self.check({name: _config_of(part) for name, part in pipeline.components.items() if part is not None})
+
+    @classmethod
+    def check(cls, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise `ModelError` if the family cannot run a pipeline; called before its networks load, and afterwards.
+
+        Args:
+            parts: the pipeline's parts: name -> its config; empty for a part that has none.
+        """
+        return
 
     @property
     def denoiser(self) -> nn.Module:

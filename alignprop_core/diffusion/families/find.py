@@ -28,13 +28,17 @@ def family_for(pipeline: Any, sampling: SamplingConfig, plugins: Sequence[Family
         ModelError: no family handles the class.
         PluginError: the family's factory is not a `Family`.
     """
-    kind = type(pipeline).__name__
+    return find_family(type(pipeline).__name__, plugins)(pipeline, sampling)
+
+
+def find_family(kind: str, plugins: Sequence[FamilySpec] = ()) -> type[Family]:
+    """Return the family of pipelines of a class, by its name; raises as `family_for`."""
     for spec in (*plugins, *BUILT_IN):
         if kind in spec.pipelines:
             module, _, attribute = spec.factory.partition(":")
             factory = getattr(import_module(module), attribute, None)
             if not (isinstance(factory, type) and issubclass(factory, Family)):
                 raise PluginError(f'The factory of family "{spec.name}", {spec.factory}, is not a Family subclass.')
-            return factory(pipeline, sampling)
+            return factory
     known = sorted({name for spec in (*plugins, *BUILT_IN) for name in spec.pipelines})
     raise ModelError(f"alignprop cannot run a {kind}; it runs {', '.join(known)}. A plugin can add a family.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,20 @@ from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.schedulers import DDIM, Scheduler
 from alignprop_core.errors import ConfigError, ModelError
+
+_BY_CHANNELS = {
+    5: "a depth-to-image model",
+    7: "an upscaler",
+    8: "an image editing model (InstructPix2Pix)",
+    9: "an inpainting model",
+}
+_PLAIN = {
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+}
+"""Settings of a UNet's further inputs, and the values with which it needs none."""
 
 
 class StableDiffusion(Family):
@@ -32,10 +46,49 @@ class StableDiffusion(Family):
                 "sampling.true_cfg_scale is for guidance-distilled models; this is a Stable Diffusion model, "
                 "whose key is sampling.guidance_scale."
             )
-        if pipeline.unet.config.time_cond_proj_dim is not None:
+        _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+
+    @classmethod
+    def check(cls, parts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Refuse a pipeline without all of its parts, or whose UNet needs more than latents, time and one encoded text.
+
+        Inpainting, editing, upscaling and distilled models are saved with the same classes.
+        """
+        if missing := [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if part not in parts]:
+            raise ModelError(
+                f"The model has no {' and no '.join(missing)}; a Stable Diffusion model needs all of its parts."
+            )
+        unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
+        if unet.get("time_cond_proj_dim") is not None:
             raise ModelError(
                 "This UNet embeds the guidance scale (a latent consistency model); alignprop runs Stable Diffusion "
                 "with classifier-free guidance. Use the base model it was distilled from."
+            )
+        channels, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
+        if channels != out:
+            kind = _BY_CHANNELS.get(channels, "another kind of model")
+            raise ModelError(
+                f"The UNet has {channels} input channels and {out} output channels: {kind}. alignprop runs models that "
+                "turn a prompt alone into an image; use the model it was made from."
+            )
+        if (latents := vae.get("latent_channels", 4)) != channels:
+            raise ModelError(
+                f"The VAE has {latents} latent channels and the UNet {channels}: they are of different models. Use the "
+                f"model's own VAE, or another one with {channels} latent channels."
+            )
+        extra = {key: unet.get(key) for key, plain in _PLAIN.items() if unet.get(key) not in plain}
+        if extra:
+            raise ModelError(
+                "The UNet needs inputs that Stable Diffusion 1 and 2 do not have "
+                f"({', '.join(f'{key}: {value}' for key, value in extra.items())}): it is of another kind of model, "
+                "such as Stable Diffusion XL or an upscaler."
+            )
+        reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
+        width = text.get("hidden_size")
+        if isinstance(reads, int) and isinstance(width, int) and reads != width:
+            raise ModelError(
+                f"The text encoder gives {width} numbers per token and the UNet reads {reads}: they are of different "
+                "models."
             )
 
     @property
@@ -46,13 +99,19 @@ class StableDiffusion(Family):
 
     def scheduler(self, device: torch.device) -> Scheduler:
         """Return DDIM over the pipeline's own noise tables."""
-        return DDIM(self.pipeline.scheduler.config, self.sampling.steps, eta=self.sampling.eta, device=device)
+        config = {**self.pipeline.scheduler.config, "_class_name": type(self.pipeline.scheduler).__name__}
+        return DDIM(config, self.sampling.steps, eta=self.sampling.eta, device=device)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H / f, W / f) with the VAE's factor f; the model's own size unless width and height are set."""
         unet, factor = self.pipeline.unet.config, int(self.pipeline.vae_scale_factor)
         native = unet.sample_size
-        native_h, native_w = (native, native) if isinstance(native, int) else tuple(native)
+        if native is None and not (self.sampling.height and self.sampling.width):
+            raise ConfigError(
+                "sampling.width and sampling.height must be set: the model does not say its own size (sample_size of "
+                "its UNet is null)."
+            )
+        native_h, native_w = (native, native) if isinstance(native, int) else tuple(native or (0, 0))
         sides = []
         for name, side, own in (
             ("height", self.sampling.height, native_h * factor),
@@ -110,3 +169,22 @@ class StableDiffusion(Family):
         vae = self.pipeline.vae
         pixels: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return pixels.to(latents.dtype) * 0.5 + 0.5
+
+
+def _check_tokenizer(tokenizer: Any, encoder: Any) -> None:
+    """Refuse a tokenizer without its vocabulary or length: every word would be the same unknown token.
+
+    transformers loads a folder without these files, or none at all, without an error.
+    """
+    words, rows = len(tokenizer), int(encoder.get_input_embeddings().num_embeddings)
+    if not rows / 2 <= words <= rows:
+        wrong = f"has {words} tokens and the text encoder {rows}"
+        why = "Its vocabulary (vocab.json and merges.txt, or tokenizer.json) is missing or of another model"
+    elif tokenizer.model_max_length > (limit := getattr(encoder.config, "max_position_embeddings", 10**6)):
+        wrong = f"sets no length that the text encoder can read (model_max_length; at most {limit} tokens)"
+        why = "Its tokenizer_config.json is missing or of another model"
+    else:
+        return
+    raise ModelError(
+        f"The tokenizer at {tokenizer.name_or_path} {wrong}. {why}: download the model's tokenizer folder again."
+    )
