@@ -36,7 +36,8 @@ def folder(tmp_path: Path) -> Path:
     )
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
     preset = {
-        "image_processor_type": "CLIPImageProcessor", "do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 71},
+        "image_processor_type": "CLIPImageProcessor",
+        "do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 71},
         "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "resample": 2,
     }  # fmt: skip
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preset))
