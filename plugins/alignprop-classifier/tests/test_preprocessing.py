@@ -98,14 +98,14 @@ KEYS = [
 MORE_KEYS = [
     (VIT, {}),
     (VIT, {"rescale_factor": 0.01}),
-    *((VIT, {"resample": resample}) for resample in (0, 1, 2)),
+    *((VIT, {"resample": resample}) for resample in (0, 1)),
     (VIT, {"size": 80}),
     (VIT, {"do_resize": False}),
     (VIT, {"do_pad": True, "pad_size": {"height": 80, "width": 90}}),
     (VIT, {"do_center_crop": True, "crop_size": {"height": 40, "width": 60}}),
     (VIT, {"do_convert_rgb": True, "do_reduce_labels": True} | {"image_processor_type": "BeitImageProcessor"}),
     (VIT, {"image_mean": 0.4, "image_std": 0.3}),
-    (VIT, {"image_processor_type": "ViTFeatureExtractor"}),
+    (VIT, {"image_processor_type": None, "feature_extractor_type": "ViTFeatureExtractor"}),
     (VIT, {"image_processor_type": "ViTImageProcessorFast", "device": "cpu", "disable_grouping": True}),
     (CLIP, {}),
     (CLIP, {"do_center_crop": False}),
@@ -209,9 +209,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mobilenet_v1": {"depth_multiplier": 0.25},
     "mobilenet_v2": {"depth_multiplier": 0.25},
     "mobilevit": {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 8, 8, 8, 16]},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 80},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.25, "hidden_dim": 320},
     "poolformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "pvt": {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 1, 1]},
     "segformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
     "levit": {
         "hidden_sizes": [32, 32, 32],
@@ -229,7 +228,9 @@ SMALL: dict[str, dict[str, Any]] = {
 def test_small_transformers_models_with_their_own_processor(tmp_path: Path, model_type: str) -> None:
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(model_type, id2label=dict(enumerate(LETTERS)), **SMALL[model_type])
-    network: Any = transformers.AutoModelForImageClassification.from_config(config)
+    kinds = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type]
+    kind = kinds if isinstance(kinds, str) else kinds[-1]  # of two, the one with a distillation token
+    network: Any = getattr(transformers, kind)(config)
     sharpen(network)
     network.save_pretrained(tmp_path)
     name = IMAGE_PROCESSOR_MAPPING_NAMES[model_type]["torchvision"]
@@ -328,10 +329,10 @@ def write_torchvision(name: str, weights: Any, folder: Path, **arguments: Any) -
     """Write random weights where torchvision keeps its own."""
     torch.manual_seed(0)
     network: nn.Module = torchvision.models.get_model(name, weights=None, **arguments)
-    with torch.no_grad():  # with the initial weights alone, every image gives the same logits
+    if name == "googlenet":  # with the initial weights alone, every image gives the same logits
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.running_var.mul_(0.2)
+                module.get_buffer("running_var").mul_(0.2)
     file = folder / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
     file.parent.mkdir(parents=True)
     torch.save(network.state_dict(), file)

@@ -208,7 +208,8 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
             "type. Choose an image classification model."
         )
     kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
+    if isinstance(kind, (list, tuple)):  # with and without a distillation token, for example
+        kind = next((own for own in kind if own.__name__ in (config.architectures or ())), kind[0])
     if path is None:
         path = file_of("model.safetensors")
         if not path.is_file():

@@ -108,11 +108,12 @@ class TimmTransform(Preprocessing):
         self.settings = dict(settings)
         # Without normalization timm's transform keeps the scale of its input.
         self._resize_and_crop: Any = create_transform(**self.settings, is_training=False, normalize=False)
-        for step in self._resize_and_crop.transforms:
-            if hasattr(step, "fill"):
-                # Tensors can be padded with one value only. So `__call__` subtracts the color of the border, and adds
-                # it again: resizing a constant does not change it.
-                step.fill = 0
+        # With crop_mode border, tensors can be padded with one value only. So `__call__` subtracts the color of the
+        # border, and adds it again: resizing does not change a constant.
+        self._border = [0.0, 0.0, 0.0]
+        if self.settings["crop_mode"] == "border":
+            self._border = [round(255 * value) / 255 for value in self.settings["mean"]]
+            self._resize_and_crop.transforms[1].fill = 0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,7 +123,7 @@ class TimmTransform(Preprocessing):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the resized, cropped and normalized images."""
-        border = images.new_tensor([round(255 * value) / 255 for value in self.settings["mean"]]).view(3, 1, 1)
+        border = images.new_tensor(self._border).view(3, 1, 1)
         cropped = self._resize_and_crop(images - border) + border
         normalized: Tensor = transforms.normalize(cropped, list(self.settings["mean"]), list(self.settings["std"]))
         return normalized
