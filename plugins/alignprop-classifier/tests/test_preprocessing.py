@@ -312,16 +312,19 @@ def test_the_preprocessing_of_all_torchvision_weights_equals_their_transforms() 
 
 
 def torchvision_scores(name: str, weights: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Tensor, Tensor]:
-    """Return the log-probabilities of alignprop and of torchvision, which builds the network for its own weights."""
+    """Return the log-probabilities of alignprop and of torchvision, which builds the network for its own weights.
+
+    torchvision gets a tensor: random networks are sensitive to the rounding of PIL images.
+    """
     monkeypatch.setenv("TORCH_HOME", str(folder))
     file = folder / "hub" / "checkpoints" / weights.url.rpartition("/")[2]
     ours = ImageClassifier(ImageClassifierConfig(model=f"torchvision/{name}", weights=str(file), target=0)).freeze()
     assert isinstance(ours, ImageClassifier)
     network = torchvision.models.get_model(name, weights=weights).eval()
-    image = photograph()
+    image = tensor(photograph())
     with torch.no_grad():
-        found = ours.logits(tensor(image)).log_softmax(1)[0]
-        expected = network(weights.transforms()(image)[None]).log_softmax(1)[0]
+        found = ours.logits(image).log_softmax(1)[0]
+        expected = network(weights.transforms()(image)).log_softmax(1)[0]
     return found, expected
 
 
@@ -339,6 +342,19 @@ def write_torchvision(name: str, weights: Any, folder: Path, **arguments: Any) -
     return network
 
 
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_networks_with_transform_input_are_built_as_torchvisions(name: str) -> None:
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    with torch.device("meta"):
+        tensors = torchvision.models.get_model(name, weights=None, init_weights=False).state_dict()
+        for own in (tensors, {key: value for key, value in tensors.items() if not key.lower().startswith("aux")}):
+            arguments, _ = _as_published(name, weights, own, {})
+            network = torchvision.models.get_model(name, weights=None, **arguments)
+            network.load_state_dict(own, assign=True)
+            assert network.transform_input
+
+
+@pytest.mark.slow
 def test_googlenet_changes_the_scale_of_its_input_as_torchvisions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
