@@ -26,8 +26,8 @@ def crowd(objects: int, copies: int) -> tuple[Tensor, Tensor]:
     corners = torch.stack([40.0 * (torch.arange(objects) % 40), 40.0 * (torch.arange(objects) // 40)], 1)
     corners = corners.repeat_interleave(copies, 0) + torch.rand(objects * copies, 2)
     # All boxes of an object score higher than those of the next, so a limit before suppression loses whole objects.
-    scores = 0.9 - 0.3 * torch.arange(objects).repeat_interleave(copies) / objects + 1e-5 * torch.rand(objects * copies)
-    return torch.cat([corners, corners + 30], 1)[None], scores[None]
+    scores = 0.9 - 0.3 * torch.arange(objects)[:, None] / objects - 1e-5 * torch.arange(copies)
+    return torch.cat([corners, corners + 30], 1)[None], scores.reshape(1, -1)
 
 
 @pytest.mark.parametrize(("objects", "copies"), [(30, 12), (310, 3)])
