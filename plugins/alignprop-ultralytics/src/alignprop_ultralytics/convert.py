@@ -70,8 +70,8 @@ def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]
 def _names(model: DetectionModel, source: Path) -> dict[str, str]:
     """Return the class names by index; older checkpoints have a list."""
     found, count = getattr(model, "names", None), model.model[-1].nc
-    names = dict(enumerate(found)) if isinstance(found, (list, tuple)) else found
-    names = {str(index): str(name) for index, name in names.items()} if isinstance(names, dict) else {}
+    given = dict(enumerate(found)) if isinstance(found, (list, tuple)) else found
+    names = {str(index): str(name) for index, name in given.items()} if isinstance(given, dict) else {}
     if set(names) != {str(index) for index in range(count)}:
         raise ValueError(f"{source}: its names are not those of its {count} classes: {repr(found)[:80]}.")
     return names
