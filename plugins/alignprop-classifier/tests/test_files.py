@@ -36,6 +36,7 @@ def folder(tmp_path: Path) -> Path:
     )
     transformers.ResNetForImageClassification(config).save_pretrained(tmp_path)
     preset = {
+        "image_processor_type": "CLIPImageProcessor",
         "do_center_crop": True, "crop_size": {"height": 64, "width": 64}, "size": {"shortest_edge": 71},
         "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2], "resample": 2,
     }  # fmt: skip
@@ -52,15 +53,13 @@ def test_the_center_crop_equals_transformers(folder: Path, margin: int) -> None:
     side = 64 + margin
     change(folder / "preprocessor_config.json", size={"shortest_edge": side})
     ours = build(model=f"transformers/{folder}", target=0)
-    resized = int(ours.image_size / ours.crop)
     processor: Any = transformers.CLIPImageProcessor(
-        size={"shortest_edge": resized}, crop_size={"height": 64, "width": 64}, resample=2,
+        size={"shortest_edge": side}, crop_size={"height": 64, "width": 64}, resample=2,
         image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.2, 0.2],
     )  # fmt: skip
     images = torch.rand(2, 3, side, side + 3, generator=torch.Generator().manual_seed(margin))
     inputs = processor(list(images), do_rescale=False, return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(ours.preprocess(images), inputs, rtol=1e-4, atol=1e-4)
-    assert resized == side
 
 
 def test_a_head_of_another_size_is_one_clear_error(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +89,29 @@ def test_a_head_of_another_size_is_one_clear_error(folder: Path, capfd: pytest.C
         ("preprocessor_config.json", '{"image_std": [0, 1, 1]}', "image_std: every value must be greater than 0"),
         ("preprocessor_config.json", '{"image_mean": "x"}', "image_mean: "),
         ("preprocessor_config.json", '{"crop_pct": 3, "size": 100}', "crop_pct: input should be less than or equal"),
-        ("preprocessor_config.json", '{"crop_pct": "x", "size": 100}', "crop_pct: ValueError"),
+        ("preprocessor_config.json", '{"crop_pct": "x", "size": 100}', "crop_pct: input should be a valid number"),
+        (
+            "preprocessor_config.json",
+            '{"do_normalise": false}',
+            'do_normalise: .* no such key. Did you mean "do_normal',
+        ),
+        ("preprocessor_config.json", '{"include_top": true}', "include_top: ConvNextImageProcessor has no such key"),
+        ("preprocessor_config.json", '{"do_rescale": "no"}', "do_rescale: must be true or false .got 'no'"),
+        ("preprocessor_config.json", '{"resample": 9}', "resample: must be one of Pillow's filters"),
+        ("preprocessor_config.json", '{"image_processor_type": "None"}', "Unrecognized image processor"),
+        ("preprocessor_config.json", '{"image_processor_type": "ImageGPTImageProcessor"}', "Clusters"),
+        (
+            "preprocessor_config.json",
+            '{"image_processor_type": "Siglip2ImageProcessor"}',
+            "Siglip2ImageProcessor does not return images with a gradient",
+        ),
+        ("config.json", '{"model_type": "resnet", "id2label": {"0": "a", "2": "b"}}', "id2label: must map 0, 1, 2"),
+        ("config.json", '{"model_type": "resnet", "id2label": {}}', "id2label: must map 0, 1, 2"),
+        (
+            "config.json",
+            '{"model_type": "resnet", "id2label": null, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}',  # noqa: E501
+            "id2label: names no classes",
+        ),
         ("preprocessor_config.json", '{"size": "x"}', "size: sizes must be positive integers .got 'x'"),
         ("preprocessor_config.json", '{"crop_size": {"height": 0}}', "crop_size: sizes must be positive integers"),
     ],
@@ -99,6 +120,16 @@ def test_invalid_json_in_a_folder_is_one_clear_error(folder: Path, file: str, te
     (folder / file).write_text(text)
     with pytest.raises(WeightsError, match=f"^{re.escape(str(folder / file))}.*({message})"):
         build(model=f"transformers/{folder}")
+
+
+def test_a_folder_without_preprocessing_needs_it_in_the_options(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        WeightsError, match=r"has no preprocessor_config\.json.* or set options\.image_size, options\.mean"
+    ):
+        build(model=f"transformers/{folder}", std=(0.5, 0.5, 0.5), target=0)
+    ours = build(model=f"transformers/{folder}", mean=(0, 0, 0), std=(0.5, 0.5, 0.5), image_size=64, target=0)
+    torch.testing.assert_close(ours.preprocess(torch.ones(1, 3, 64, 64)), torch.full((1, 3, 64, 64), 2.0))
 
 
 def test_a_folder_without_model_safetensors_is_reported_with_a_remedy(folder: Path) -> None:

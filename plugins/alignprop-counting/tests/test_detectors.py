@@ -11,13 +11,22 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, RTDetrConfig, RTDetrImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    DetrConfig,
+    DetrForObjectDetection,
+    DetrImageProcessor,
+    RTDetrConfig,
+    RTDetrImageProcessor,
+)
 
 from alignprop_core.errors import ConfigError, PluginError, WeightsError
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.loading import load_detector, transformers_detector
+from alignprop_counting.processors import read_processor
 from alignprop_counting.testing import check_detector, check_gradient_is_the_derivative, random_images
 from alignprop_counting.transformers_detector import RtDetr, TransformersDetector
 
@@ -118,6 +127,87 @@ def test_config_json_in_the_same_folder_gives_the_architecture(tmp_path: Path, t
     detector = transformers_detector("rtdetr", tmp_path / "model.safetensors", None)
     assert detector.names == tiny.names
     assert detector.image_size == 640
+
+
+# -- preprocessor_config.json ------------------------------------------------------------------------------------------
+
+MEANS = {"image_mean": [0.2, 0.3, 0.6], "image_std": [0.3, 0.2, 0.2]}
+
+
+def folder_of(name: str, folder: Path, tiny: SimpleNamespace, preset: dict[str, Any]) -> Path:
+    """Write a folder as on the hub: config.json, model.safetensors and preprocessor_config.json."""
+    torch.manual_seed(0)
+    model = tiny.lively(tiny.build[name]())
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(preset))
+    return folder / "model.safetensors"
+
+
+PRESETS: list[tuple[str, dict[str, Any]]] = [
+    ("rtdetr", {"size": {"height": 96, "width": 64}, "do_normalize": True, **MEANS}),
+    ("detr", {"feature_extractor_type": "DetrFeatureExtractor", "size": 64, "max_size": 80, **MEANS}),
+]
+MORE_PRESETS: list[tuple[str, dict[str, Any]]] = [
+    ("rtdetr", {"size": {"height": 64, "width": 64}, "do_rescale": False, "do_normalize": True, "resample": 3}),
+    ("rtdetr", {"size": {"height": 64, "width": 64}, "do_pad": True, "pad_size": {"height": 96, "width": 128}}),
+    ("rtdetr", {"do_resize": False, "format": "coco_detection"}),
+    ("detr", {"size": {"shortest_edge": 48, "longest_edge": 60}, "do_normalize": False, "do_pad": False}),
+    ("detr", {"size": {"shortest_edge": 64, "longest_edge": 90}, "pad_size": {"height": 100, "width": 120}}),
+    ("detr", {"size": {"max_height": 64, "max_width": 70}, "rescale_factor": 0.006, "resample": 0}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "preset"), [*PRESETS, *(pytest.param(*row, marks=pytest.mark.slow) for row in MORE_PRESETS)]
+)
+def test_a_folders_preprocessing_is_that_of_transformers(
+    kind: str, preset: dict[str, Any], tmp_path: Path, tiny: SimpleNamespace
+) -> None:
+    detector = transformers_detector(kind, folder_of(kind, tmp_path, tiny, preset), None).eval()
+    process: Any = AutoImageProcessor.from_pretrained(tmp_path)
+    model: Any = AutoModelForObjectDetection.from_pretrained(tmp_path).eval()
+    images = (random_images(1, 96, 128) * 255).round()
+
+    def best(logits: torch.Tensor) -> torch.Tensor:
+        p = logits.sigmoid() if kind == "rtdetr" else logits.softmax(-1)[..., :-1]
+        return p.amax(-1).sort().values
+
+    with torch.no_grad():
+        found = detector(images.float() / 255).probabilities.amax(-1).sort().values
+        expected = best(model(**process(images=list(images.float()), return_tensors="pt")).logits)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-4)
+        if "pad_size" not in preset and preset.get("do_rescale", True):  # else the network is sensitive to rounding
+            rounded = best(model(**process(images=list(images.to(torch.uint8)), return_tensors="pt")).logits)
+            assert torch.allclose(found, rounded, rtol=0, atol=0.005)
+    assert detector.describe_preprocessing()["image processor"] == type(process).__name__
+
+
+def test_the_image_size_overrides_that_of_a_folder(tmp_path: Path, tiny: SimpleNamespace) -> None:
+    file = folder_of("rtdetr", tmp_path, tiny, {"size": {"height": 96, "width": 96}, "do_normalize": True})
+    assert transformers_detector("rtdetr", file, None).image_size == 96
+    detector: Any = transformers_detector("rtdetr", file, 64)
+    assert detector.image_size == 64
+    assert detector.preprocess(random_images(1).float()).shape == (1, 3, 64, 64)
+    assert detector.describe_preprocessing()["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ({"do_normalise": True}, 'do_normalise: RTDetrImageProcessor has no such key. Did you mean "do_normalize"'),
+        ({"crop_pct": 0.9}, "crop_pct: RTDetrImageProcessor has no such key"),
+        ({"do_resize": "no"}, "do_resize: must be true or false"),
+        ({"resample": 1}, "resample: detectors resize with filter 0"),
+        ({"size": {"height": 5, "depth": 3}}, "transformers cannot prepare images with this file"),
+        ({"image_processor_type": "Nothing"}, "Unrecognized image processor"),
+    ],
+)
+def test_an_invalid_preprocessor_config_is_one_message(preset: dict[str, Any], message: str, tmp_path: Path) -> None:
+    RTDetrConfig().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(preset))
+    with pytest.raises(WeightsError, match=f"^{re.escape(str(file))}: .*{message}"):
+        read_processor(file)
 
 
 # -- wrong files and names ---------------------------------------------------------------------------------------------

@@ -10,13 +10,40 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from alignprop_counting.detector import suppress
 from alignprop_counting.testing import check_detector, random_images
 from alignprop_ultralytics.detector import PADDING, Yolo
 from alignprop_ultralytics.offline import DetectionModel, yaml_model_load
 
 NAMES = ("cat", "dog", "fox", "bird", "traffic light")
 Network = Callable[[str], Any]
+
+
+def crowd(objects: int, copies: int) -> tuple[Tensor, Tensor]:
+    """Return boxes (1, A, 4) on a grid, several for each object, and their scores (1, A)."""
+    corners = torch.stack([40.0 * (torch.arange(objects) % 40), 40.0 * (torch.arange(objects) // 40)], 1)
+    corners = corners.repeat_interleave(copies, 0) + torch.rand(objects * copies, 2)
+    # All boxes of an object score higher than those of the next, so a limit before suppression loses whole objects.
+    scores = 0.9 - 0.3 * torch.arange(objects)[:, None] / objects - 1e-5 * torch.arange(copies)
+    return torch.cat([corners, corners + 30], 1)[None], scores.reshape(1, -1)
+
+
+@pytest.mark.parametrize(("objects", "copies"), [(30, 12), (310, 3)])
+def test_suppression_starts_from_all_boxes_as_in_ultralytics(objects: int, copies: int) -> None:
+    from ultralytics.utils.nms import non_max_suppression
+
+    torch.manual_seed(0)
+    boxes, scores = crowd(objects, copies)
+    found = suppress(boxes, scores, torch.zeros_like(scores, dtype=torch.long), 0.5, 0.5)
+    count = found.count(torch.tensor([0]), torch.tensor([0])).item()
+    center, size = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+    prediction = torch.cat([center, size, scores[..., None]], 2).transpose(1, 2)  # (B, 4 + C, A)
+    (expected,) = non_max_suppression(prediction, conf_thres=0.5, iou_thres=0.5, max_time_img=10.0)
+    assert count == len(expected) == min(objects, 300)
+    kept = found.classes[0] >= 0
+    torch.testing.assert_close(found.boxes[0][kept], expected[:, :4], rtol=0, atol=1e-3)
 
 
 def test_it_passes_the_detector_checks(head: tuple[str, bool], network: Network) -> None:

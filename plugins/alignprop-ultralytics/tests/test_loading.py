@@ -91,6 +91,21 @@ def test_missing_weights_name_the_way_to_get_them() -> None:
         load_detector(DetectorConfig(detector="yolo11n"), default_registry())
 
 
+def test_the_converter_reads_a_list_of_names(
+    tmp_path: Path, tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.build("yolo11n")
+    model.names = list(tiny.names)
+    torch.save({"model": model}, tmp_path / "in.pt")
+    assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 0
+    assert build_detector("yolo", tmp_path / "out.safetensors", None).names == tiny.names
+    for names in (list(tiny.names[:3]), None):
+        model.names = names
+        torch.save({"model": model}, tmp_path / "in.pt")
+        assert main([str(tmp_path / "in.pt"), str(tmp_path / "out.safetensors")]) == 2
+        assert "its names are not those of its 5 classes" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_the_converter_keeps_weights_names_and_size(
     tmp_path: Path, tiny: SimpleNamespace, capsys: pytest.CaptureFixture[str], half: bool

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alignprop_classifier import EFFICIENTNET_LITE
 from alignprop_classifier.network import REWARD, Classifier, imagenet_names, load_tensors
+from alignprop_classifier.preprocessing import ResizeCrop
 from alignprop_core.errors import WeightsError
 from alignprop_core.weights import find_weights, load_state_dict
 
@@ -45,15 +46,8 @@ def from_efficientnet_lite(name: str, path: Path | None) -> Classifier:
         tensors = _renamed(tensors, [len(stage) for stage in network.blocks])
     load_tensors(network, tensors, path, name)
     size = _IMAGE_SIZES[name]
-    return Classifier(
-        network,
-        imagenet_names(),
-        True,
-        image_size=size,
-        crop=size / (size + _PADDING),
-        mean=(127 / 255,) * 3,
-        std=(128 / 255,) * 3,
-    )
+    preprocessing = ResizeCrop(size, size + _PADDING, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
+    return Classifier(network, imagenet_names(), True, preprocessing)
 
 
 def _renamed(tensors: Mapping[str, Tensor], repeats: Sequence[int]) -> dict[str, Tensor]:

@@ -7,15 +7,15 @@ fetches it. torchvision's weights are read from torch's own cache.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alignprop_classifier.config import ClassifierConfig
-from alignprop_classifier.file_options import options_from_file
 from alignprop_classifier.network import (
     IMAGENET,
     REWARD,
@@ -23,7 +23,9 @@ from alignprop_classifier.network import (
     architecture_error,
     imagenet_names,
     load_tensors,
+    state_dict_of,
 )
+from alignprop_classifier.preprocessing import Preprocessing, ResizeCrop, TimmTransform
 from alignprop_core.errors import ConfigError, WeightsError, complaint, did_you_mean
 from alignprop_core.weights import find_weights, load_state_dict, quiet_transformers, read_json
 
@@ -41,7 +43,7 @@ def from_timm(name: str, path: Path | None, classes: Sequence[str] | None) -> Cl
         WeightsError: the weights are not on this machine, or do not fit.
     """
     import timm
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 
     if not timm.is_model(name):
         raise ConfigError(f'options.model: timm has no model "{name}".{did_you_mean(name, timm.list_models())}')
@@ -70,15 +72,7 @@ def from_timm(name: str, path: Path | None, classes: Sequence[str] | None) -> Cl
     count = int(network.num_classes)
     names = [table.index_to_description(i) if table else f"class {i}" for i in range(count)]
     return Classifier(
-        network,
-        tuple(names),
-        imagenet=count == IMAGENET and table is not None,
-        image_size=int(cfg["input_size"][-1]),
-        mean=tuple(cfg["mean"]),
-        std=tuple(cfg["std"]),
-        interpolation="bilinear" if cfg.get("interpolation") == "bilinear" else "bicubic",
-        crop=float(cfg.get("crop_pct") or 0.875),
-        fit="squash" if cfg.get("crop_mode") == "squash" else "crop",
+        network, tuple(names), count == IMAGENET and table is not None, TimmTransform(resolve_data_config(cfg))
     )
 
 
@@ -100,22 +94,50 @@ def from_torchvision(name: str, path: Path | None, classes: Sequence[str] | None
     if name not in known:
         hint = did_you_mean(name, known) or f" It has {len(known)} classifiers, such as resnet50 and vit_b_16."
         raise ConfigError(f'options.model: torchvision has no classifier "{name}".{hint}')
-    weights: Any = getattr(models.get_model_weights(name), "DEFAULT", None)
+    published: Any = models.get_model_weights(name)
+    # A file of an earlier version has the preprocessing of that version.
+    named = (own for own in published if path is not None and own.url.endswith(f"/{path.name}"))
+    weights: Any = next(named, published.DEFAULT)
     head: dict[str, Any] = {} if classes is None else {"num_classes": len(classes)}
+    tensors = load_state_dict(path or _torch_hub_file(name, weights))
+    head, preprocessing = _as_published(name, weights, state_dict_of(tensors), head)
     network = models.get_model(name, weights=None, **head)
-    load_tensors(network, load_state_dict(path or _torch_hub_file(name, weights)), path, f"torchvision/{name}")
-    preset = weights.transforms()
+    load_tensors(network, tensors, path, f"torchvision/{name}")
     count = len(weights.meta["categories"])
-    return Classifier(
-        network,
-        imagenet_names() if count == IMAGENET else tuple(weights.meta["categories"]),
-        imagenet=count == IMAGENET,
-        image_size=int(preset.crop_size[0]),
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
+    names = imagenet_names() if count == IMAGENET else tuple(weights.meta["categories"])
+    return Classifier(network, names, count == IMAGENET, preprocessing)
+
+
+def _as_published(
+    name: str, weights: Any, tensors: Mapping[str, Any], head: Mapping[str, Any]
+) -> tuple[dict[str, Any], ResizeCrop]:
+    """Return the arguments with which torchvision builds the network for published weights, and their preprocessing."""
+    preset = weights.transforms()
+    side, arguments = int(preset.crop_size[0]), dict(head)
+    preprocessing = ResizeCrop(
+        side,
+        int(preset.resize_size[0]),
+        tuple(preset.mean),
+        tuple(preset.std),
         interpolation=str(preset.interpolation.value),
-        crop=preset.crop_size[0] / preset.resize_size[0],
     )
+    if name.startswith("vit_"):
+        arguments["image_size"] = _vit_side(tensors) or side
+        if arguments["image_size"] != side:
+            preprocessing = replace(preprocessing, image_size=arguments["image_size"], resized=arguments["image_size"])
+    if name in ("googlenet", "inception_v3"):
+        # The published weights expect the scale of another library: the network changes it if transform_input is set.
+        arguments |= {"transform_input": True, "init_weights": False}
+        arguments["aux_logits"] = any(key.lower().startswith("aux") for key in tensors)
+    return arguments, preprocessing
+
+
+def _vit_side(tensors: Mapping[str, Any]) -> int | None:
+    """Return the image size of a vision transformer's weights, from its position embedding (1, 1 + patches, D)."""
+    positions, patch = tensors.get("encoder.pos_embedding"), tensors.get("conv_proj.weight")
+    if positions is None or patch is None or positions.ndim != 3:
+        return None
+    return math.isqrt(positions.shape[1] - 1) * int(patch.shape[-1])
 
 
 def _torch_hub_file(name: str, weights: Any) -> Path:
@@ -165,7 +187,7 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
         raise ConfigError(
             f"options.model: {folder} contains no config.json. Set it to a folder written by save_pretrained()."
         )
-    read_json(settings)
+    stored = read_json(settings)
     changes: dict[str, Any] = {} if classes is None else {"id2label": dict(enumerate(classes))}
     try:
         config = AutoConfig.from_pretrained(
@@ -175,14 +197,19 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
         raise WeightsError(
             f"{settings}: transformers cannot read this config: {complaint(error)}. Fix it, or fetch it again."
         ) from error
+    if not config.id2label or sorted(config.id2label) != list(range(len(config.id2label))):
+        raise WeightsError(
+            f"{settings}: id2label: must map 0, 1, 2, ... to the names of the classes (got "
+            f"{repr(config.id2label)[:80]}). Fetch the file again, or list the classes in options.classes."
+        )
     if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
         raise ConfigError(
             f"options.model: {name} is a {config.model_type} model, and transformers has no image classifier of this "
             "type. Choose an image classification model."
         )
     kind = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
-    kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-    preset, options = _read_preprocessor(file_of, local)
+    if isinstance(kind, (list, tuple)):  # with and without a distillation token, for example
+        kind = next((own for own in kind if own.__name__ in (config.architectures or ())), kind[0])
     if path is None:
         path = file_of("model.safetensors")
         if not path.is_file():
@@ -199,6 +226,11 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
             f"{settings}: {kind.__name__} cannot be built from this config and {path.name}: {complaint(error)}. Fetch "
             "the files again."
         ) from error
+    if info["mismatched_keys"] and classes is None and not stored.get("id2label"):
+        raise WeightsError(
+            f"{settings}: id2label: names no classes, and the weights have more than two. List the classes in "
+            "options.classes."
+        )
     problems = [
         f"{key} has shape {tuple(found)}, expected {tuple(expected)};"
         for key, found, expected in sorted(info["mismatched_keys"])
@@ -207,19 +239,15 @@ def from_transformers(name: str, path: Path | None, classes: Sequence[str] | Non
     if problems:
         raise architecture_error(path, f"transformers/{name}", problems)
     labels = tuple(str(config.id2label[i]) for i in range(len(config.id2label)))
-    size = _input_size(preset) or getattr(config, "image_size", None) or 224
-    return Classifier(
-        network.float(),
-        labels,
-        imagenet=len(labels) == IMAGENET,
-        image_size=int(size if isinstance(size, int) else size[0]),
-        mean=options.mean or (0.5, 0.5, 0.5),
-        std=options.std or (0.5, 0.5, 0.5),
-        interpolation="bicubic" if preset.get("resample") == 3 else "bilinear",
-        crop=options.crop or 1.0,
-        fit="squash" if _squashes(preset) else "crop",
-        floor=True,
-    )
+    side = getattr(config, "image_size", None)
+    side = side if isinstance(side, int) else 224
+    if config.model_type == "timm_wrapper":
+        from timm.data import resolve_data_config
+
+        preprocessing: Preprocessing | None = TimmTransform(resolve_data_config(config.pretrained_cfg))
+    else:
+        preprocessing = _read_preprocessor(file_of, side)
+    return Classifier(network.float(), labels, len(labels) == IMAGENET, preprocessing)
 
 
 def _missing_safetensors_message(folder: Path) -> str:
@@ -238,51 +266,19 @@ def _missing_safetensors_message(folder: Path) -> str:
     )
 
 
-def _read_preprocessor(file_of: Any, local: bool) -> tuple[dict[str, Any], ClassifierConfig]:
-    """Return preprocessor_config.json, and its mean, std and crop as options; both empty without the file."""
-    try:
-        path = file_of("preprocessor_config.json")
-    except WeightsError:
-        return {}, ClassifierConfig()
-    if local and not path.is_file():
-        return {}, ClassifierConfig()
-    preset = read_json(path)
-    for key in ("size", "crop_size"):
-        sides = preset.get(key)
-        for side in sides.values() if isinstance(sides, dict) else sides if isinstance(sides, list) else [sides]:
-            if side is not None and not (isinstance(side, int) and side > 0):
-                raise WeightsError(
-                    f"{path}: {key}: sizes must be positive integers (got {sides!r}). Fetch the file again."
-                )
-    try:
-        values = {"mean": preset.get("image_mean"), "std": preset.get("image_std"), "crop": _crop_fraction(preset)}
-    except (TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: crop_pct: {complaint(error)}. Fetch the file again.") from error
-    file_keys = {"mean": "image_mean", "std": "image_std", "crop": "crop_pct"}
-    return preset, options_from_file(values, str(path), file_keys)
+def _read_preprocessor(file_of: Callable[[str], Path], side: int) -> Preprocessing | None:
+    """Return the model's image processor; None if it has none."""
+    # As in transformers, the file of a processor for several inputs comes first.
+    for file, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", None)):
+        try:
+            path = file_of(file)
+        except WeightsError:
+            continue
+        values: Any = read_json(path) if path.is_file() else None
+        if values is not None and key is not None:
+            values = values.get(key)
+        if values is not None:
+            from alignprop_classifier.processors import read_processor
 
-
-def _input_size(preset: Mapping[str, Any]) -> int | None:
-    """Return the side of the network's input in pixels, from any of transformers' forms; None if not given."""
-    size = preset.get("crop_size") if preset.get("do_center_crop") else preset.get("size")
-    if isinstance(size, dict):
-        size = size.get("height") or size.get("shortest_edge")
-    return size if isinstance(size, int) else None
-
-
-def _squashes(preset: Mapping[str, Any]) -> bool:
-    """Return whether images are squashed to a square: if both sides are given, and for ConvNeXt from 384 px."""
-    size = preset.get("size")
-    if preset.get("crop_pct"):
-        return (_input_size(preset) or 0) >= 384
-    return isinstance(size, int) or (isinstance(size, dict) and "height" in size)
-
-
-def _crop_fraction(preset: Mapping[str, Any]) -> float:
-    """Return the fraction of the shorter side that is kept by the center crop."""
-    if preset.get("crop_pct"):
-        return 1.0 if _squashes(preset) else float(preset["crop_pct"])
-    resized = preset.get("size")
-    resized = (resized.get("shortest_edge") or resized.get("height")) if isinstance(resized, dict) else resized
-    kept = _input_size(preset)
-    return min(1.0, kept / resized) if kept and resized and preset.get("do_center_crop") else 1.0
+            return read_processor(path, values, side)
+    return None

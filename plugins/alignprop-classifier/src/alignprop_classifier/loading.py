@@ -6,9 +6,10 @@ Nothing is downloaded: missing weights are an error that names the command that 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ from alignprop_classifier.efficientnet_lite import from_efficientnet_lite
 from alignprop_classifier.file_options import PREPROCESSING_KEYS, options_from_file
 from alignprop_classifier.libraries import from_timm, from_torchvision, from_transformers
 from alignprop_classifier.network import REWARD, Classifier, logits_of
+from alignprop_classifier.preprocessing import Preprocessing, ResizeCrop
 from alignprop_core.errors import ConfigError, WeightsError, complaint, did_you_mean
 from alignprop_core.weights import find_weights, read_header
 
@@ -62,24 +64,44 @@ def load_classifier(config: ClassifierConfig) -> Classifier:
             f"{', '.join(EFFICIENTNET_LITE)}, timm/NAME, torchvision/NAME, or transformers/ followed by a hub id or a "
             "folder."
         )
-    for options in (stored, config):
-        given = {key: value for key in PREPROCESSING_KEYS if (value := getattr(options, key)) is not None}
-        classifier = replace(classifier, **given)
+    given = {
+        key: value
+        for options in (stored, config)
+        for key in PREPROCESSING_KEYS
+        if (value := getattr(options, key)) is not None
+    }
+    classifier = replace(classifier, preprocessing=_preprocessing(classifier, given, model))
     if classes is not None:
         classifier = replace(classifier, names=tuple(classes), imagenet=False)
     _check_forward(classifier, model)
     return classifier
 
 
+def _preprocessing(classifier: Classifier, options: Mapping[str, Any], model: str) -> Preprocessing:
+    """Return the model's preprocessing with the given options; the options alone, if the model has none."""
+    if classifier.preprocessing is not None:
+        return classifier.preprocessing.with_options(options) if options else classifier.preprocessing
+    missing = [key for key in ("image_size", "mean", "std") if key not in options]
+    if missing:
+        raise WeightsError(
+            f"{model} has no preprocessor_config.json, so the size and the scale of its images are unknown. Copy the "
+            f"file of the original model into the folder (for a hub id, fetch it: `alignprop rewards fetch "
+            f"hub:owner/name/preprocessor_config.json`), or set {', '.join(f'options.{key}' for key in missing)}."
+        )
+    side = options["image_size"]
+    return ResizeCrop(side, side).with_options(options)
+
+
 def _check_forward(classifier: Classifier, model: str) -> None:
     """Run the network once on a blank image, so that a mismatch is reported on loading and not during a run."""
-    size = classifier.image_size
+    assert classifier.preprocessing is not None
+    height, width = classifier.preprocessing.size
     try:
         with torch.no_grad():
-            logits = logits_of(classifier.network.eval()(torch.zeros(1, 3, size, size)))  # (1, C)
+            logits = logits_of(classifier.network.eval()(torch.zeros(1, 3, height, width)))  # (1, C)
     except Exception as error:  # raised by the library's own code, any type
         raise ConfigError(
-            f"options.image_size: {model} does not accept images of {size} x {size} pixels: {complaint(error)}. Set "
+            f"options.image_size: {model} does not accept images of {height} x {width} pixels: {complaint(error)}. Set "
             "another image_size, or leave it out."
         ) from error
     if logits.ndim != 2 or logits.shape[1] != len(classifier.names):

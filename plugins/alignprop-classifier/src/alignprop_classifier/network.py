@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from alignprop_classifier.preprocessing import Preprocessing
 from alignprop_core.errors import WeightsError
 
 REWARD = "image_classifier"
@@ -20,29 +21,16 @@ class Classifier:
     """A network with its class names and preprocessing.
 
     Attributes:
-        network: maps (B, 3, S, S) normalized images to (B, C) logits, or to an object with the attribute `logits`.
+        network: maps (B, 3, H, W) preprocessed images to (B, C) logits, or to an object with the attribute `logits`.
         names: C class names; commas separate synonyms of a class.
         imagenet: whether the classes are the 1000 of ImageNet (ILSVRC 2012).
-        image_size: S, in pixels.
-        mean: mean of each channel, for images in [0, 1].
-        std: standard deviation of each channel, for images in [0, 1].
-        interpolation: "bilinear" or "bicubic".
-        crop: fraction of the shorter side that is kept: the image is resized to S / crop and cropped to S.
-        fit: "crop" keeps the aspect ratio of an image when it is resized, "squash" does not.
-        floor: whether the start of the center crop, half the margin, is rounded down, as in transformers; otherwise
-            half to even, as in torchvision and timm.
+        preprocessing: maps images to the network's input; None if the model does not come with one.
     """
 
     network: nn.Module
     names: tuple[str, ...]
     imagenet: bool
-    image_size: int = 224
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bicubic"
-    crop: float = 0.875
-    fit: str = "crop"
-    floor: bool = False
+    preprocessing: Preprocessing | None
 
 
 def logits_of(output: Any) -> Tensor:
@@ -59,6 +47,16 @@ def imagenet_names() -> tuple[str, ...]:
     return tuple(table.index_to_description(index) for index in range(IMAGENET))
 
 
+def state_dict_of(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the state dict that may be nested under "state_dict" or "model", without DataParallel's prefix."""
+    for nest in ("state_dict", "model"):
+        if isinstance(tensors.get(nest), Mapping):
+            tensors = tensors[nest]
+    if tensors and all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
 def load_tensors(network: nn.Module, tensors: Mapping[str, Any], path: Path | None, model: str) -> None:
     """Load a state dict strictly.
 
@@ -71,13 +69,8 @@ def load_tensors(network: nn.Module, tensors: Mapping[str, Any], path: Path | No
     Raises:
         WeightsError: the tensors belong to another architecture.
     """
-    for nest in ("state_dict", "model"):
-        if isinstance(tensors.get(nest), Mapping):
-            tensors = tensors[nest]
-    if tensors and all(key.startswith("module.") for key in tensors):
-        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
     try:
-        network.load_state_dict(tensors)
+        network.load_state_dict(state_dict_of(tensors))
     except RuntimeError as error:
         raise architecture_error(path, model, str(error).splitlines()[1:4]) from error
 

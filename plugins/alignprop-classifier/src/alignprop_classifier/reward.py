@@ -8,14 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from alignprop_classifier.class_names import ClassNames, TargetClass, imagenet_words
 from alignprop_classifier.config import ClassifierAccuracyConfig, ClassifierConfig, ImageClassifierConfig
 from alignprop_classifier.loading import load_classifier
 from alignprop_classifier.network import logits_of
-from alignprop_core.errors import ConfigError, PromptError
+from alignprop_core.errors import ConfigError, PromptError, complaint
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 
@@ -30,41 +28,16 @@ class _ClassifierReward(Reward):
         super().__init__(config)
         classifier = load_classifier(self.config)
         self.network = classifier.network
-        self.image_size, self.crop, self.fit = classifier.image_size, classifier.crop, classifier.fit
-        self._floor = classifier.floor
-        self.interpolation = InterpolationMode(classifier.interpolation)
-        self.mean, self.std = list(classifier.mean), list(classifier.std)
+        assert classifier.preprocessing is not None
+        self.preprocess = classifier.preprocessing
         words = imagenet_words() if classifier.imagenet else None
         self.names = ClassNames(classifier.names, words, self.config.synonyms)
         self._target = None if self.config.target is None else self.names.find(self.config.target, "options.target: ")
         self._prompt_targets: dict[str, TargetClass | None] = {}
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Resize, center-crop and normalize images, differentiably with respect to their pixels.
-
-        The shorter side is resized to S / crop with antialiasing, then the central S x S pixels are cropped. With
-        `fit: squash` both sides are resized to S / crop.
-
-        Args:
-            images: (B, 3, H, W) in [0, 1], any size.
-
-        Returns:
-            (B, 3, S, S) network input.
-        """
-        side = max(self.image_size, int(self.image_size / self.crop))
-        size = [side, side] if self.fit == "squash" else [side]
-        resized = transforms.resize(images, size, interpolation=self.interpolation, antialias=True)
-        # Bicubic overshoot beyond [0, 1] is not clipped: clipping would remove the gradient of saturated pixels.
-        normalized: Tensor = transforms.normalize(self._center_crop(resized), self.mean, self.std)
-        return normalized
-
-    def _center_crop(self, resized: Tensor) -> Tensor:
-        side = self.image_size
-        if self._floor:
-            top, left = ((length - side) // 2 for length in resized.shape[-2:])
-            return resized[..., top : top + side, left : left + side]
-        cropped: Tensor = transforms.center_crop(resized, [side, side])
-        return cropped
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Describe resizing, cropping and normalization, as the model's library does them."""
+        return self.preprocess.describe()
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the (B, C) logits of (B, 3, H, W) images; float32, or computed in float64 if they are."""
@@ -72,13 +45,22 @@ class _ClassifierReward(Reward):
         # No autocast: scores must not depend on the precision of the run.
         with torch.autocast(images.device.type, enabled=False):
             inputs = self.preprocess(images if double else images.float())
-            if not double:
-                return logits_of(self.network(inputs)).float()
-            exact: dict[str, Any] = {
-                name: value.double() if value.is_floating_point() else value
-                for name, value in self.network.state_dict().items()
-            }
-            return logits_of(functional_call(self.network, exact, (inputs,)))
+            try:
+                if not double:
+                    return logits_of(self.network(inputs)).float()
+                exact: dict[str, Any] = {
+                    name: value.double() if value.is_floating_point() else value
+                    for name, value in self.network.state_dict().items()
+                }
+                return logits_of(functional_call(self.network, exact, (inputs.double(),)))
+            except (RuntimeError, ValueError) as error:
+                # Loading has run the network once, at the size that its preprocessing gives.
+                if isinstance(error, torch.OutOfMemoryError) or tuple(inputs.shape[2:]) == self.preprocess.size:
+                    raise
+                raise ConfigError(
+                    f"The classifier does not accept images of {inputs.shape[2]} x {inputs.shape[3]} pixels, and its "
+                    f"preprocessing does not resize them: {complaint(error)}. Set options.image_size and options.fit."
+                ) from error
 
     def targets(self, batch: ImageBatch) -> list[TargetClass | None]:
         """Return the target class of each sample: from the option `target`, its metadata, or its prompt, in this order.

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import batched_nms
 
-MAX_CANDIDATES = 300
-"""Maximum candidates per image in hard detection, best first; the limit of ultralytics and RT-DETR."""
+MAX_DETECTIONS = 300
+"""Maximum detections per image, best first; the limit of ultralytics and RT-DETR."""
+
+MAX_CANDIDATES = 30_000
+"""Maximum boxes per image that non-maximum suppression starts from, best first; the limit of ultralytics."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,17 @@ class Detector(nn.Module, ABC):
     def forward(self, images: Tensor) -> Predictions:
         """Run the detector on images (B, 3, H, W) in [0, 1]."""
 
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Return labels and values of the preprocessing, for `alignprop rewards show`; empty if not described."""
+        return {}
+
     @torch.no_grad()
     def detect(self, predictions: Predictions, threshold: float, overlap: float = 0.5) -> Detections:
         """Turn predictions into objects, like the original post-processing.
 
         One-to-one: the best pairs of location and class, as many as there are locations and at most 300. Otherwise: the
         best class of every location, and non-maximum suppression within each class at an intersection over union of
-        `overlap`. In both cases only scores above `threshold` are kept.
+        `overlap`, of which the best 300 boxes are kept. In both cases only scores above `threshold` are kept.
         """
         boxes, probabilities = predictions.boxes, predictions.probabilities
         if not predictions.one_to_one:
@@ -86,7 +95,7 @@ class Detector(nn.Module, ABC):
             return suppress(boxes, scores, classes, threshold, overlap)
         locations, num_classes = probabilities.shape[1:]
         # (B, A, C) -> (B, A * C): one location may report several classes, as in RT-DETR's own post-processing.
-        scores, order = probabilities.flatten(1).topk(min(locations, MAX_CANDIDATES), dim=1)
+        scores, order = probabilities.flatten(1).topk(min(locations, MAX_DETECTIONS), dim=1)
         boxes = boxes.gather(1, (order // num_classes)[..., None].expand(-1, -1, 4))
         return suppress(boxes, scores, order % num_classes, threshold, None)
 
@@ -111,15 +120,20 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float, o
         threshold: scores must be greater.
         overlap: suppress a box that overlaps a better kept one of its class by more than this; None keeps all.
     """
-    best = min(MAX_CANDIDATES, int((scores > threshold).sum(1).max())) if scores.numel() else 0
+    most = MAX_DETECTIONS if overlap is None else MAX_CANDIDATES
+    best = min(most, int((scores > threshold).sum(1).max())) if scores.numel() else 0
     scores, order = scores.topk(best, dim=1)
     boxes = boxes.gather(1, order[..., None].expand(-1, -1, 4))
     classes = classes.gather(1, order)
     keep = scores > threshold
     if overlap is not None:
-        same = classes[:, :, None] == classes[:, None, :]
-        clash = (intersection_over_union(boxes, boxes) > overlap) & same  # (B, D, D)
-        # Greedy: whether box i is kept depends on the better boxes that were kept themselves.
-        for i in range(1, best):
-            keep[:, i] &= ~(clash[:, i, :i] & keep[:, :i]).any(1)
-    return Detections(boxes, scores.masked_fill(~keep, 0), classes.masked_fill(~keep, -1))
+        unsuppressed = torch.zeros_like(keep)
+        for i in range(len(boxes)):
+            places = batched_nms(boxes[i].float(), scores[i].float(), classes[i], overlap)  # best first
+            unsuppressed[i, places[:MAX_DETECTIONS]] = True
+        keep &= unsuppressed
+    scores = scores.masked_fill(~keep, 0)
+    if best > MAX_DETECTIONS:
+        scores, order = scores.topk(MAX_DETECTIONS, dim=1)
+        boxes, classes = boxes.gather(1, order[..., None].expand(-1, -1, 4)), classes.gather(1, order)
+    return Detections(boxes, scores, classes.masked_fill(scores == 0, -1))

@@ -15,6 +15,7 @@ from transformers import (
     RTDetrConfig,
     RTDetrForObjectDetection,
 )
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from alignprop_core.errors import ConfigError, PluginError, WeightsError, complaint
 from alignprop_core.registry.registry import Registry, load_object
@@ -23,6 +24,7 @@ from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
 from alignprop_counting.config import DetectorConfig
 from alignprop_counting.detector import Detector
 from alignprop_counting.headers import TransformersFolder, TransformersHeader, checked
+from alignprop_counting.processors import read_processor
 from alignprop_counting.specs import DetectorSpec, find_detector
 from alignprop_counting.transformers_detector import Detr, RtDetr
 
@@ -101,7 +103,8 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
     """Build RT-DETR or DETR from a weights file: the factory of `rtdetr` and `detr`.
 
     The architecture comes from the file's header, else from a `config.json` in the same folder (as in a hub
-    repository), else it is the full-size one of that name.
+    repository), else it is the full-size one of that name. The preprocessing comes from a `preprocessor_config.json` in
+    the same folder, unless the file has a header; otherwise it is the default of the original's image processor.
     """
     header = checked(TransformersHeader, read_header(weights), f"{weights}: its header")
     beside = weights.with_name(CONFIG_NAME)
@@ -127,7 +130,9 @@ def transformers_detector(name: str, weights: Path, image_size: int | None) -> D
         else:
             config = _configuration(config_class, values, source)
         model = _filled(model_class, config, load_state_dict(weights), weights)
-    return kind(model, image_size or header.image_size)
+    beside = weights.with_name(IMAGE_PROCESSOR_NAME)
+    processor = read_processor(beside) if header.transformers is None and beside.is_file() else None
+    return kind(model, image_size or header.image_size, processor)
 
 
 def _configuration(config_class: Any, values: dict[str, Any], source: Path) -> Any:

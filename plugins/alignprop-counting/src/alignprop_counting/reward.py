@@ -56,6 +56,10 @@ class DetectorReward(Reward):
         """
         self.requests(prompt, metadata)
 
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Describe the detector's resizing and normalization."""
+        return self.detector.describe_preprocessing()
+
     def score(self, batch: ImageBatch) -> Tensor:
         """Return (B,) scores, the mean over each sample's requests; float32, or float64 if the images are.
 

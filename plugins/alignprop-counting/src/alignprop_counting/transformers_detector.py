@@ -7,14 +7,16 @@ Hungarian matching, they fire once per object.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from transformers import DetrImageProcessor, RTDetrImageProcessor
 
 from alignprop_counting.detector import Detections, Detector, Predictions, suppress
+from alignprop_counting.processors import build_processor, describe_processor, prepare
 
 
 def corners(boxes: Tensor, height: int, width: int) -> Tensor:
@@ -25,25 +27,47 @@ def corners(boxes: Tensor, height: int, width: int) -> Tensor:
 
 
 class TransformersDetector(Detector):
-    """Base of both: the model, its class names, its image size.
+    """Base of both: the model, its class names, its image processor.
 
     Args:
         model: `RTDetrForObjectDetection` or `DetrForObjectDetection`.
-        image_size: side in pixels, with the meaning it has in the original image processor.
+        image_size: side in pixels, with the meaning it has in the original image processor; None is the processor's.
+        processor: the model's image processor, as `build_processor` returns it; None is the default of its class.
     """
 
-    default_size: ClassVar[int]
+    processor_class: ClassVar[type[Any]]
 
-    def __init__(self, model: Any, image_size: int | None = None) -> None:
+    def __init__(self, model: Any, image_size: int | None = None, processor: Any = None) -> None:
         super().__init__()
         self.model: Any = model
         labels: dict[int, str] = model.config.id2label
         self.names = tuple(labels[i] for i in sorted(labels))
-        self.image_size = image_size or self.default_size
+        self.processor: Any = processor or build_processor(self.processor_class)
+        if image_size is not None:
+            self.processor.size = type(self.processor.size)(**self.sides(image_size))
+        size = dict(self.processor.size)
+        self.image_size = next(int(size[key]) for key in ("height", "shortest_edge", "max_height") if size.get(key))
 
-    def outputs(self, pixels: Tensor) -> Any:
+    @abstractmethod
+    def sides(self, image_size: int) -> dict[str, int]:
+        """Return the size of the image processor for an image size."""
+
+    def preprocess(self, images: Tensor) -> Tensor:
+        """Prepare images (B, 3, H, W) in [0, 1] as the original does, but differentiably."""
+        return prepare(self.processor, images.to(self._dtype))["pixel_values"]
+
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Return the steps of the image processor."""
+        return describe_processor(self.processor)
+
+    def outputs(self, pixels: Tensor, mask: Tensor | None = None) -> Any:
         """Run the model on preprocessed pixels and return its own output object."""
-        return self.model(pixel_values=pixels)
+        return self.model(pixel_values=pixels, pixel_mask=mask)
+
+    def run(self, images: Tensor) -> Any:
+        """Prepare images and run the model on them."""
+        inputs = prepare(self.processor, images.to(self._dtype))
+        return self.outputs(inputs["pixel_values"], inputs.get("pixel_mask"))
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -68,10 +92,10 @@ class RtDetr(TransformersDetector):
     stay attached: the values are the same, and the gradient is the derivative.
     """
 
-    default_size = 640
+    processor_class = RTDetrImageProcessor
 
-    def __init__(self, model: Any, image_size: int | None = None) -> None:
-        super().__init__(model, image_size)
+    def __init__(self, model: Any, image_size: int | None = None, processor: Any = None) -> None:
+        super().__init__(model, image_size, processor)
         # Feature maps are upsampled and concatenated, so sides must be multiples of the stride. Every query starts at a
         # location of the feature maps, so there must be at least as many locations as queries.
         strides, queries = model.config.feat_strides, model.config.num_queries
@@ -79,57 +103,33 @@ class RtDetr(TransformersDetector):
         locations = sum((step // stride) ** 2 for stride in strides)
         self.allowed_sizes = f"a multiple of {step} from {step * math.ceil(math.sqrt(queries / locations))}"
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Resize to a square, bilinear with antialias; no normalization (as the original)."""
-        size = (self.image_size, self.image_size)
-        return F.interpolate(images.to(self._dtype), size=size, mode="bilinear", antialias=True)
+    def sides(self, image_size: int) -> dict[str, int]:
+        """Return a square."""
+        return {"height": image_size, "width": image_size}
 
-    def outputs(self, pixels: Tensor) -> Any:
+    def outputs(self, pixels: Tensor, mask: Tensor | None = None) -> Any:
         """Run the model on preprocessed pixels without detaching anything and return its own output object."""
         with _Attached():
-            return super().outputs(pixels)
+            return super().outputs(pixels, mask)
 
     def forward(self, images: Tensor) -> Predictions:
         """Run the detector on images (B, 3, H, W) in [0, 1]."""
-        outputs = self.outputs(self.preprocess(images))
+        outputs = self.run(images)
         return Predictions(outputs.logits, corners(outputs.pred_boxes, *images.shape[-2:]), one_to_one=True)
 
 
 class Detr(TransformersDetector):
     """DETR: a softmax over the classes and "no object"."""
 
-    default_size = 800
+    processor_class = DetrImageProcessor
 
-    def __init__(self, model: Any, image_size: int | None = None) -> None:
-        super().__init__(model, image_size)
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
-
-    def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Return height and width after resizing, rounded as the original does.
-
-        The shortest side becomes `image_size`, unless the longest would exceed 1333 / 800 of that.
-        """
-        short, long = min(height, width), max(height, width)
-        longest, goal = int(self.image_size * 1333 / 800), float(self.image_size)
-        if long / short * goal > longest:
-            goal = longest * short / long
-        if short == round(goal):
-            return height, width
-        new_short, new_long = round(goal), int(goal * long / short)
-        return (new_short, new_long) if height <= width else (new_long, new_short)
-
-    def preprocess(self, images: Tensor) -> Tensor:
-        """Resize the shortest side to `image_size`, bilinear with antialias; normalize by ImageNet mean and std."""
-        size = self.resized(*images.shape[-2:])
-        images = F.interpolate(images.to(self._dtype), size=size, mode="bilinear", antialias=True)
-        mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        normal: Tensor = (images - mean.to(images)) / std.to(images)
-        return normal
+    def sides(self, image_size: int) -> dict[str, int]:
+        """Return the shortest side, and the longest that the original allows in proportion: 1333 for 800."""
+        return {"shortest_edge": image_size, "longest_edge": int(image_size * 1333 / 800)}
 
     def forward(self, images: Tensor) -> Predictions:
         """Run the detector on images (B, 3, H, W) in [0, 1]."""
-        outputs = self.outputs(self.preprocess(images))
+        outputs = self.run(images)
         log_p = outputs.logits.log_softmax(-1)[..., :-1]  # (B, A, C); the last class is "no object"
         # log(1 - p) of a probability that rounds to 1 would be minus infinity.
         rest = torch.log1p(-log_p.exp().clamp(max=1 - torch.finfo(log_p.dtype).eps))

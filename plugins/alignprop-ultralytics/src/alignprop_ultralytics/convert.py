@@ -52,7 +52,7 @@ def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]
     # `args` are the training options, a dictionary or a namespace depending on the version.
     sizes = getattr(model, "args", {})
     size = sizes.get("imgsz") if isinstance(sizes, dict) else getattr(sizes, "imgsz", None)
-    header: dict[str, Any] = {"ultralytics": {"yaml": yaml, "names": {str(k): v for k, v in model.names.items()}}}
+    header: dict[str, Any] = {"ultralytics": {"yaml": yaml, "names": _names(model, source)}}
     if isinstance(size, int):
         header["image_size"] = size
     kind = torch.float16 if half else torch.float32
@@ -65,6 +65,16 @@ def convert(source: Path, target: Path, *, half: bool = False) -> dict[str, Any]
         raise OSError(f"{target}: cannot be written ({error}).") from error
     part.replace(target)
     return header
+
+
+def _names(model: DetectionModel, source: Path) -> dict[str, str]:
+    """Return the class names by index; older checkpoints have a list."""
+    found, count = getattr(model, "names", None), model.model[-1].nc
+    given = dict(enumerate(found)) if isinstance(found, (list, tuple)) else found
+    names = {str(index): str(name) for index, name in given.items()} if isinstance(given, dict) else {}
+    if set(names) != {str(index) for index in range(count)}:
+        raise ValueError(f"{source}: its names are not those of its {count} classes: {repr(found)[:80]}.")
+    return names
 
 
 def _unpickled(source: Path) -> Any:

@@ -87,6 +87,13 @@ class Yolo(Detector):
         top, bottom, left, right = (round(bar) for bar in (rows - 0.1, rows + 0.1, columns - 0.1, columns + 0.1))
         return F.pad(images, (left, right, top, bottom), value=PADDING), scale, (left, top)
 
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Return the steps of the letterbox."""
+        return {
+            "resize": f"longer side to {self.image_size}, bilinear, not antialiased",
+            "pad": f"gray (114 of 255) on both sides, to a multiple of {max(self.strides)}",
+        }
+
     def features(self, pixels: Tensor) -> list[Tensor]:
         """Return the inputs of the head: one feature map (B, channels, H / stride, W / stride) per stride."""
         layers: list[Any] = list(self.model.model)
