@@ -10,7 +10,8 @@ import torch
 
 from alignprop_core.errors import LoraError
 from alignprop_core.locate import DIFFUSERS_NAME
-from alignprop_core.lora.formats import DENOISER, Factors, write_diffusers, write_kohya
+from alignprop_core.lora.formats import Factors, write_diffusers, write_kohya
+from alignprop_core.lora.names import DENOISER
 
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""
