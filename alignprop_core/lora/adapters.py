@@ -249,14 +249,13 @@ def save(
         LoraError: the name is that of diffusers' file, or contains a folder.
         OutputError: the folder cannot be written to.
     """
-    header = _architecture(bare(denoiser)) | {str(key): str(value) for key, value in (metadata or {}).items()}
+    network = bare(denoiser)
+    width = getattr(getattr(network, "config", None), "cross_attention_dim", None)
+    header = architecture(width, type(network).__name__) | {
+        str(key): str(value) for key, value in (metadata or {}).items()
+    }
     lora = LoraFile({DENOISER: current(denoiser)}, component, header)
     write_files(lora, folder, name, formats=formats, title=header.get("modelspec.title"), dtype=dtype)
-
-
-def _architecture(denoiser: nn.Module) -> dict[str, str]:
-    width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
-    return architecture(width if isinstance(width, int) else None, type(denoiser).__name__)
 
 
 def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequence[str]) -> dict[str, Factors]:

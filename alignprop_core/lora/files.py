@@ -44,15 +44,15 @@ class LoraFile:
         return self.parts[DENOISER]
 
 
-def architecture(width: int | None, otherwise: str) -> dict[str, str]:
+def architecture(width: object, otherwise: str) -> dict[str, str]:
     """Return the header entries for an architecture.
 
     Args:
-        width: width of the text embeddings that the denoiser reads; None if it is not known.
+        width: width of the text embeddings that the denoiser reads; anything but a number if it is not known.
         otherwise: name of the architecture if the width is not that of a known one.
     """
-    other = {"modelspec.architecture": f"{otherwise}/lora"}
-    return dict(_ARCHITECTURES.get(width, other) if width is not None else other)
+    known = _ARCHITECTURES.get(width) if isinstance(width, int) else None
+    return dict(known or {"modelspec.architecture": f"{otherwise}/lora"})
 
 
 def write_files(

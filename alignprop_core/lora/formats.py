@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import LoraError, complaint
 from alignprop_core.locate import find_lora
-from alignprop_core.lora.names import DENOISER, PEFT, flatten_name, locate_module
+from alignprop_core.lora.names import PEFT, flatten_name, locate_module
 
 _KEY = re.compile(
     r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A(\.[^.]+)?)|(?P<up>up|B(\.[^.]+)?))\.weight"
@@ -47,10 +47,6 @@ _OTHER_KINDS = {  # parts of keys of what is not a plain LoRA
     "down_blocks.": "a complete denoiser",
     "transformer_blocks.": "a complete denoiser",
 }
-
-
-Place = tuple[str, str]
-"""Component and module name of a layer."""
 
 
 class Factors(NamedTuple):
@@ -111,28 +107,22 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             f"{file} is not a safetensors file, or it is damaged ({error}). Copy or download it again."
         ) from error
 
-    factors: dict[Place, Factors] = {}
-    for place, roles in keys.items():
+    parts: dict[str, dict[str, Factors]] = {}
+    for (component, module), roles in keys.items():
         down, up = tensors[roles["down"]], tensors[roles["up"]]
         alpha = tensors.get(roles.get("alpha", ""), torch.zeros(1))
         small = min(down.ndim, up.ndim) < 2 or not down.numel() or not up.numel() or alpha.numel() != 1
         if small or up.numel() != up.shape[0] * down.shape[0]:
             shapes = ", ".join(f"{key} is {tuple(tensors[key].shape)}" for key in roles.values())
-            raise LoraError(f"{file}: the factors of {place[1]} do not fit together: {shapes}.")
+            raise LoraError(f"{file}: the factors of {module} do not fit together: {shapes}.")
         up = up.reshape(*up.shape[:1], *down.shape[:1], *(1 for _ in down.shape[2:]))
-        factors[place] = Factors(down, up, float(alpha) / down.shape[0])
-    scales = _header_scales(file, header, tensors, factors)
-    parts: dict[str, dict[str, Factors]] = {}
-    for (component, module), layer in factors.items():
-        # kohya: no alpha, or zero, means alpha = rank
-        scale = layer.scale or scales[component, module]
-        parts.setdefault(component, {})[module] = layer._replace(scale=scale)
-    return parts
+        parts.setdefault(component, {})[module] = Factors(down, up, float(alpha) / down.shape[0])
+    return _with_header_scales(parts, file, header, tensors)
 
 
-def _by_layer(file: Path, keys: Iterable[str]) -> dict[Place, dict[str, str]]:
-    """Return the keys of a plain LoRA by layer and role ("down", "up", "alpha")."""
-    layers: dict[Place, dict[str, str]] = {}
+def _by_layer(file: Path, keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the keys of a plain LoRA by layer, (component, module name), and role: "down", "up" or "alpha"."""
+    layers: dict[tuple[str, str], dict[str, str]] = {}
     for key in keys:
         match = _KEY.fullmatch(key)
         if match is None:
@@ -143,16 +133,12 @@ def _by_layer(file: Path, keys: Iterable[str]) -> dict[Place, dict[str, str]]:
             )
         roles = layers.setdefault(locate_module(match["module"]), {})
         if (other := roles.setdefault(str(match.lastgroup), key)) != key:
-            raise LoraError(
-                f"{file}: {other} and {key} are of the same layer: it contains several LoRAs. Separate them."
-            )
+            raise LoraError(f"{file}: {other} and {key} are of one layer: separate the LoRAs that it contains.")
+    if not any(roles.keys() - {"alpha"} for roles in layers.values()):
+        raise LoraError(f"{file}: no LoRA keys.")
     for roles in layers.values():
         if not roles.keys() >= {"down", "up"}:
-            raise LoraError(
-                f"{file}: {next(iter(roles.values()))} is of a layer that has one factor without the other."
-            )
-    if not layers:
-        raise LoraError(f"{file}: no LoRA keys.")
+            raise LoraError(f"{file}: {next(iter(roles.values()))}: its layer has one factor without the other.")
     return layers
 
 
@@ -167,25 +153,30 @@ def _number(file: Path, key: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _header_scales(
-    file: Path, header: Mapping[str, str], keys: Iterable[str], layers: Mapping[Place, Factors]
-) -> dict[Place, float]:
-    """Return the scale of each layer from diffusers' header or peft's adapter_config.json; 1 if there is neither."""
+def _with_header_scales(
+    parts: dict[str, dict[str, Factors]], file: Path, header: Mapping[str, str], keys: Iterable[str]
+) -> dict[str, dict[str, Factors]]:
+    """Return the layers with scales for those without alpha: from diffusers' header, peft's adapter_config.json, or 1.
+
+    Alpha 0 means none, as in kohya's scripts.
+    """
     config = file.with_name("adapter_config.json")
-    peft = [key for key in keys if key.startswith(PEFT)]
     # Keys with an adapter's name are from a network's own state, without settings: other programs read them at scale 1.
-    with_config = bool(peft) and (config.is_file() or not any(map(_ADAPTER_NAME.search, peft)))
+    peft = any(config.is_file() or not _ADAPTER_NAME.search(key) for key in keys if key.startswith(PEFT))
     settings: dict[str, dict[str, Any]] = {}
     try:
-        if with_config:
-            settings[DENOISER] = dict(json.loads(config.read_text(encoding="utf-8")))
-        for key, value in {} if with_config else dict(json.loads(header.get("lora_adapter_metadata", "{}"))).items():
+        text = config.read_text(encoding="utf-8") if peft else header.get("lora_adapter_metadata", "{}")
+        for key, value in json.loads(text).items():
             component, setting = locate_module(key)
             settings.setdefault(component, {})[setting] = value
-        return {place: _scale(settings.get(place[0], {}), place[1], layer.rank) for place, layer in layers.items()}
+        for component, layers in parts.items():
+            for module, layer in layers.items():
+                scale = layer.scale or _scale(settings.get(component, {}), module, layer.rank)
+                layers[module] = layer._replace(scale=scale)
     except (OSError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
-        where = "its adapter_config.json" if with_config else "lora_adapter_metadata in its header"
+        where = "its adapter_config.json" if peft else "lora_adapter_metadata in its header"
         raise LoraError(f"{file}: {where} cannot be read ({complaint(error)}), so its scale is unknown.") from error
+    return parts
 
 
 def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:

@@ -152,11 +152,11 @@ def fit(factors: Mapping[str, Factors], model: nn.Module, path: str | Path) -> d
             )
         weight = getattr(known[name], "weight", None)
         if isinstance(weight, Tensor) and weight.is_floating_point():  # quantized weights have packed shapes
-            kernel, flat = weight.shape[1:], layer.down.flatten(1)
+            kernel, down = weight.shape[1:], layer.down.flatten(1)
             # Some files have convolutions flat, as linear layers.
-            if all(size == 1 for size in layer.down.shape[2:]) and flat.shape[1] == kernel.numel():
+            if all(size == 1 for size in layer.down.shape[2:]) and down.shape[1] == kernel.numel():
                 up = layer.up.reshape(*layer.up.shape[:2], *(1 for _ in kernel[1:]))
-                layer = layer._replace(down=flat.reshape(-1, *kernel), up=up)
+                layer = layer._replace(down=down.reshape(-1, *kernel), up=up)
             change = (layer.up.shape[0], *layer.down.shape[1:])
             if tuple(weight.shape) != change:
                 raise LoraError(

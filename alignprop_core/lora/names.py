@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 
 DENOISER = "denoiser"
-_COMPONENTS = {
+_PREFIXES = {
     "unet.": DENOISER,
     "transformer.": DENOISER,
     "diffusion_model.": DENOISER,
     "model.diffusion_model.": DENOISER,
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
-}
-_KOHYA_COMPONENTS = {
+    # kohya's scripts
     "lora_unet_": DENOISER,
     "lora_transformer_": DENOISER,
     "lora_te_": "text_encoder",
@@ -86,6 +85,14 @@ _ORIGINAL = {
     r"_skip_connection$": "_conv_shortcut",
 }
 
+# Names in files of other versions, and today's.
+_VERSIONS = {
+    r"\.processor\.to_out$": ".to_out.0",  # diffusers before 0.22: attn1.processor.to_q_lora.down
+    r"\.processor\.": ".",
+    r"(encoder\.layers\.\d+\.self_attn)\.to_(q|k|v|out)$": r"\1.\2_proj",
+    r"^encoder\.layers\.": "text_model.encoder.layers.",  # transformers 5 dropped CLIP's outer "text_model"
+}
+
 
 def flatten_name(module: str) -> str:
     """Return kohya's name of a module: `down_blocks.0.attn1.to_q` -> `down_blocks_0_attn1_to_q`."""
@@ -108,20 +115,12 @@ def unflatten_name(flat: str) -> str:
 
 def locate_module(module: str) -> tuple[str, str]:
     """Return (component, module name) of a key without its ending: `lora_te_text_model_...` is a text encoder's."""
-    for prefix, component in _KOHYA_COMPONENTS.items():
-        if module.startswith(prefix):
-            return component, unflatten_name(module.removeprefix(prefix))
-    component, module = DENOISER, module.removeprefix(PEFT)  # no component: saved from the denoiser alone
-    for prefix, named in _COMPONENTS.items():
-        if module.startswith(prefix):
-            component, module = named, module.removeprefix(prefix)
-            break
-    if _ORIGINAL_ROOT.match(module):
+    module = module.removeprefix(PEFT)
+    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
+    # Without a prefix, the file was saved from the denoiser alone.
+    component, module = _PREFIXES.get(prefix, DENOISER), module.removeprefix(prefix)
+    if prefix.startswith("lora_") or _ORIGINAL_ROOT.match(module):
         module = unflatten_name(flatten_name(module))
-    if ".processor." in module:  # diffusers before 0.22: attn1.processor.to_q_lora.down
-        module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
-    if component != DENOISER:
-        module = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", module)  # diffusers before 0.22
-        # transformers 5 dropped CLIP's outer "text_model"; other programs' files need it.
-        module = re.sub(r"^encoder\.layers\.", "text_model.encoder.layers.", module)
+    for earlier, today in _VERSIONS.items():
+        module = re.sub(earlier, today, module)
     return component, module
