@@ -77,12 +77,7 @@ def attach(
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 
     denoiser.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        use_rslora=use_rslora,
-        target_modules=names,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, use_rslora=use_rslora, target_modules=names)
     inject(denoiser, config, ADAPTER, dtype, trainable=True)
     with torch.no_grad():
         for name, layer in layers_of(denoiser, ADAPTER):
@@ -251,9 +246,7 @@ def save(
     """
     network = bare(denoiser)
     width = getattr(getattr(network, "config", None), "cross_attention_dim", None)
-    header = architecture(width, type(network).__name__) | {
-        str(key): str(value) for key, value in (metadata or {}).items()
-    }
+    header = architecture(width, type(network).__name__) | dict(metadata or {})
     lora = LoraFile({DENOISER: current(denoiser)}, component, header)
     write_files(lora, folder, name, formats=formats, title=header.get("modelspec.title"), dtype=dtype)
 

@@ -86,11 +86,9 @@ def write_files(
     header = {**architecture(_text_width(lora.denoiser), lora.component), **lora.header}
     header["modelspec.title"] = title or name
     writers = {"diffusers": (folder / DIFFUSERS_NAME, write_diffusers), "kohya": (folder / file, write_kohya)}
-    written = []
     for path, write in (writers[kind] for kind in formats):
         write(path, networks, metadata=header, dtype=dtype)
-        written.append(path)
-    return written
+    return [writers[kind][0] for kind in formats]
 
 
 def _text_width(factors: Mapping[str, Factors]) -> int | None:

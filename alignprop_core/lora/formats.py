@@ -99,13 +99,9 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             keys = _by_layer(file, opened.keys())
-            tensors = {
-                key: _number(file, key, opened.get_tensor(key)) for roles in keys.values() for key in roles.values()
-            }
+            tensors = {key: _number(file, key, opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise LoraError(
-            f"{file} is not a safetensors file, or it is damaged ({error}). Copy or download it again."
-        ) from error
+        raise LoraError(f"{file} is not a complete safetensors file ({error}). Download it again.") from error
 
     parts: dict[str, dict[str, Factors]] = {}
     for (component, module), roles in keys.items():
@@ -227,8 +223,7 @@ def write_diffusers(
             # peft compares ends of names: these fit CLIP with an outer "text_model" (transformers 4) and without.
             f"{name}.target_modules": sorted(module.removeprefix("text_model.") for module in modules),
         }
-    packed = json.dumps(settings, sort_keys=True)
-    header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": packed}
+    header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     write_atomic(file, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -296,8 +291,6 @@ def _stored(
             up = pad(layer.folded_up(), [0] * (2 * layer.up.ndim - 3) + [extra, 0, 0])
             factors = [factor.detach().to(device="cpu", dtype=dtype).contiguous() for factor in (down, up)]
             if not all(torch.isfinite(factor).all() for factor in factors):
-                raise LoraError(
-                    f"The weight change of {module} is too large for {dtype}: lower the strength or weights."
-                )
+                raise LoraError(f"The change of {module} is too large for {dtype}: lower the strength or weight.")
             stored.append((name, module, factors[0], factors[1]))
     return rank, stored

@@ -119,7 +119,7 @@ def locate_module(module: str) -> tuple[str, str]:
     prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
     # Without a prefix, the file was saved from the denoiser alone.
     component, module = _PREFIXES.get(prefix, DENOISER), module.removeprefix(prefix)
-    if prefix.startswith("lora_") or _ORIGINAL_ROOT.match(module):
+    if "." not in module or _ORIGINAL_ROOT.match(module):
         module = unflatten_name(flatten_name(module))
     for earlier, today in _VERSIONS.items():
         module = re.sub(earlier, today, module)

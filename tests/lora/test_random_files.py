@@ -62,9 +62,7 @@ def files(draw: st.DrawFn) -> bytes:
     if kind == 0:
         return draw(st.binary(max_size=200))
     tensors: dict[str, tuple[str, Sequence[int]]] = {}
-    for start, module, ends, (down, up), dtype, alpha in draw(
-        st.lists(st.sampled_from(LAYERS), min_size=1, max_size=2)
-    ):
+    for start, module, ends, (down, up), dtype, alpha in draw(layers):
         tensors |= {f"{start}{module}{ends[0]}": (dtype, down), f"{start}{module}{ends[1]}": (dtype, up)}
         if alpha is not None:
             tensors[f"{start}{module}.alpha"] = alpha
