@@ -74,7 +74,7 @@ def test_original_names_of_sdxl_become_those_of_diffusers_own_converter(
     sdxl: UNet2DConditionModel, tmp_path: Path
 ) -> None:
     originals = original_names(sdxl)
-    assert len(originals) > 300
+    assert len(originals) > 250
     tensors: dict[str, Tensor] = {}
     for number, original in enumerate(originals.values()):
         key = f"lora_unet_{flatten_name(original)}"
@@ -98,7 +98,7 @@ def test_original_names_of_sdxl_become_those_of_diffusers_own_converter(
     }
     # Earlier versions leave layers outside the blocks with names that no layer has.
     known = {name: number for name, number in theirs.items() if name in originals}
-    assert len(known) > 300
+    assert len(known) > 250
     assert known == {name: found[name] for name in known}
 
 
