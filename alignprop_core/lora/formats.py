@@ -120,11 +120,11 @@ def _by_layer(file: Path, keys: Iterable[str]) -> dict[tuple[str, str], dict[str
     """Return the keys of a plain LoRA by layer, (component, module name), and role: "down", "up" or "alpha"."""
     layers: dict[tuple[str, str], dict[str, str]] = {}
     for key in keys:
-        match = _KEY.fullmatch(key)
+        match = _KEY.fullmatch(key) if key.isprintable() else None
         if match is None:
             kind = next((f" of {kind}" for part, kind in _OTHER_KINDS.items() if part in key), "")
             raise LoraError(
-                f"{file}: cannot use the key {key}{kind}. Only plain LoRA is read (pairs lora_A and lora_B, or "
+                f"{file}: cannot use the key {ascii(key)[1:-1]}{kind}. Only plain LoRA is read (pairs lora_A and lora_B, or "
                 "lora_down and lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
             )
         roles = layers.setdefault(locate_module(match["module"]), {})
