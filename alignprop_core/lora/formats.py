@@ -124,8 +124,8 @@ def _by_layer(file: Path, keys: Iterable[str]) -> dict[tuple[str, str], dict[str
         if match is None:
             kind = next((f" of {kind}" for part, kind in _OTHER_KINDS.items() if part in key), "")
             raise LoraError(
-                f"{file}: cannot use the key {ascii(key)[1:-1]}{kind}. Only plain LoRA is read (pairs lora_A and lora_B, or "
-                "lora_down and lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
+                f"{file}: cannot use the key {ascii(key)[1:-1]}{kind}. Only plain LoRA is read (pairs lora_A and "
+                "lora_B, or lora_down and lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
             )
         roles = layers.setdefault(locate_module(match["module"]), {})
         if (other := roles.setdefault(str(match.lastgroup), key)) != key:
