@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from alignprop_core.errors import LoraError
 from alignprop_core.lora.files import FORMATS, LoraFile, architecture, write_files
-from alignprop_core.lora.formats import DENOISER, Factors, read_lora
+from alignprop_core.lora.formats import Factors, read_lora
 from alignprop_core.lora.layers import (
     activate,
     adapter_names,
@@ -29,6 +29,7 @@ from alignprop_core.lora.layers import (
     layers_of,
     scale_of,
 )
+from alignprop_core.lora.names import DENOISER
 
 ADAPTER = "alignprop"
 """Name of the adapter that is trained."""
@@ -76,23 +77,19 @@ def attach(
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 
     denoiser.requires_grad_(False)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=rank if alpha is None else alpha,
-        use_rslora=use_rslora,
-        target_modules=names,
-    )
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, use_rslora=use_rslora, target_modules=names)
     inject(denoiser, config, ADAPTER, dtype, trainable=True)
     with torch.no_grad():
         for name, layer in layers_of(denoiser, ADAPTER):
             a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+            a.copy_(initial_a(a.shape, seed, name))
+            b.zero_()
             if name in start:
-                a.copy_(start[name].down)
+                # Files are padded to one rank. A keeps its initial value where it is zero, or B would get no gradient.
+                used = start[name].down.flatten(1).any(1)
+                a[used] = start[name].down[used].to(a)
                 # The file's scale goes into B, divided by this adapter's own, so that the product is the file's change.
-                b.copy_(start[name].folded_up() / scale_of(layer, ADAPTER))
-            else:
-                a.copy_(initial_a(a.shape, seed, name))
-                b.zero_()
+                b[:, used] = (start[name].folded_up() / scale_of(layer, ADAPTER))[:, used].to(b)
     return parameters(denoiser)
 
 
@@ -136,7 +133,8 @@ def attach_frozen(
     for part, factors in fitted:
         # alpha = rank for each layer: the scale is folded into B.
         ranks = {f"^{re.escape(module)}": layer.rank for module, layer in factors.items()}
-        config = LoraConfig(target_modules=list(factors), rank_pattern=ranks, alpha_pattern=ranks)
+        targets = "|".join(map(re.escape, factors))  # a pattern of full names; peft would compare a list's with ends
+        config = LoraConfig(target_modules=targets, rank_pattern=ranks, alpha_pattern=ranks)
         inject(part, config, name, dtype, trainable=False)
         with torch.no_grad():
             for module, layer in layers_of(part, name):
@@ -147,10 +145,15 @@ def attach_frozen(
 
 def parameters(denoiser: nn.Module) -> list[nn.Parameter]:
     """Return the trainable parameters: A (rank, in, ...) and B (out, rank, ...) of each layer, in module order."""
-    found: list[nn.Parameter] = []
-    for _, layer in attached(denoiser, ADAPTER):
-        found += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
-    return found
+    return list(_named_parameters(denoiser).values())
+
+
+def _named_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{name}.{factor}": getattr(layer, factor)[ADAPTER].weight
+        for name, layer in attached(denoiser, ADAPTER)
+        for factor in ("lora_A", "lora_B")
+    }
 
 
 def set_strength(denoiser: nn.Module, strength: float, *, name: str = ADAPTER) -> None:
@@ -176,11 +179,7 @@ def disabled(denoiser: nn.Module, *, name: str = ADAPTER) -> Iterator[None]:
 
 def state(denoiser: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trainable adapter's tensors, on the same device in the same dtype, for checkpoints."""
-    tensors: dict[str, Tensor] = {}
-    for name, layer in attached(denoiser, ADAPTER):
-        tensors[f"{name}.lora_A"] = layer.lora_A[ADAPTER].weight.detach().clone()
-        tensors[f"{name}.lora_B"] = layer.lora_B[ADAPTER].weight.detach().clone()
-    return tensors
+    return {key: parameter.detach().clone() for key, parameter in _named_parameters(denoiser).items()}
 
 
 def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -189,9 +188,7 @@ def load_state(denoiser: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         LoraError: names or shapes differ from the attached adapter's; nothing is changed.
     """
-    own: dict[str, Tensor] = {}
-    for name, layer in attached(denoiser, ADAPTER):
-        own |= {f"{name}.lora_A": layer.lora_A[ADAPTER].weight, f"{name}.lora_B": layer.lora_B[ADAPTER].weight}
+    own = _named_parameters(denoiser)
     if odd := sorted(own.keys() ^ tensors.keys()):
         raise LoraError(
             f"The saved adapter has other layers than this one ({odd[0]}): lora.target_modules were different."
@@ -247,14 +244,11 @@ def save(
         LoraError: the name is that of diffusers' file, or contains a folder.
         OutputError: the folder cannot be written to.
     """
-    header = _architecture(bare(denoiser)) | {str(key): str(value) for key, value in (metadata or {}).items()}
+    network = bare(denoiser)
+    width = getattr(getattr(network, "config", None), "cross_attention_dim", None)
+    header = architecture(width, type(network).__name__) | dict(metadata or {})
     lora = LoraFile({DENOISER: current(denoiser)}, component, header)
     write_files(lora, folder, name, formats=formats, title=header.get("modelspec.title"), dtype=dtype)
-
-
-def _architecture(denoiser: nn.Module) -> dict[str, str]:
-    width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
-    return architecture(width if isinstance(width, int) else None, type(denoiser).__name__)
 
 
 def _start_from(path: str | Path, denoiser: nn.Module, rank: int, names: Sequence[str]) -> dict[str, Factors]:

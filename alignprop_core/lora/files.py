@@ -10,7 +10,8 @@ import torch
 
 from alignprop_core.errors import LoraError
 from alignprop_core.locate import DIFFUSERS_NAME
-from alignprop_core.lora.formats import DENOISER, Factors, write_diffusers, write_kohya
+from alignprop_core.lora.formats import Factors, write_diffusers, write_kohya
+from alignprop_core.lora.names import DENOISER
 
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""
@@ -43,15 +44,15 @@ class LoraFile:
         return self.parts[DENOISER]
 
 
-def architecture(width: int | None, otherwise: str) -> dict[str, str]:
+def architecture(width: object, otherwise: str) -> dict[str, str]:
     """Return the header entries for an architecture.
 
     Args:
-        width: width of the text embeddings that the denoiser reads; None if it is not known.
+        width: width of the text embeddings that the denoiser reads; anything but a number if it is not known.
         otherwise: name of the architecture if the width is not that of a known one.
     """
-    other = {"modelspec.architecture": f"{otherwise}/lora"}
-    return dict(_ARCHITECTURES.get(width, other) if width is not None else other)
+    known = _ARCHITECTURES.get(width) if isinstance(width, int) else None
+    return dict(known or {"modelspec.architecture": f"{otherwise}/lora"})
 
 
 def write_files(
@@ -85,11 +86,9 @@ def write_files(
     header = {**architecture(_text_width(lora.denoiser), lora.component), **lora.header}
     header["modelspec.title"] = title or name
     writers = {"diffusers": (folder / DIFFUSERS_NAME, write_diffusers), "kohya": (folder / file, write_kohya)}
-    written = []
     for path, write in (writers[kind] for kind in formats):
         write(path, networks, metadata=header, dtype=dtype)
-        written.append(path)
-    return written
+    return [writers[kind][0] for kind in formats]
 
 
 def _text_width(factors: Mapping[str, Factors]) -> int | None:

@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,40 +19,34 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 
 from alignprop_core._files import write_atomic
-from alignprop_core.errors import LoraError
+from alignprop_core.errors import LoraError, complaint
 from alignprop_core.locate import find_lora
+from alignprop_core.lora.names import PEFT, flatten_name, locate_module
 
-DENOISER = "denoiser"
-_COMPONENTS = {
-    "unet.": DENOISER,
-    "transformer.": DENOISER,
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
-_KOHYA_COMPONENTS = {
-    "lora_unet_": DENOISER,
-    "lora_transformer_": DENOISER,
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-}
-_PEFT = "base_model.model."  # peft's own files
-_FACTOR = re.compile(r"(?P<module>.+?)[._]lora(?:_linear_layer)?[._](?P<role>A|B|down|up)\.weight")
-
-# Module names that contain an underscore: kohya's flattened names use it in place of dots, too.
-_COMPOUNDS = re.findall(
-    r"\w+",
-    """down_blocks up_blocks mid_block transformer_blocks single_transformer_blocks ff_context
-    to_q to_k to_v to_out to_add_out add_q_proj add_k_proj add_v_proj proj_in proj_out proj_mlp
-    conv_in conv_out conv_shortcut linear_1 linear_2 time_embedding add_embedding time_emb_proj time_text_embed
-    timestep_embedder guidance_embedder text_embedder context_embedder x_embedder pos_embed norm_out norm1_context
-    encoder_hid_proj text_model self_attn q_proj k_proj v_proj out_proj text_projection""",
+_KEY = re.compile(
+    r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A(\.[^.]+)?)|(?P<up>up|B(\.[^.]+)?))\.weight"
+    r"|\.(?P<alpha>alpha))"
 )
-_FLATTENED = re.compile(  # whole parts between dots, the longest first
-    r"(?<![^.])(" + "|".join(sorted((c.replace("_", r"\.") for c in _COMPOUNDS), key=len, reverse=True)) + r")(?![^.])"
-)
+_ADAPTER_NAME = re.compile(r"\.lora_[AB]\.[^.]+\.weight$")
+_OTHER_KINDS = {  # parts of keys of what is not a plain LoRA
+    "dora_scale": "a DoRA",
+    "lora_magnitude_vector": "a DoRA",
+    "hada_": "a LoHa",
+    "lokr_": "a LoKr",
+    "lora_mid": "a LoCon with a core tensor",
+    "on_input": "an IA3 adapter",
+    "emb_params": "a textual inversion",
+    "clip_l": "a textual inversion",
+    "clip_g": "a textual inversion",
+    "first_stage_model.": "a complete checkpoint",
+    "cond_stage_model.": "a complete checkpoint",
+    "input_blocks.": "a complete checkpoint or denoiser",
+    "down_blocks.": "a complete denoiser",
+    "transformer_blocks.": "a complete denoiser",
+}
 
 
 class Factors(NamedTuple):
@@ -85,16 +78,6 @@ class Factors(NamedTuple):
         return product.reshape(self.up.shape[0], *self.down.shape[1:])
 
 
-def flatten_name(module: str) -> str:
-    """Return kohya's name of a module: `down_blocks.0.attn1.to_q` -> `down_blocks_0_attn1_to_q`."""
-    return module.replace(".", "_")
-
-
-def unflatten_name(flat: str) -> str:
-    """Return the inverse of `flatten_name`, for modules of diffusers' denoisers and CLIP text encoders."""
-    return _FLATTENED.sub(lambda match: match[0].replace(".", "_"), flat.replace("_", "."))
-
-
 def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     """Read a LoRA of either format.
 
@@ -115,83 +98,93 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
-            tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            keys = _by_layer(file, opened.keys())
+            tensors = {key: _number(file, key, opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise LoraError(f"{file} is not a complete safetensors file ({error}). Copy or save it again.") from error
+        raise LoraError(f"{file} is not a complete safetensors file ({error}). Download it again.") from error
 
-    down: dict[tuple[str, str], Tensor] = {}
-    up: dict[tuple[str, str], Tensor] = {}
-    alpha: dict[tuple[str, str], float] = {}
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise LoraError(f"{file}: {key} contains NaN or infinity: the training that wrote it diverged.")
-        if match := _FACTOR.fullmatch(key):
-            (down if match["role"] in ("A", "down") else up)[_place(match["module"])] = tensor
-        elif key.endswith(".alpha") and tensor.numel() == 1:
-            alpha[_place(key.removesuffix(".alpha"))] = float(tensor)
-        else:
-            raise LoraError(
-                f"{file}: cannot use the key {key}. Only plain LoRA is read (pairs lora_A and lora_B, or lora_down and "
-                "lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
-            )
-    if not down or down.keys() != up.keys():
-        odd = sorted(module for _, module in down.keys() ^ up.keys())
-        raise LoraError(f"{file}: " + (f"{odd[0]} has one factor without the other." if odd else "no LoRA keys."))
-
-    settings = _settings(file, header, peft=any(key.startswith(_PEFT) for key in tensors))
     parts: dict[str, dict[str, Factors]] = {}
-    for place, a in down.items():
-        component, module = place
-        if up[place].ndim != a.ndim or up[place].shape[1] != a.shape[0] or a.shape[0] == 0:
-            raise LoraError(f"{file}: the factors of {module} do not fit together: {a.shape} and {up[place].shape}.")
-        if alpha.get(place):  # kohya: none or zero means alpha = rank
-            scale = alpha[place] / a.shape[0]
-        else:
-            scale = _header_scale(settings.get(component, {}), module, a.shape[0])
-        parts.setdefault(component, {})[module] = Factors(a, up[place], scale)
+    for (component, module), roles in keys.items():
+        down, up = tensors[roles["down"]], tensors[roles["up"]]
+        alpha = tensors.get(roles.get("alpha", ""), torch.zeros(1))
+        small = min(down.ndim, up.ndim) < 2 or not down.numel() or not up.numel() or alpha.numel() != 1
+        if small or up.numel() != up.shape[0] * down.shape[0]:
+            shapes = ", ".join(f"{key} is {tuple(tensors[key].shape)}" for key in roles.values())
+            raise LoraError(f"{file}: the factors of {module} do not fit together: {shapes}.")
+        up = up.reshape(*up.shape[:1], *down.shape[:1], *(1 for _ in down.shape[2:]))
+        parts.setdefault(component, {})[module] = Factors(down, up, float(alpha) / down.shape[0])
+    return _with_header_scales(parts, file, header, tensors)
+
+
+def _by_layer(file: Path, keys: Iterable[str]) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the keys of a plain LoRA by layer, (component, module name), and role: "down", "up" or "alpha"."""
+    layers: dict[tuple[str, str], dict[str, str]] = {}
+    for key in keys:
+        match = _KEY.fullmatch(key) if key.isprintable() else None
+        if match is None:
+            kind = next((f" of {kind}" for part, kind in _OTHER_KINDS.items() if part in key), "")
+            raise LoraError(
+                f"{file}: cannot use the key {ascii(key)[1:-1]}{kind}. Only plain LoRA is read (pairs lora_A and "
+                "lora_B, or lora_down and lora_up, with alpha), not DoRA, LoHa, LoKr or biases."
+            )
+        roles = layers.setdefault(locate_module(match["module"]), {})
+        if (other := roles.setdefault(str(match.lastgroup), key)) != key:
+            raise LoraError(f"{file}: {other} and {key} are of one layer: separate the LoRAs that it contains.")
+    if not any(roles.keys() - {"alpha"} for roles in layers.values()):
+        raise LoraError(f"{file}: no LoRA keys.")
+    for roles in layers.values():
+        if not roles.keys() >= {"down", "up"}:
+            raise LoraError(f"{file}: {next(iter(roles.values()))}: its layer has one factor without the other.")
+    return layers
+
+
+def _number(file: Path, key: str, tensor: Tensor) -> Tensor:
+    """Return a tensor to compute with: torch has no arithmetic on 8-bit floating-point numbers."""
+    whole = tensor.dtype in (torch.int32, torch.int64) and key.endswith(".alpha")
+    if not (tensor.is_floating_point() or whole) or "float4" in str(tensor.dtype):
+        raise LoraError(f"{file}: {key} is {tensor.dtype}; a LoRA's are floating-point numbers of 8 bits or more.")
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    if not torch.isfinite(tensor).all():
+        raise LoraError(f"{file}: {key} contains NaN or infinity: the training that wrote it diverged.")
+    return tensor
+
+
+def _with_header_scales(
+    parts: dict[str, dict[str, Factors]], file: Path, header: Mapping[str, str], keys: Iterable[str]
+) -> dict[str, dict[str, Factors]]:
+    """Return the layers with scales for those without alpha: from diffusers' header, peft's adapter_config.json, or 1.
+
+    Alpha 0 means none, as in kohya's scripts.
+    """
+    config = file.with_name("adapter_config.json")
+    # Keys with an adapter's name are from a network's own state, without settings: other programs read them at scale 1.
+    peft = any(config.is_file() or not _ADAPTER_NAME.search(key) for key in keys if key.startswith(PEFT))
+    settings: dict[str, dict[str, Any]] = {}
+    try:
+        text = config.read_text(encoding="utf-8") if peft else header.get("lora_adapter_metadata", "{}")
+        for key, value in json.loads(text).items():
+            component, setting = locate_module(key)
+            settings.setdefault(component, {})[setting] = value
+        for component, layers in parts.items():
+            for module, layer in layers.items():
+                scale = layer.scale or _scale(settings.get(component, {}), module, layer.rank)
+                layers[module] = layer._replace(scale=scale)
+    except (OSError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, re.error) as error:
+        where = "its adapter_config.json" if peft else "lora_adapter_metadata in its header"
+        raise LoraError(f"{file}: {where} cannot be read ({complaint(error)}), so its scale is unknown.") from error
     return parts
 
 
-def _place(module: str) -> tuple[str, str]:
-    """Return the (component, module name) of a key."""
-    for prefix, component in _KOHYA_COMPONENTS.items():
-        if module.startswith(prefix):
-            return component, unflatten_name(module.removeprefix(prefix))
-    component, module = DENOISER, module.removeprefix(_PEFT)  # no component: saved from the denoiser alone
-    for prefix, named in _COMPONENTS.items():
-        if module.startswith(prefix):
-            component, module = named, module.removeprefix(prefix)
-            break
-    if ".processor." in module:  # diffusers before 0.22: attn1.processor.to_q_lora.down
-        module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor.", "."))
-    return component, module
-
-
-def _settings(file: Path, header: Mapping[str, str], *, peft: bool) -> dict[str, dict[str, Any]]:
-    """Return {"denoiser": {"lora_alpha": 16, ...}, ...} from the header, or from peft's adapter_config.json."""
-    try:
-        if peft:
-            return {DENOISER: json.loads(file.with_name("adapter_config.json").read_text(encoding="utf-8"))}
-        settings: dict[str, dict[str, Any]] = {}
-        for key, value in json.loads(header.get("lora_adapter_metadata", "{}")).items():
-            component, setting = _place(key)
-            settings.setdefault(component, {})[setting] = value
-        return settings
-    except (OSError, ValueError, AttributeError) as error:
-        where = "its adapter_config.json" if peft else "lora_adapter_metadata in its header"
-        raise LoraError(f"{file}: {where} cannot be read ({error}), so its scale is unknown.") from error
-
-
-def _header_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return the scale of a layer as peft computes it from its settings; 1 if there are none."""
-    if "lora_alpha" not in settings:
-        return 1.0
-    alpha = float(settings["lora_alpha"])
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
+    """Return the scale of a layer as peft computes it."""
+    # Files by transformers 5 name CLIP's layers without "text_model".
+    names = (module, module.removeprefix("text_model."))
+    patterns = (settings.get("alpha_pattern") or {}).items()
+    own = (value for key, value in patterns if any(re.match(rf"(.*\.)?({key})$", name) for name in names))
+    alpha = next(own, settings.get("lora_alpha", rank))
+    if not math.isfinite(alpha):
+        raise ValueError(f"lora_alpha is {alpha}")
+    return float(alpha) / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def write_diffusers(
@@ -215,25 +208,22 @@ def write_diffusers(
     Raises:
         OutputError: the file cannot be written.
     """
+    rank, layers = _stored(networks, dtype)
     tensors: dict[str, Tensor] = {}
+    for name, module, down, up in layers:
+        tensors |= {f"{name}.{module}.lora_A.weight": down, f"{name}.{module}.lora_B.weight": up}
     settings: dict[str, Any] = {}
-    for name, layers in networks.items():
-        for module, layer in layers.items():
-            tensors[f"{name}.{module}.lora_A.weight"] = _stored(layer.down, dtype)
-            tensors[f"{name}.{module}.lora_B.weight"] = _stored(layer.folded_up(), dtype)
-        # peft's settings name the most frequent rank; layers with another one are listed as patterns.
-        rank = Counter(layer.rank for layer in layers.values()).most_common(1)[0][0]
-        others = {f"^{re.escape(module)}": layer.rank for module, layer in layers.items() if layer.rank != rank}
+    for name, modules in networks.items():
         settings |= {
             f"{name}.r": rank,
             f"{name}.lora_alpha": rank,
             f"{name}.use_rslora": False,
-            f"{name}.rank_pattern": others,
-            f"{name}.alpha_pattern": others,
-            f"{name}.target_modules": sorted(layers),
+            f"{name}.rank_pattern": {},
+            f"{name}.alpha_pattern": {},
+            # peft compares ends of names: these fit CLIP with an outer "text_model" (transformers 4) and without.
+            f"{name}.target_modules": sorted(module.removeprefix("text_model.") for module in modules),
         }
-    packed = json.dumps(settings, sort_keys=True)
-    header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": packed}
+    header = {**(metadata or {}), "format": "pt", "lora_adapter_metadata": json.dumps(settings, sort_keys=True)}
     write_atomic(file, safetensors.torch.save(tensors, metadata=header))
 
 
@@ -258,18 +248,14 @@ def write_kohya(
     Raises:
         OutputError: the file cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
+    rank, layers = _stored(networks, dtype)
     # A single text encoder has no number in this layout.
     encoders = {"text_encoder": "te1" if "text_encoder_2" in networks else "te", "text_encoder_2": "te2"}
-    ranks: set[int] = set()
-    for name, layers in networks.items():
-        for module, layer in layers.items():
-            key = f"lora_{encoders.get(name, name)}_{flatten_name(module)}"
-            tensors[f"{key}.lora_down.weight"] = _stored(layer.down, dtype)
-            tensors[f"{key}.lora_up.weight"] = _stored(layer.folded_up(), dtype)
-            tensors[f"{key}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
-            ranks.add(layer.rank)
-    rank = str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+    tensors: dict[str, Tensor] = {}
+    for name, module, down, up in layers:
+        key = f"lora_{encoders.get(name, name)}_{flatten_name(module)}"
+        tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank), dtype=dtype)
     header = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-v1/lora",
@@ -277,8 +263,8 @@ def write_kohya(
         "modelspec.title": file.stem,
         "modelspec.date": datetime.now(UTC).isoformat(timespec="seconds"),
         "ss_network_module": "networks.lora",
-        "ss_network_dim": rank,
-        "ss_network_alpha": rank,
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": str(rank),
         **(metadata or {}),
     }
     plain = safetensors.torch.save(tensors)
@@ -288,5 +274,23 @@ def write_kohya(
     write_atomic(file, safetensors.torch.save(tensors, metadata=header))
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+def _stored(
+    networks: Mapping[str, Mapping[str, Factors]], dtype: torch.dtype
+) -> tuple[int, list[tuple[str, str, Tensor, Tensor]]]:
+    """Return the file's rank, and (network, module name, A, scale * B) of each layer as stored.
+
+    All layers have the largest rank, by zeros at the end of A and B: diffusers takes one alpha for all layers of a file
+    in kohya's layout, so only files with one rank have the right scale in every program.
+    """
+    rank = max(layer.rank for layers in networks.values() for layer in layers.values())
+    stored = []
+    for name, layers in networks.items():
+        for module, layer in layers.items():
+            extra = rank - layer.rank
+            down = pad(layer.down, [0] * (2 * layer.down.ndim - 1) + [extra])  # pairs, the last dimension first
+            up = pad(layer.folded_up(), [0] * (2 * layer.up.ndim - 3) + [extra, 0, 0])
+            factors = [factor.detach().to(device="cpu", dtype=dtype).contiguous() for factor in (down, up)]
+            if not all(torch.isfinite(factor).all() for factor in factors):
+                raise LoraError(f"The change of {module} is too large for {dtype}: lower the strength or weight.")
+            stored.append((name, module, factors[0], factors[1]))
+    return rank, stored

@@ -17,7 +17,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from alignprop_core.errors import LoraError, did_you_mean
-from alignprop_core.lora.formats import Factors, flatten_name
+from alignprop_core.lora.formats import Factors
+from alignprop_core.lora.names import flatten_name
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -150,12 +151,17 @@ def fit(factors: Mapping[str, Factors], model: nn.Module, path: str | Path) -> d
                 f"it was made for another kind of model.{did_you_mean(module, known)}"
             )
         weight = getattr(known[name], "weight", None)
-        change = (layer.up.shape[0], *layer.down.shape[1:])
-        plain = isinstance(weight, Tensor) and weight.is_floating_point()  # quantized weights have packed shapes
-        if isinstance(weight, Tensor) and plain and tuple(weight.shape) != change:
-            raise LoraError(
-                f"{path} does not fit this model: {module} changes weights of shape {change}, and they are "
-                f"{tuple(weight.shape)} here. It was made for another base model."
-            )
+        if isinstance(weight, Tensor) and weight.is_floating_point():  # quantized weights have packed shapes
+            kernel, down = weight.shape[1:], layer.down.flatten(1)
+            # Some files have convolutions flat, as linear layers.
+            if all(size == 1 for size in layer.down.shape[2:]) and down.shape[1] == kernel.numel():
+                up = layer.up.reshape(*layer.up.shape[:2], *(1 for _ in kernel[1:]))
+                layer = layer._replace(down=down.reshape(-1, *kernel), up=up)
+            change = (layer.up.shape[0], *layer.down.shape[1:])
+            if tuple(weight.shape) != change:
+                raise LoraError(
+                    f"{path} does not fit this model: {module} changes weights of shape {change}, and they are "
+                    f"{tuple(weight.shape)} here. It was made for another base model."
+                )
         fitted[name] = layer
     return fitted

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from alignprop_core.errors import LoraError, OutputError
 from alignprop_core.locate import DIFFUSERS_NAME
 from alignprop_core.lora import adapters as lora
-from alignprop_core.lora.formats import flatten_name, read_lora, unflatten_name
+from alignprop_core.lora.formats import read_lora
 from alignprop_core.lora.layers import adaptable
+from alignprop_core.lora.names import flatten_name, unflatten_name
 from tests.support.tiny import tiny_sd
 
 SCALES = [

@@ -14,6 +14,7 @@ from alignprop_core.cli import common
 
 if TYPE_CHECKING:
     from alignprop_core.lora.files import LoraFile
+    from alignprop_lora.merging import Merged
 
 _LORA = typer.Argument(help="A LoRA file in diffusers' or kohya's format, a LoRA folder or a run folder.")
 _OUTPUT = typer.Option(..., help="Output folder for the diffusers file and the kohya file NAME.safetensors.")
@@ -136,8 +137,7 @@ def merge(
         result = merged(read, factors, rank=rank, names=names)
         _write(result.lora, folder, file)
         if rank is not None:
-            largest = f"; at most {result.max_error:.2%}, in {result.max_error_layer}" if result.max_error_layer else ""
-            common.print_facts([("error", f"{result.error:.2%} of the exact weight change{largest}")])
+            common.print_facts([("rank limit", _approximation(result))])
 
 
 def fuse(
@@ -159,7 +159,7 @@ def fuse(
         raise UserError(f"--output {output} exists already and is not empty; choose another folder.")
     from alignprop_lora.reading import read_file
 
-    read = read_file(lora)
+    read = read_file(lora, portable=False)
     with common.status("loading the model"):
         import torch
 
@@ -174,8 +174,18 @@ def fuse(
         [
             ("model", str(output)),
             ("layers changed", str(result.layers)),
-            ("rounding error", f"{result.rounding_error:.2g} of the weight change, in {precision}"),
+            ("rounding", f"{precision} differs from the exact weight change by {result.rounding_error:.2%} of it"),
         ]
+    )
+
+
+def _approximation(merged: Merged) -> str:
+    """Describe what a rank limit leaves out, which is the user's choice and not a failure."""
+    if not merged.max_error_layer:
+        return "leaves nothing out: the merge is exact"
+    return (
+        f"the weight change differs from the exact merge's by {merged.error:.2%} "
+        f"(at most {merged.max_error:.2%}, in {merged.max_error_layer}); a higher --rank is closer, no --rank is exact"
     )
 
 

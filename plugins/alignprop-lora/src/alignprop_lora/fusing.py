@@ -15,8 +15,8 @@ from torch import nn
 from alignprop_core._files import cannot_write
 from alignprop_core.errors import LoraError
 from alignprop_core.lora.files import LoraFile
-from alignprop_core.lora.formats import DENOISER
 from alignprop_core.lora.layers import adaptable, fit
+from alignprop_core.lora.names import DENOISER
 
 
 @dataclass(frozen=True)

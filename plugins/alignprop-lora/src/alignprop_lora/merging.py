@@ -125,12 +125,22 @@ def _data(value: str) -> object:
 
 def _join(name: str, together: Sequence[Factors]) -> Factors:
     """Return factors of the sum of weight changes: concatenate the rows of A and the columns of B."""
+    # A convolution of 1x1 may be stored as a linear layer, in one file and not in the other.
+    most = max(layer.down.ndim for layer in together)
+    together = [_with_kernel(layer, most) for layer in together]
     shapes = {(layer.up.shape[0], *layer.down.shape[1:]) for layer in together}
     if len(shapes) > 1:
         listed = " and ".join(str(tuple(shape)) for shape in sorted(shapes))
         raise LoraError(f"These LoRAs are for different models: {name} has weights of shapes {listed}.")
     downs = [layer.down.double() for layer in together]
     return Factors(torch.cat(downs, 0), torch.cat([layer.folded_up() for layer in together], 1))
+
+
+def _with_kernel(layer: Factors, dimensions: int) -> Factors:
+    ones = (1,) * (dimensions - layer.down.ndim)
+    return layer._replace(
+        down=layer.down.reshape(*layer.down.shape, *ones), up=layer.up.reshape(*layer.up.shape, *ones)
+    )
 
 
 def _truncate(lora: LoraFile, rank: int) -> Merged:
