@@ -97,6 +97,15 @@ class Reward(nn.Module, ABC):
             PromptError: `score` cannot use the prompt.
         """
 
+    def describe_preprocessing(self) -> Mapping[str, Any]:
+        """Describe what `score` does to the images before its network, for `rewards show NAME --options`.
+
+        Returns:
+            A short label for each fact, such as `{"resize": "224 x 224, bicubic", "mean": (0.5, 0.5, 0.5)}`; values
+            are strings, numbers or lists. The default is empty: not described.
+        """
+        return {}
+
     def forward(self, batch: ImageBatch) -> Tensor:
         """Return `score(batch)`; exists so that torch module hooks work."""
         return self.score(batch)

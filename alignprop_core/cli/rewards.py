@@ -11,11 +11,14 @@ import typer
 
 from alignprop_core.cli import common, reward_check, reward_new
 from alignprop_core.cli.extensions import ExtensibleGroup
+from alignprop_core.errors import RewardError, WeightsError, did_you_mean
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
     from alignprop_core.registry.offers import Offer
     from alignprop_core.specs import RewardSpec, WeightsFile
+
+_OPTIONS_HELP = "An option; can be repeated. Loads the reward with these options and prints its image preprocessing."
 
 app = typer.Typer(cls=ExtensibleGroup, help="List, show, check, create and fetch rewards.", no_args_is_help=True)
 app.command("check")(reward_check.check)
@@ -48,17 +51,28 @@ def list_rewards(json: bool = common.JSON_OPTION) -> None:
 
 
 @app.command("show")
-def show(name: str = typer.Argument(help="A reward's name."), json: bool = common.JSON_OPTION) -> None:
+def show(
+    name: str = typer.Argument(help="A reward's name."),
+    given: list[str] = typer.Option([], "--options", "--option", "-o", metavar="KEY=VALUE", help=_OPTIONS_HELP),
+    json: bool = common.JSON_OPTION,
+) -> None:
     """Show a reward: what it measures, its options, weights and licenses, and YAML to paste into a run config."""
     from alignprop_core.cli.options import options_of
-    from alignprop_core.registry.registry import default_registry
+    from alignprop_core.config.input import apply_overrides
+    from alignprop_core.registry.registry import build, default_registry
 
     registry = default_registry()
     offer = registry.reward(name)
     kind = registry.reward_config_class(name)
     options = options_of(kind)
+    preprocessing: dict[str, Any] = {}
+    if given:
+        common.quiet_libraries()
+        reward = registry.load_reward(name, apply_overrides({}, given)[0])
+        described = build(offer, lambda: dict(reward.describe_preprocessing()), RewardError)
+        preprocessing = described or {"images": "not described by this reward"}
     if json:
-        data = _as_json(offer, False)
+        data = _as_json(offer, False) | ({"preprocessing": preprocessing} if given else {})
         del data["conflict"]
         data["options"] = [asdict(option) for option in options]
         common.print_json({**data, "options_schema": kind.model_json_schema(), "yaml": snippet(name, offer, options)})
@@ -77,6 +91,7 @@ def show(name: str = typer.Argument(help="A reward's name."), json: bool = commo
         ("citation", spec.citation),
         *(("weights", _weights(file)) for file in spec.weights),
         ("weight sets", ", ".join(sets)),
+        *((f"preprocessing: {label}", str(value)) for label, value in preprocessing.items()),
     ]
     out = common.console()
     out.print(spec.name, style="bold", end="")
@@ -127,7 +142,6 @@ def fetch(
 
 def _files_of(name: str, only: str) -> list[WeightsFile]:
     """Return the weight files of a reward, or the file of a hub: name."""
-    from alignprop_core.errors import WeightsError, did_you_mean
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.weights import parse_hub_file
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import OutputError, RewardError
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import RewardConfig
-from tests.support.fake_plugins import install, outside_a_terminal, reward_spec, rewards_hook
+from tests.support.fake_plugins import REWARD, install, outside_a_terminal, reward_spec, rewards_hook
 
 
 @pytest.fixture
@@ -141,6 +143,28 @@ def test_rewards_show_prints_facts_options_and_yaml(site: Path, capsys: pytest.C
     }
     assert data["options_schema"]["properties"]["quality"]["maximum"] == 95
     assert "fake_red.reward" not in sys.modules
+
+
+def test_rewards_show_with_options_prints_the_preprocessing_of_the_loaded_reward(
+    site: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = run(capsys, "rewards", "show", "redness", "--options", "quality=7")
+    assert "not described by this reward" in out
+    code = "    def describe_preprocessing(self):\n        return {}\n"
+    described = '{"resize": f"{self.config.size[0]} px, bicubic", "std": [0.5, 0.5, 0.5]}'
+    (site / "fake_red" / "reward.py").write_text(REWARD.format(package="fake_red") + code.format(described))
+    del sys.modules["fake_red.reward"]
+    importlib.invalidate_caches()
+    arguments = ("rewards", "show", "redness", "--options", "size=[9, 9]", "-o", "quality=7")
+    assert run_json(capsys, *arguments)["preprocessing"] == {"resize": "9 px, bicubic", "std": [0.5, 0.5, 0.5]}
+    out, _ = run(capsys, *arguments)
+    assert re.search(r"preprocessing: resize +9 px, bicubic *\n", out)
+    _, err = run(capsys, "rewards", "show", "redness", "--options", "quality=700", code=2)
+    assert "quality" in err
+    (site / "fake_red" / "reward.py").write_text(REWARD.format(package="fake_red") + code.format("5  # no mapping"))
+    del sys.modules["fake_red.reward"]
+    _, err = run(capsys, *arguments, code=1)
+    assert "fake-red" in err
 
 
 @pytest.mark.parametrize("name", ["redness", "true_redness"])
