@@ -232,7 +232,10 @@ def test_a_stored_setting_that_is_not_supported_is_refused_by_its_key(
 
 
 # Larger towers are of the same kinds.
-LARGE = "-L -E-14 -H- -g -e-14 bigG SO400M XL large _w RN50x16 RN50x64 336 384 512".split()
+LARGE = (
+    *("-L", "-E-14", "-H-", "-g", "-e-14", "bigG", "SO400M", "XL", "large", "_w", "RN50x16", "RN50x64"),
+    *("336", "384", "512"),
+)
 SMALL = [name for name in open_clip.list_models() if supported(name) and not any(part in name for part in LARGE)]
 
 
