@@ -240,6 +240,11 @@ def test_a_model_is_built_by_name_without_memory_and_without_a_checkpoint(name: 
     assert architecture.preprocess.resize == theirs["resize_mode"]
 
 
+def test_a_hybrid_model_which_timm_runs_while_building_it_is_built() -> None:
+    network = Architecture.from_name("ViTamin-S").build_empty()
+    assert sum(parameter.numel() for parameter in network.parameters()) == 62_469_185
+
+
 def test_model_names_are_open_clips_and_wrong_names_get_a_suggestion() -> None:
     assert Architecture.from_name("ViT-L/14").config == Architecture.from_name("ViT-L-14").config
     assert Architecture.from_name("ViT-L-14", quick_gelu=True).config == {

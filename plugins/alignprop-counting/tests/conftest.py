@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from transformers import (
     RTDetrForObjectDetection,
     RTDetrResNetConfig,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))  # helper modules of this folder
 
 NAMES = ("cat", "dog", "fox", "bird", "traffic light")
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}

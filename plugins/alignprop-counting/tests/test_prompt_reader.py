@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from alignprop_counting.coco import COCO_NAMES, DETR_NAMES
-from alignprop_counting.prompt_reader import read_number, read_prompt
+from alignprop_counting.phrases import read_number
+from alignprop_counting.prompt_reader import read_prompt
 from alignprop_counting.vocabulary import Vocabulary, plurals
 
 ANIMALS = Vocabulary(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from labelled_prompts import READ, REFUSED
 
 from alignprop_core.errors import ConfigError, PromptError
 from alignprop_counting.coco import COCO_NAMES
@@ -182,3 +184,23 @@ def test_prompts_of_the_prompt_sets_agree_with_their_metadata(name: str) -> None
     by_metadata = RequestReader(ObjectCountConfig(source="metadata"), vocabulary)
     for prompt, metadata in zip(found.prompts, found.metadata, strict=True):
         assert counted(by_prompt, prompt, metadata) == counted(by_metadata, prompt, metadata)
+
+
+def test_labelled_prompts_are_read_rightly_or_refused_with_the_words_that_are_not_clear() -> None:
+    coco = RequestReader(ObjectCountConfig(), Vocabulary(COCO_NAMES))
+    for prompt, expected in READ.items():
+        found = coco.read(prompt, {}, counts=True)
+        assert {COCO_NAMES[request.class_id]: request.count for request in found} == expected, prompt
+    for prompt in REFUSED:
+        with pytest.raises(PromptError) as caught:
+            coco.read(prompt, {}, counts=True)
+        quoted = re.search(r'how many \(".*?"\) with "(.*?)"\. Write', str(caught.value))
+        assert "names no class" in str(caught.value) or (quoted and quoted[1] and quoted[1] in prompt), prompt
+
+
+def test_a_word_that_is_nearly_a_class_is_refused_beside_other_classes() -> None:
+    coco = RequestReader(ObjectCountConfig(), Vocabulary(COCO_NAMES))
+    with pytest.raises(PromptError, match=r'how many \("giraffe"\) with "giraffs"'):
+        counted(coco, "five giraffs and a zebra")
+    for prompt in ("two dogs with a bandana", "a skateboarder and two dogs", "two dogs near a brook"):
+        assert [request.count for request in counted(coco, prompt)] == [2]

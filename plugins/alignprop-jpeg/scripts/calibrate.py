@@ -2,6 +2,7 @@
 
     python plugins/alignprop-jpeg/scripts/calibrate.py                      accuracy tables
     python plugins/alignprop-jpeg/scripts/calibrate.py --margins 1.0 1.25   choose ZERO_MARGIN, the calibrated constant
+    python plugins/alignprop-jpeg/scripts/calibrate.py --saved              images that were JPEG files before
     python plugins/alignprop-jpeg/scripts/calibrate.py --image out.webp     optimize the pixels of a photograph
 
 Needs `pip install -e "plugins/alignprop-jpeg[dev]"`. The images are crops of the photographs in scikit-image and
@@ -24,7 +25,7 @@ from alignprop_jpeg.size_model import ZERO_MARGIN, jpeg_size
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the tests measure accuracy with the same functions
 
-from jpeg_accuracy import QUALITIES, Accuracy, Decrease, crops, photographs, scenes, simplified, true_size
+from jpeg_accuracy import QUALITIES, Accuracy, Decrease, crops, photographs, reopened, scenes, simplified, true_size
 
 CROPS = {64: 6, 128: 4, 256: 2, 512: 1}
 """Size in pixels -> crops per photograph that is large enough."""
@@ -85,6 +86,22 @@ def margins(sets: Sequence[tuple[str, Tensor]], values: Sequence[float]) -> Iter
             yield f"| {value:.2f} | {quality} | {fmean(biases):+.2%} | {fmean(ratios):.3f} |"
 
 
+@torch.no_grad()
+def saved_before(qualities: Sequence[int] = (30, 50, 75, 90, 95)) -> Iterator[str]:
+    """Yield a table of bias for photographs that were JPEG files, on their own block grid and shifted off it."""
+    yield "| saved at | " + " | ".join(f"quality {quality}" for quality in qualities) + " | shifted by 3 px |"
+    yield "| --- |" + " --- |" * (len(qualities) + 1)
+    images = crops(256, 1)
+    for before in qualities:
+        biases = []
+        for shift in (0, 3):
+            again = reopened(images, before, shift)
+            biases.append([Accuracy.of(jpeg_size(again, q), true_size(again, q)).bias for q in qualities])
+        own, off = biases
+        cells = [f"{bias:+.1%}" for bias in own]
+        yield f"| {before} | {' | '.join(cells)} | {min(off):+.1%} to {max(off):+.1%} |"
+
+
 def optimize(images: Tensor, sign: int, steps: int = 60, rate: float = 1.5 / 255, quality: int = 95) -> Tensor:
     """Optimize pixels (B, 3, H, W) directly with Adam: sign -1 makes the files smaller, +1 larger."""
     pixels = images.clone().requires_grad_()
@@ -109,10 +126,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--margins", type=float, nargs="+", help="values of ZERO_MARGIN to compare")
+    parser.add_argument("--saved", action="store_true", help="measure images that were JPEG files before")
     parser.add_argument("--image", type=Path, help="save the README's example image there and print its true bytes")
     arguments = parser.parse_args()
     if arguments.image:
         print("true bytes:", *save_example(arguments.image))
+        return
+    if arguments.saved:
+        print(*saved_before(), sep="\n")
         return
     sets = list(image_sets())
     for line in margins(sets, arguments.margins) if arguments.margins else report(sets):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -89,6 +90,17 @@ def simplified(images: Tensor) -> dict[str, Tensor]:
         "denoised (3x3 median)": around.median(dim=1).values.reshape(images.shape),
         "contrast halved": (images + mean) / 2,
     }
+
+
+def reopened(images: Tensor, quality: int, shift: int = 0) -> Tensor:
+    """Return the images after saving them as JPEG files, shifted by a number of pixels off their own block grid."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    found = []
+    for image in pixels:
+        file = io.BytesIO()
+        Image.fromarray(image).save(file, "JPEG", quality=quality)
+        found.append(torch.tensor(np.asarray(Image.open(file))).permute(2, 0, 1).float() / 255)
+    return torch.stack(found).roll((shift, shift), (2, 3))
 
 
 def true_size(images: Tensor, quality: int) -> Tensor:

@@ -54,7 +54,7 @@ class Aesthetic(EncoderReward):
         )
         self.encoder = load_clip(
             clip_path,
-            Architecture.from_name("ViT-L-14", quick_gelu=True),
+            Architecture.from_name("ViT-L-14", pretrained="openai"),
             images_only=True,
             precision=self.config.precision,
         )

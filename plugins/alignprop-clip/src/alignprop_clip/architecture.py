@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
 from torch import nn
 
+from alignprop_clip import published
 from alignprop_clip.header_schema import parse_header
 from alignprop_clip.preprocess import Preprocess
+from alignprop_clip.published import Settings
 from alignprop_core.errors import ConfigError, complaint
 
 
@@ -23,22 +26,29 @@ class Architecture:
         name: name used in messages.
         config: open_clip's model config: embed_dim, vision_cfg, text_cfg, and any other key of open_clip's.
         preprocess: image preprocessing of the model.
+        settings: where preprocessing and activation come from; None if a weights file stores them in its header.
     """
 
     name: str
     config: Mapping[str, Any]
     preprocess: Preprocess
+    settings: Settings | None = None
 
     @classmethod
-    def from_name(cls, name: str, *, quick_gelu: bool | None = None) -> Architecture:
-        """Return the architecture of an open_clip model.
+    def from_name(
+        cls, name: str, *, pretrained: str | None = None, weights: str = "", quick_gelu: bool | None = None
+    ) -> Architecture:
+        """Return the architecture of an open_clip model, with the preprocessing and activation of its weights.
 
         Args:
             name: open_clip's model name; "ViT-L/14" is accepted for "ViT-L-14".
-            quick_gelu: whether to use QuickGELU; None keeps the value of open_clip's config.
+            pretrained: open_clip's tag of the weights; None to recognize them by `weights`.
+            weights: the option `weights`, see `published.settings`.
+            quick_gelu: whether to use QuickGELU; None decides by the weights.
 
         Raises:
-            ConfigError: open_clip has no such model, or its text tower or decoder is not supported.
+            ConfigError: open_clip has no such model or no weights with that tag, or the model's text tower, decoder or
+                input size is not supported.
         """
         import open_clip
 
@@ -51,13 +61,25 @@ class Architecture:
                 f'open_clip has no model "{name}".{hint} '
                 "`python -c 'import open_clip; print(open_clip.list_models())'` lists all models."
             )
-        config = open_clip.get_model_config(clean)
-        if quick_gelu is not None:
-            config["quick_gelu"] = quick_gelu
-        image_size = config["vision_cfg"].get("image_size", 224)
-        architecture = cls(clean, config, _published_preprocess(clean, image_size))
+        found = published.settings(clean, pretrained=pretrained, weights=weights)
+        architecture = cls(clean, open_clip.get_model_config(clean), _preprocess(clean, found))
         architecture._check_supported()
-        return architecture
+        return architecture.with_settings(found, quick_gelu=quick_gelu)
+
+    def with_settings(self, settings: Settings, *, quick_gelu: bool | None = None) -> Architecture:
+        """Return the same architecture with other preprocessing and activation.
+
+        Args:
+            settings: the settings.
+            quick_gelu: replaces the activation of the settings, unless it is None.
+        """
+        if quick_gelu is not None:
+            assumed = tuple(option for option in settings.assumed if option != "quick_gelu")
+            settings = replace(settings, quick_gelu=quick_gelu, assumed=assumed)
+        config = dict(self.config)
+        if settings.quick_gelu != config.get("quick_gelu", False):
+            config["quick_gelu"] = settings.quick_gelu
+        return Architecture(self.name, config, _preprocess(self.name, settings), settings)
 
     @classmethod
     def from_header(cls, header: Mapping[str, Any], where: str) -> Architecture:
@@ -84,6 +106,9 @@ class Architecture:
     def build_empty(self) -> nn.Module:
         """Build the model with its parameters on the meta device, which takes no memory; buffers are real.
 
+        The hybrid models of timm (ViTamin, MobileCLIP-B) have real parameters with random values: timm runs their
+        convolutional stem while it builds them, to learn the size of its output.
+
         Raises:
             ConfigError: this kind of model is not supported, or open_clip rejects the config.
         """
@@ -96,8 +121,9 @@ class Architecture:
             config["vision_cfg"]["timm_model_pretrained"] = False
         kind: type[nn.Module] = CustomTextCLIP if config.pop("custom_text", False) else CLIP
         try:
-            with init_empty_weights(include_buffers=False):
-                return kind(**config)
+            with init_empty_weights(include_buffers=False), suppress(RuntimeError):
+                return kind(**deepcopy(config))
+            return kind(**config)
         except Exception as error:  # open_clip and timm raise many types for a config they do not expect
             raise ConfigError(
                 f"{self.name}: open_clip cannot build a model from this config: {complaint(error)}. Correct the "
@@ -117,14 +143,12 @@ class Architecture:
             )
 
 
-def _published_preprocess(name: str, image_size: Any) -> Preprocess:
-    """Return open_clip's preprocessing for the published weights of a model, or CLIP's own if there are none."""
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+def _preprocess(name: str, settings: Settings) -> Preprocess:
+    """Return the preprocessing of an open_clip model with the settings of its weights."""
+    import open_clip
 
-    tags = list_pretrained_tags_by_model(name)
-    published = get_pretrained_cfg(name, tags[0]) if tags else {}
-    height, width = image_size if isinstance(image_size, (list, tuple)) else (image_size, image_size)
+    size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
     if height != width:
         raise ConfigError(
             f"{name} takes images of {height}x{width} pixels; only models with square input are supported. Choose "
@@ -132,8 +156,8 @@ def _published_preprocess(name: str, image_size: Any) -> Preprocess:
         )
     return Preprocess(
         size=int(height),
-        mean=tuple(published.get("mean") or OPENAI_DATASET_MEAN),
-        std=tuple(published.get("std") or OPENAI_DATASET_STD),
-        resize=published.get("resize_mode") or "shortest",
-        interpolation="bilinear" if published.get("interpolation") == "bilinear" else "bicubic",
+        mean=settings.mean,
+        std=settings.std,
+        resize=settings.resize,
+        interpolation=settings.interpolation,
     )

@@ -31,9 +31,15 @@ class OpenClipConfig(ClipConfig):
         default="ViT-L-14",
         description="open_clip model name, such as ViT-L-14. Ignored if the weights file stores its own architecture.",
     )
+    pretrained: str | None = Field(
+        default=None,
+        min_length=1,
+        description="open_clip's tag of the weights, such as laion2b_s32b_b82k: selects what default means, or tells "
+        "which published weights a file comes from. null: recognized by the repository or the name of the file.",
+    )
     quick_gelu: bool | None = Field(
         default=None,
-        description="Use the QuickGELU activation, as OpenAI's weights require; null: the default of weights or model.",
+        description="Use the QuickGELU activation, as OpenAI's weights require; null: the activation of the weights.",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from alignprop_clip.architecture import Architecture
 from alignprop_clip.checkpoint import to_open_clip
 from alignprop_clip.config import Precision
 from alignprop_clip.preprocess import Preprocess
+from alignprop_clip.published import tags
 from alignprop_clip.tokenizer import Tokenizer
 from alignprop_core.errors import WeightsError
 from alignprop_core.weights import load_state_dict, read_header
@@ -35,6 +38,7 @@ class ClipEncoder(nn.Module):
         precision: "float32", or "bfloat16" for autocast.
 
     Attributes:
+        activation: "QuickGELU", or "GELU" (of the text tower at least; timm's image towers have their own).
         network: open_clip's model, or its image tower only (`images_only`).
         preprocess: image preprocessing; may be replaced.
         embed_dim: length D of the embeddings.
@@ -53,6 +57,7 @@ class ClipEncoder(nn.Module):
         self.images_only = images_only
         self.preprocess: Preprocess = architecture.preprocess
         self.embed_dim = int(architecture.config["embed_dim"])
+        self.activation = "QuickGELU" if architecture.config.get("quick_gelu") else "GELU"
         self.precision = precision
         self._tokenizer = None if images_only else Tokenizer(architecture.config["text_cfg"], architecture.name)
         self._prompt_cache: OrderedDict[str, Tensor] = OrderedDict()
@@ -169,12 +174,28 @@ def load_clip(
     vocabulary = int(architecture.config["text_cfg"].get("vocab_size", 49408))
     state = to_open_clip(load_state_dict(path), str(path), vocabulary=vocabulary)
     if state.get("logit_bias") is not None and "init_logit_bias" not in architecture.config:
-        architecture = Architecture(
-            architecture.name, {**architecture.config, "init_logit_bias": 0.0}, architecture.preprocess
-        )
+        architecture = replace(architecture, config={**architecture.config, "init_logit_bias": 0.0})
     network = architecture.build_empty()
     _load_strictly(network, state, str(path), name, prefix="visual." if images_only else "")
+    _warn_of_assumed(architecture, path)
     return ClipEncoder(network, architecture, images_only=images_only, precision=precision)
+
+
+def _warn_of_assumed(architecture: Architecture, path: Path) -> None:
+    """Show a warning if published weights of this model differ in settings, and the file is none of them by name."""
+    settings = architecture.settings
+    if settings is None or not settings.assumed:
+        return
+    preprocess = "preprocessing" if "pretrained" in settings.assumed else ""
+    activation = "activation (QuickGELU or GELU)" if "quick_gelu" in settings.assumed else ""
+    warnings.warn(
+        f"{path}: open_clip publishes weights of {architecture.name} that differ in "
+        f"{' and '.join(filter(None, (preprocess, activation)))}, and this file is not one of them by its folder or "
+        f"name. It is used with mean {settings.mean}, std {settings.std} and quick_gelu: "
+        f"{str(settings.quick_gelu).lower()}. Set the option pretrained to the weights that it was trained from "
+        f"({', '.join(tags(architecture.name))}){', or set quick_gelu' if activation and not preprocess else ''}.",
+        stacklevel=3,
+    )
 
 
 def _load_strictly(network: nn.Module, state: Mapping[str, Tensor], where: str, name: str, *, prefix: str = "") -> None:

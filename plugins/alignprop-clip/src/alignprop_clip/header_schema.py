@@ -12,6 +12,7 @@ from alignprop_core.errors import WeightsError
 Count = Annotated[int, Field(gt=0, le=1 << 24)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Channels = Annotated[list[Number], Field(min_length=3, max_length=3)]
+Deviations = Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
 
 class _Section(BaseModel):
@@ -69,7 +70,7 @@ class Header(_Section):
     open_clip: Model
     image_size: Count
     mean: Channels
-    std: Annotated[list[Annotated[Number, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    std: Deviations
     resize: Literal["shortest", "longest", "squash"] = "shortest"
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import floor
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -64,6 +64,19 @@ class Preprocess:
             vertical, horizontal = self.size - height, self.size - width
             x = F.pad(x, (horizontal // 2, horizontal - horizontal // 2, vertical // 2, vertical - vertical // 2))
         return (x - self._per_channel(self.mean, x)) / self._per_channel(self.std, x)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the preprocessing in words and numbers, as `alignprop rewards show NAME --options` prints it."""
+        square = f"{self.size} x {self.size}"
+        target = {"shortest": f"shorter side to {self.size}", "longest": f"longer side to {self.size}"}
+        described: dict[str, Any] = {
+            "resize": f"{target.get(self.resize, f'to {square}')}, {self.interpolation}, antialiased"
+        }
+        if self.resize == "shortest":
+            described["crop"] = f"center, {square}"
+        elif self.resize == "longest":
+            described["pad"] = f"black, to {square}"
+        return {**described, "mean": list(self.mean), "std": list(self.std)}
 
     def _interpolate(self, x: Tensor, height: int, width: int) -> Tensor:
         if not self.clip:

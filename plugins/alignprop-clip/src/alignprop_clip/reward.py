@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,17 +13,14 @@ from torch.nn import functional as F
 from alignprop_clip.architecture import Architecture
 from alignprop_clip.config import ClipScoreConfig, OpenClipConfig, PickScoreConfig, SiglipScoreConfig
 from alignprop_clip.encoder import ClipEncoder, load_clip
-from alignprop_clip.pretrained import (
-    PICKSCORE_WEIGHTS,
-    PRETRAINED,
-    PRETRAINED_SIGLIP,
-    Pretrained,
-    trained_with_quick_gelu,
-)
+from alignprop_clip.folder_settings import settings_beside
+from alignprop_clip.pretrained import PICKSCORE_WEIGHTS, PRETRAINED, PRETRAINED_SIGLIP, Pretrained
+from alignprop_clip.published import hub_files, tags
 from alignprop_core.errors import ConfigError, WeightsError
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.weights import find_weights
+from alignprop_core.weights.find import cached, parse_hub_file
 
 
 def load_encoder(
@@ -42,28 +39,34 @@ def load_encoder(
         WeightsError: the weights are not on this machine, or belong to another model.
     """
     model = config.model.replace("/", "-")
-    pretrained = defaults.get(model)
-    quick_gelu = config.quick_gelu
-    if quick_gelu is None and config.weights == "default" and pretrained is not None:
-        quick_gelu = pretrained.quick_gelu
-    if quick_gelu is None and trained_with_quick_gelu(config.weights):
-        quick_gelu = True
+    weights, pretrained, default = config.weights, config.pretrained, defaults.get(model)
+    if weights == "default" and default is not None and pretrained is None:
+        pretrained = default.tag
     # Before looking for weights, so that a misspelled model is reported as such.
-    architecture = Architecture.from_name(model, quick_gelu=quick_gelu)
-    weights = config.weights
-    if weights == "default" and pretrained is None:
-        raise ConfigError(
-            f'Reward "{reward}" has no default weights for the model {config.model}. Set weights: PATH or weights: '
-            f"hub:owner/name/file, or choose a model that has defaults: {', '.join(defaults)}."
-        )
-    default = pretrained.weights if pretrained is not None else None
-    if weights == "default" and default is not None and model != type(config).model_fields["model"].default:
+    architecture = Architecture.from_name(model, pretrained=pretrained, weights=weights, quick_gelu=config.quick_gelu)
+    if weights == "default" and (default is None or pretrained != default.tag):
+        if pretrained is None:
+            raise ConfigError(
+                f'Reward "{reward}" has no default weights for the model {config.model}. Set weights: PATH or weights: '
+                f"hub:owner/name/file, set pretrained to one of open_clip's tags ({', '.join(tags(model)) or 'none'}), "
+                f"or choose a model that has defaults: {', '.join(defaults)}."
+            )
+        weights = _cached_file(hub_files(model, pretrained))
+    elif weights == "default" and default is not None and model != type(config).model_fields["model"].default:
         # `alignprop rewards fetch NAME` fetches another file, so the error for a missing file must name this one.
-        weights = f"hub:{default.repository}/{default.file}"
-    path = find_weights(weights, reward=reward, default=default)
+        weights = f"hub:{default.weights.repository}/{default.weights.file}"
+    path = find_weights(weights, reward=reward, default=default.weights if default is not None else None)
+    recognized = architecture.settings is not None and architecture.settings.recognized
+    if not recognized and (stored := settings_beside(path)) is not None:
+        architecture = architecture.with_settings(stored, quick_gelu=config.quick_gelu)
     return load_clip(
         path, architecture, images_only=images_only, precision=config.precision, quick_gelu=config.quick_gelu
     )
+
+
+def _cached_file(files: Sequence[str]) -> str:
+    """Return the first of the hub files that is on this machine, else the last, which every repository has."""
+    return next((file for file in files if cached(parse_hub_file(file)) is not None), files[-1])
 
 
 def cosine(encoder: ClipEncoder, batch: ImageBatch) -> Tensor:
@@ -87,6 +90,10 @@ class EncoderReward(Reward):
             (B, D) unit vectors, float32 (float64 if the images are), differentiable with respect to the pixels.
         """
         return self.encoder.images(images)
+
+    def describe_preprocessing(self) -> dict[str, Any]:
+        """Return resizing, cropping, normalization and activation of the CLIP model."""
+        return {**self.encoder.preprocess.describe(), "activation": self.encoder.activation}
 
 
 class ClipScore(EncoderReward):
@@ -136,7 +143,8 @@ class PickScore(EncoderReward):
     def __init__(self, config: PickScoreConfig | None = None) -> None:
         super().__init__(config)
         path = find_weights(self.config.weights, reward="pickscore", default=PICKSCORE_WEIGHTS)
-        self.encoder = load_clip(path, Architecture.from_name("ViT-H-14"), precision=self.config.precision)
+        architecture = Architecture.from_name("ViT-H-14", pretrained="laion2b_s32b_b79k")
+        self.encoder = load_clip(path, architecture, precision=self.config.precision)
         # The authors use transformers' processor; its center crop is one pixel off open_clip's for some sizes.
         self.encoder.preprocess = replace(self.encoder.preprocess, crop="floor")
 

@@ -12,55 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from alignprop_counting import lexicon
+from alignprop_counting.phrases import MAX_COUNT, ends_phrase, is_denial, is_mark, is_numeral, is_quantity, read_number
 from alignprop_counting.vocabulary import TOKEN, Match, Vocabulary, looks_plural, split
-
-MAX_COUNT = 1000
-"""The largest count that can be requested, as in the option `number`."""
-
-_NUMBER = re.compile(r"[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+")
-_NOT_A_COUNT = re.compile(r"[-\u2212.]*[0-9][0-9.,/'_-]*|[0-9]+(?:st|nd|rd|th|x)|x[0-9]+")  # 2.5  -3  2-4  1st  3x
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_TO_TWENTY = (
-    *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"),
-    *("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
-)
-_ARTICLES = _words("a an another")
-_NEGATIONS = _words("no without")
-_DENIALS = _words("not never neither cannot none except instead excluding")
-_DEFINITE = _words("the this that these those his her its their my your our")
-_PER_ITEM = _words("each every per apiece")
-_QUANTITIES = _PER_ITEM | _words(
-    "thirty forty fifty sixty seventy eighty ninety hundred thousand million billion dozen couple trio pair half "
-    "quarter first second third fourth fifth sixth seventh eighth ninth tenth several few many some most all both more "
-    "less fewer lot"
-)
-# What a number may count instead of the noun: "two year old dogs".
-_UNITS = _words("year month week day inch foot feet meter metre door legged headed wheeled")
-# Words that end a noun phrase. After those in `_LEADS` a number is exact; after others it may not be ("over ten dogs").
-_LEADS = _DEFINITE | _words(
-    "and of with in on at near by beside behind between from into while for is are was were has have who which against "
-    "across along through inside outside among"
-)
-_STOPS = _LEADS | _words("over under above below around to or nor but as like than")
-_ARTICLE_HEDGES = _words("half than like as many almost nearly or nor")
-_JOINS = _words("and or to of by x \u00d7 * - \u2013 \u2014 / ,")
-# Lead-ins that a number may have beside these: "exactly two dogs", "a fox chases two dogs", but "minus two dogs".
-_ALSO_LEADS = _words("only exactly just , . ; : ! ? ( ) \" ' - \u2013 \u2014")
-_NO_LEADS = _words("including minus times perhaps")
-# Other words after a noun that the noun does not describe.
-_AFTER = _words(
-    "asleep awake alone outdoors indoors there here together up down next wearing made sat stood lay ran slept ate "
-    "held looking onto off after before during toward towards where when"
-)
-_NOUNS_IN_ING = _words("painting drawing building parking crossing clothing racing ceiling string spring")
-_PAIRED = _words(
-    "skis scissors glasses sunglasses goggles binoculars pliers tweezers tongs headphones trousers pants jeans shorts"
-)
 
 Problem = Literal["", "number", "object"]
 """What is not clear: the number alone, or whether the object itself is wanted."""
@@ -87,7 +41,8 @@ class Request:
 class _Mention:
     """A class name in a prompt with the words that belong to it, `words[first:last]`.
 
-    `compound`: it may describe the next noun; `vague`: a plural without number or article, which may be any number.
+    `compound`: it may describe the next noun; `described`: the next noun is known, and it does; `vague`: a plural
+    without number or article, which may be any number.
     """
 
     first: int
@@ -95,40 +50,8 @@ class _Mention:
     count: int | None
     problem: Problem = ""
     compound: bool = False
+    described: bool = False
     vague: bool = False
-
-
-def read_number(word: str) -> int | None:
-    """Read a lower-case number in digits ("1,000") or a word up to "twenty"; None for all else, articles included."""
-    if word.isascii() and _NUMBER.fullmatch(word):
-        return int(word.replace(",", "")) if len(word) < 20 else MAX_COUNT + 1
-    return _TO_TWENTY.index(word) if word in _TO_TWENTY else None
-
-
-def _is_numeral(word: str) -> bool:
-    if read_number(word) is not None or _NOT_A_COUNT.fullmatch(word) or (word.isnumeric() and not word.isascii()):
-        return True
-    first, dash, last = word.partition("-")  # "twenty-one", "two-to-four"
-    ends = (first, last.rpartition("-")[2])
-    return dash != "" and all(end in _QUANTITIES or (end and _is_numeral(end)) for end in ends)
-
-
-def _is_quantity(word: str) -> bool:
-    return word in _QUANTITIES | _UNITS or _is_numeral(word)
-
-
-def _is_mark(word: str) -> bool:
-    return word != "" and not word[0].isalnum() and not _is_numeral(word)
-
-
-def _is_denial(word: str) -> bool:
-    return word in _DENIALS or word.endswith("n't")
-
-
-def ends_phrase(word: str) -> bool:
-    """Whether a word (or the end of the prompt, "") cannot be part of a noun phrase as an adjective or a noun."""
-    known = word in _STOPS | _ARTICLES | _NEGATIONS
-    return known or not word or _is_mark(word) or _is_quantity(word) or _is_denial(word)
 
 
 def read_prompt(prompt: str, vocabulary: Vocabulary) -> tuple[Request, ...]:
@@ -141,23 +64,35 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> tuple[Request, ...]:
     spans = [token.span() for token in TOKEN.finditer(prompt)]
     found: dict[int, _Mention] = {}
     described: dict[int, _Mention] = {}
+    misspelled: dict[int, _Mention] = {}
     excluded = False  # whether the noun before was excluded: "no cats"
+    latest: int | None = None  # class of the noun before
     at = start = 0
     while at < len(words):
         match = vocabulary.match(words, at)
         end = at + (match.length if match else 1)
         if match is None or (match.singular and vocabulary.match(words, end)):
+            if match is None and (unclear := _hyphenated(words[at], vocabulary)) is not None:
+                found[unclear] = _Mention(at, end, None, "object")
+            elif match is None and (unclear := vocabulary.misspelled(words[at])) is not None:
+                misspelled[unclear] = _Mention(at, end, None, "object")
+            elif latest in found and _is_number_alone(words, at):
+                found[latest] = replace(found[latest], last=end, count=None, problem="number")
             at = end  # "an orange cow": the object is the next noun
             continue
-        paired = vocabulary.names[match.class_id].lower().split()[-1] in _PAIRED
+        paired = vocabulary.names[match.class_id].lower().split()[-1] in lexicon.PAIRED
         mention = _read_mention(words, start, at, match, 1 if paired else 2, excluded)
         excluded = mention.count == 0
-        if mention.compound and (mention.count or 0) < 2:
+        if mention.compound and latest in found and start < at and {*words[start:at]} <= lexicon.COORDINATIONS:
+            # "a cat and mouse game": the noun before may describe the same noun.
+            found[latest] = replace(found[latest], last=mention.last, count=None, problem="object")
+        if mention.compound and mention.described:
             described.setdefault(match.class_id, mention)
         else:
             before = found.get(match.class_id)
-            marked = before is not None and any(map(_is_mark, words[before.last : at]))
+            marked = before is not None and any(map(is_mark, words[before.last : at]))
             found[match.class_id] = mention if before is None else _combined(before, mention, marked)
+        latest = match.class_id
         at = start = end
     return tuple(
         Request(
@@ -166,7 +101,7 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> tuple[Request, ...]:
             prompt[spans[mention.first][0] : spans[mention.last - 1][1]],
             mention.problem,
         )
-        for class_id, mention in (found or described).items()
+        for class_id, mention in ({**misspelled, **found} if found else described).items()
     )
 
 
@@ -205,70 +140,147 @@ def _read_mention(words: Sequence[str], start: int, at: int, match: Match, pair:
     adjectives, determiner = words[first:at], words[first - 1] if first > start else ""
     # The number, and where the phrase begins with it.
     count: int | None = None
-    article = determiner in _ARTICLES
-    definite = determiner in _DEFINITE
+    article = determiner in lexicon.ARTICLES
+    definite = determiner in lexicon.DEFINITE
     own = numbered = False  # whether it has more than an article: a number or a negation; a number
-    if determiner in _NEGATIONS or (article and words[first - 2] in _NEGATIONS and first - 2 >= start):
+    if determiner in lexicon.NEGATIONS or (article and words[first - 2] in lexicon.NEGATIONS and first - 2 >= start):
         first, count, own = first - (2 if article else 1), 0, True
     elif article:
         first, count = first - 1, 1 if match.singular else None  # "a forest foxes"
     elif list(words[max(start, first - 3) : first]) == ["a", "pair", "of"]:
         first, count, own, numbered = first - 3, pair, True, True
-    elif determiner and _is_quantity(determiner):
+    elif determiner and is_quantity(determiner):
         first, count, own, numbered = first - 1, read_number(determiner), True, True
     lead = list(words[start:first])
-    while lead and lead[-1] in _DEFINITE:
+    while lead and lead[-1] in lexicon.DEFINITE:
         lead.pop()  # "two of the three dogs"
     before, last = ["", "", *lead][-2:]
-    clause = lead[max((i for i, word in enumerate(lead, 1) if _is_mark(word) or word == "and"), default=0) :]
+    clause = lead[max((i for i, word in enumerate(lead, 1) if is_mark(word) or word == "and"), default=0) :]
     many = (count or 0) > 1
 
     compound = _describes(after, second, match, many) or (many and not match.plural)
     object_unclear = (
         compound
-        or any(map(_is_denial, words[start:at]))
-        or not _NEGATIONS.isdisjoint(clause)  # "no two dogs", "no people near a dog"
-        or (last in ("or", "nor") and not _is_quantity(before))
-        or (after == "or" and not _is_quantity(second))
+        or any(map(is_denial, words[start:at]))
+        or not lexicon.ABSENT.isdisjoint([*adjectives, *_until_mark(words[end : end + 3])])
+        or not lexicon.NEGATIONS.isdisjoint(clause)  # "no two dogs", "no people near a dog"
+        or (last in ("or", "nor") and not is_quantity(before))
+        or (after == "or" and not is_quantity(second))
         or (excluded and not own and lead and {*lead} <= {"and", "or", "nor", ","})  # "no cats and dogs"
-        or (article and last in _ARTICLE_HEDGES)
-        or 0 in (read_number(before) if last in _JOINS else None, count if last == "or" else None)  # "zero or one dogs"
+        or (article and last in lexicon.ARTICLE_HEDGES)
+        or (last == "of" and before in lexicon.NOT_OF)
+        or (last == "but" and before in lexicon.ALL_BUT)
+        or 0
+        in (
+            read_number(before) if last in lexicon.JOINS else None,
+            count if last == "or" else None,
+        )  # "zero or one dogs"
     )
     if count is not None and adjectives:
         # "three girls riding horses": the number may belong to another noun.
         verbs = any(looks_plural(word) or (i > 0 and word.endswith("ing")) for i, word in enumerate(adjectives))
+        verbs = verbs or not {"x", "\u00d7"}.isdisjoint(adjectives)  # "3 x dogs"
         object_unclear |= verbs or len(adjectives) > 4 or (count == 1 and not match.singular)
     number_unclear = (
         (numbered and (count is None or count > MAX_COUNT))
-        or (last in _JOINS and _is_quantity(before))  # "one or two", "two - four", "most of five"
-        or (last == "of" and (looks_plural(before) or before == "out"))  # "rows of three cars", "one out of ten"
+        or (last in lexicon.JOINS and is_quantity(before))  # "one or two", "two - four", "most of five"
+        or (
+            last == "of" and (looks_plural(before) or before in lexicon.PARTS)
+        )  # "rows of three cars", "one out of ten"
+        or (count and _is_elliptic(words, start, first))  # "a black and a white dog"
+        or (count and _is_hedged_after(words[end : end + 5], count == 1))
         or (numbered and not _is_lead(last, before))  # "over ten dogs"
-        or (count and (after == "or" or not _PER_ITEM.isdisjoint(words)))
-        or (count and (_is_numeral(after) or (after in tuple("x\u00d7*(:#") and _is_numeral(second))))  # "a dog x3"
+        or (count and (after == "or" or not lexicon.PER_ITEM.isdisjoint(words)))
+        or (count and (is_numeral(after) or (after in tuple("x\u00d7*(:#") and is_numeral(second))))  # "a dog x3"
     )
     problem: Problem = "object" if object_unclear else "number" if number_unclear else ""
     if problem or count is None:  # the words around it are quoted as well
         if problem:
-            end = min(end + (2 if not compound and (after == "or" or _is_numeral(second)) else 1), len(words))
+            end = min(end + (2 if not compound and (after == "or" or is_numeral(second)) else 1), len(words))
         first = max(start, first - 3)
-        while first < at and (_is_mark(words[first]) or words[first] == "and"):
+        while first < at and (is_mark(words[first]) or words[first] == "and"):
             first += 1
-    return _Mention(first, end, count, problem, compound, vague=count is None and not definite and not match.singular)
+    # "a bird bath", but neither "two dog bowls" nor "no dog bowls"
+    described = compound and count in (None, 1) and _head(words, at + match.length) in lexicon.HEADS
+    return _Mention(
+        first, end, count, problem, compound, described, vague=count is None and not definite and not match.singular
+    )
 
 
 def _is_lead(word: str, before: str) -> bool:
     """Whether a number after this word is exact."""
-    verb = (looks_plural(word) or word.endswith(("ing", "'s"))) and word not in _NO_LEADS
-    return not word or word in _LEADS | _ALSO_LEADS or verb or (before, word) == ("next", "to")
+    verb = (looks_plural(word) or word.endswith(("ing", "'s"))) and word not in lexicon.NO_LEADS
+    return not word or word in lexicon.LEADS | lexicon.ALSO_LEADS or verb or (before, word) == ("next", "to")
+
+
+def _hyphenated(word: str, vocabulary: Vocabulary) -> int | None:
+    """Return the class that is part of a word like "two-dog" or "car-free", which changes its number; or None."""
+    first, *others = word.split("-")
+    if not others or not (is_quantity(first) or others[-1] in ("free", "less")):
+        return None
+    matches = [vocabulary.match([part], 0) for part in (first, *others)]
+    return next((match.class_id for match in matches if match is not None), None)
+
+
+def _is_number_alone(words: Sequence[str], at: int) -> bool:
+    """Whether a word is a number of objects that are not named again: "two birds on a wire, three on the roof"."""
+    before, after = words[at - 1], (*words, "")[at + 1]
+    if words[at] == "one" and before in lexicon.ONE_MORE:
+        return True
+    alone = not after or is_mark(after) or after in lexicon.STOPS - {"of"}
+    return alone and (before == "and" or is_mark(before)) and read_number(words[at]) is not None
+
+
+def _until_mark(words: Sequence[str]) -> Sequence[str]:
+    return words[: next((i for i, word in enumerate(words) if is_mark(word)), len(words))]
+
+
+def _head(words: Sequence[str], at: int) -> str:
+    """Return the last word of the noun phrase that the word at an index is part of."""
+    while at + 1 < len(words) and not ends_phrase(words[at + 1]):
+        at += 1
+    return words[at] if at < len(words) else ""
+
+
+def _is_elliptic(words: Sequence[str], start: int, first: int) -> bool:
+    """Whether a phrase without a noun comes before: "one red and", "a black, an orange and"."""
+    at = first
+    while at > start and words[at - 1] in lexicon.COORDINATIONS:
+        at -= 1
+    end = at
+    while at > start and words[at - 1] in lexicon.ADJECTIVES:
+        at -= 1
+    return start < at < end < first and (words[at - 1] in lexicon.ARTICLES or is_quantity(words[at - 1]))
+
+
+def _is_hedged_after(after: Sequence[str], single: bool) -> bool:
+    """Whether words after a noun change its number; a single one may be compared instead ("a dog more beautiful")."""
+    clause = [*after]
+    if clause and clause[0] == ",":
+        del clause[0]
+    for hedge in lexicon.AFTER_HEDGES:
+        rest = [*clause[len(hedge) :], ""]
+        if clause[: len(hedge)] == hedge and (not rest[0] or is_mark(rest[0]) or rest[0] in lexicon.STOPS):
+            return True
+    if clause[:2] == ["out", "of"]:
+        del clause[0]
+    # "nine cats in ten", but "two dogs in ten boxes"
+    return bool(clause) and clause[0] in lexicon.OUT_OF and _ends_with_number(clause[1:]) and not single
+
+
+def _ends_with_number(words: Sequence[str]) -> bool:
+    return bool(words) and is_quantity(words[0]) and (len(words) == 1 or ends_phrase(words[1]))
 
 
 def _describes(after: str, second: str, match: Match, many: bool) -> bool:
     """Whether a noun may describe the word after it: "car park", but not "car in", "car parked in", "car drives"."""
     if after == "'":
         return True  # "two dogs' bowls"
-    if after in _AFTER or ends_phrase(after):
+    if after in lexicon.AFTER or ends_phrase(after):
         return False
     if not match.singular or (many and match.plural):
         return looks_plural(after)  # "two fish tanks", but "two dogs sleep"
-    participle = re.fullmatch(r"\w{2,}([^e]ed|ing)", after) is not None and after not in _NOUNS_IN_ING
-    return not ((participle or looks_plural(after)) and (second in _AFTER or ends_phrase(second)))
+    if second.endswith("ly"):
+        return False  # "a cat sleeping peacefully"
+    participle = re.fullmatch(r"\w{2,}([^e]ed|ing)", after) is not None and after not in lexicon.NOUNS_IN_ING
+    return not ((participle or looks_plural(after)) and (second in lexicon.AFTER or ends_phrase(second)))

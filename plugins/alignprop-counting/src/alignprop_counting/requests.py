@@ -8,7 +8,8 @@ from typing import Any
 
 from alignprop_core.errors import ConfigError, PromptError
 from alignprop_counting.config import DetectorConfig, NumberConfig
-from alignprop_counting.prompt_reader import MAX_COUNT, Request, ends_phrase, read_prompt
+from alignprop_counting.phrases import MAX_COUNT, ends_phrase
+from alignprop_counting.prompt_reader import Request, read_prompt
 from alignprop_counting.vocabulary import Vocabulary, split
 
 

@@ -32,6 +32,7 @@ _IRREGULAR = {
     "hippopotamus": ("hippopotamuses", "hippopotami"),
     "cactus": ("cactuses", "cacti"),
 }
+_SIMILAR_WORDS = {"bandana", "bandanas"}  # words of their own, one letter from a class name
 _IRREGULAR_PLURALS = {form for name, forms in _IRREGULAR.items() for form in forms if form != name}
 
 
@@ -95,6 +96,7 @@ class Vocabulary:
             self._singular.setdefault(noun, class_id)
             for form in plurals(noun):
                 self._plural.setdefault(form, class_id)
+        self._misspelled: dict[str, int | None] = {}
         self._longest = max((len(noun.split()) for noun in (*self._singular, *self._plural)), default=0)
 
     def match(self, words: Sequence[str], at: int) -> Match | None:
@@ -105,6 +107,16 @@ class Vocabulary:
             if class_id is not None:
                 return Match(class_id, length, noun in self._singular, self._plural.get(noun) == class_id)
         return None
+
+    def misspelled(self, word: str) -> int | None:
+        """Return the class that a lower-case word is most likely a misspelling of; None if it may be another word."""
+        if word not in self._misspelled:
+            forms = {**self._plural, **self._singular}
+            near = get_close_matches(word, forms, n=1, cutoff=0.92) if len(word) > 5 and word.isalpha() else []
+            longer = any(word.startswith(name) for name in self._singular)  # "skateboarder"
+            known = bool(near) and near[0][0] == word[0] and not longer and word not in _SIMILAR_WORDS
+            self._misspelled[word] = forms[near[0]] if known else None
+        return self._misspelled[word]
 
     def class_id(self, name: str, where: str) -> int:
         """Return the index of a class by its name, singular or plural, in any case.

@@ -51,7 +51,8 @@ class Hpsv2(EncoderReward):
             weights = f"hub:{file.repository}/{file.file}"
         path = find_weights(weights, reward="hpsv2", default=file)
         self._check_version(path)
-        self.encoder = load_clip(path, Architecture.from_name("ViT-H-14"), precision=self.config.precision)
+        architecture = Architecture.from_name("ViT-H-14", pretrained="laion2b_s32b_b79k")
+        self.encoder = load_clip(path, architecture, precision=self.config.precision)
         resize = "longest" if self.config.preprocessing == "official" else "shortest"
         self.encoder.preprocess = replace(self.encoder.preprocess, resize=resize, clip=False)  # type: ignore[arg-type]
 

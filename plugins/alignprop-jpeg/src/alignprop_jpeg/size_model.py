@@ -21,6 +21,7 @@ Shape symbols: B images, N blocks, S = 10 AC size categories, R = 16 run lengths
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alignprop_jpeg.scan import stuffed_bytes
 from alignprop_jpeg.tables import (
     AC_CODES,
     CHROMA_BASE,
@@ -51,7 +53,7 @@ it get almost no gradient. In gradient ascent on photographs, 3 and 4 reduce the
 
 RUNS = 16  # a Huffman symbol encodes a run of 0..15 zeros
 AC_SIZES = 10  # AC coefficients of an 8-bit image have at most 10 magnitude bits, DC differences 11
-STUFFING = 1 + 1 / 256  # a 0x00 byte follows each 0xFF byte of the scan; scan bytes are nearly uniform
+STUFFING = 1 + 1 / 256  # a 0x00 byte follows each 0xFF byte of the scan; those of photographs are nearly uniform
 PADDING_BITS = 3.5  # fills the last byte of the scan; half a byte on average
 
 _BLOCKS_AT_ONCE = {"cpu": 256}  # keeps the intermediate tensors in the cache of one core
@@ -198,14 +200,16 @@ def _blocks(plane: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _scan_order(rows: int, columns: int, device: torch.device) -> Tensor:
-    """Return the order in which 4:2:0 luma blocks are written: 2x2 blocks per minimum coded unit (MCU), row by row."""
+def _scan_order(rows: int, columns: int, device: torch.device, outside: bool = False) -> Tensor:
+    """Return the order in which 4:2:0 luma blocks are written: 2x2 blocks per minimum coded unit (MCU), row by row.
+
+    Blocks outside the image are dropped, or -1 if `outside`.
+    """
     with torch.inference_mode(False):
         index = torch.arange(rows * columns).reshape(rows, columns)
-        # Blocks outside the image are marked with -1 and dropped.
         index = F.pad(index, (0, columns % 2, 0, rows % 2), value=-1)
         index = index.reshape(-(-rows // 2), 2, -(-columns // 2), 2).permute(0, 2, 1, 3).flatten()
-        return index[index >= 0].to(device)
+        return (index if outside else index[index >= 0]).to(device)
 
 
 def _plane_bits(plane: Tensor, part: _Component, exact: bool, pairs: bool) -> Tensor:
@@ -248,7 +252,8 @@ def jpeg_size(
         images: (B, 3, H, W) RGB in [0, 1], any height and width.
         quality: libjpeg quality, 1..95.
         subsampling: "4:2:0" (chroma averaged over 2x2 pixels) or "4:4:4".
-        exact: count the Huffman bits of the rounded coefficients instead; no gradient. For tests and calibration.
+        exact: count the Huffman bits of the rounded coefficients and the stuffed bytes instead; no gradient. For tests
+            and calibration.
         zero_margin: see `ZERO_MARGIN`; only calibration changes it.
 
     Returns:
@@ -266,11 +271,36 @@ def jpeg_size(
             luma, chroma = luma.round(), (chroma[0].round(), chroma[1].round())
         parts = [_component(kind, quality, zero_margin, dtype, images.device) for kind in (0, 1)]
         # Luma is shifted to -128..127. Chroma is centered at zero already: its offset of 128 cancels the shift.
-        bits: Tensor = _plane_bits(luma - 128, parts[0], exact, pairs=half)
-        for plane in chroma:
-            small = _halve(plane, exact) if half else plane
-            bits = bits + _plane_bits(small, parts[1], exact, pairs=False)
+        planes = [luma - 128, *(_halve(plane, exact) if half else plane for plane in chroma)]
+        bits = torch.zeros(len(images), dtype=dtype, device=images.device)
+        for index, plane in enumerate(planes):
+            bits = bits + _plane_bits(plane, parts[min(index, 1)], exact, pairs=half and index == 0)
+        if exact:
+            return HEADER_BYTES + (bits / 8).ceil() + _stuffed_bytes(planes, parts, half)
         return HEADER_BYTES + (bits + PADDING_BITS) / 8 * STUFFING
+
+
+def _stuffed_bytes(planes: Sequence[Tensor], parts: Sequence[_Component], half: bool) -> Tensor:
+    """Return the bytes (B,) that stuffing adds to the scan, from the bits of the rounded coefficients."""
+    quantized = []  # of each component: (B, blocks, 64)
+    for index, plane in enumerate(planes):
+        part = parts[min(index, 1)]
+        blocks = _blocks(plane)
+        coefficients = (part.transform @ blocks.flatten(1)).reshape(64, len(plane), -1)  # (64, B, blocks)
+        dc, ac = coefficients[:1].round(), coefficients[1:]
+        ac = (ac.abs() - part.ac_exact[0][..., None] + 1 + 1e-5).floor() * ac.sign()
+        quantized.append(torch.cat([dc, ac]).permute(1, 2, 0).long())
+        if index == 0:
+            rows, columns = blocks.shape[2:]
+    order = list(range(rows * columns))
+    if half:
+        order = _scan_order(rows, columns, torch.device("cpu"), outside=True).tolist()
+    counts = []
+    for luma, *chroma in zip(*quantized, strict=True):
+        inside = luma.tolist()
+        ordered = [inside[i] if i >= 0 else None for i in order]
+        counts.append(stuffed_bytes(ordered, [component.tolist() for component in chroma], 4 if half else 1))
+    return torch.tensor(counts, dtype=planes[0].dtype, device=planes[0].device)
 
 
 def _halve(plane: Tensor, exact: bool) -> Tensor:
