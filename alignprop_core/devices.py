@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import re
 import sys
+import warnings
+from typing import TYPE_CHECKING
 
 import torch
 
 from alignprop_core.errors import DeviceError, under
 from alignprop_core.specs import DEVICE_PATTERN
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+_LAUNCHER = {"WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+"""Variables that make accelerate expect several processes."""
 
 _HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -53,11 +62,33 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise DeviceError(f"{name} is requested, but the CUDA devices are 0 to {torch.cuda.device_count() - 1}.")
     if name in ("auto", "cuda"):
-        from accelerate import PartialState
-
-        device: torch.device = PartialState().device
-        return device
+        return processes().device
     return torch.device(name)
+
+
+def processes(*, cpu: bool = False) -> PartialState:
+    """Return the processes of this run; one, with a warning, if a launcher's variables are incomplete.
+
+    A variable such as WORLD_SIZE is often left over from another program. Without an address and this process's rank,
+    which launchers set as well, no other process could be reached.
+
+    Args:
+        cpu: whether all run on the CPU.
+    """
+    from accelerate import PartialState
+
+    ranks = {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"}
+    launched = "MASTER_ADDR" in os.environ and ranks & os.environ.keys()
+    if not launched and (left := _LAUNCHER & os.environ.keys()):
+        names = ", ".join(sorted(left))
+        warnings.warn(
+            f"{names} in the environment, but no launcher: running one process. Unset it, or start several processes "
+            "with torchrun.",
+            stacklevel=2,
+        )
+        for name in left:
+            del os.environ[name]
+    return PartialState(cpu=cpu)
 
 
 def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:

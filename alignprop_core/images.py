@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+"""Files of a folder that are read as images."""
+
 
 def read_image(path: Path) -> NDArray[uint8]:
     """Return an image file as (H, W, 3) RGB bytes: upright, 16-bit gray reduced to 8, transparency on white.
@@ -21,18 +25,49 @@ def read_image(path: Path) -> NDArray[uint8]:
         UserError: there is no such file, or it is not a readable image.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as file:
-            image = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGBA")
+            file.load()
+            image = _eight_bits(_upright(file), path).convert("RGBA")
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such image.") from None
-    # ultralytics, if it is loaded, makes Pillow try another format first, whose package may be missing.
-    except (UnidentifiedImageError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} is not a readable image: {error}.") from error
+    # Pillow's parsers raise whatever a damaged file leads them to: SyntaxError, struct.error, IndexError and others.
+    except Exception as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UserError(
+            f"{path} is not a readable image: {str(reason).rstrip('.') or type(error).__name__}."
+        ) from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its Exif data says; damaged Exif data is ignored, as in browsers."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        return image
+
+
+def image_files(paths: Sequence[Path]) -> list[Path]:
+    """Return the paths with the image files of each folder, sorted by name, in its place.
+
+    Raises:
+        UserError: a folder contains no images.
+    """
+    found: list[Path] = []
+    for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"{path} is a folder without images ({', '.join(SUFFIXES)}).")
+        found += inside
+    return found
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:

@@ -170,7 +170,11 @@ def prompt_entry(data: object) -> tuple[str, dict[str, Any]]:
         raise ValueError('"prompt" is empty; write a text or remove the line.')
     try:
         metadata = json.loads(json.dumps({key: value for key, value in data.items() if key != "prompt"}, default=_item))
-    except (TypeError, ValueError) as error:
+        json.dumps([prompt, metadata], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(f"contains half of a character ({half}), such as an emoji cut in two.") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the metadata of a prompt must be JSON values: {error}.") from None
     return str(prompt).strip(), metadata
 

@@ -12,7 +12,7 @@ from alignprop_core.errors import RewardError, UserError
 
 
 def score(
-    images: list[Path] = typer.Argument(help="Image files."),
+    images: list[Path] = typer.Argument(metavar="IMAGE|FOLDER", help="Image files, and folders of images."),
     reward: list[str] = typer.Option(help="A reward's name, see `alignprop rewards list`; can be repeated."),
     option: list[str] = common.REWARD_OPTIONS,
     prompt: str | None = typer.Option(None, help="The prompt of the images, for rewards that read it."),
@@ -22,7 +22,7 @@ def score(
     """Score image files with one or more rewards."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import device_of, reward_entries
-    from alignprop_core.images import read_image
+    from alignprop_core.images import image_files, read_image
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
@@ -31,6 +31,7 @@ def score(
     for entry, spec in zip(entries, specs, strict=True):
         if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
+    images = image_files(images)
     pixels = [read_image(path) for path in images]
     where = device_of(device)
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
 
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
-from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory
+from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory, processes
 from alignprop_core.diffusion.compiling import COMPILE_GAIN, COMPILE_SECONDS
 from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
@@ -103,7 +102,7 @@ class Trainer:
     ) -> None:
         self.registry = (registry or default_registry()).with_rewards(rewards or {})
         self.config = config = with_given(load_config(config, registry=self.registry), self.registry)
-        self.processes = PartialState(cpu=config.training.device == "cpu")
+        self.processes = processes(cpu=config.training.device == "cpu")
         self.device, self.dtype = device_and_dtype(config.training.device, config.training.mixed_precision)
         if self.device.type == "cpu":
             keep_freed_memory()
