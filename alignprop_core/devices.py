@@ -62,7 +62,8 @@ def choose_device(name: str) -> torch.device:
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         raise DeviceError(f"{name} is requested, but the CUDA devices are 0 to {torch.cuda.device_count() - 1}.")
     if name in ("auto", "cuda"):
-        return processes().device
+        device: torch.device = processes().device
+        return device
     return torch.device(name)
 
 

@@ -139,7 +139,7 @@ def _key_hint(context: Any, option: str) -> str:
     if not keys:
         return ""
     written = " or ".join(f"{key}=VALUE" for key in keys)
-    return f" Options do not set keys of the run config; write {written}, without dashes."
+    return f" Write {written} without dashes to change a key of the run config."
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

@@ -17,7 +17,7 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import UserError, under
 from alignprop_core.locate import find_base, find_lora
-from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
@@ -163,4 +163,6 @@ def heldout_prompts(given: str, own: str | Sequence[Any], registry: Registry) ->
     if not (given or own):
         raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
     with under("--prompts" if given else "prompts.heldout"):
-        return load_prompts(given or own, registry)
+        prompts = load_prompts(given or own, registry)
+        warn_about(prompts)
+        return prompts

@@ -11,6 +11,7 @@ import typer
 
 from alignprop_core.cli import common, reward_check, reward_new
 from alignprop_core.cli.extensions import ExtensibleGroup
+from alignprop_core.errors import UserError
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
@@ -93,28 +94,34 @@ def show(name: str = typer.Argument(help="A reward's name."), json: bool = commo
 
 @app.command("fetch")
 def fetch(
-    name: str = typer.Argument(
-        help="A reward's name, or a file on the hub: hub:owner/name/file or hub:owner/name@REVISION/file."
+    names: list[str] = typer.Argument(
+        None,
+        metavar="[NAME]...",
+        help="Rewards' names, or files on the hub: hub:owner/name/file or hub:owner/name@REVISION/file.",
     ),
+    config: Path | None = typer.Option(None, help="A run config: fetch what its rewards need."),
     file: str = typer.Option("", help="Fetch only this file of the reward."),
     to: Path | None = typer.Option(
         None, help="Folder for the files, as OWNER--NAME/FILE; the default is the hub cache."
     ),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Download a reward's weights and verify their checksums.
+    """Download the weights of rewards and verify their checksums.
 
     Incomplete or damaged files are never stored under a file's final name.
     """
     from alignprop_core.weights import fetch_weights
 
-    fetched = [fetch_weights(wanted, folder=to) for wanted in _files_of(name, file)]
+    wanted = [*(names or []), *(_names_in(config) if config else [])]
+    if not (names or config):
+        raise UserError("Give the name of a reward, or --config RUN.yaml.")
+    fetched = [fetch_weights(one, folder=to) for name in dict.fromkeys(wanted) for one in _files_of(name, file)]
     if json:
         facts = [{"path": one.path, "status": one.status, "verified": one.verified} for one in fetched]
         common.print_json([one.file.model_dump(mode="json") | more for one, more in zip(fetched, facts, strict=True)])
         return
     if not fetched:
-        typer.echo(f"{name} has no weights to fetch.")
+        typer.echo(f"{', '.join(wanted) or config}: no weights to fetch.")
     words = {"fetched": "fetched", "present": "already present", "packaged": "ships in an installed package"}
     checks = {"": "not verified: the hub gives no checksum or size"}
     for one in fetched:
@@ -123,6 +130,24 @@ def fetch(
         typer.echo(f"  {words[one.status]}: {one.path} ({checks.get(one.verified, f'{one.verified} verified')})")
         if to is not None and one.status != "packaged":
             typer.echo(f"  use it with the reward's option for weights: {one.path}")
+
+
+def _names_in(path: Path) -> list[str]:
+    """Return the rewards of a run config that use their default weights, and the hub files that its options name."""
+    from alignprop_core.config.load import load_config
+    from alignprop_core.registry.registry import default_registry
+    from alignprop_core.weights.find import HUB
+
+    registry = default_registry()
+    settings = load_config(path, registry=registry)
+    names = []
+    for entry in (*settings.rewards, *settings.evaluation.rewards):
+        weights = entry.options.get("weights")
+        if isinstance(weights, str) and weights.startswith(HUB):
+            names.append(weights)
+        elif weights in (None, "default") and entry.loader is None and registry.local(entry.name) is None:
+            names.append(entry.name)
+    return names
 
 
 def _files_of(name: str, only: str) -> list[WeightsFile]:

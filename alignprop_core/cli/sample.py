@@ -41,7 +41,7 @@ def sample(
     """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
     from alignprop_core.cli import inputs
-    from alignprop_core.prompts import load_prompts
+    from alignprop_core.prompts import PromptSet, load_prompts, warn_about
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
@@ -55,6 +55,7 @@ def sample(
             texts += load_prompts(prompts_from, registry).prompts
     if not texts:
         raise UserError("Give at least one prompt, or --prompts FILE.")
+    warn_about(PromptSet("the prompts", tuple(texts), ()))
     if compare and run is None and lora is None:
         raise UserError("--compare needs a LoRA: give a run or --lora F.")
     config, source = inputs.chosen_model(run, model, lora, registry, scores=False)
