@@ -18,9 +18,6 @@ from alignprop_core.specs import DEVICE_PATTERN
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-_LAUNCHER = {"WORLD_SIZE", "LOCAL_RANK", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
-"""Variables that make accelerate expect several processes."""
-
 _HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -70,23 +67,18 @@ def choose_device(name: str) -> torch.device:
 def processes(*, cpu: bool = False) -> PartialState:
     """Return the processes of this run; one, with a warning, if a launcher's variables are incomplete.
 
-    A variable such as WORLD_SIZE is often left over from another program. Without an address and this process's rank,
-    which launchers set as well, no other process could be reached.
+    WORLD_SIZE may be left over from another program. Without MASTER_ADDR, which launchers set as well, no other process
+    could be reached.
 
     Args:
         cpu: whether all run on the CPU.
     """
     from accelerate import PartialState
 
-    ranks = {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"}
-    launched = "MASTER_ADDR" in os.environ and ranks & os.environ.keys()
-    if not launched and (left := _LAUNCHER & os.environ.keys()):
-        names = ", ".join(sorted(left))
-        warnings.warn(
-            f"{names} in the environment, but no launcher: running one process. Unset it, or start several processes "
-            "with torchrun.",
-            stacklevel=2,
-        )
+    left = [name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if left and "MASTER_ADDR" not in os.environ:
+        message = f"{' and '.join(left)} in the environment, but no launcher such as torchrun: running one process."
+        warnings.warn(message, stacklevel=2)
         for name in left:
             del os.environ[name]
     return PartialState(cpu=cpu)

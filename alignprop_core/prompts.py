@@ -197,7 +197,9 @@ def prompt_entry(data: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, Mapping):
         raise ValueError(f'a prompt must be text or a mapping with the key "prompt", not {_json_kind(data)}.')
     if "prompt" not in data:
-        nearest = get_close_matches("prompt", map(str, data), n=1) or [key for key in ("text", "caption") if key in data]
+        nearest = get_close_matches("prompt", map(str, data), n=1) or [
+            key for key in ("text", "caption") if key in data
+        ]
         hint = f' Rename "{nearest[0]}" to "prompt".' if nearest else ""
         raise ValueError(f'the key "prompt" is missing.{hint}')
     prompt = data["prompt"]

@@ -202,17 +202,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def keys_meant(name: str, model: type[BaseModel]) -> list[str]:
-    """Return the keys of a config that a name probably means: a key's path or last part, or another trainer's name."""
-    every = [key for key in dict.fromkeys(keys_of(model)) if ".0." not in key]
-    alike = name.replace("-", "_")
-    alias = getattr(model, "aliases", {}).get(alike)
-    if alias in every:
-        return [alias]
-    same = [key for key in every if alike in (key, key.rpartition(".")[2])]
-    return same or get_close_matches(alike, every, n=1, cutoff=0.75)
-
-
 def unknown_key(path: Key, model: type[BaseModel], where: str = "", further: Sequence[str] = ()) -> str:
     """Say that a key does not exist, and which one is probably meant: here, anywhere, or of another trainer.
 

@@ -129,23 +129,15 @@ def _report(error: Exception, debug: bool) -> int:
 
 
 def _key_hint(context: Any, option: str) -> str:
-    """Return how to set the key of the run config that an unknown option means; empty if it means none."""
+    """Return which key of the run config an unknown option means and how to set it; empty if it means none."""
     if context is None or not any(parameter.name == "overrides" for parameter in context.command.params):
         return ""
     from alignprop_core.config.sections import RunConfig
-    from alignprop_core.validation import keys_meant
+    from alignprop_core.validation import unknown_key
 
-    keys = keys_meant(option, RunConfig)
-    if not keys:
-        return ""
-    written = " or ".join(f"{key}=VALUE" for key in keys)
-    return f" Write {written} without dashes to change a key of the run config."
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Print a warning as one line, without its source location."""
-    name = "" if category is UserWarning else f" ({category.__name__})"
-    print(f"warning{name}: {message}", file=sys.stderr)
+    hint = unknown_key(tuple(option.replace("-", "_").split(".")), RunConfig).removeprefix("unknown key.")
+    keys = " Write KEY=VALUE without dashes to change a key of the run config."
+    return "" if "Valid keys:" in hint or not hint else hint + keys
 
 
 def _open_closed_streams() -> None:

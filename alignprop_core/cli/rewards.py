@@ -140,14 +140,11 @@ def _names_in(path: Path) -> list[str]:
 
     registry = default_registry()
     settings = load_config(path, registry=registry)
-    names = []
-    for entry in (*settings.rewards, *settings.evaluation.rewards):
-        weights = entry.options.get("weights")
-        if isinstance(weights, str) and weights.startswith(HUB):
-            names.append(weights)
-        elif weights in (None, "default") and entry.loader is None and registry.local(entry.name) is None:
-            names.append(entry.name)
-    return names
+    entries = [entry for entry in (*settings.rewards, *settings.evaluation.rewards) if entry.loader is None]
+    entries = [entry for entry in entries if registry.local(entry.name) is None]
+    own = [entry.name for entry in entries if entry.options.get("weights", "default") == "default"]
+    chosen = [str(entry.options.get("weights")) for entry in entries]
+    return [*own, *(name for name in chosen if name.startswith(HUB))]
 
 
 def _files_of(name: str, only: str) -> list[WeightsFile]:

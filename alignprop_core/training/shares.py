@@ -27,34 +27,24 @@ class Shares(Callback):
     def on_step(self, trainer: Trainer, stats: StepStats) -> None:
         """Count a step, and warn after the last one that counts."""
         sizes = {label: abs(term["factor"] or 0) * (term["grad_norm"] or 0) for label, term in stats.terms.items()}
-        if self.steps < MOST and max(sizes.values()) > 0:
-            self.steps += 1
-            for label, term in stats.terms.items():
-                # A term whose own gradient is zero is at its ceiling, or its schedule has not begun.
-                ratio = max(sizes.values()) / sizes[label] if sizes[label] > 0 else 0
-                if ratio > RATIO and abs(term["share"] or 0) < SMALL:
-                    self.ratios.setdefault(label, []).append(ratio)
-            if self.steps == MOST:
-                self.warn(trainer)
-
-    def on_end(self, trainer: Trainer) -> None:
-        """Warn after a shorter run."""
-        if FEWEST <= self.steps < MOST:
-            self.warn(trainer)
-
-    def warn(self, trainer: Trainer) -> None:
-        """Show the warning, if a term had 0% at every step."""
-        without = {
-            label: sum(ratios) / len(ratios) for label, ratios in self.ratios.items() if len(ratios) == self.steps
-        }
-        if not without:
+        largest = max(sizes.values())
+        if self.steps == MOST or not largest:
             return
-        terms = ", ".join(f'"{label}" (its gradient is {ratio:,.0f} times smaller)' for label, ratio in without.items())
-        combine = trainer.config.mix.combine
-        remedy = "Set mix: {combine: balanced}, so that a weight means the same for every reward, or raise its weight."
-        remedy = remedy if combine in ("sum", "normalized") else "Raise its weight."
-        warnings.warn(
-            f"Terms with 0% of the gradient at each of the first {self.steps} steps, which changes nothing: {terms}. "
-            f"{remedy}",
-            stacklevel=2,
-        )
+        self.steps += 1
+        for label, term in stats.terms.items():
+            # A term whose own gradient is zero is at its ceiling, or its schedule has not begun.
+            if 0 < sizes[label] < largest / RATIO and abs(term["share"] or 0) < SMALL:
+                self.ratios.setdefault(label, []).append(largest / sizes[label])
+        ended = stats.step == trainer.config.training.steps and self.steps >= FEWEST
+        without = {label: sum(found) / self.steps for label, found in self.ratios.items() if len(found) == self.steps}
+        if without and (ended or self.steps == MOST):
+            terms = ", ".join(
+                f'"{label}" (its gradient is {ratio:,.0f} times smaller)' for label, ratio in without.items()
+            )
+            scaled = trainer.config.mix.combine in ("balanced", "pcgrad")
+            balanced = "Set mix: {combine: balanced}, so that a weight means the same for every reward, or raise"
+            warnings.warn(
+                f"Terms with 0% of the gradient at each of the first {self.steps} steps, which changes nothing: {terms}. "
+                f"{'Raise' if scaled else balanced} its weight.",
+                stacklevel=2,
+            )
