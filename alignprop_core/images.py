@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignprop_core.errors import UserError
+from alignprop_core.errors import UserError, complaint
 
 if TYPE_CHECKING:
     import torch
@@ -25,49 +25,24 @@ def read_image(path: Path) -> NDArray[uint8]:
         UserError: there is no such file, or it is not a readable image.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
             file.load()
-            image = _eight_bits(_upright(file), path).convert("RGBA")
+            with suppress(Exception):  # damaged Exif data is ignored, as in browsers
+                ImageOps.exif_transpose(file, in_place=True)
+            image = _eight_bits(file, path).convert("RGBA")
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such image.") from None
     # Pillow's parsers raise whatever a damaged file leads them to: SyntaxError, struct.error, IndexError and others.
     except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise UserError(
-            f"{path} is not a readable image: {str(reason).rstrip('.') or type(error).__name__}."
-        ) from error
+        reason = getattr(error, "strerror", None) or complaint(error)
+        raise UserError(f"{path} is not a readable image: {reason}.") from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image as its Exif data says; damaged Exif data is ignored, as in browsers."""
-    from PIL import ImageOps
-
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        return image
-
-
-def image_files(paths: Sequence[Path]) -> list[Path]:
-    """Return the paths with the image files of each folder, sorted by name, in its place.
-
-    Raises:
-        UserError: a folder contains no images.
-    """
-    found: list[Path] = []
-    for path in paths:
-        inside = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"{path} is a folder without images ({', '.join(SUFFIXES)}).")
-        found += inside
-    return found
 
 
 def _eight_bits(image: Image.Image, path: Path) -> Image.Image:

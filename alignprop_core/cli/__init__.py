@@ -140,6 +140,12 @@ def _key_hint(context: Any, option: str) -> str:
     return "" if "Valid keys:" in hint or not hint else hint + keys
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print a warning as one line, without its source location."""
+    name = "" if category is UserWarning else f" ({category.__name__})"
+    print(f"warning{name}: {message}", file=sys.stderr)
+
+
 def _open_closed_streams() -> None:
     """Open standard streams that the caller has closed, or the next files opened would get their numbers."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:

@@ -26,10 +26,8 @@ def evaluate(
     prompts: str = typer.Option("", help="Held-out prompts: a registered set or a file; the default is the run's."),
     reward: list[str] = typer.Option([], help="Reward to report in addition to the run's; can be repeated."),
     option: list[str] = common.REWARD_OPTIONS,
-    steps: int | None = typer.Option(None, help="Denoising steps; the default is that of the run or LoRA, or 50."),
-    guidance_scale: float | None = typer.Option(
-        None, help="Guidance scale; the default is that of the run or LoRA, or 7.5."
-    ),
+    steps: int | None = typer.Option(None, help="Denoising steps; the default is the run's, or 50."),
+    guidance_scale: float | None = typer.Option(None, help="Guidance scale; the default is the run's, or 7.5."),
     images_per_prompt: int | None = typer.Option(
         None, min=1, help="Images per prompt; the default is the run's, or 4."
     ),

@@ -14,9 +14,7 @@ from alignprop_core.errors import UserError, under
 
 def sample(
     prompts: list[str] = typer.Argument(
-        None,
-        metavar="[RUN] [PROMPT]...",
-        help="A run folder, unless --run or --model is given, and prompts; one image per prompt and seed.",
+        None, metavar="[RUN] [PROMPT]...", help="A run folder, then prompts; --run or --model replaces the folder."
     ),
     run: Path | None = typer.Option(None, help="A run folder: its model, LoRA and sampling settings."),
     model: str = typer.Option("", help=f"Instead of a run, or of its model: {common.MODELS}."),
@@ -24,9 +22,9 @@ def sample(
     prompts_from: str = typer.Option("", "--prompts", help="More prompts: a registered set or a file."),
     compare: bool = typer.Option(False, "--compare", help="Also generate each image without the LoRA, side by side."),
     strength: float = typer.Option(1.0, help="Strength of the LoRA; 0 is the base model."),
-    steps: int | None = typer.Option(None, help="Denoising steps; the default is that of the run or LoRA, or 50."),
+    steps: int | None = typer.Option(None, help="Denoising steps; the default is the run's, or 50."),
     guidance_scale: float | None = typer.Option(
-        None, help="Classifier-free guidance scale; 1 disables it; the default is that of the run or LoRA, or 7.5."
+        None, help="Classifier-free guidance scale; 1 disables it; the default is the run's, or 7.5."
     ),
     negative_prompt: str | None = typer.Option(None, help="Negative prompt; the default is the run's, or empty."),
     width: int | None = typer.Option(None, help="Width in pixels; the default is the run's or the model's."),
@@ -79,7 +77,7 @@ def sample(
 
     from alignprop_core._files import safe_name, unused_name
     from alignprop_core.evaluation.progress import progress_bar
-    from alignprop_core.evaluation.sheet import save_beside, side_by_side
+    from alignprop_core.evaluation.sheet import save_image, side_by_side
 
     variants: list[Any] = [sampler.without_lora, nullcontext] if compare else [nullcontext]
     names: list[str] = []
@@ -99,6 +97,7 @@ def sample(
                     with switch():
                         images += sampler([text], seed=number, output="pil")
                     bar.advance(task)
-                files.append(save_beside(side_by_side(images), output / f"{name}-{number}{suffix}.png"))
+                files.append(output / f"{name}-{number}{suffix}.png")
+                save_image(side_by_side(images), files[-1])
     for file in files:
         common.console().print(str(file), soft_wrap=True)

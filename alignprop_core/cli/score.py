@@ -22,7 +22,7 @@ def score(
     """Score image files with one or more rewards."""
     common.quiet_libraries()
     from alignprop_core.cli.inputs import device_of, reward_entries
-    from alignprop_core.images import image_files, read_image
+    from alignprop_core.images import read_image
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
@@ -31,7 +31,7 @@ def score(
     for entry, spec in zip(entries, specs, strict=True):
         if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
-    images = image_files(images)
+    images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
     pixels = [read_image(path) for path in images]
     where = device_of(device)
 
@@ -62,3 +62,12 @@ def score(
     titles = [f"{label} ({unit})" if unit else label for label, unit in units.items()]
     table = [[path, *(f"{value:.6g}" for value in scores.values())] for path, scores in rows]
     common.print_table(["image", *titles], table)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    from alignprop_core.images import SUFFIXES
+
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{folder} is a folder without images ({', '.join(SUFFIXES)}).")
+    return found

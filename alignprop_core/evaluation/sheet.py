@@ -6,7 +6,6 @@ import io
 import json
 import math
 from collections.abc import Sequence
-from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -28,25 +27,12 @@ _SMALLEST = 192
 
 def save_image(image: Image.Image, path: Path) -> None:
     """Write an image atomically; the format follows the file's suffix."""
-    write_atomic(path, _encoded(image, path))
-
-
-def save_beside(image: Image.Image, path: Path) -> Path:
-    """Write an image without replacing another: return its path, numbered if the name belongs to another image."""
-    content = _encoded(image, path)
-    numbered = (path.with_name(f"{path.stem}-v{number}{path.suffix}") for number in count(2))
-    free = next(one for one in chain([path], numbered) if not one.exists() or one.read_bytes() == content)
-    write_atomic(free, content)
-    return free
-
-
-def _encoded(image: Image.Image, path: Path) -> bytes:
     buffer = io.BytesIO()
     info = PngInfo()
     if CELLS in image.info:
         info.add_itxt(CELLS, image.info[CELLS])
     image.save(buffer, format={".jpg": "JPEG", ".webp": "WEBP"}.get(path.suffix, "PNG"), pnginfo=info)
-    return buffer.getvalue()
+    write_atomic(path, buffer.getvalue())
 
 
 def _enlarged(image: Tensor) -> Image.Image:

@@ -44,7 +44,7 @@ class Shares(Callback):
             scaled = trainer.config.mix.combine in ("balanced", "pcgrad")
             balanced = "Set mix: {combine: balanced}, so that a weight means the same for every reward, or raise"
             warnings.warn(
-                f"Terms with 0% of the gradient at each of the first {self.steps} steps, which changes nothing: {terms}. "
+                f"Terms with 0% of the gradient at each of the first {self.steps} steps, without influence: {terms}. "
                 f"{'Raise' if scaled else balanced} its weight.",
                 stacklevel=2,
             )

@@ -87,13 +87,6 @@ def test_a_run_or_its_lora_gives_the_settings_that_are_not_given(
     assert pixels(other) == pixels(given) != pixels(of_run)
 
 
-def test_an_image_of_other_settings_is_not_overwritten(sample: Any, trained: Path) -> None:
-    files = [sample(trained, "a fox", "--steps", steps)[0] for steps in (3, 2, 3, 2)]
-    assert files[0] != files[1]
-    assert files[2:] == files[:2]
-    assert pixels(files[0]) != pixels(files[1])
-
-
 def test_a_run_of_a_python_function_is_sampled_without_the_function(
     sample: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
