@@ -5,10 +5,17 @@ The public names below load lazily, so `import alignprop_core` imports no torch.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+if "torch" not in sys.modules:
+    # OpenMP reads it when torch is imported. By default its threads spin while they wait: on cores that other programs
+    # use as well, a step takes four times as long and more.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _PUBLIC = {
     "Callback": "alignprop_core.training.callback",

@@ -8,12 +8,15 @@ import platform
 import re
 import sys
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from alignprop_core.errors import DeviceError, under
 from alignprop_core.specs import DEVICE_PATTERN
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 _HALF = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,26 +35,6 @@ def device_and_dtype(device: str, mixed_precision: str) -> tuple[torch.device, t
         chosen = choose_device(device)
     with under("training.mixed_precision"):
         return chosen, network_dtype(mixed_precision, chosen)
-
-
-def processes(*, cpu: bool = False) -> Any:
-    """Return accelerate's state: which of how many processes this one is.
-
-    A launcher tells each process its rank. WORLD_SIZE alone is left over from one, and would end in waiting for
-    processes that nobody has started.
-
-    Args:
-        cpu: whether the processes compute on the CPU.
-    """
-    from accelerate import PartialState
-
-    if os.environ.get("WORLD_SIZE", "1") != "1" and not any(name.endswith("RANK") for name in os.environ):
-        warnings.warn(
-            f"WORLD_SIZE={os.environ.pop('WORLD_SIZE')} is set, but no launcher (torchrun, accelerate launch) has "
-            "started this process: it is ignored, and one process runs.",
-            stacklevel=2,
-        )
-    return PartialState(cpu=cpu)
 
 
 def choose_device(name: str) -> torch.device:
@@ -79,6 +62,26 @@ def choose_device(name: str) -> torch.device:
         device: torch.device = processes().device
         return device
     return torch.device(name)
+
+
+def processes(*, cpu: bool = False) -> PartialState:
+    """Return the processes of this run; one, with a warning, if a launcher's variables are incomplete.
+
+    WORLD_SIZE may be left over from another program. Without MASTER_ADDR, which launchers set as well, no other process
+    could be reached.
+
+    Args:
+        cpu: whether all run on the CPU.
+    """
+    from accelerate import PartialState
+
+    left = [name for name in ("WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if left and "MASTER_ADDR" not in os.environ:
+        message = f"{' and '.join(left)} in the environment, but no launcher such as torchrun: running one process."
+        warnings.warn(message, stacklevel=2)
+        for name in left:
+            del os.environ[name]
+    return PartialState(cpu=cpu)
 
 
 def network_dtype(mixed_precision: str, device: torch.device) -> torch.dtype:

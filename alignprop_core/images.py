@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alignprop_core.errors import UserError
+from alignprop_core.errors import UserError, complaint
 
 if TYPE_CHECKING:
     import torch
     from numpy import uint8
     from numpy.typing import NDArray
     from PIL import Image
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+"""Files of a folder that are read as images."""
 
 
 def read_image(path: Path) -> NDArray[uint8]:
@@ -21,16 +25,22 @@ def read_image(path: Path) -> NDArray[uint8]:
         UserError: there is no such file, or it is not a readable image.
     """
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as file:
-            image = _eight_bits(ImageOps.exif_transpose(file), path).convert("RGBA")
+            file.load()
+            with suppress(Exception):  # damaged Exif data is ignored, as in browsers
+                ImageOps.exif_transpose(file, in_place=True)
+            image = _eight_bits(file, path).convert("RGBA")
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such image.") from None
-    # ultralytics, if it is loaded, makes Pillow try another format first, whose package may be missing.
-    except (UnidentifiedImageError, OSError, ValueError, ImportError) as error:
-        raise UserError(f"{path} is not a readable image: {error}.") from error
+    # Pillow's parsers raise whatever a damaged file leads them to: SyntaxError, struct.error, IndexError and others.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or complaint(error)
+        raise UserError(f"{path} is not a readable image: {reason}.") from error
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return np.array(Image.alpha_composite(white, image).convert("RGB"))
 

@@ -102,7 +102,7 @@ def find_lora(path: str | Path) -> Path:
     Raises:
         LoraError: no file, several candidates, or a pickled file.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         folder = path / "lora" if (path / "lora").is_dir() else path
         found = sorted(folder.glob("*.safetensors"))

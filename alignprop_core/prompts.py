@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".jsonl")
 _SHOWN_PROBLEMS = 5
+_OTHER_SYNTAX = (
+    (re.compile(r"\([^()]+:\s*\d*\.?\d+\s*\)"), "(word:1.3)", "weights of words are not supported"),
+    (re.compile(r"<(?:lora|lyco|hypernet):[^<>]+>"), "<lora:name:1>", "LoRAs are set with model.loras or --lora"),
+)
+"""Syntax of other programs' prompts: a pattern, an example and what to write or know."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,14 @@ class PromptSet:
         prompts: N texts, none empty.
         metadata: N mappings: the other keys of a JSONL line, empty for text files.
         lines: the line of each prompt in its file, from 1.
+        comments: the lines of a file that were skipped because they start with `#`.
     """
 
     name: str
     prompts: tuple[str, ...]
     metadata: tuple[Mapping[str, Any], ...]
     lines: tuple[int, ...] = ()
+    comments: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -107,9 +116,12 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
         raise PromptError(f"{name}:{at}: is not UTF-8 text; save the file as UTF-8.") from None
     entries: list[tuple[int, tuple[str, Mapping[str, Any]]]] = []
     problems: list[str] = []
+    comments: list[int] = []
     # Not splitlines(): that also breaks at characters (such as U+2028) that JSON strings may hold.
     for number, raw in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n").split("\n"), 1):
         line = raw.strip()
+        if line.startswith("#"):
+            comments.append(number)
         if not line or line.startswith("#"):
             continue
         try:
@@ -123,7 +135,32 @@ def parse_prompts(name: str, file: str, content: bytes) -> PromptSet:
         raise PromptError(f"{name}: contains no prompts; write {wanted}.")
     lines, pairs = zip(*entries, strict=True)
     prompts, metadata = zip(*pairs, strict=True)
-    return PromptSet(name, prompts, metadata, lines)
+    return PromptSet(name, prompts, metadata, lines, tuple(comments))
+
+
+def warn_about(prompts: PromptSet, heldout: PromptSet | None = None) -> None:
+    """Warn, once each, about prompts that are probably not meant as they are read.
+
+    Args:
+        prompts: the prompts.
+        heldout: prompts that should not be among them.
+    """
+    remarks = []
+    for found in filter(None, (prompts, heldout)):
+        if found.comments:
+            where = ", ".join(map(str, found.comments[:_SHOWN_PROBLEMS]))
+            remarks.append(f"{found.name}: {len(found.comments)} lines start with # and are no prompts (line {where}).")
+        for syntax, example, meaning in _OTHER_SYNTAX:
+            number = next((i for i, text in enumerate(found.prompts) if syntax.search(text)), None)
+            if number is not None:
+                remarks.append(found.problem(number, f"{example} is read as plain text: {meaning}."))
+    if heldout is not None and (same := set(heldout.prompts) & set(prompts.prompts)):
+        remarks.append(
+            f"{len(same)} of {len(set(heldout.prompts))} held-out prompts are also training prompts ({min(same)!r}): "
+            "the evaluation says little about new prompts."
+        )
+    for remark in dict.fromkeys(remarks):
+        warnings.warn(remark, stacklevel=3)
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -160,7 +197,9 @@ def prompt_entry(data: object) -> tuple[str, dict[str, Any]]:
     if not isinstance(data, Mapping):
         raise ValueError(f'a prompt must be text or a mapping with the key "prompt", not {_json_kind(data)}.')
     if "prompt" not in data:
-        nearest = get_close_matches("prompt", list(data), n=1) or [key for key in ("text", "caption") if key in data]
+        nearest = get_close_matches("prompt", map(str, data), n=1) or [
+            key for key in ("text", "caption") if key in data
+        ]
         hint = f' Rename "{nearest[0]}" to "prompt".' if nearest else ""
         raise ValueError(f'the key "prompt" is missing.{hint}')
     prompt = data["prompt"]
@@ -170,7 +209,11 @@ def prompt_entry(data: object) -> tuple[str, dict[str, Any]]:
         raise ValueError('"prompt" is empty; write a text or remove the line.')
     try:
         metadata = json.loads(json.dumps({key: value for key, value in data.items() if key != "prompt"}, default=_item))
-    except (TypeError, ValueError) as error:
+        json.dumps([prompt, metadata], ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = ascii(error.object[error.start])[1:-1]
+        raise ValueError(f"contains half of a character ({half}), such as an emoji cut in two.") from None
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"the metadata of a prompt must be JSON values: {error}.") from None
     return str(prompt).strip(), metadata
 

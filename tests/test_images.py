@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,3 +52,25 @@ def test_what_is_not_an_image_is_reported(tmp_path: Path) -> None:
         read_image(tmp_path / "no.png")
     with pytest.raises(UserError, match=r"gone\.png: no such image"):
         read_image(tmp_path / "gone.png")
+
+
+def test_damaged_exif_data_is_ignored(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(content, "PNG")
+    at = content.getvalue().index(b"IDAT") - 4
+    (tmp_path / "image.png").write_bytes(_with_chunk(content.getvalue(), at, b"eXIf" + b"\0\x08\0\2\1\x12\0\3"))
+    assert read_image(tmp_path / "image.png").shape == (20, 40, 3)
+
+
+def test_an_unknown_chunk_is_refused(tmp_path: Path) -> None:
+    content = io.BytesIO()
+    Image.new("RGB", (40, 20), "red").save(content, "PNG")
+    at = content.getvalue().index(b"IDAT") - 4
+    (tmp_path / "image.png").write_bytes(_with_chunk(content.getvalue(), at, b"\0\1\2\3xx"))
+    with pytest.raises(UserError, match=r"image\.png is not a readable image: "):
+        read_image(tmp_path / "image.png")
+
+
+def _with_chunk(png: bytes, at: int, chunk: bytes) -> bytes:
+    """Return a PNG file with a chunk (name and content) inserted."""
+    return png[:at] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[at:]

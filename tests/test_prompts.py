@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from pathlib import Path
 
 import pytest
 
 from alignprop_core.errors import PluginError, PromptError
 from alignprop_core.hookspecs import hookimpl
-from alignprop_core.prompts import load_prompts
+from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import PromptSpec
 
@@ -128,3 +130,34 @@ def test_a_missing_file_gets_the_nearest_file(tmp_path: Path, registry: Registry
     write(tmp_path, "training.txt", "a")
     with pytest.raises(PromptError, match=r"Did you mean .*training\.txt\?"):
         load_prompts(str(tmp_path / "trainig.txt"), registry)
+
+
+def remarks(prompts: PromptSet, heldout: PromptSet | None = None) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warn_about(prompts, heldout)
+    return [str(warning.message) for warning in caught]
+
+
+def test_what_is_probably_not_meant_is_reported_once(tmp_path: Path, registry: Registry) -> None:
+    text = "# animals\na (red:1.3) fox\na ( blue : .5 ) fox\nan owl <lora:ink:0.8>\n#two owls\n"
+    prompts = load_prompts(write(tmp_path, "p.txt", text), registry)
+    comments, weight, lora = remarks(prompts)
+    assert comments.endswith("p.txt: 2 lines start with # and are no prompts (line 1, 5).")
+    assert "p.txt:2: (word:1.3) is read as plain text" in weight
+    assert "p.txt:4: <lora:name:1> is read as plain text: LoRAs are set with model.loras" in lora
+
+
+def test_held_out_prompts_that_are_trained_on_are_reported(registry: Registry) -> None:
+    train, heldout = (load_prompts(texts, registry) for texts in (["a fox", "an owl"], ["an owl", "a (small) hill"]))
+    (message,) = remarks(train, heldout)
+    assert message.startswith("1 of 2 held-out prompts are also training prompts ('an owl')")
+    assert remarks(train, load_prompts(["a hill at 12:30 (noon)"], registry)) == []
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a fox \\ud83d"}', '{"prompt": "a fox", "tags": ["\\udc00"]}'])
+def test_half_a_character_is_refused_with_its_line(line: str, tmp_path: Path, registry: Registry) -> None:
+    with pytest.raises(PromptError, match=r"p\.jsonl:2: contains half of a character \(.ud"):
+        load_prompts(write(tmp_path, "p.jsonl", f'{{"prompt": "an owl"}}\n{line}\n'), registry)
+    with pytest.raises(PromptError, match="half of a character"):
+        load_prompts([json.loads(line)], registry)

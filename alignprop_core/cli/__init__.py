@@ -13,6 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -20,6 +21,9 @@ from alignprop_core import __version__
 from alignprop_core.cli import doctor, evaluate, plugins, rewards, sample, schema, score, train
 from alignprop_core.cli.extensions import ExtensibleGroup
 from alignprop_core.errors import AlignpropError
+
+INTERRUPTED = 130
+"""Exit code of Ctrl-C."""
 
 app = typer.Typer(
     name="alignprop",
@@ -71,8 +75,7 @@ def run(arguments: Sequence[str]) -> int:
         code = app(args=arguments, prog_name="alignprop", standalone_mode=False)
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader (`| head`) has exited; buffered output must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,6 +84,8 @@ def run(arguments: Sequence[str]) -> int:
         if debug:
             traceback.print_exc()
         return _report(error, debug)
+    if code == INTERRUPTED:  # typer answers Ctrl-C with this code and no word
+        print("\ninterrupted", file=sys.stderr)
     return code if isinstance(code, int) else 0
 
 
@@ -98,10 +103,12 @@ def _report(error: Exception, debug: bool) -> int:
         context = getattr(error, "ctx", None)
         command = context.command_path if context is not None else "alignprop"
         if message := str(usage()):  # empty if the help was printed instead
-            key = str(getattr(error, "option_name", "")).lstrip("-")
-            dashes = f" Write {key}=VALUE without dashes to change a key of the run config." if "." in key else ""
+            hint = _key_hint(context, str(getattr(error, "option_name", "")).lstrip("-"))
+            if hint:
+                # Not click's own guess, which names an option that looks alike.
+                message = message.partition(" (")[0].partition(" Did you")[0]
             end = "" if message.endswith((".", "?")) else "."
-            print(f"error: {message}{end}{dashes} See `{command} --help`.", file=sys.stderr)
+            print(f"error: {message}{end}{hint} See `{command} --help`.", file=sys.stderr)
         return int(getattr(error, "exit_code", 2))
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
@@ -121,14 +128,36 @@ def _report(error: Exception, debug: bool) -> int:
     return 1
 
 
+def _key_hint(context: Any, option: str) -> str:
+    """Return which key of the run config an unknown option means and how to set it; empty if it means none."""
+    if context is None or not any(parameter.name == "overrides" for parameter in context.command.params):
+        return ""
+    from alignprop_core.config.sections import RunConfig
+    from alignprop_core.validation import unknown_key
+
+    hint = unknown_key(tuple(option.replace("-", "_").split(".")), RunConfig).removeprefix("unknown key.")
+    keys = " Write KEY=VALUE without dashes to change a key of the run config."
+    return "" if "Valid keys:" in hint or not hint else hint + keys
+
+
 def _show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
     """Print a warning as one line, without its source location."""
     name = "" if category is UserWarning else f" ({category.__name__})"
     print(f"warning{name}: {message}", file=sys.stderr)
 
 
+def _open_closed_streams() -> None:
+    """Open standard streams that the caller has closed, or the next files opened would get their numbers."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+
+
 def main() -> None:
     """Run the command `alignprop` and exit."""
+    _open_closed_streams()
     warnings.showwarning = _show_warning
     # Until a command runs: a tenth of the time of `--help` would go into collecting what imports create and keep.
     gc.disable()

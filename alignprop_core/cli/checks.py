@@ -173,6 +173,7 @@ def _threads() -> Iterator[Finding]:
     elif load > cores and spins:
         # Threads that spin while they wait on busy cores make a step up to a hundred times slower.
         found = f"{cores} cores with a load of {load:.1f}"
-        yield Finding("threads", "warning", found, "On busy cores set OMP_WAIT_POLICY=PASSIVE, or OMP_NUM_THREADS=1.")
+        advice = "On busy cores unset OMP_WAIT_POLICY, or set it to PASSIVE."
+        yield Finding("threads", "warning", found, advice)
     else:
         yield Finding("threads", "ok", f"{cores} cores")

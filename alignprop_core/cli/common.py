@@ -28,6 +28,7 @@ STYLES = {
 }  # fmt: skip
 """Colors of the cells that are a status."""
 MODELS = "a registered model, a hub id, a diffusers folder or a .safetensors file"
+MAX_SEED = 2**63 - 1
 JSON_OPTION = typer.Option(False, "--json", help="Print JSON instead of a table.")
 DEVICE_OPTION = typer.Option("auto", help="auto, cpu, cuda, cuda:N or mps.")
 REWARD_OPTIONS = typer.Option(

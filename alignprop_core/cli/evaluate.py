@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def evaluate(
     run: Path | None = typer.Argument(None, metavar="[RUN]", help="A run folder; its config gives the defaults."),
-    model: str = typer.Option("", help=f"Instead of a run: {common.MODELS}."),
+    model: str = typer.Option("", help=f"Instead of a run, or of its model: {common.MODELS}."),
     lora: Path | None = typer.Option(
         None, help="A LoRA file or folder for --model; with a run, the LoRA to evaluate instead of the run's result."
     ),
@@ -31,7 +31,9 @@ def evaluate(
     images_per_prompt: int | None = typer.Option(
         None, min=1, help="Images per prompt; the default is the run's, or 4."
     ),
-    seed: int | None = typer.Option(None, min=0, help="Seed of the noise; the default is the run's, or 1234."),
+    seed: int | None = typer.Option(
+        None, min=0, max=common.MAX_SEED, help="Seed of the noise; the default is the run's, or 1234."
+    ),
     strengths: str = typer.Option(
         "", help="Evaluate at these strengths of the LoRA, such as 0,0.25,0.5,0.75,1, to compare rewards with drift."
     ),
@@ -52,10 +54,11 @@ def evaluate(
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.training.preflight import check_rewards
 
-    if (run is None) == (not model):
+    if run is None and not model:
         raise UserError("Give a run folder, or --model M with --lora DIR.")
-    if run is not None and lora is not None and output is None:
-        raise UserError("--lora with a run needs --output FOLDER: the run folder keeps the run's own evaluation.")
+    other = "--lora" if lora is not None else "--model" if model else ""
+    if run is not None and other and output is None:
+        raise UserError(f"{other} with a run needs --output FOLDER: the run folder keeps the run's own evaluation.")
     if (strengths or soup) and run is None and lora is None:
         raise UserError("--strengths and --soup need a LoRA: give a run folder, or --model M with --lora DIR.")
     points = common.numbers(strengths, "--strengths") if strengths else [0, 0.25, 0.5, 0.75, 1] if soup else []
@@ -71,7 +74,7 @@ def evaluate(
         entries = inputs.combined(own, inputs.reward_entries(reward, option, registry))
         if not entries:
             raise UserError("There is nothing to measure: give --reward NAME.")
-        sampling = inputs.sampling_settings(config, steps=steps, guidance_scale=guidance_scale)
+        sampling = inputs.sampling_settings(config, lora, registry, steps=steps, guidance_scale=guidance_scale)
         evaluation = (config.evaluation if config else EvaluationConfig()).model_copy(
             update=inputs.given(images_per_prompt=images_per_prompt, seed=seed)
         )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from alignprop_core._files import unused_name
+from alignprop_core.cli import common
 from alignprop_core.config.input import apply_overrides
 from alignprop_core.config.load import load_config
 from alignprop_core.config.model import SamplingConfig
@@ -16,7 +17,7 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import UserError, under
 from alignprop_core.locate import find_base, find_lora
-from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
@@ -47,7 +48,7 @@ def chosen_model(
 
     Args:
         run: the run folder.
-        model: the model, where no run is given.
+        model: the model, where no run is given, or instead of the run's.
         lora: a LoRA to use instead of the run's result.
         registry: the installed plugins.
         scores: whether the run's rewards are needed; rewards passed from Python are not available to a command.
@@ -65,6 +66,10 @@ def chosen_model(
     config = Run(run, registry=registry).config
     if scores:
         config = load_config(run / "config.yaml", registry=registry)
+    if model:
+        with under("--model"):
+            find_base(model, registry)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"base": model})})
     find_lora(lora := lora or run / "lora")
     check_model(config, registry)
     return config, {
@@ -76,12 +81,26 @@ def chosen_model(
     }
 
 
-def sampling_settings(config: RunConfig | None, **options: Any) -> SamplingConfig:
+def sampling_settings(
+    config: RunConfig | None, lora: Path | None, registry: Registry, **options: Any
+) -> SamplingConfig:
     """Return a run's sampling settings, or the defaults, with the options that were given.
+
+    Args:
+        config: the run's config, if a run is given.
+        lora: the LoRA; if no run is given but the LoRA is in a run folder, that run's settings count.
+        registry: the installed plugins.
+        options: the options, None where one was not given.
 
     Raises:
         UserError: an option is invalid.
     """
+    if config is None and lora is not None:
+        file = find_lora(lora).absolute()
+        for run in (folder for folder in file.parents[1:3] if (folder / "config.yaml").is_file()):
+            config = Run(run, registry=registry).config
+            common.note(f"note: sampling settings that are not given are those of {run}.")
+            break
     try:
         return SamplingConfig(**(config.sampling.model_dump() if config else {}) | given(**options))
     except ValidationError as error:
@@ -144,4 +163,6 @@ def heldout_prompts(given: str, own: str | Sequence[Any], registry: Registry) ->
     if not (given or own):
         raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
     with under("--prompts" if given else "prompts.heldout"):
-        return load_prompts(given or own, registry)
+        prompts = load_prompts(given or own, registry)
+        warn_about(prompts)
+        return prompts

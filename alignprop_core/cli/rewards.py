@@ -11,7 +11,7 @@ import typer
 
 from alignprop_core.cli import common, reward_check, reward_new
 from alignprop_core.cli.extensions import ExtensibleGroup
-from alignprop_core.errors import RewardError, WeightsError, did_you_mean
+from alignprop_core.errors import RewardError, UserError, WeightsError, did_you_mean
 
 if TYPE_CHECKING:
     from alignprop_core.cli.options import Option
@@ -108,28 +108,34 @@ def show(
 
 @app.command("fetch")
 def fetch(
-    name: str = typer.Argument(
-        help="A reward's name, or a file on the hub: hub:owner/name/file or hub:owner/name@REVISION/file."
+    names: list[str] = typer.Argument(
+        None,
+        metavar="[NAME]...",
+        help="Rewards' names, or files on the hub: hub:owner/name/file or hub:owner/name@REVISION/file.",
     ),
+    config: Path | None = typer.Option(None, help="A run config: fetch what its rewards need."),
     file: str = typer.Option("", help="Fetch only this file of the reward."),
     to: Path | None = typer.Option(
         None, help="Folder for the files, as OWNER--NAME/FILE; the default is the hub cache."
     ),
     json: bool = common.JSON_OPTION,
 ) -> None:
-    """Download a reward's weights and verify their checksums.
+    """Download the weights of rewards and verify their checksums.
 
     Incomplete or damaged files are never stored under a file's final name.
     """
     from alignprop_core.weights import fetch_weights
 
-    fetched = [fetch_weights(wanted, folder=to) for wanted in _files_of(name, file)]
+    wanted = [*(names or []), *(_names_in(config) if config else [])]
+    if not (names or config):
+        raise UserError("Give the name of a reward, or --config RUN.yaml.")
+    fetched = [fetch_weights(one, folder=to) for name in dict.fromkeys(wanted) for one in _files_of(name, file)]
     if json:
         facts = [{"path": one.path, "status": one.status, "verified": one.verified} for one in fetched]
         common.print_json([one.file.model_dump(mode="json") | more for one, more in zip(fetched, facts, strict=True)])
         return
     if not fetched:
-        typer.echo(f"{name} has no weights to fetch.")
+        typer.echo(f"{', '.join(wanted) or config}: no weights to fetch.")
     words = {"fetched": "fetched", "present": "already present", "packaged": "ships in an installed package"}
     checks = {"": "not verified: the hub gives no checksum or size"}
     for one in fetched:
@@ -138,6 +144,21 @@ def fetch(
         typer.echo(f"  {words[one.status]}: {one.path} ({checks.get(one.verified, f'{one.verified} verified')})")
         if to is not None and one.status != "packaged":
             typer.echo(f"  use it with the reward's option for weights: {one.path}")
+
+
+def _names_in(path: Path) -> list[str]:
+    """Return the rewards of a run config that use their default weights, and the hub files that its options name."""
+    from alignprop_core.config.load import load_config
+    from alignprop_core.registry.registry import default_registry
+    from alignprop_core.weights.find import HUB
+
+    registry = default_registry()
+    settings = load_config(path, registry=registry)
+    entries = [entry for entry in (*settings.rewards, *settings.evaluation.rewards) if entry.loader is None]
+    entries = [entry for entry in entries if registry.local(entry.name) is None]
+    own = [entry.name for entry in entries if entry.options.get("weights", "default") == "default"]
+    chosen = [str(entry.options.get("weights")) for entry in entries]
+    return [*own, *(name for name in chosen if name.startswith(HUB))]
 
 
 def _files_of(name: str, only: str) -> list[WeightsFile]:

@@ -13,9 +13,11 @@ from alignprop_core.errors import UserError, under
 
 
 def sample(
-    prompts: list[str] = typer.Argument(None, metavar="[PROMPT]...", help="Prompts; one image per prompt and seed."),
+    prompts: list[str] = typer.Argument(
+        None, metavar="[RUN] [PROMPT]...", help="A run folder, then prompts; --run or --model replaces the folder."
+    ),
     run: Path | None = typer.Option(None, help="A run folder: its model, LoRA and sampling settings."),
-    model: str = typer.Option("", help=f"Instead of a run: {common.MODELS}."),
+    model: str = typer.Option("", help=f"Instead of a run, or of its model: {common.MODELS}."),
     lora: Path | None = typer.Option(None, help="A LoRA file or folder; with --run, instead of the run's result."),
     prompts_from: str = typer.Option("", "--prompts", help="More prompts: a registered set or a file."),
     compare: bool = typer.Option(False, "--compare", help="Also generate each image without the LoRA, side by side."),
@@ -27,7 +29,9 @@ def sample(
     negative_prompt: str | None = typer.Option(None, help="Negative prompt; the default is the run's, or empty."),
     width: int | None = typer.Option(None, help="Width in pixels; the default is the run's or the model's."),
     height: int | None = typer.Option(None, help="Height in pixels; the default is the run's or the model's."),
-    seed: int = typer.Option(0, help="Seed of the first image of each prompt; further images use the next seeds."),
+    seed: int = typer.Option(
+        0, min=0, max=common.MAX_SEED, help="Seed of the first image of each prompt; further images use the next seeds."
+    ),
     count: int = typer.Option(1, min=1, help="Images per prompt."),
     device: str = common.DEVICE_OPTION,
     output: Path = typer.Option(Path("samples"), help="Folder for the images."),
@@ -35,23 +39,28 @@ def sample(
     """Generate images; a seed gives the same image as in diffusers."""
     common.quiet_libraries()
     from alignprop_core.cli import inputs
-    from alignprop_core.prompts import load_prompts
+    from alignprop_core.prompts import PromptSet, load_prompts, warn_about
     from alignprop_core.registry.registry import default_registry
 
     registry = default_registry()
-    if (run is None) == (not model):
-        raise UserError("Give --run RUN, or --model M with an optional --lora F.")
     texts = list(prompts or [])
+    if run is None and not model and texts and (Path(texts[0]).is_dir() or "/" in texts[0]):
+        run = Path(texts.pop(0))
+    if run is None and not model:
+        raise UserError('Give a run folder before the prompts (alignprop sample RUN "a fox"), or --model M.')
     if prompts_from:
         with under("--prompts"):
             texts += load_prompts(prompts_from, registry).prompts
     if not texts:
         raise UserError("Give at least one prompt, or --prompts FILE.")
+    warn_about(PromptSet("the prompts", tuple(texts), ()))
     if compare and run is None and lora is None:
-        raise UserError("--compare needs a LoRA: give --run RUN or --lora F.")
+        raise UserError("--compare needs a LoRA: give a run or --lora F.")
     config, source = inputs.chosen_model(run, model, lora, registry, scores=False)
     settings = inputs.sampling_settings(
         config,
+        lora,
+        registry,
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,

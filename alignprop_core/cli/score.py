@@ -12,7 +12,7 @@ from alignprop_core.errors import RewardError, UserError
 
 
 def score(
-    images: list[Path] = typer.Argument(help="Image files."),
+    images: list[Path] = typer.Argument(metavar="IMAGE|FOLDER", help="Image files, and folders of images."),
     reward: list[str] = typer.Option(help="A reward's name, see `alignprop rewards list`; can be repeated."),
     option: list[str] = common.REWARD_OPTIONS,
     prompt: str | None = typer.Option(None, help="The prompt of the images, for rewards that read it."),
@@ -31,6 +31,7 @@ def score(
     for entry, spec in zip(entries, specs, strict=True):
         if spec.needs_prompts and prompt is None:
             raise UserError(f'Reward "{entry.name}" reads the prompt: give --prompt "...".')
+    images = [file for path in images for file in (_images_in(path) if path.is_dir() else [path])]
     pixels = [read_image(path) for path in images]
     where = device_of(device)
 
@@ -61,3 +62,12 @@ def score(
     titles = [f"{label} ({unit})" if unit else label for label, unit in units.items()]
     table = [[path, *(f"{value:.6g}" for value in scores.values())] for path, scores in rows]
     common.print_table(["image", *titles], table)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    from alignprop_core.images import SUFFIXES
+
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not found:
+        raise UserError(f"{folder} is a folder without images ({', '.join(SUFFIXES)}).")
+    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
 from alignprop_core.cli import common
+from alignprop_core.errors import RunError
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
@@ -32,7 +34,6 @@ def train(
     """Fine-tune a model on the rewards of a run config."""
     common.quiet_libraries()
     from alignprop_core.config.load import load_config, located
-    from alignprop_core.errors import RunError
     from alignprop_core.registry.registry import default_registry
     from alignprop_core.training.preflight import check_inputs
 
@@ -58,12 +59,8 @@ def train(
             common.print_facts(_facts(trainer))
             common.console().print("Everything loads, and an image was generated. Nothing was trained or written.")
             return
-        try:
+        with explains_resume(trainer):
             run = trainer.train()
-        except RunError as error:
-            if trainer.processes.is_main_process:
-                error.add_note(_what_is_left(trainer))
-            raise
     if trainer.processes.is_main_process:
         finish(trainer, run.folder)
     if trainer.processes.num_processes > 1:
@@ -92,12 +89,27 @@ def _weight(term: Term) -> str:
     return f"{term.weight:g}"
 
 
-def _what_is_left(trainer: Trainer) -> str:
-    """Return how many steps a failed run has done, which checkpoint is saved, and how to resume from it."""
+@contextmanager
+def explains_resume(trainer: Trainer) -> Iterator[None]:
+    """Say what a run that fails or is interrupted has saved, and how to resume it."""
+    try:
+        yield
+    except RunError as error:
+        if trainer.processes.is_main_process:
+            error.add_note(_what_is_left(trainer, "failed"))
+        raise
+    except KeyboardInterrupt:
+        if trainer.processes.is_main_process:
+            common.note(f"\n{_what_is_left(trainer, 'was interrupted')}")
+        raise
+
+
+def _what_is_left(trainer: Trainer, end: str) -> str:
+    """Return how many steps a run has done, which checkpoint is saved, and how to resume from it."""
     from alignprop_core.registry.local import split_file_name
 
     done = trainer.step_number
-    came = f"The run failed after {done} of {trainer.config.training.steps} steps."
+    came = f"The run {end} after {done} of {trainer.config.training.steps} steps."
     saved = sorted((trainer.output / "checkpoints").glob("step-*"))
     if not saved:
         return f"{came} No checkpoint was saved."

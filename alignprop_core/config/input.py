@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -112,6 +113,10 @@ def _resolved(kind: str, path: Key, written: str, start: Path, registry: Registr
     Raises:
         PluginError: no installed plugin offers the name, or it names a Python file without an explicit path.
     """
+    if kind != "option" or written.startswith("$"):
+        written = os.path.expandvars(written)
+        if variable := re.match(r"\$\{?\w+\}?", written):
+            raise PluginError(f"the environment variable {variable[0]} is not set.")
     if kind == "output":
         return str(Path(written).expanduser().absolute())
     if kind == "reward":

@@ -159,7 +159,7 @@ def _changed(
 
 def _add_given(data: dict[str, Any], registry: Registry) -> None:
     """Train, with weight 1, on rewards passed from Python that the config does not mention, in place."""
-    named = {term.get("name") for _, term in reward_terms(data)}
+    named = [term.get("name") for _, term in reward_terms(data)]
     added = [{"name": name} for name in registry.given if name not in named]
     if added and (data.get("rewards") is None or isinstance(data["rewards"], list)):
         data["rewards"] = [*(data.get("rewards") or []), *added]

@@ -110,7 +110,7 @@ class Term:
                 f'Reward "{self.label}" ran out of memory. Score fewer images at a time (mix.reward_batch_size), or '
                 "keep the rewards' weights on the CPU between uses (mix.offload: true)."
             ) from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             words = f"{type(error).__name__}: {error}{raised_at(error)}"
             raise RewardError(f'Reward "{self.label}" {what} {words}') from error
 

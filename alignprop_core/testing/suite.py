@@ -69,7 +69,7 @@ def judge(check: Check, subject: Subject) -> Verdict:
         return Verdict(check.name, check.description, "not applicable", str(reason))
     except CheckFailed as failure:
         return Verdict(check.name, check.description, "failed", str(failure))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"{type(error).__name__}: {error}"
         return Verdict(check.name, check.description, "failed", message, "".join(traceback.format_exception(error)))
     return Verdict(check.name, check.description, "passed")

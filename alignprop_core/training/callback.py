@@ -32,6 +32,9 @@ class Callback:
     def on_error(self, trainer: Trainer, error: BaseException) -> None:
         """Called when the run fails or is interrupted, before the error is raised further."""
 
+    def on_close(self, trainer: Trainer) -> None:
+        """Called once, after `on_end` or `on_error` of all callbacks: release what `on_start` opened."""
+
     def on_results(self, folder: Path) -> None:
         """Called after `alignprop evaluate` has written result files into a folder, a run's or the one of `--output`.
 

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from alignprop_core.mix.stats import StepStats
-from alignprop_core.training.progress import ProgressBar, terms_line
+from alignprop_core.training.progress import ProgressBar, term_values
 from alignprop_core.training.result import inline_image
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class NotebookProgress(ProgressBar):
         """Advance the bar; show the newest preview."""
         if stats.skipped:
             self._print(f"step {stats.step} skipped: {stats.skipped}")
-        self._update(trainer, f"total {stats.total:.4g}  {terms_line(stats)}")
+        self._update(trainer, "  ".join([f"total {stats.total:.4g}", *term_values(stats)]))
 
     def on_end(self, trainer: Trainer) -> None:
         """Show the last preview."""

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.errors import ConfigError, UserError, under
+from alignprop_core.errors import ConfigError, UserError, WeightsError, under
 from alignprop_core.evaluation.measures import check_monitor
 from alignprop_core.locate import find_base, find_lora, find_vae
-from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.training.plugin_callbacks import check_trackers
@@ -68,6 +68,7 @@ def check_inputs(
     if config.prompts.heldout is not None:
         with under("prompts.heldout"):
             heldout = load_prompts(config.prompts.heldout, registry)
+    warn_about(prompts, heldout)
     if loads_model:
         check_model(config, registry)
     if config.lora.init_from is not None:
@@ -92,11 +93,22 @@ def check_model(config: RunConfig, registry: Registry) -> None:
 
 
 def check_rewards(config: RunConfig, registry: Registry) -> None:
-    """Raise `WeightsError`, with the run config's key, if weights that a reward's options name are missing."""
+    """Raise `WeightsError`, with the run config's keys, if weights that the rewards' options name are missing."""
+    errors = []
     for where, entries in (("rewards", config.rewards), ("evaluation.rewards", config.evaluation.rewards)):
         for i, entry in enumerate(entries):
-            with under(f"{where}.{i}.options.weights"):
-                check_weights(entry, registry)
+            try:
+                with under(f"{where}.{i}.options.weights"):
+                    check_weights(entry, registry)
+            except WeightsError as error:
+                errors.append(error)
+    if len(errors) > 1:
+        lines = [f"{len(errors)} rewards have no weights on this machine:", *map(str, errors)]
+        raise WeightsError(
+            "\n".join([*lines, "`alignprop rewards fetch --config CONFIG` fetches all of a run config."])
+        )
+    if errors:
+        raise errors[0]
 
 
 def check_weights(entry: RewardTerm, registry: Registry) -> None:

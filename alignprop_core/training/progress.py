@@ -34,10 +34,11 @@ class ProgressBar(Callback):
         """Advance the bar."""
         if stats.skipped:
             self._print(f"step {stats.step} skipped: {stats.skipped}")
-        line = f"total {stats.total:.4g}  {terms_line(stats)}"
+        values = [f"total {stats.total:.4g}", *term_values(stats)]
         if self.console.is_terminal:
-            self.bar.update(self.task, completed=stats.step, status=line)
+            self.bar.update(self.task, completed=stats.step, status="\n".join(f"  {value}" for value in values))
         else:
+            line = "  ".join(values)
             self._print(f"step {stats.step}/{trainer.config.training.steps}  {line}  {stats.seconds:.1f} s")
 
     def on_evaluation(self, trainer: Trainer, results: Mapping[str, Any]) -> None:
@@ -59,10 +60,11 @@ class ProgressBar(Callback):
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
-def terms_line(stats: StepStats) -> str:
-    """Return a step's terms on one line: raw scores, and for several terms their shares and the worst conflict.
+def term_values(stats: StepStats) -> list[str]:
+    """Return a step's terms, each as text: raw scores, and for several terms their shares and the worst conflict.
 
-    `clip_score 0.27 61%  jpeg -5.3 39%  cos -0.12`: raw scores, shares of the gradient, lowest cosine of two gradients.
+    `clip_score 0.27 61%`, `jpeg -5.3 39%`, `cos -0.12`: raw scores, shares of the gradient, lowest cosine of two
+    gradients.
     """
     parts = []
     for label, values in stats.terms.items():
@@ -73,4 +75,4 @@ def terms_line(stats: StepStats) -> str:
         parts.append(f"cos {min(known):.2f}")
     if stats.idle:
         parts.append(f"no update: {stats.idle}")
-    return "  ".join(parts)
+    return parts

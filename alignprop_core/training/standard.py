@@ -12,6 +12,7 @@ from alignprop_core.training.notebook import NotebookProgress, in_notebook
 from alignprop_core.training.outputs import Checkpoints, LoraFiles, Previews
 from alignprop_core.training.plugin_callbacks import automatic_callbacks, named_callbacks
 from alignprop_core.training.progress import ProgressBar
+from alignprop_core.training.shares import Shares
 
 if TYPE_CHECKING:
     from alignprop_core.training.trainer import Trainer
@@ -29,7 +30,7 @@ def standard_callbacks(trainer: Trainer, console: Console | None = None) -> list
     callbacks: list[Callback] = [Previews(), progress, *named_callbacks(config.training.trackers, trainer.registry)]
     if evaluator is not None and config.evaluation.every is not None:
         callbacks.append(HeldOutEvaluation(evaluator, progress.console, progress.bar))
-    callbacks += [LoraFiles(), Checkpoints()]
+    callbacks += [LoraFiles(), Checkpoints(), *([Shares()] if len(config.rewards) > 1 else [])]
     if evaluator is not None and config.evaluation.at_end:
         callbacks.append(FinalEvaluation(evaluator))
     return [*callbacks, *automatic_callbacks(trainer.registry)]

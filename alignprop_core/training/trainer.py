@@ -253,6 +253,8 @@ class Trainer:
                 callback.on_error(self, error)
             raise
         finally:
+            for callback in callbacks:
+                callback.on_close(self)
             self._folder.close()
             self.sampler.engine.release()
         return Run(self.output, registry=self.registry, trained=self.pipeline, model=self._given)

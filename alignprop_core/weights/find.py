@@ -201,11 +201,13 @@ def _missing(file: WeightsFile, reward: str, command: str, option: str) -> Weigh
     size = "" if file.bytes is None else f" ({file.bytes / 1e6:,.0f} MB)"
     license = f" Their license: {file.license}." if file.license else ""
     revision = f" at {file.revision}" if file.revision else ""
+    sets = [offer.name for offer in default_registry().weights() if offer.spec.reward == reward.rpartition("/")[2]]
+    here = f" Installed instead: {', '.join(f'{option}: {name}' for name in sets)}." if sets else ""
     return WeightsError(
         f'The weights of reward "{reward}" are not on this machine: file {file.file} of repository '
         f"{file.repository}{revision}{size}. Fetch them with `{command}` (into {constants.HF_HUB_CACHE}); or download "
         f"{constants.ENDPOINT}/{file.repository}/resolve/{file.revision or 'main'}/{file.file} yourself, put it "
-        f"anywhere and name it with the option {option}: PATH.{license}"
+        f"anywhere and name it with the option {option}: PATH.{license}{here}"
     )
 
 

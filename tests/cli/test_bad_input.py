@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from PIL import Image
 
 from alignprop_core.cli import run
+from alignprop_core.config.load import load_config
 
 pytest.importorskip("alignprop_jpeg", reason="the commands are tried with a real reward")
 
@@ -169,6 +171,45 @@ def test_score_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     refused(capsys, ["score", tmp_path / "gone.png", "--reward", "jpeg_bytes", "-o", "quality=x"], "quality")
 
 
+def test_a_folder_is_scored_image_by_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("b.png", "a.JPG"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / name)
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "empty").mkdir()
+    assert run(["score", str(tmp_path), "--reward", "jpeg_bytes"]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [Path(line.split()[0]).name for line in lines] == ["a.JPG", "b.png"]
+    refused(capsys, ["score", tmp_path / "empty", "--reward", "jpeg_bytes"], "empty is a folder without images (.png")
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--lr", "optimizer.learning_rate"),
+        ("--lr=1e-3", "optimizer.learning_rate"),
+        ("--batch-size", "training.batch_size"),
+        ("--steps", "training.steps"),
+        ("--training.steps=3", "training.steps"),
+        ("--cfg-scale", "sampling.guidance_scale"),
+    ],
+)
+def test_a_key_given_as_an_option_is_named(option: str, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["train", "run.yaml", option], key, "Write KEY=VALUE without dashes to change a key of the run")
+
+
+def test_other_unknown_options_are_not_taken_for_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["train", "run.yaml", "--xyzzy"], ["train", "run.yaml", "--resum"], ["sample", "--lr", "1"]):
+        assert "KEY=VALUE" not in refused(capsys, list(arguments), "No such option")
+
+
+def test_variables_in_paths(config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    home = os.environ["HOME"]
+    written = config(output="$HOME/runs/x", model={"base": "${HOME}/no_such_model.safetensors"})
+    refused(capsys, ["train", written], f"model.base: {home}/no_such_model.safetensors does not exist")
+    assert load_config(written).output == f"{home}/runs/x"
+    refused(capsys, ["train", config(output="$NO_SUCH/x")], "output: the environment variable $NO_SUCH is not set")
+
+
 def test_a_score_that_is_no_number_is_not_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,6 +225,8 @@ def test_a_score_that_is_no_number_is_not_printed(
 
 def test_evaluate_mistakes(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["evaluate"], "--model")
+    refused(capsys, ["evaluate", tmp_path, "--model", model], "--model with a run needs --output FOLDER")
+    refused(capsys, ["evaluate", tmp_path, "--seed", 2**64], "--seed")
     refused(capsys, ["evaluate", tmp_path], f"{tmp_path} is not a run folder: it has no config.yaml")
     refused(capsys, ["evaluate", "--model", model], "--prompts")
 

@@ -275,7 +275,7 @@ def test_doctor_reports_whether_the_hub_is_used(
         (["plugins", "--jsn"], "error: No such option"),
         (
             ["train", "a.yaml", "--training.steps=3"],
-            "error: No such option: --training.steps. Write training.steps=VALUE without dashes",
+            "error: No such option: --training.steps. Did you mean training.steps? Write KEY=VALUE without dashes",
         ),
         (["plugins", "surprise"], "error: Got unexpected extra argument"),
     ],

@@ -71,6 +71,22 @@ def test_a_run_gives_model_lora_and_sampling_settings(sample: Any, trained: Path
     assert pixels(of_run) != pixels(other), "an option replaces the run's setting"
 
 
+def test_a_run_or_its_lora_gives_the_settings_that_are_not_given(
+    sample: Any, trained: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (of_run,) = sample("a fox", "--run", trained, "--output", "run")
+    (first,) = sample(trained, "a fox", "--output", "first")
+    assert pixels(first) == pixels(of_run)
+    for lora in (trained, trained / "lora", trained / "lora" / "run.safetensors"):
+        assert run(["sample", "a fox", "--model", str(tiny_model), "--lora", str(lora), "--output", lora.name]) == 0
+        printed = capsys.readouterr()
+        assert f"note: sampling settings that are not given are those of {trained}" in printed.err
+        assert pixels(Path(printed.out.strip())) == pixels(of_run)
+    (other,) = sample("a fox", "--run", trained, "--model", tiny_model, "--steps", 2)
+    (given,) = sample("a fox", "--model", tiny_model, "--lora", trained, "--steps", 2)
+    assert pixels(other) == pixels(given) != pixels(of_run)
+
+
 def test_a_run_of_a_python_function_is_sampled_without_the_function(
     sample: Any, tiny_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,8 +144,12 @@ def test_compare_shows_the_base_model_beside_the_lora(sample: Any, trained: Path
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["a fox"], "Give --run RUN, or --model M"),
-        (["a fox", "--run", "RUN", "--model", "MODEL"], "Give --run RUN, or --model M"),
+        (["a fox"], "Give a run folder before the prompts"),
+        (["runs/gone", "a fox"], "runs/gone is not a run folder"),
+        (["RUN"], "Give at least one prompt"),
+        (["a fox", "--run", "RUN", "--model", "gone"], "--model: Unknown model"),
+        (["a fox", "--run", "RUN", "--seed", str(2**63)], "--seed"),
+        (["a fox", "--run", "RUN", "--seed", "-1"], "--seed"),
         (["--run", "RUN"], "Give at least one prompt, or --prompts FILE"),
         (["--run", "RUN", "--prompts", "gone.txt"], "--prompts: No prompt file"),
         (["a fox", "--model", "MODEL", "--compare"], "--compare needs a LoRA"),

@@ -13,9 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
+from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.diffusion.families.find import BUILT_IN
+from alignprop_core.errors import RewardError
+from alignprop_core.mix.load import load_terms
 from alignprop_core.registry.registry import Registry, default_registry
+from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardSpec
 from alignprop_core.testing import CHECKS, RewardConformance, Subject, natural_images, run_checks
 from alignprop_core.testing.fixtures import (  # noqa: F401
@@ -62,6 +68,58 @@ def test_a_fault_is_found_and_reported(check: str, spec: RewardSpec, words: str)
     verdict = judge(found, subject_of(spec))
     assert verdict.status == "failed"
     assert re.search(words, " ".join(verdict.message.split())), verdict.message
+
+
+class Symmetry(Reward):
+    def score(self, batch: ImageBatch) -> Tensor:
+        return -(batch.images - batch.images.flip(-1)).abs().mean((1, 2, 3))
+
+
+class Variation(Reward):
+    def score(self, batch: ImageBatch) -> Tensor:
+        return -torch.stack([batch.images.diff(dim=d).abs().mean((1, 2, 3)) for d in (-1, -2)]).sum(0)
+
+
+class Peaks(Reward):
+    def score(self, batch: ImageBatch) -> Tensor:
+        return functional.max_pool2d(batch.images, 2).mean((1, 2, 3))
+
+
+class Median(Reward):
+    def score(self, batch: ImageBatch) -> Tensor:
+        return batch.images.flatten(1).median(1).values
+
+
+@pytest.mark.parametrize("kind", [Symmetry, Variation, Peaks, Median])
+def test_a_correct_gradient_of_a_score_with_kinks_passes(kind: type[Reward]) -> None:
+    """Photographs have equal neighbors, and some step of 1e-6 in a random direction crosses a kink."""
+    (check,) = (check for check in CHECKS if check.name == "gradcheck")
+    verdict = judge(check, Subject("kinks", registry=Registry.from_plugins({}).with_rewards({"kinks": kind})))
+    assert verdict.status == "passed", verdict.message
+
+
+def test_the_message_about_a_wrong_gradient_names_kinks() -> None:
+    class Steps(Reward):
+        def score(self, batch: ImageBatch) -> Tensor:
+            x = batch.images
+            return (x + 0.1 * (x.detach() * 50).sin()).mean((1, 2, 3))
+
+    (check,) = (check for check in CHECKS if check.name == "gradcheck")
+    verdict = judge(check, Subject("steps", registry=Registry.from_plugins({}).with_rewards({"steps": Steps})))
+    assert "or the score has a kink or step (abs, max, round)" in verdict.message
+
+
+def test_sys_exit_in_a_reward_is_its_failure() -> None:
+    class Exits(Reward):
+        def score(self, batch: ImageBatch) -> Tensor:
+            sys.exit("no license server")
+
+    known = Registry.from_plugins({}).with_rewards({"exits": Exits})
+    verdicts = list(run_checks(Subject("exits", registry=known)))
+    assert "SystemExit: no license server" in {verdict.message for verdict in verdicts}
+    (term,) = load_terms([RewardTerm(name="exits")], known)
+    with pytest.raises(RewardError, match='Reward "exits" raised SystemExit: no license server'):
+        term.score(ImageBatch(images=torch.rand(1, 3, 8, 8)))
 
 
 def test_an_exception_of_a_reward_is_a_failure_with_its_traceback() -> None:

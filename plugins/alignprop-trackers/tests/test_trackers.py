@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignprop_core import ImageBatch, Reward, RunConfig, Trainer
+from alignprop_core import Callback, ImageBatch, Reward, RunConfig, StepStats, Trainer
 from alignprop_core.errors import ConfigError
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.testing import tiny_pipeline
@@ -32,8 +32,8 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
             "prompts": {"train": str(tmp_path / "prompts.txt"), "heldout": str(tmp_path / "prompts.txt")},
             "sampling": {"steps": 2},
             "training": {"steps": 2, "batch_size": 2, "device": "cpu", "trackers": list(trackers)},
-            "previews": {"prompts": []},
-            "evaluation": {"every": 2, "at_end": False, "images_per_prompt": 1},
+            "previews": {"prompts": ["a hill"]},
+            "evaluation": {"every": 2, "images_per_prompt": 1},
             "rewards": [{"name": "redness"}],
             "output": str(tmp_path / "run"),
         }
@@ -46,22 +46,59 @@ def trainer(tmp_path: Path) -> Callable[..., Trainer]:
 NAMES = (b"total", b"redness/raw", b"grad_norm", b"heldout/total", b"heldout/redness")
 
 
-def test_metrics_reach_tensorboard(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_run_reaches_tensorboard(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     trainer("tensorboard").train()
-    written = list((tmp_path / "run").rglob("events.out.tfevents.*"))
-    content = b"".join(file.read_bytes() for file in written)
-    assert [name for name in NAMES if name not in content] == []
+    (file,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file), size_guidance={"images": 0, "tensors": 0}).Reload()
+    assert {name.decode() for name in NAMES} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("previews")] == [0, 2]
+    assert [image.step for image in events.Images("before_after")] == [2]
+    texts = {name: events.Tensors(f"{name}/text_summary")[0].tensor_proto for name in ("config", "evaluation")}
+    assert b"batch_size: 2" in texts["config"].string_val[0]
+    assert b"| measure | base | tuned |" in texts["evaluation"].string_val[0]
+    assert b"| redness |" in texts["evaluation"].string_val[0]
 
 
-def test_metrics_reach_weights_and_biases(
+def test_a_run_reaches_weights_and_biases(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb", reason="wandb is not installed: alignprop-trackers[wandb]")
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: alignprop-trackers[wandb]")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    trainer("wandb").train()
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    known: dict[str, Any] = {}
+
+    class Watch(Callback):
+        def on_start(self, trainer: Trainer) -> None:
+            known.update(project=wandb.run.project, name=wandb.run.name, config=dict(wandb.run.config))
+
+    built = trainer("wandb")
+    built.callbacks.append(Watch())
+    built.train()
+    assert (known["project"], known["name"]) == ("alignprop", "run")
+    assert known["config"] == built.config.model_dump(mode="json")
     (written,) = (tmp_path / "run").rglob("run-*.wandb")
     content = written.read_bytes()
-    assert [name for name in NAMES if name not in content] == []
+    assert [name for name in (*NAMES, b"previews", b"before_after") if name not in content] == []
+    media = [path.name for path in written.parent.rglob("files/media/*/*") if path.is_file()]
+    assert sorted(name.partition("_2_")[0].partition("_0_")[0] for name in media) == [
+        "before_after", "evaluation", "previews", "previews",
+    ]  # fmt: skip
+
+
+def test_a_failed_run_closes_its_tracker(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    built = trainer("tensorboard")
+    (tracker,) = (callback for callback in built.callbacks if type(callback).__name__ == "TensorBoard")
+
+    class Interrupt(Callback):
+        def on_step(self, trainer: Trainer, stats: StepStats) -> None:
+            raise KeyboardInterrupt
+
+    built.callbacks.append(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        built.train()
+    assert tracker.tracker is None  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from alignprop_core.cli import common
-from alignprop_core.cli.train import finish
+from alignprop_core.cli.train import explains_resume, finish
 
 if TYPE_CHECKING:
     from alignprop_core.config.sections import RunConfig
@@ -39,7 +39,8 @@ def demo(
 
         console = common.console(stderr=True)
         trainer = Trainer(settings, registry=registry, overwrite=_is_demo(output, settings), console=console)
-    run = trainer.train()
+    with explains_resume(trainer):
+        run = trainer.train()
     finish(trainer, run.folder)
     common.print_facts([("before and after", str(run / "images" / "before_after.png"))])
 
