@@ -128,10 +128,11 @@ def _write(result: Comparison | Sweep, folder: Path, registry: Registry) -> list
 def _print(result: Comparison | Sweep) -> None:
     from alignprop_core.cli.train import print_comparison
     from alignprop_core.evaluation.sweep import Sweep
+    from alignprop_core.evaluation.table import sample_size
 
     if not isinstance(result, Sweep):
         print_comparison(result)
         return
-    images, prompts = result.as_json()["images"], result.comparison.prompts
-    common.console().print(f"\n{images} images of {len(prompts)} prompts ({prompts.name}) at each {result.name}")
+    common.console().print(f"\nHeld-out prompts {result.comparison.prompts.name}, the same seeds at each {result.name}")
     common.print_table(*result.table())
+    common.console().print(sample_size(result.as_json()))

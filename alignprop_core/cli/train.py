@@ -127,8 +127,6 @@ def print_comparison(comparison: Comparison) -> None:
     from alignprop_core.evaluation.table import EvaluationTable
 
     table = EvaluationTable(comparison.as_json())
-    common.console().print(
-        f"\n{table.results['images']} images of {len(comparison.prompts)} prompts ({comparison.prompts.name}), "
-        "the same seeds for each model"
-    )
+    common.console().print(f"\nHeld-out prompts {comparison.prompts.name}, the same seeds for each model")
     common.print_table(table.columns, table.rows)
+    common.console().print(table.note)

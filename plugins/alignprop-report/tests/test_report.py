@@ -239,6 +239,9 @@ def test_a_run_ends_with_its_page(trained: Path) -> None:
     sections = [section["id"] for section in page.all("section")]
     assert sections == ["result", "images", "curves", "early-stopping", "use", "trained", "environment", "config"]
     assert "On 4 images of 2 held-out prompts" in page.text
+    assert (
+        "4 images of 2 prompts; the 95% intervals are clustered by prompt. Warning: fewer than 5 prompts" in page.text
+    )
     for told in (
         "0.5 × shade",
         "1 × redness (ceiling 5)",
