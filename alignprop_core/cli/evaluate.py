@@ -81,13 +81,14 @@ def evaluate(
         where = inputs.device_of(device)
         with common.status("loading rewards and model"):
             from alignprop_core.diffusion.sampler import Sampler
-            from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
+            from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
             from alignprop_core.evaluation.sweep import sweep
 
             key = "--prompts" if prompts else "prompts.heldout"
             terms = evaluation_terms(entries, heldout, registry, device=where, prompts_key=key)
             sampler = Sampler.load(**source, sampling=sampling, device=where, registry=registry)
-    evaluator = Evaluator(sampler, terms, heldout, evaluation)
+    failures = (output or run or Path()) / "images" / NOT_FINITE
+    evaluator = Evaluator(sampler, terms, heldout, evaluation, failures=failures)
     result: Comparison | Sweep
     if points:
         result = sweep(evaluator, points, soup)

@@ -23,7 +23,7 @@ from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
-from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
+from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
 from alignprop_core.lora import adapters
 from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
@@ -34,6 +34,7 @@ from alignprop_core.runs.metrics import STOPPED
 from alignprop_core.training import given_pipeline, out_of_memory
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint, optimizer_tensors
+from alignprop_core.training.diagnosis import locate_not_finite
 from alignprop_core.training.early_stopping import EarlyStopping
 from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
@@ -157,8 +158,10 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.evaluator: Evaluator | None = None
         if reported is not None and self.heldout is not None:
-            remember = config.evaluation.at_end
-            self.evaluator = Evaluator(self.sampler, reported, self.heldout, config.evaluation, remember=remember)
+            remember, failures = config.evaluation.at_end, self.output / "images" / NOT_FINITE
+            self.evaluator = Evaluator(
+                self.sampler, reported, self.heldout, config.evaluation, remember=remember, failures=failures
+            )
         self.comparison: Comparison | None = None
         self.stop_reason: str | None = None
         self._adopted_step: int | None = None
@@ -277,7 +280,7 @@ class Trainer:
         stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
-        locate = partial(self.gradient.first_not_finite, step)
+        locate = partial(locate_not_finite, self, step)
         stats.skipped = self.step_check.reason_to_skip(step + 1, stats, locate)
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)
