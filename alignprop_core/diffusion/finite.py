@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,41 +57,42 @@ def first_bad(values: Tensor) -> int | None:
     return None if all(finite) else finite.index(False)
 
 
-def find_in_images(
-    sampler: Sampler, prompts: Sequence[str], noise: Noise, indices: Sequence[int]
-) -> tuple[NotFinite | None, Tensor]:
+def at_row(place: str, row: int, prompts: Sequence[str], noise: Noise, **more: Any) -> NotFinite:
+    """Return that a row of a batch is not finite at a place."""
+    return NotFinite(place, prompts[row], noise.indices[row] if noise.indices else row, noise.seed, **more)
+
+
+def find_in_images(sampler: Sampler, prompts: Sequence[str], noise: Noise) -> tuple[NotFinite | None, Tensor]:
     """Generate a batch once more and return the first part that is not finite, and the final latents, (B, C, h, w).
 
     Args:
         sampler: the sampler.
         prompts: B prompts.
         noise: the batch's randomness.
-        indices: the samples' numbers, for the result.
     """
-    steps, family = sampler.scheduler.steps, sampler.family
-    noise = noise.to(sampler.device, sampler.dtype)
+    steps, noise = sampler.scheduler.steps, noise.to(sampler.device, sampler.dtype)
     latents, state = noise.initial, sampler.scheduler.initial_state
+    network = sampler.family.denoiser_name
+
+    def at(place: str, row: int) -> tuple[NotFinite, Tensor]:
+        return at_row(place, row, prompts, noise, by_model=True), latents
+
     with torch.no_grad():
         for i in range(steps):
             prediction = sampler.predict(latents, i, prompts)
+            if (row := first_bad(prediction)) is not None:
+                return at(f"the prediction of the {network} in denoising step {i + 1} of {steps}", row)
             fresh = None if noise.steps is None else noise.steps[i]
-            following, state = sampler.scheduler.step(latents, prediction, i, state, fresh)
-            parts = {f"prediction of the {family.denoiser_name} in": prediction, "latents after": following}
-            for part, values in parts.items():
-                if (row := first_bad(values)) is not None:
-                    place = f"the {part} denoising step {i + 1} of {steps}"
-                    return NotFinite(place, prompts[row], indices[row], noise.seed, by_model=True), latents
-            latents = following
+            latents, state = sampler.scheduler.step(latents, prediction, i, state, fresh)
+            if (row := first_bad(latents)) is not None:
+                return at(f"the scheduler's latents after denoising step {i + 1} of {steps}", row)
         for row in range(len(latents)):
             if first_bad(sampler.decode(latents[row : row + 1])) is not None:
-                place = "the image decoded by the vae from finite latents"
-                return NotFinite(place, prompts[row], indices[row], noise.seed, by_model=True), latents
+                return at("the image decoded by the vae from finite latents", row)
     return None, latents
 
 
-def require_finite(
-    sampler: Sampler, images: Tensor, prompts: Sequence[str], noise: Noise, indices: Sequence[int] | None = None
-) -> None:
+def require_finite(sampler: Sampler, images: Tensor, prompts: Sequence[str], noise: Noise) -> None:
     """Raise `RunError` unless all images of a batch are finite, naming network, denoising step, prompt and seed.
 
     Args:
@@ -99,12 +100,8 @@ def require_finite(
         images: (B, 3, H, W).
         prompts: B prompts.
         noise: the noise they were generated from.
-        indices: the samples' numbers, for the message; 0 to B - 1 if None.
     """
-    if (row := first_bad(images)) is None:
-        return
-    numbers = range(len(prompts)) if indices is None else indices
-    found, _ = find_in_images(sampler, prompts, noise, numbers)
-    # None where a second time all is finite, such as on a faulty device.
-    found = found or NotFinite("the decoded image", prompts[row], numbers[row], noise.seed, by_model=True)
-    raise RunError(f"The model's images are not finite: the first value that is not is {found}. {ADVICE}")
+    if (row := first_bad(images)) is not None:
+        # Nothing is found where a second time all is finite, such as on a faulty device.
+        found = find_in_images(sampler, prompts, noise)[0] or at_row("a decoded image", row, prompts, noise)
+        raise RunError(f"The model's images are not finite: the first value that is not is {found}. {ADVICE}")

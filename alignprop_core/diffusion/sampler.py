@@ -213,6 +213,7 @@ class Sampler:
             step=step,
             steps=draw("steps", self.scheduler.steps) if self.scheduler.needs_noise else None,
             lv=draw("lv", self.backprop.lv_samples) if self.backprop.lv_samples else None,
+            indices=indices,
         )
 
     # -- the three parts ----------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import EvaluationConfig
-from alignprop_core.diffusion.finite import NotFinite, first_bad, require_finite
+from alignprop_core.diffusion.finite import at_row, first_bad, require_finite
+from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import RewardError, under
 from alignprop_core.evaluation.compare import Comparison, Switch, Variant
@@ -148,20 +149,19 @@ class Evaluator:
             for start in range(0, len(jobs), config.batch_size):
                 part = jobs[start : start + config.batch_size]
                 texts = [prompts.prompts[prompt] for prompt, _ in part]
-                indices = [index for _, index in part]
-                noise = sampler.noise(texts, seed=config.seed, step=0, indices=indices)
+                noise = sampler.noise(texts, seed=config.seed, step=0, indices=[index for _, index in part])
                 firsts = [row for row, (_, index) in enumerate(part) if index % per == 0]
                 # All variants take the same noise: differences between them are paired.
                 for name, switch in variants.items():
                     with switch(), torch.no_grad():
                         # (b, 3, H, W) in [0, 1]
                         images = sampler.decode(sampler.sample(texts, noise).latents)
-                        require_finite(sampler, images, texts, noise, indices)
+                        require_finite(sampler, images, texts, noise)
                         metadata = [prompts.metadata[prompt] for prompt, _ in part]
                         batch = ImageBatch(images=images, prompts=texts, metadata=metadata)
                         for term in self.terms:
                             scores = term.score(batch)
-                            self._require_finite(f'"{term.label}" with variant "{name}"', scores, batch, indices)
+                            self._require_finite(f'"{term.label}" ({name})', scores, batch, noise)
                             results[name].scores[term.label] += scores.tolist()
                         if per > 1:
                             features[name].append(self.encoder.features(images).cpu())
@@ -177,19 +177,14 @@ class Evaluator:
             progress.remove_task(task)
         return results
 
-    def _require_finite(self, whose: str, scores: Tensor, batch: ImageBatch, indices: Sequence[int]) -> None:
+    def _require_finite(self, whose: str, scores: Tensor, batch: ImageBatch, noise: Noise) -> None:
         """Raise `RewardError` if a score is not finite, naming prompt, sample and seed, and save the image."""
         if (row := first_bad(scores)) is None:
             return
         if self.failures is not None:
             save_image(to_pil(batch.images[row]), self.failures)
-        found = NotFinite(
-            f"the score of {whose}, {float(scores[row])}",
-            batch.prompts[row],
-            indices[row],
-            self.config.seed,
-            saved=str(self.failures or ""),
-        )
+        place, saved = f"the score of {whose}, {float(scores[row])}", str(self.failures or "")
+        found = at_row(place, row, batch.prompts, noise, saved=saved)
         raise RewardError(f"The evaluation stopped: the first value that is not finite is {found}.")
 
     def _key(self, switch: Switch) -> str:

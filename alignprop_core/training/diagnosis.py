@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from alignprop_core.diffusion.finite import NotFinite, find_in_images, first_bad
+from alignprop_core.diffusion.finite import NotFinite, at_row, find_in_images, first_bad
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation
@@ -39,7 +39,6 @@ def first_not_finite(
     metadata: Sequence[Mapping[str, Any]],
     noise: Noise,
     truncation: Truncation,
-    indices: Sequence[int],
 ) -> NotFinite | None:
     """Return the first part of a batch's step that is not finite; None if everything is.
 
@@ -53,14 +52,13 @@ def first_not_finite(
         metadata: their metadata.
         noise: the batch's randomness.
         truncation: the steps that keep their gradient.
-        indices: the samples' numbers within the step.
     """
-    found, latents = find_in_images(sampler, prompts, noise, indices)
+    found, latents = find_in_images(sampler, prompts, noise)
     if found is not None:
         return found
 
     def at(row: int, place: str, image: Tensor | None = None) -> NotFinite:
-        return NotFinite(place, prompts[row], indices[row], noise.seed, image=image)
+        return at_row(place, row, prompts, noise, image=image)
 
     for row in range(len(latents)):
         with torch.no_grad():

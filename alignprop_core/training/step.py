@@ -118,8 +118,7 @@ class StepGradient:
         """Return the first value of a step that has failed that is not finite; None if all are."""
         for indices in self._chunks:
             prompts, metadata, noise = self._inputs(indices, step)
-            truncation = self._draw(step=step)
-            found = first_not_finite(self.sampler, self.mix, prompts, metadata, noise, truncation, indices)
+            found = first_not_finite(self.sampler, self.mix, prompts, metadata, noise, self._draw(step=step))
             if found is not None:
                 return found
         return None

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +30,7 @@ from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry, default_registry
+from alignprop_core.runs.fingerprints import files_of
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
 from alignprop_core.training import given_pipeline, out_of_memory
@@ -41,11 +43,11 @@ from alignprop_core.training.folder import open_folder
 from alignprop_core.training.optimizer import Optimizer
 from alignprop_core.training.preflight import Inputs, check_inputs
 from alignprop_core.training.result import Run
-from alignprop_core.training.resume import check_objects
+from alignprop_core.training.resume import check_files, check_objects
 from alignprop_core.training.standard import standard_callbacks
 from alignprop_core.training.step import StepGradient
 from alignprop_core.training.step_check import StepCheck
-from alignprop_core.training.trial import score_advice, try_local
+from alignprop_core.training.trial import score_advice, try_all, try_local
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
@@ -71,7 +73,7 @@ class Trainer:
             gets weight 1.
         callbacks: called after the standard callbacks.
         resume: a run folder or checkpoint to resume from.
-        edited: resume even if a reward's code has changed, for example after a bug fix.
+        edited: resume even if files or the code of a reward have changed, for example after a bug fix.
         overwrite: replace an earlier run in the output folder.
         inputs: what `preflight.check_inputs` returned, if it has run already.
         pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
@@ -119,6 +121,8 @@ class Trainer:
             loads_model=pipeline is None,
         )
         self._resumed_from = inputs.checkpoint
+        find_files = partial(files_of, config, self.registry, inputs.prompts, inputs.heldout, model=pipeline is None)
+        Thread(target=find_files, daemon=True).start()  # checksums of large weights, while these are loaded
         if inputs.checkpoint is not None and not edited:
             check_objects(inputs.checkpoint, self.registry.given, config)
         checkpoint = None if inputs.checkpoint is None else load_checkpoint(inputs.checkpoint)
@@ -169,6 +173,11 @@ class Trainer:
         self._folder: RunFolder | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._files = find_files(read={term.label: term.files for term in self.mix.terms})
+        if inputs.checkpoint is not None and not edited:
+            check_files(inputs.checkpoint, self._files)
+        with out_of_memory.explained(self):
+            try_all(self, reported or self.mix.terms)
         self.console = console or Console(stderr=True)
         self.callbacks = [*standard_callbacks(self, console), *callbacks]
 
@@ -268,6 +277,7 @@ class Trainer:
             checkpoint=self._resumed_from,
             step=self.progress.step,
             overwrite=self._overwrite,
+            files=self._files,
         )
 
     def step(self) -> StepStats:

@@ -385,7 +385,7 @@ def test_the_trainer_tries_at_the_size_it_draws(folder: Path, data: Callable[...
     (folder / "picky.py").write_text(PICKY)
     sections = data({"name": "./picky.py:Large"}, sampling={"steps": 1, "width": 136, "height": 104})
     trainer = Trainer(parse(folder, sections), registry=registry())
-    assert trainer.mix.terms[0].reward.seen == ((2, 3, 104, 136), "torch.float32")
+    assert trainer.mix.terms[0].reward.seen == ((1, 3, 104, 136), "torch.float32")
     with pytest.raises(TrialError, match="of 96x104 pixels"):
         Trainer(parse(folder, {**sections, "sampling": {"width": 96, "height": 104}}), registry=registry())
 

@@ -116,12 +116,12 @@ class RedShare(Redness):
 
 
 class Crashes(Redness):
-    """Raises at its third call."""
+    """Raises at its third batch; the trial before a run, of one image, does not count."""
 
     calls = 0
 
     def score(self, batch: ImageBatch) -> Tensor:
-        type(self).calls += 1
+        type(self).calls += len(batch) > 1
         if type(self).calls > 2:
             raise ZeroDivisionError("the third call is one too many")
         return super().score(batch)
