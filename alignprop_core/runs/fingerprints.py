@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
-
 from alignprop_core._files import unused_name
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.locate import find_base, find_lora, find_vae
@@ -74,6 +72,8 @@ def _of_model(source: Path | str) -> dict[str, str]:
     """Return the checksums of a model's files: one file, a folder, or a hub id in the cache, with its revision."""
     path, revision = Path(source), {}
     if not path.exists():
+        from huggingface_hub import try_to_load_from_cache
+
         cached = (try_to_load_from_cache(str(source), name) for name in ("model_index.json", "config.json"))
         path = next((Path(file).parent for file in cached if isinstance(file, str)), path)
         revision = {"revision": path.name}
