@@ -54,7 +54,7 @@ def train(
             )
         if dry_run:
             common.print_facts(_facts(trainer))
-            common.console().print("Everything loads, and an image was generated and scored. Nothing was trained.")
+            common.console().print("Everything loads, and an image was generated. All rewards score it.")
             return
         try:
             run = trainer.train()

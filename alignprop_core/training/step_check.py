@@ -24,7 +24,7 @@ class StepCheck:
 
     Args:
         config: the `optimizer` section of the run config.
-        advice: label -> how its reward is tried on an image (`trial.score_advice`), for messages.
+        advice: label -> how its reward is tried on an image (`score_advice`), for messages.
     """
 
     def __init__(self, config: OptimizerConfig, advice: Mapping[str, str] | None = None) -> None:

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from alignprop_core.config.advice import score_advice
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory, processes
@@ -47,7 +48,7 @@ from alignprop_core.training.resume import check_files, check_objects
 from alignprop_core.training.standard import standard_callbacks
 from alignprop_core.training.step import StepGradient
 from alignprop_core.training.step_check import StepCheck
-from alignprop_core.training.trial import score_advice, try_all, try_local
+from alignprop_core.training.trial import try_all, try_local
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison

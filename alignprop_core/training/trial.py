@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +14,7 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import UNKNOWN_SIZE
-from alignprop_core.errors import ConfigError, ModelError, RewardError, TrialError, UserError, complaint, under
+from alignprop_core.errors import ModelError, RewardError, TrialError, UserError, complaint, under
 from alignprop_core.mix.term import Term
 from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.registry import Registry
@@ -27,26 +25,6 @@ if TYPE_CHECKING:
 
 TRIAL_STEPS = 2
 """Denoising steps of the trial's image: enough to call every network, too few to cost much."""
-
-
-def score_advice(entry: RewardTerm, registry: Registry) -> str:
-    """Return how to try a term's reward on an image, as the end of a sentence; empty if no command can.
-
-    Args:
-        entry: the term; commands know its name, not its label.
-        registry: knows which names are objects from Python, which no command can find.
-    """
-    if entry.loader is not None or entry.name in registry.given:
-        return ""
-    try:
-        usual = registry.reward_options(entry.name).model_dump(mode="json")
-    except ConfigError:  # an option has no default
-        usual = {}
-    words = ["--reward", entry.name]
-    for key, value in entry.options.items():
-        if key not in usual or usual[key] != value:
-            words += ["-o", f"{key}={json.dumps(value, ensure_ascii=False)}"]
-    return f"with `alignprop score IMAGE {shlex.join(words)}`"
 
 
 def try_local(

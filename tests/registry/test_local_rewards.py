@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from alignprop_core import train
+from alignprop_core.config.advice import score_advice
 from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
@@ -32,7 +33,7 @@ from alignprop_core.registry.local import from_file, public_name
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.training.trainer import Trainer
-from alignprop_core.training.trial import score_advice, try_local
+from alignprop_core.training.trial import try_local
 from alignprop_core.validation import InvalidConfig
 from tests.support.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
