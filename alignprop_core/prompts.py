@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import warnings
@@ -49,6 +50,12 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    @property
+    def checksum(self) -> str:
+        """SHA-256 of the prompts and their metadata, in order; comments and blank lines of a file do not count."""
+        content = [[*pair] for pair in zip(self.prompts, self.metadata, strict=True)]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def problem(self, index: int, message: object) -> str:
         """Return a message about a prompt, with its file and line, or its number in the list."""

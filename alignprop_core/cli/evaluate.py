@@ -84,13 +84,14 @@ def evaluate(
         where = inputs.device_of(device)
         with common.status("loading rewards and model"):
             from alignprop_core.diffusion.sampler import Sampler
-            from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
+            from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
             from alignprop_core.evaluation.sweep import sweep
 
             key = "--prompts" if prompts else "prompts.heldout"
             terms = evaluation_terms(entries, heldout, registry, device=where, prompts_key=key)
             sampler = Sampler.load(**source, sampling=sampling, device=where, registry=registry)
-    evaluator = Evaluator(sampler, terms, heldout, evaluation)
+    failures = (output or run or Path()) / "images" / NOT_FINITE
+    evaluator = Evaluator(sampler, terms, heldout, evaluation, failures=failures)
     result: Comparison | Sweep
     if points:
         result = sweep(evaluator, points, soup)
@@ -131,10 +132,11 @@ def _write(result: Comparison | Sweep, folder: Path, registry: Registry) -> list
 def _print(result: Comparison | Sweep) -> None:
     from alignprop_core.cli.train import print_comparison
     from alignprop_core.evaluation.sweep import Sweep
+    from alignprop_core.evaluation.table import sample_size
 
     if not isinstance(result, Sweep):
         print_comparison(result)
         return
-    images, prompts = result.as_json()["images"], result.comparison.prompts
-    common.console().print(f"\n{images} images of {len(prompts)} prompts ({prompts.name}) at each {result.name}")
+    common.console().print(f"\nHeld-out prompts {result.comparison.prompts.name}, the same seeds at each {result.name}")
     common.print_table(*result.table())
+    common.console().print(sample_size(result.as_json()))

@@ -24,11 +24,11 @@ def train(
     overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=20."),
     resume: str = typer.Option("", help="Resume from `latest` (in the output folder), a run folder or a checkpoint."),
     edited: bool = typer.Option(
-        False, "--edited", help="Resume even if a reward's code has changed, for example after a bug fix."
+        False, "--edited", help="Resume even if files or a reward's code have changed, for example after a fix."
     ),
     overwrite: bool = typer.Option(False, "--overwrite", help="Replace an earlier run in the output folder."),
     dry_run: bool = typer.Option(
-        False, "--dry-run", help="Check everything, generate one image, but train and write nothing."
+        False, "--dry-run", help="Load and try everything, on one image; train and write nothing."
     ),
 ) -> None:
     """Fine-tune a model on the rewards of a run config."""
@@ -54,10 +54,8 @@ def train(
                 settings, registry=registry, edited=edited, overwrite=overwrite, inputs=inputs, console=console
             )
         if dry_run:
-            with common.status("generating an image"):
-                trainer.sampler(trainer.prompts.prompts[:1], output="pil")
             common.print_facts(_facts(trainer))
-            common.console().print("Everything loads, and an image was generated. Nothing was trained or written.")
+            common.console().print("Everything loads, and an image was generated. All rewards score it.")
             return
         with explains_resume(trainer):
             run = trainer.train()
@@ -139,8 +137,6 @@ def print_comparison(comparison: Comparison) -> None:
     from alignprop_core.evaluation.table import EvaluationTable
 
     table = EvaluationTable(comparison.as_json())
-    common.console().print(
-        f"\n{table.results['images']} images of {len(comparison.prompts)} prompts ({comparison.prompts.name}), "
-        "the same seeds for each model"
-    )
+    common.console().print(f"\nHeld-out prompts {comparison.prompts.name}, the same seeds for each model")
     common.print_table(table.columns, table.rows)
+    common.console().print(table.note)

@@ -7,6 +7,7 @@ when it is resumed, or repeated with other chunk sizes or another number of proc
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,6 +25,7 @@ class Noise:
         step: the training step it was drawn for.
         steps: (T, B, C, h, w) for schedulers that add noise (eta > 0), else None.
         lv: (n, B, C, h, w) for DRaFT-LV, else None.
+        indices: the global sample indices it was drawn for; empty for 0 to B - 1.
     """
 
     initial: Tensor
@@ -31,6 +33,7 @@ class Noise:
     step: int = 0
     steps: Tensor | None = None
     lv: Tensor | None = None
+    indices: Sequence[int] = ()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Noise:
         """Return the noise on a device, without waiting for it."""
@@ -53,6 +56,7 @@ class Noise:
             initial=self.initial[index],
             steps=None if self.steps is None else self.steps[:, index],
             lv=None if self.lv is None else self.lv[:, index],
+            indices=self.indices[index],
         )
 
 

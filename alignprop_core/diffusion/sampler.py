@@ -30,6 +30,7 @@ from alignprop_core.diffusion.denoiser import Batch
 from alignprop_core.diffusion.engine import Engine
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
+from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
@@ -212,6 +213,7 @@ class Sampler:
             step=step,
             steps=draw("steps", self.scheduler.steps) if self.scheduler.needs_noise else None,
             lv=draw("lv", self.backprop.lv_samples) if self.backprop.lv_samples else None,
+            indices=indices,
         )
 
     # -- the three parts ----------------------------------------------------------------------------------------
@@ -321,6 +323,9 @@ class Sampler:
         Returns:
             (R, 3, H, W) images in [0, 1] with their graph, R = B without LV samples; or a list of B PIL images, without
             a graph.
+
+        Raises:
+            RunError: a PIL image is not finite; names network, denoising step, prompt and seed.
         """
         generator = generator or torch.Generator().manual_seed(seed)
         with_graph = output == "tensor" and torch.is_grad_enabled()
@@ -334,7 +339,10 @@ class Sampler:
         )
         with torch.set_grad_enabled(with_graph):
             images = self.decode(self.sample(prompts, noise).latents)
-        return images if output == "tensor" else [to_pil(image) for image in images]
+        if output == "tensor":
+            return images
+        require_finite(self, images, prompts, noise)
+        return [to_pil(image) for image in images]
 
     # -- inside -------------------------------------------------------------------------------------------------
 

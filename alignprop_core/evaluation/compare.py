@@ -56,22 +56,24 @@ class Comparison:
         first, *others = self.variants
         base = self.variants[first]
 
-        def statistics(name: str, values: Sequence[float], paired_with: Sequence[float]) -> dict[str, Any]:
-            return summary(values) | (paired(paired_with, values) if name in others else {})
+        def statistics(name: str, values: Sequence[float], paired_with: Sequence[float], per: int) -> dict[str, Any]:
+            return summary(values) | (paired(paired_with, values, per) if name in others else {})
 
         result: dict[str, Any] = {
             "prompts": self.prompts.name,
+            "prompt_count": len(self.prompts),
             "images": len(next(iter(base.scores.values()))),
             "images_per_prompt": self.config.images_per_prompt,
             "seed": self.config.seed,
         }
         for name, variant in self.variants.items():
             result[name] = {
-                label: statistics(name, values, base.scores[label]) for label, values in variant.scores.items()
+                label: statistics(name, values, base.scores[label], self.config.images_per_prompt)
+                for label, values in variant.scores.items()
             }
         if base.diversity:
             result["diversity"] = {"encoder": self.encoder.name} | {
-                name: statistics(name, variant.diversity, base.diversity) for name, variant in self.variants.items()
+                name: statistics(name, variant.diversity, base.diversity, 1) for name, variant in self.variants.items()
             }
         if any(variant.drift is not None for variant in self.variants.values()):
             result["drift"] = {name: variant.drift for name, variant in self.variants.items()}

@@ -103,6 +103,8 @@ def encoder_of(label: str | None, terms: Sequence[Term]) -> Encoder:
                 f'Reward "{label}" returned {what} from image_features for {len(images)} images; it must return a '
                 f"tensor of shape ({len(images)}, D)."
             )
+        if not found.isfinite().all():
+            raise RewardError(f'Reward "{label}" returned image features that are not finite.')
         return F.normalize(found.float(), dim=1)
 
     return Encoder(label, features)

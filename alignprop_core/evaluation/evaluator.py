@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from rich.progress import Progress
@@ -13,13 +14,17 @@ from torch import Tensor
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import EvaluationConfig
+from alignprop_core.diffusion.finite import at_row, first_bad, require_finite
+from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.errors import under
+from alignprop_core.errors import RewardError, under
 from alignprop_core.evaluation.compare import Comparison, Switch, Variant
 from alignprop_core.evaluation.diversity import diversity_by_prompt, encoder_of
 from alignprop_core.evaluation.drift import Drift
 from alignprop_core.evaluation.measures import measure_entries
 from alignprop_core.evaluation.progress import progress_bar
+from alignprop_core.evaluation.sheet import save_image
+from alignprop_core.images import to_pil
 from alignprop_core.lora import adapters
 from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.term import Term
@@ -29,6 +34,9 @@ from alignprop_core.reward import ImageBatch
 
 BASE = "base"
 """Key of adapters that change nothing: those that are off, and those whose B is zero."""
+
+NOT_FINITE = "not_finite.png"
+"""File name of an image whose score is not finite."""
 
 
 def evaluation_terms(
@@ -73,6 +81,7 @@ class Evaluator:
         prompts: held-out prompts.
         config: images per prompt, batch size, seed, diversity encoder.
         remember: keep images and scores of the base, the last and the best values of the trainable adapter.
+        failures: where an image is saved whose score is not finite.
 
     Attributes:
         last: checksum of the adapters that were evaluated last.
@@ -87,10 +96,11 @@ class Evaluator:
         config: EvaluationConfig,
         *,
         remember: bool = False,
+        failures: Path | None = None,
     ) -> None:
         self.sampler, self.terms, self.prompts, self.config = sampler, list(terms), prompts, config
         self.encoder = encoder_of(config.diversity_encoder, self.terms)
-        self.remember = remember
+        self.remember, self.failures = remember, failures
         self.last = self.best = BASE
         self._known: dict[str, tuple[object, Variant]] = {}
 
@@ -146,10 +156,13 @@ class Evaluator:
                     with switch(), torch.no_grad():
                         # (b, 3, H, W) in [0, 1]
                         images = sampler.decode(sampler.sample(texts, noise).latents)
+                        require_finite(sampler, images, texts, noise)
                         metadata = [prompts.metadata[prompt] for prompt, _ in part]
                         batch = ImageBatch(images=images, prompts=texts, metadata=metadata)
                         for term in self.terms:
-                            results[name].scores[term.label] += term.score(batch).tolist()
+                            scores = term.score(batch)
+                            self._require_finite(f'"{term.label}" ({name})', scores, batch, noise)
+                            results[name].scores[term.label] += scores.tolist()
                         if per > 1:
                             features[name].append(self.encoder.features(images).cpu())
                     # Only each prompt's first image is kept, as uint8: all images of a long list would fill the memory.
@@ -163,6 +176,16 @@ class Evaluator:
                         results[name].drift = drift.measure()
             progress.remove_task(task)
         return results
+
+    def _require_finite(self, whose: str, scores: Tensor, batch: ImageBatch, noise: Noise) -> None:
+        """Raise `RewardError` if a score is not finite, naming prompt, sample and seed, and save the image."""
+        if (row := first_bad(scores)) is None:
+            return
+        if self.failures is not None:
+            save_image(to_pil(batch.images[row]), self.failures)
+        place, saved = f"the score of {whose}, {float(scores[row])}", str(self.failures or "")
+        found = at_row(place, row, batch.prompts, noise, saved=saved)
+        raise RewardError(f"The evaluation stopped: the first value that is not finite is {found}.")
 
     def _key(self, switch: Switch) -> str:
         """Return a checksum of the trainable adapter's values in a variant."""

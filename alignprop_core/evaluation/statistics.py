@@ -1,4 +1,4 @@
-"""Means, standard deviations and paired confidence intervals of scores."""
+"""Means, standard deviations and paired confidence intervals of scores, clustered by prompt."""
 
 from __future__ import annotations
 
@@ -33,17 +33,24 @@ def summary(scores: Sequence[float]) -> dict[str, Any]:
     return {"n": len(scores), "mean": fmean(scores), "std": stdev(scores) if len(scores) > 1 else 0.0}
 
 
-def paired(base: Sequence[float], tuned: Sequence[float]) -> dict[str, Any]:
-    """Return the mean of tuned - base over pairs and its 95% confidence interval.
+def prompt_means(scores: Sequence[float], images_per_prompt: int = 1) -> list[float]:
+    """Return the mean score of each prompt's images; scores are in prompt order."""
+    return [fmean(scores[start : start + images_per_prompt]) for start in range(0, len(scores), images_per_prompt)]
 
-    The interval is mean +- t_{0.975, n - 1} s / sqrt(n), with the differences' standard deviation s; None for a single
-    pair.
+
+def paired(base: Sequence[float], tuned: Sequence[float], images_per_prompt: int = 1) -> dict[str, Any]:
+    """Return the mean of tuned - base over pairs and its 95% confidence interval, clustered by prompt.
+
+    Images of one prompt resemble each other, so they are not independent observations: the interval is
+    mean +- t_{0.975, n - 1} s / sqrt(n) over the n prompts, with the standard deviation s of the prompts' mean
+    differences; None for a single prompt.
 
     Args:
-        base: n scores.
-        tuned: n scores of the same prompts and noise, in the same order.
+        base: scores in prompt order, `images_per_prompt` for each of n prompts.
+        tuned: scores of the same prompts and noise, in the same order.
+        images_per_prompt: images of each prompt.
     """
-    differences = [b - a for a, b in zip(base, tuned, strict=True)]
+    differences = prompt_means([b - a for a, b in zip(base, tuned, strict=True)], images_per_prompt)
     mean = fmean(differences)
     if len(differences) < 2:
         return {"difference": mean, "interval": None}

@@ -56,7 +56,7 @@ class Sweep:
                     "scores": result[variant],
                 }
             )
-        facts = {key: result[key] for key in ("prompts", "images", "images_per_prompt", "seed")}
+        facts = {key: result[key] for key in ("prompts", "prompt_count", "images", "images_per_prompt", "seed")}
         soup = {} if self.soup is None else {"soup": str(self.soup)}
         return facts | {"paired_with": FIRST, "encoder": self.comparison.encoder.name, "points": rows} | soup
 

@@ -11,6 +11,7 @@ from alignprop_core.mix.term import Term, labelled
 from alignprop_core.prompts import PromptSet, listed
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import Reward
+from alignprop_core.weights.checksum import READ
 
 
 def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str = "") -> list[Term]:
@@ -24,18 +25,22 @@ def load_terms(entries: Sequence[RewardTerm], registry: Registry, *, where: str 
     Raises:
         RewardError: a reward cannot be loaded; the plugin's own exception is its cause.
     """
-    return [
-        Term(
-            label=entry.label,
-            reward=_load(entry, registry, f"{where}.{i}" if where else ""),
-            weight=entry.weight,
-            ceiling=entry.ceiling,
-            floor=entry.floor,
-            target=entry.target,
-            differentiable=registry.source(entry.loader).reward(entry.name).spec.differentiable,
+    terms = []
+    for i, entry in enumerate(entries):
+        before = len(READ)
+        terms.append(
+            Term(
+                label=entry.label,
+                reward=_load(entry, registry, f"{where}.{i}" if where else ""),
+                weight=entry.weight,
+                ceiling=entry.ceiling,
+                floor=entry.floor,
+                target=entry.target,
+                differentiable=registry.source(entry.loader).reward(entry.name).spec.differentiable,
+                files=frozenset(READ[before:]),
+            )
         )
-        for i, entry in enumerate(entries)
-    ]
+    return terms
 
 
 def _load(entry: RewardTerm, registry: Registry, key: str) -> Reward:

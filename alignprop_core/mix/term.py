@@ -58,6 +58,7 @@ class Term:
         target: -|score - target| replaces the score; excludes ceiling and floor.
         differentiable: whether scores must carry a gradient.
         offload: keeps the reward's weights on the CPU between uses; None leaves them where they are.
+        files: the files it was loaded from.
     """
 
     label: str
@@ -68,6 +69,7 @@ class Term:
     target: float | None = None
     differentiable: bool = True
     offload: Offload | None = None
+    files: frozenset[Path] = frozenset()
 
     def __post_init__(self) -> None:
         if self.target is not None and (self.ceiling is not None or self.floor is not None):

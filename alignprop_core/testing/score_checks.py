@@ -25,6 +25,26 @@ def check_shape(subject: Subject) -> None:
                 subject.scores(natural_images(count, height, width))
 
 
+def check_finite(subject: Subject) -> None:
+    """Scores are finite for photographs, black, white, gray and noise."""
+    images = subject.pixels
+    for name, inputs in {
+        "photographs": images,
+        "black images": torch.zeros_like(images),
+        "white images": torch.ones_like(images),
+        "gray images": torch.full_like(images, 0.5),
+        "noise": torch.rand(images.shape, generator=torch.Generator().manual_seed(0)),
+    }.items():
+        scores, prompts = subject.scores(inputs), subject.batch(inputs).prompts
+        bad = [i for i, finite in enumerate(scores.isfinite().tolist()) if not finite]
+        prompt = f', the first for the prompt "{prompts[bad[0]]}"' if bad and prompts else ""
+        require(
+            not bad,
+            f"{name}: the scores are {listed(scores)}{prompt}. Look for a division by a standard deviation, log(0) or "
+            "sqrt of 0; add a small constant.",
+        )
+
+
 def check_batch_of_one(subject: Subject) -> None:
     """A batch of one works and has a finite score."""
     with fails_as("a batch of one fails: {error}. Look for squeeze() and statistics over the batch."):
@@ -44,24 +64,6 @@ def check_dtype(subject: Subject) -> None:
         with fails_as(f"{dtype} images fail: {{error}}. Convert them at the start of score()."):
             scores = subject.scores(subject.pixels.to(dtype))
         require(scores.dtype == expected, f"{dtype} images give {scores.dtype} scores; they should be {expected}.")
-
-
-def check_finite(subject: Subject) -> None:
-    """Scores are finite for photographs, black, white, gray and noise."""
-    images = subject.pixels
-    for name, inputs in {
-        "photographs": images,
-        "black images": torch.zeros_like(images),
-        "white images": torch.ones_like(images),
-        "gray images": torch.full_like(images, 0.5),
-        "noise": torch.rand(images.shape, generator=torch.Generator().manual_seed(0)),
-    }.items():
-        scores = subject.scores(inputs)
-        require(
-            scores.isfinite().all(),
-            f"{name}: the scores are {listed(scores)}. Look for a division by a standard deviation, log(0) or sqrt of "
-            "0; add a small constant.",
-        )
 
 
 def check_range(subject: Subject) -> None:

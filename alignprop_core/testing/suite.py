@@ -78,6 +78,8 @@ def judge(check: Check, subject: Subject) -> Verdict:
 def run_checks(subject: Subject, skip: Mapping[str, str] | None = None) -> Iterator[Verdict]:
     """Run all checks on a reward and yield the results; a failed check does not stop the others.
 
+    After scores that are not finite the others are skipped: they compare scores, and NaN equals nothing.
+
     Args:
         subject: the reward. It is built first, so exceptions from building it are raised here.
         skip: name of a check -> why it is skipped.
@@ -85,7 +87,7 @@ def run_checks(subject: Subject, skip: Mapping[str, str] | None = None) -> Itera
     Raises:
         ValueError: `skip` names an unknown check.
     """
-    skip = skip or {}
+    skip = dict(skip or {})
     known = [check.name for check in CHECKS]
     if unknown := set(skip) - set(known):
         raise ValueError(f"no check is called {', '.join(sorted(unknown))}; the checks are: {', '.join(known)}")
@@ -93,5 +95,7 @@ def run_checks(subject: Subject, skip: Mapping[str, str] | None = None) -> Itera
     for check in CHECKS:
         if check.name in skip:
             yield Verdict(check.name, check.description, "skipped", skip[check.name])
-        else:
-            yield judge(check, subject)
+            continue
+        yield (verdict := judge(check, subject))
+        if check.name == "finite" and verdict.status == "failed" and not verdict.traceback:
+            skip = dict.fromkeys(known, "the scores are not finite, so nothing can be compared") | skip

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from alignprop_core.diffusion.finite import NotFinite, at_row, find_in_images, first_bad
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation
+from alignprop_core.evaluation.sheet import save_image
+from alignprop_core.images import to_pil
 from alignprop_core.mix.mix import Mix
 from alignprop_core.reward import ImageBatch
+
+if TYPE_CHECKING:
+    from alignprop_core.training.trainer import Trainer
+
+
+def locate_not_finite(trainer: Trainer, step: int) -> NotFinite | None:
+    """Return the first value of a step that is not finite; save the image of a score or gradient that is not."""
+    found = trainer.gradient.first_not_finite(step)
+    if found is None or found.image is None:
+        return found
+    path = trainer.output / "images" / f"not_finite-{step + 1:06d}.png"
+    save_image(to_pil(found.image), path)
+    return replace(found, saved=str(path))
 
 
 def first_not_finite(
@@ -22,11 +39,11 @@ def first_not_finite(
     metadata: Sequence[Mapping[str, Any]],
     noise: Noise,
     truncation: Truncation,
-) -> str:
-    """Return in words which part of a batch's step is the first that is not finite, and for which prompt.
+) -> NotFinite | None:
+    """Return the first part of a batch's step that is not finite; None if everything is.
 
-    In the order of the step: denoising steps, decoder, scores, and the backward passes of decoder and denoiser with the
-    gradient of the pixels' sum. The gradients of rewards are not computed again. Empty if everything is finite.
+    In the order of the step: denoising steps, decoder, scores, the gradients of the scores at the images, and the
+    backward passes of decoder and denoiser with the gradient of the pixels' sum.
 
     Args:
         sampler: the sampler.
@@ -36,44 +53,43 @@ def first_not_finite(
         noise: the batch's randomness.
         truncation: the steps that keep their gradient.
     """
+    found, latents = find_in_images(sampler, prompts, noise)
+    if found is not None:
+        return found
 
-    def at(values: Tensor, place: str) -> str:
-        """Name the place and the first prompt whose values, (B, ...), are not finite; empty if all are."""
-        finite = values.flatten(1).isfinite().all(1).tolist() if len(values) else []
-        return "" if all(finite) else f'{place}, for the prompt "{prompts[finite.index(False) % len(prompts)]}"'
+    def at(row: int, place: str, image: Tensor | None = None) -> NotFinite:
+        return at_row(place, row, prompts, noise, image=image)
 
-    steps = sampler.scheduler.steps
-    noise = noise.to(sampler.device, sampler.dtype)
-    latents, state = noise.initial, sampler.scheduler.initial_state
-    with torch.no_grad():
-        for i in range(steps):
-            prediction = sampler.predict(latents, i, prompts)
-            if found := at(prediction, f"the prediction of denoising step {i + 1} of {steps}"):
-                return found
-            fresh = None if noise.steps is None else noise.steps[i]
-            latents, state = sampler.scheduler.step(latents, prediction, i, state, fresh)
-        for start in range(len(latents)):
-            rows = slice(start, start + 1)
-            images = sampler.decode(latents[rows])
-            one = ImageBatch(images=images, prompts=prompts[rows], metadata=metadata[rows])
-            if not images.isfinite().all():
-                return f'the decoded image, for the prompt "{prompts[start]}"'
-            for term in mix.terms:
-                if not term.score(one).isfinite().all():
-                    return f'the score of "{term.label}", for the prompt "{prompts[start]}"'
+    for row in range(len(latents)):
+        with torch.no_grad():
+            image = sampler.decode(latents[row : row + 1])
+        for term in mix.terms:
+            leaf = image.clone().requires_grad_(term.differentiable)
+            score = term.score(ImageBatch(images=leaf, prompts=[prompts[row]], metadata=[metadata[row]]))
+            if not score.isfinite().all():
+                return at(row, f'the score of "{term.label}"', image[0])
+            if term.differentiable:
+                with term.placed:
+                    (gradient,) = torch.autograd.grad(score.sum(), leaf)
+                if not gradient.isfinite().all():
+                    return at(row, f'the gradient of "{term.label}" at the image', image[0])
     leaf = latents.detach().requires_grad_()
     gradients = [
-        torch.autograd.grad(sampler.decode(leaf[start : start + 1]).sum(), leaf)[0][start : start + 1]
-        for start in range(len(leaf))
+        torch.autograd.grad(sampler.decode(leaf[row : row + 1]).sum(), leaf)[0][row : row + 1]
+        for row in range(len(leaf))
     ]
-    if found := at(torch.cat(gradients), "the backward pass of the decoder"):
-        return found
+    if (bad := first_bad(torch.cat(gradients))) is not None:
+        return at(bad, "the backward pass of the decoder")
+    steps, noise = sampler.scheduler.steps, noise.to(sampler.device, sampler.dtype)
     for i in reversed(truncation.kept):
-        for start, prompt in enumerate(prompts):
+        for row in range(len(prompts)):
             # The networks compute every sample by itself, and the other steps only by the scheduler.
-            out = sampler.sample([prompt], noise[start : start + 1], Truncation((i,), stop_at=truncation.stop_at))
-            loss = (out.latents * gradients[start]).sum()
-            found_here = torch.autograd.grad(loss, sampler.trainable_parameters(), allow_unused=True)
-            if not all(grad is None or grad.isfinite().all() for grad in found_here):
-                return f'the backward pass of denoising step {i + 1} of {steps}, for the prompt "{prompt}"'
-    return ""
+            one = Truncation((i,), stop_at=truncation.stop_at)
+            out = sampler.sample([prompts[row]], noise[row : row + 1], one)
+            loss = (out.latents * gradients[row]).sum()
+            grads = torch.autograd.grad(loss, sampler.trainable_parameters(), allow_unused=True)
+            if not all(grad is None or grad.isfinite().all() for grad in grads):
+                return at(
+                    row, f"the backward pass of the {sampler.family.denoiser_name} in denoising step {i + 1} of {steps}"
+                )
+    return None

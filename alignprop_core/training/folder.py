@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from alignprop_core.config.load import resolved_yaml
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.registry.code_checksum import code_checksum
 from alignprop_core.registry.registry import Registry
+from alignprop_core.runs.fingerprints import Files
 from alignprop_core.runs.folder import RunFolder
 
 _LIBRARIES = ("alignprop-core", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -28,6 +30,7 @@ def open_folder(
     checkpoint: Path | None = None,
     step: int = 0,
     overwrite: bool = False,
+    files: Files | None = None,
 ) -> RunFolder:
     """Create a run's folder, or open it to resume, and write config.yaml and environment.json.
 
@@ -38,6 +41,7 @@ def open_folder(
         checkpoint: the checkpoint to resume from, if any.
         step: steps done; when resuming, later lines of the metrics are removed.
         overwrite: whether an earlier run in the folder may be replaced.
+        files: the checksums of the files that the run depends on.
     """
     times = _times(checkpoint)
     if checkpoint is not None and (Path(config.output) / "config.yaml").is_file():
@@ -46,7 +50,7 @@ def open_folder(
     else:
         folder = RunFolder.create(config.output, overwrite=overwrite)
     folder.write_text("config.yaml", resolved_yaml(config))
-    folder.write_json("environment.json", {**times, **environment(config, registry, device)})
+    folder.write_json("environment.json", {**times, **environment(config, registry, device), "files": files or {}})
     return folder
 
 
@@ -81,6 +85,7 @@ def environment(config: RunConfig, registry: Registry, device: torch.device) -> 
         "system": platform.platform(),
         "versions": {name: _version(name) for name in _LIBRARIES},
         "plugins": {name: _version(name) for name in sorted(used)},
+        "installed": _installed(),
         "device": {
             "kind": "cuda" if cuda else "cpu",
             "names": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
@@ -96,6 +101,12 @@ def environment(config: RunConfig, registry: Registry, device: torch.device) -> 
         "isolated_rewards": isolated,
         "training_device": str(device),
     }
+
+
+def _installed() -> dict[str, str]:
+    """Return the versions of all installed distributions, from the names of their folders, which is quick."""
+    folders = sorted(path.stem for place in reversed(sys.path) for path in Path(place).glob("*.dist-info"))
+    return {name: version for name, _, version in (folder.partition("-") for folder in folders)}
 
 
 def _version(distribution: str) -> str | None:

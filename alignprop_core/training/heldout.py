@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from contextlib import nullcontext
@@ -166,7 +165,6 @@ def basis_of(trainer: Trainer) -> Basis:
     """Return what a run's evaluations measure, as far as a resumed run may change it."""
     config, prompts = trainer.config, trainer.heldout
     settings, stopping = config.evaluation, config.early_stopping
-    texts = None if prompts is None else [[*pair] for pair in zip(prompts.prompts, prompts.metadata, strict=True)]
     entries = [*config.rewards, *settings.rewards]
     entries += measure_entries(entries, trainer.registry)
     found = {entry.label: _reward(entry, trainer.registry) for entry in entries}
@@ -181,7 +179,7 @@ def basis_of(trainer: Trainer) -> Basis:
         diversity[f'the reward "{settings.diversity_encoder}"'] = found[settings.diversity_encoder]
     return Basis(
         images={
-            "the content of prompts.heldout": {"sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest()},
+            "the content of prompts.heldout": {"sha256": prompts and prompts.checksum},
             "evaluation.images_per_prompt": settings.images_per_prompt,
             "evaluation.seed": settings.seed,
         },

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.errors import OutputError
 from alignprop_core.evaluation.sheet import grid, save_image
 from alignprop_core.mix.stats import StepStats
@@ -57,7 +58,9 @@ class Previews(Callback):
                 for i, prompt in enumerate(prompts):
                     noise = trainer.sampler.noise([prompt], seed=seed, step=0, indices=[i])
                     out = trainer.sampler.sample([prompt], noise, negative_prompt=settings.negative_prompt)
-                    images.append(trainer.sampler.decode(out.latents)[0])
+                    decoded = trainer.sampler.decode(out.latents)
+                    require_finite(trainer.sampler, decoded, [prompt], noise)
+                    images.append(decoded[0])
                     captions.append(prompt if len(settings.seeds) == 1 else f"{prompt} (seed {seed})")
         self.last = trainer.step_number
         if images:

@@ -12,9 +12,10 @@ from alignprop_core.evaluation.measures import check_monitor
 from alignprop_core.locate import find_base, find_lora, find_vae
 from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
+from alignprop_core.runs.fingerprints import files_of
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.training.plugin_callbacks import check_trackers
-from alignprop_core.training.resume import find_checkpoint
+from alignprop_core.training.resume import check_files, find_checkpoint
 from alignprop_core.weights.find import cached, check_named_file, find_weights
 
 
@@ -50,7 +51,7 @@ def check_inputs(
         config: the run config.
         registry: where names are looked up.
         resume: a run folder or checkpoint to resume from.
-        edited: whether a reward's code may have changed since the run began.
+        edited: whether files and the code of rewards may have changed since the run began.
         overwrite: whether an earlier run in the output folder may be replaced.
         loads_model: whether the model is loaded from the config instead of passed from Python.
 
@@ -59,7 +60,7 @@ def check_inputs(
     """
     if resume is not None and overwrite:
         raise UserError("overwrite replaces a run, and resume continues it; choose one of them.")
-    checkpoint = None if resume is None else find_checkpoint(resume, config, edited=edited)
+    checkpoint = None if resume is None else find_checkpoint(resume, config)
     if checkpoint is None:
         RunFolder.check_free(config.output, overwrite=overwrite)
     with under("prompts.train"):
@@ -77,6 +78,8 @@ def check_inputs(
     check_rewards(config, registry)
     check_monitor(config, registry)
     check_trackers(config.training.trackers, registry)
+    if checkpoint is not None and not edited:
+        check_files(checkpoint, files_of(config, registry, prompts, heldout, model=loads_model))
     return Inputs(prompts, heldout, checkpoint)
 
 

@@ -34,25 +34,26 @@ _MAY_DIFFER = {
 }
 """What a resumed run may change: sections and keys that do not affect training."""
 
+_NOT_READ_AGAIN = {"lora.init_from", "prompts.heldout"}
+"""Files that may change: a resumed run has its adapters, and reports that its evaluations are of other prompts."""
+
 _SHOWN = 40
 _REMEDY = (
-    "Put it back as it was, or start a new run (lora.init_from starts from this run's LoRA). If the change fixes the "
-    "code and scores mean the same, resume with --edited (from Python: edited=True)."
+    "Put it back as it was, or start a new run (lora.init_from starts from this run's LoRA). If the change does not "
+    "matter, such as a bug fix after which scores mean the same, resume with --edited (from Python: edited=True)."
 )
 
 
-def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> Path:
+def find_checkpoint(where: Path, config: RunConfig) -> Path:
     """Return the newest checkpoint of a run folder, or the folder itself if it is a checkpoint.
 
     Args:
         where: the run folder or checkpoint.
         config: of the resumed run.
-        edited: allow a changed file of a reward.
 
     Raises:
         UserError: there is none.
         ConfigError: its run had another config, with the keys and both values.
-        PluginError: a Python file of its rewards has changed since.
     """
     found = [where] if (where / STATE).is_file() else sorted((where / "checkpoints").glob("step-*"))
     if not found:
@@ -63,8 +64,6 @@ def find_checkpoint(where: Path, config: RunConfig, *, edited: bool = False) -> 
     run = run_of(found[-1])
     if (run / "config.yaml").is_file():
         _same_run(config, run)
-    if not edited:
-        _same_files(config, found[-1])
     return found[-1]
 
 
@@ -94,14 +93,23 @@ def check_objects(checkpoint: Path, given: Mapping[str, LocalReward], config: Ru
             raise _changed(f"rewards.{i}: the {what}", checkpoint)
 
 
-def _same_files(config: RunConfig, checkpoint: Path) -> None:
-    here, elsewhere = (_environment(checkpoint, key) for key in ("local_rewards", "isolated_rewards"))
-    for i, term in enumerate(config.rewards):
-        origin = _mapping(elsewhere.get(term.label)).get("from") if term.loader else here.get(term.name)
-        known, now = _mapping(origin).get("sha256"), file_checksum(term.name)
-        # A missing file is reported when it is run.
-        if known is not None and now is not None and known != now:
-            raise _changed(f"rewards.{i}.name: {term.name.rpartition(':')[0]}", checkpoint)
+def check_files(checkpoint: Path, files: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise `PluginError` if a file that affects training has changed since the run began.
+
+    Args:
+        checkpoint: the checkpoint.
+        files: key of the run config -> name of a file -> checksum. Keys that the run did not record are not compared.
+    """
+    before = _environment(checkpoint, "files")
+    for key, now in files.items():
+        known = _mapping(before.get(key))
+        # Nothing is known of a run of an earlier version, of a model that is not here yet, or of weights that this
+        # process had read before. The name of a weights file may contain the hub's revision: its content counts.
+        same = key.endswith("(weights)") and sorted(known.values()) == sorted(now.values())
+        if key in _NOT_READ_AGAIN or not known or not now or same:
+            continue
+        if changed := [name for name in sorted(known.keys() | now.keys()) if known.get(name) != now.get(name)]:
+            raise _changed(f"{key}: {', '.join(changed[:3])}", checkpoint)
 
 
 def _changed(what: str, checkpoint: Path) -> PluginError:

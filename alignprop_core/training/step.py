@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.diffusion.costs import Costs, seconds_of
+from alignprop_core.diffusion.finite import NotFinite
 from alignprop_core.diffusion.noise import Noise, seeded
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import Truncation, draw_truncation
@@ -113,14 +114,14 @@ class StepGradient:
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
-    def first_not_finite(self, step: int) -> str:
-        """Return in words which part of a step that has failed is not finite, and for which prompt; "" if none is."""
+    def first_not_finite(self, step: int) -> NotFinite | None:
+        """Return the first value of a step that has failed that is not finite; None if all are."""
         for indices in self._chunks:
             prompts, metadata, noise = self._inputs(indices, step)
-            where = first_not_finite(self.sampler, self.mix, prompts, metadata, noise, self._draw(step=step))
-            if where:
-                return where
-        return ""
+            found = first_not_finite(self.sampler, self.mix, prompts, metadata, noise, self._draw(step=step))
+            if found is not None:
+                return found
+        return None
 
     def _inputs(self, indices: Sequence[int], step: int) -> tuple[list[str], list[Mapping[str, Any]], Noise]:
         """Return prompts, metadata and noise of the samples with these global indices."""

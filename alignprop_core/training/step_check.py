@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from alignprop_core.config.sections import OptimizerConfig
+from alignprop_core.diffusion.finite import ADVICE, NotFinite
 from alignprop_core.errors import AlignpropError, RewardError, RunError
 from alignprop_core.mix.stats import StepStats
 
@@ -23,7 +24,7 @@ class StepCheck:
 
     Args:
         config: the `optimizer` section of the run config.
-        advice: label -> how its reward is tried on an image (`trial.score_advice`), for messages.
+        advice: label -> how its reward is tried on an image (`score_advice`), for messages.
     """
 
     def __init__(self, config: OptimizerConfig, advice: Mapping[str, str] | None = None) -> None:
@@ -33,15 +34,17 @@ class StepCheck:
         self.terms: dict[str, list[float]] = {}
         self.skipped = 0
         self._error: AlignpropError | None = None
-        self._where = ""
+        self._found: NotFinite | None = None
 
-    def reason_to_skip(self, step: int, stats: StepStats, locate: Callable[[], str] = lambda: "") -> str | None:
+    def reason_to_skip(
+        self, step: int, stats: StepStats, locate: Callable[[], NotFinite | None] = lambda: None
+    ) -> str | None:
         """Return why this step must be skipped, or None.
 
         Args:
             step: its number, from 1.
             stats: its statistics, on the host.
-            locate: says in words which part of the step is not finite; called for the first such step in a row.
+            locate: finds the first value of the step that is not finite; called for the first such step in a row.
         """
         terms = {label: norm for label, term in stats.terms.items() if (norm := term["grad_norm"]) is not None}
         norm, threshold = stats.grad_norm, self.config.spike_threshold
@@ -50,11 +53,11 @@ class StepCheck:
         spike = threshold is not None and len(self.norms) >= _ENOUGH and norm > threshold * median(self.norms)
         if broken or (spike and finite) or not finite:
             if not self.skipped and (broken or not finite):
-                self._where = locate()
+                self._found = locate()
             reason, self._error = self._explain(step, stats, terms)
             self.skipped += 1
             return reason
-        self.skipped, self._error, self._where = 0, None, ""
+        self.skipped, self._error, self._found = 0, None, None
         if finite and norm > 0:
             self.norms = [*self.norms, norm][-_WINDOW:]
             for label, size in terms.items():
@@ -76,7 +79,13 @@ class StepCheck:
         """Return why a step is skipped, and the error if it ends the run."""
         row = f"This step and the {self.skipped} before it were" if self.skipped else "This step was"
         kept = f"{row} skipped: the adapters did not change, and the last checkpoint has them."
-        where = f" The first value that is not finite is {self._where}." if self._where else ""
+        found = self._found
+        where = f" The first value that is not finite is {found}." if found else ""
+        broken = any(term["raw"] is None or not math.isfinite(term["raw"]) for term in stats.terms.values())
+        if broken and found is not None and found.by_model:
+            return "the model's images are not finite", RunError(
+                f"Step {step}: the model's images are not finite.{where} {kept} {ADVICE}"
+            )
         for label, term in stats.terms.items():
             value = term["raw"]
             if value is None or not math.isfinite(value):
@@ -89,8 +98,8 @@ class StepCheck:
             whose = " and ".join(f'"{label}"' for label, value in terms.items() if not math.isfinite(value))
             if whose:
                 return f"the gradient of {whose} is not finite", RunError(
-                    f"Step {step}: all scores are finite, but the gradient of {whose} at the images is not. {kept} "
-                    "A reward with an infinite slope (a square root or logarithm at zero) causes this."
+                    f"Step {step}: all scores are finite, but the gradient of {whose} at the images is not.{where} "
+                    f"{kept} A reward with an infinite slope (a square root or logarithm at zero) causes this."
                 )
             finite = ", and so are the gradients of all rewards at the images" if terms else ""
             return "the gradient is not finite", RunError(

@@ -93,7 +93,7 @@ def train(
         callbacks: called after the standard callbacks.
         registry: installed plugins; discovered if None.
         resume: a run, its folder or a checkpoint to resume from; "latest" is the output folder.
-        edited: resume even if a reward's code has changed, for example after a bug fix.
+        edited: resume even if files or the code of a reward have changed, for example after a bug fix.
         overwrite: replace an earlier run in the output folder.
 
     Raises:

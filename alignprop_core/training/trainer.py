@@ -9,12 +9,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from alignprop_core.config.advice import score_advice
 from alignprop_core.config.given import with_given
 from alignprop_core.config.load import Given, load_config
 from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_memory, processes
@@ -23,28 +25,30 @@ from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
-from alignprop_core.evaluation.evaluator import Evaluator, evaluation_terms
+from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
 from alignprop_core.lora import adapters
 from alignprop_core.mix.load import check_prompts, load_terms
 from alignprop_core.mix.mix import Mix
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.registry.registry import Registry, default_registry
+from alignprop_core.runs.fingerprints import files_of
 from alignprop_core.runs.folder import RunFolder
 from alignprop_core.runs.metrics import STOPPED
 from alignprop_core.training import given_pipeline, out_of_memory
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint, optimizer_tensors
+from alignprop_core.training.diagnosis import locate_not_finite
 from alignprop_core.training.early_stopping import EarlyStopping
 from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
 from alignprop_core.training.optimizer import Optimizer
 from alignprop_core.training.preflight import Inputs, check_inputs
 from alignprop_core.training.result import Run
-from alignprop_core.training.resume import check_objects
+from alignprop_core.training.resume import check_files, check_objects
 from alignprop_core.training.standard import standard_callbacks
 from alignprop_core.training.step import StepGradient
 from alignprop_core.training.step_check import StepCheck
-from alignprop_core.training.trial import score_advice, try_local
+from alignprop_core.training.trial import try_all, try_local
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
@@ -70,7 +74,7 @@ class Trainer:
             gets weight 1.
         callbacks: called after the standard callbacks.
         resume: a run folder or checkpoint to resume from.
-        edited: resume even if a reward's code has changed, for example after a bug fix.
+        edited: resume even if files or the code of a reward have changed, for example after a bug fix.
         overwrite: replace an earlier run in the output folder.
         inputs: what `preflight.check_inputs` returned, if it has run already.
         pipeline: a loaded diffusers pipeline to train instead of loading `model.base`.
@@ -118,6 +122,8 @@ class Trainer:
             loads_model=pipeline is None,
         )
         self._resumed_from = inputs.checkpoint
+        find_files = partial(files_of, config, self.registry, inputs.prompts, inputs.heldout, model=pipeline is None)
+        Thread(target=find_files, daemon=True).start()  # checksums of large weights, while these are loaded
         if inputs.checkpoint is not None and not edited:
             check_objects(inputs.checkpoint, self.registry.given, config)
         checkpoint = None if inputs.checkpoint is None else load_checkpoint(inputs.checkpoint)
@@ -157,8 +163,10 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.evaluator: Evaluator | None = None
         if reported is not None and self.heldout is not None:
-            remember = config.evaluation.at_end
-            self.evaluator = Evaluator(self.sampler, reported, self.heldout, config.evaluation, remember=remember)
+            remember, failures = config.evaluation.at_end, self.output / "images" / NOT_FINITE
+            self.evaluator = Evaluator(
+                self.sampler, reported, self.heldout, config.evaluation, remember=remember, failures=failures
+            )
         self.comparison: Comparison | None = None
         self.stop_reason: str | None = None
         self._adopted_step: int | None = None
@@ -166,6 +174,11 @@ class Trainer:
         self._folder: RunFolder | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        self._files = find_files(read={term.label: term.files for term in self.mix.terms})
+        if inputs.checkpoint is not None and not edited:
+            check_files(inputs.checkpoint, self._files)
+        with out_of_memory.explained(self):
+            try_all(self, reported or self.mix.terms)
         self.console = console or Console(stderr=True)
         self.callbacks = [*standard_callbacks(self, console), *callbacks]
 
@@ -267,6 +280,7 @@ class Trainer:
             checkpoint=self._resumed_from,
             step=self.progress.step,
             overwrite=self._overwrite,
+            files=self._files,
         )
 
     def step(self) -> StepStats:
@@ -279,7 +293,7 @@ class Trainer:
         stats = self.gradient.compute(step)
         stats.step, stats.learning_rate = step + 1, self.optimizer.lr
         stats.idle = None if stats.moving else self.mix.why_idle(step, stats)
-        locate = partial(self.gradient.first_not_finite, step)
+        locate = partial(locate_not_finite, self, step)
         stats.skipped = self.step_check.reason_to_skip(step + 1, stats, locate)
         self.progress.updating = True
         changed = self.optimizer.step(skip=not stats.moving or stats.skipped is not None)

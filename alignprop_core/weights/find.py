@@ -11,7 +11,6 @@ The option takes four forms:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from importlib.resources import files
 from pathlib import Path
@@ -20,12 +19,11 @@ from alignprop_core.errors import PluginError, WeightsError
 from alignprop_core.registry.licenses import LicensePolicy
 from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_core.specs import WeightsFile
+from alignprop_core.weights.checksum import READ, checksum
 
 HUB = "hub:"
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl")
 FORMS = 'takes "default", the name of a set, the path of a file, or hub:owner/name/file.safetensors'
-
-_checked: dict[tuple[str, int, int], str] = {}  # path, size, time of change -> sha256; per process
 
 
 def find_weights(
@@ -52,6 +50,14 @@ def find_weights(
         WeightsError: the file is not on this machine (the message names repository, file and the command that fetches
             it) or fails verification, or the reward has no set of that name.
     """
+    READ.append(_find(value, reward, default, registry, option, sets_of))
+    return READ[-1]
+
+
+def _find(
+    value: str, reward: str, default: WeightsFile | None, registry: Registry | None, option: str, sets_of: str | None
+) -> Path:
+    """Return the file that `find_weights` finds."""
     if value == "default":
         if default is None:
             raise WeightsError(f'Reward "{reward}" has no default weights; the option {option} {FORMS}.')
@@ -141,7 +147,7 @@ def packaged(path: str, owner: str) -> Path:
 def verify(path: Path, file: WeightsFile, remedy: str) -> None:
     """Check a file's size and sha256; those that the spec leaves open are not checked.
 
-    The size is always checked. The sha256 is computed once per process for a path, size and time of change.
+    The size is always checked. The sha256 is computed once for a path, size and time of change.
 
     Args:
         path: the file.
@@ -159,13 +165,9 @@ def verify(path: Path, file: WeightsFile, remedy: str) -> None:
         )
     if file.sha256 is None:
         return
-    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
-    if key not in _checked:
-        with open(path, "rb") as stream:
-            _checked[key] = hashlib.file_digest(stream, "sha256").hexdigest()
-    if _checked[key] != file.sha256.lower():
+    if (found := checksum(path)) != file.sha256.lower():
         raise WeightsError(
-            f"{path} is not {title(file)}: its sha256 is {_checked[key]} and should be {file.sha256}. It is damaged "
+            f"{path} is not {title(file)}: its sha256 is {found} and should be {file.sha256}. It is damaged "
             f"or of another version. {remedy}"
         )
 

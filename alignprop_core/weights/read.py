@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_core.errors import WeightsError
+from alignprop_core.weights.checksum import READ
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"  # protocol 2 and later, as torch wrote before its zip format
@@ -31,6 +32,7 @@ def load_state_dict(path: Path) -> dict[str, Any]:
             from a training that diverged: a tensor begins with NaN or infinity (only beginnings are checked).
     """
     path = Path(path)
+    READ.append(path)
     try:
         with open(path, "rb") as stream:
             start = stream.read(9)
@@ -144,6 +146,7 @@ def _damaged(path: Path, error: Exception) -> WeightsError:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that contains a mapping; `WeightsError` if it does not."""
     try:
+        READ.append(path)
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path}: cannot be read as JSON: {error}. Fetch or copy it again.") from error

@@ -52,6 +52,31 @@ def test_summary_and_single_pair() -> None:
     assert paired([1.0], [4.0]) == {"difference": 3.0, "interval": None}
 
 
+def test_intervals_are_clustered_by_prompt() -> None:
+    """Six prompts of 16 images that differ by prompt: as wide as over the six means, not as over 96 images."""
+    means = [-2182.5, -1554.0, -1711.0, -2290.5, -1633.5, -1866.5]
+    within = [-32.0, 32.0] * 8
+    tuned = [mean + offset for mean in means for offset in within]
+    clustered = paired([0.0] * 96, tuned, 16)
+    assert clustered == paired([0.0] * 6, means)
+    assert clustered["difference"] == pytest.approx(np.mean(tuned))
+    half = 2.5706 * np.std(means, ddof=1) / math.sqrt(6)
+    low, high = clustered["interval"]
+    assert (high - low) / 2 == pytest.approx(half, rel=1e-3)
+    naive = paired([0.0] * 96, tuned)["interval"]
+    assert high - low > 3 * (naive[1] - naive[0])
+
+
+def test_clustered_intervals_have_their_nominal_coverage_with_images_that_resemble_their_prompt() -> None:
+    random = np.random.default_rng(1)
+    hits = 0
+    for _ in range(1000):
+        effects = np.repeat(random.normal(1.0, 1.0, 8), 4) + random.normal(0, 0.5, 32)
+        low, high = paired([0.0] * 32, list(effects), 4)["interval"]
+        hits += low <= 1.0 <= high
+    assert hits / 1000 == pytest.approx(0.95, abs=0.02)
+
+
 @pytest.fixture
 def sampler(tiny_sd: Callable[..., Any]) -> Sampler:
     pipe = tiny_sd()
@@ -93,7 +118,9 @@ def test_comparison_pairs_every_variant_with_the_first(sampler: Sampler) -> None
     with patch.object(bar, "advance") as advance:
         result = Evaluator(sampler, [Term("redness", Redness())], PROMPTS, config).evaluate(variants, bar, drift=False)
     data = json.loads(json.dumps(result.as_json()))
-    assert data["images"] == 9
+    assert (data["images"], data["prompt_count"]) == (9, 3)
+    base, found = (result.variants[name].scores["redness"] for name in ("base", "tuned"))
+    assert data["tuned"]["redness"] | paired(base, found, 3) == data["tuned"]["redness"]
     assert sum(call.args[1] for call in advance.call_args_list) == 18
     tuned = data["tuned"]["redness"]
     assert tuned["difference"] == pytest.approx(tuned["mean"] - data["base"]["redness"]["mean"])

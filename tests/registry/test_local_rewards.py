@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from alignprop_core import train
+from alignprop_core.config.advice import score_advice
 from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
@@ -32,7 +33,7 @@ from alignprop_core.registry.local import from_file, public_name
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.training.trainer import Trainer
-from alignprop_core.training.trial import score_advice, try_local
+from alignprop_core.training.trial import try_local
 from alignprop_core.validation import InvalidConfig
 from tests.support.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
@@ -385,7 +386,7 @@ def test_the_trainer_tries_at_the_size_it_draws(folder: Path, data: Callable[...
     (folder / "picky.py").write_text(PICKY)
     sections = data({"name": "./picky.py:Large"}, sampling={"steps": 1, "width": 136, "height": 104})
     trainer = Trainer(parse(folder, sections), registry=registry())
-    assert trainer.mix.terms[0].reward.seen == ((2, 3, 104, 136), "torch.float32")
+    assert trainer.mix.terms[0].reward.seen == ((1, 3, 104, 136), "torch.float32")
     with pytest.raises(TrialError, match="of 96x104 pixels"):
         Trainer(parse(folder, {**sections, "sampling": {"width": 96, "height": 104}}), registry=registry())
 

@@ -135,6 +135,24 @@ def test_an_exception_of_a_reward_is_a_failure_with_its_traceback() -> None:
     assert verdicts["json_schema"].status == "passed", "one check must not stop the next"
 
 
+def test_scores_that_are_not_finite_fail_one_check_which_names_the_prompt_and_the_rest_is_skipped() -> None:
+    """NaN equals nothing, so all comparisons would fail as well and hide the cause."""
+
+    def moody(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        dogs = torch.tensor(["dogs" in prompt for prompt in prompts])
+        return images.mean((1, 2, 3)).masked_fill(dogs, torch.nan)
+
+    known = registry_of(next(iter(GOOD.values()))).with_rewards({"moody": moody})
+    verdicts = list(run_checks(Subject("moody", registry=known)))
+    (failed,) = (verdict for verdict in verdicts if verdict.status == "failed")
+    assert failed.check == "finite"
+    assert 'the first for the prompt "two dogs"' in failed.message
+    after = verdicts[verdicts.index(failed) + 1 :]
+    assert {verdict.status for verdict in after} == {"skipped"}
+    assert {verdict.message for verdict in after} == {"the scores are not finite, so nothing can be compared"}
+    assert len(verdicts) == len(CHECKS)
+
+
 def test_a_check_can_be_skipped_with_a_reason_and_a_misspelled_one_is_refused() -> None:
     subject = subject_of(next(iter(GOOD.values())))
     skipped = [v for v in run_checks(subject, skip={"range": "random weights"}) if v.status == "skipped"]

@@ -114,10 +114,14 @@ def test_the_evaluation_is_a_table(run: ap.Run) -> None:
     numbers = table["redness"]["tuned"]
     assert numbers["difference"] == pytest.approx(numbers["mean"] - table["redness"]["base"]["mean"])
     lines = str(table).splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 6
+    assert lines[5].startswith(f"{table.results['images']} images of 2 prompts; 95% intervals are clustered by prompt.")
+    assert "Warning: fewer than 5 prompts" in lines[5]
+    assert lines[5] == table.note
     assert lines[1].split()[:3] == ["redness", f"{table['redness']['base']['mean']:.5g}", f"{numbers['mean']:.5g}"]
     assert repr(table) == str(table)
     assert table._repr_html_().count("<tr>") == 5
+    assert table.note in table._repr_html_()
 
 
 def test_a_table_of_one_model_has_its_spread_and_text_is_escaped() -> None:
@@ -125,6 +129,14 @@ def test_a_table_of_one_model_has_its_spread_and_text_is_escaped() -> None:
     assert table.columns == ["measure", "model", "std"]
     assert table.rows == [["<b>", "1.5", "0.25"]]
     assert "&lt;b&gt;" in table._repr_html_()
+
+
+def test_the_note_of_a_table_counts_prompts_and_warns_only_of_few() -> None:
+    score = {"redness": {"mean": 1.0, "std": 0.5, "difference": 0.5, "interval": [0.1, 0.9]}}
+    results = {"images": 60, "images_per_prompt": 2, "base": score, "tuned": score}
+    clustered = "60 images of 30 prompts; 95% intervals are clustered by prompt."
+    assert EvaluationTable({**results, "prompt_count": 30}).note == clustered
+    assert EvaluationTable(results).note == "60 images of 30 prompts.", "an earlier version's intervals were not"
 
 
 def test_in_a_notebook_a_run_shows_the_sheet_the_table_and_the_lora(run: ap.Run) -> None:

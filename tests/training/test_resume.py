@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_core.config.load import resolved_yaml
 from alignprop_core.config.sections import EarlyStoppingConfig, RunConfig
 from alignprop_core.errors import PluginError
+from alignprop_core.prompts import PromptSet
 from alignprop_core.reward import ImageBatch, Reward
+from alignprop_core.runs.fingerprints import files_of
 from alignprop_core.training.early_stopping import Basis, EarlyStopping
+from alignprop_core.training.folder import environment
 from alignprop_core.training.heldout import basis_of
-from alignprop_core.training.resume import find_checkpoint
+from alignprop_core.training.preflight import Inputs, check_inputs
+from alignprop_core.training.resume import check_files
 from alignprop_core.training.trainer import Trainer
 from tests.support.toy_rewards import registry
 from tests.support.toy_runs import adapters, changed, metrics, toy_data
@@ -287,15 +294,17 @@ def test_an_edited_file_of_an_isolated_reward_is_refused(make: Callable[..., Run
     file.write_text(SOURCE)
     checkpoint = folder / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "state.json").write_text("{}")
     plain = make().model_dump(mode="json")
     term = {"name": f"{file}:Mine", "label": "mine", "isolation": {"python": "/envs/mine/bin/python"}}
     config = RunConfig.model_validate(plain | {"rewards": [term]})
-    (folder / "config.yaml").write_text(resolved_yaml(config))
-    origin = {"file": str(file), "sha256": "0" * 64, "class": "Mine"}
-    (folder / "environment.json").write_text(json.dumps({"isolated_rewards": {"mine": {"from": origin}}}))
+    prompts = PromptSet("mine", ("a",), ({},))
+    (folder / "environment.json").write_text(
+        json.dumps({"files": files_of(config, registry(), prompts, None, model=True)})
+    )
+    check_files(checkpoint, files_of(config, registry(), prompts, None, model=True))
+    file.write_text(SOURCE + "# edited")
     with pytest.raises(PluginError, match=r"rewards\.0\.name: .*mine\.py was changed"):
-        find_checkpoint(folder, config)
+        check_files(checkpoint, files_of(config, registry(), prompts, None, model=True))
 
 
 class Mine(Reward):
@@ -316,3 +325,127 @@ def test_an_object_of_another_class_is_refused(make: Callable[..., RunConfig]) -
         train(longer, rewards={"mine": Edited()}, resume=folder)
     train(longer, rewards={"mine": Mine()}, resume=folder)
     assert metrics(folder, "total")[-1]["step"] == 3
+
+
+def test_a_class_edited_in_a_notebook_under_its_name_is_refused(make: Callable[..., RunConfig]) -> None:
+    """A cell that is run again defines the class anew, without any file."""
+
+    def cell(reduced: str) -> Reward:
+        space: dict[str, Any] = {"Reward": Reward, "__name__": "__main__"}
+        exec(
+            f"class Mine(Reward):\n    def score(self, batch):\n        return batch.images.{reduced}((1, 2, 3))", space
+        )
+        mine: Reward = space["Mine"]()
+        return mine
+
+    options: dict[str, Any] = {"evaluation__every": None, "rewards": [SMALL], "evaluation__rewards": []}
+    folder = train(make(**options, training__steps=1), rewards={"mine": cell("mean")})
+    with pytest.raises(PluginError, match=r'rewards\.1: the class Mine of the object "mine" was changed since'):
+        Trainer(make(**options), registry=registry(), rewards={"mine": cell("amax")}, resume=folder)
+    Trainer(make(**options), registry=registry(), rewards={"mine": cell("mean")}, resume=folder)
+
+
+# -- the files that are trained on ------------------------------------------------------------------------------------
+
+WEIGHTED = """
+from pathlib import Path
+from alignprop_core import Reward
+from alignprop_core.weights import load_state_dict
+
+
+class Weighted(Reward):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("factor", load_state_dict(Path(__file__).with_name("factor.safetensors"))["factor"])
+
+    def score(self, batch):
+        return self.factor * batch.images.mean((1, 2, 3))
+"""
+
+
+def put(file: Path, **tensors: Tensor) -> None:
+    save_file(tensors, file)
+
+
+def test_files_that_changed_since_a_run_began_are_refused_by_key_and_name(
+    make: Callable[..., RunConfig], tiny_model: Path, tmp_path: Path
+) -> None:
+    model, lora, factor = tmp_path / "model", tmp_path / "extra", tmp_path / "factor.safetensors"
+    shutil.copytree(tiny_model, model)
+    shutil.copytree(
+        train(make(training__steps=1, evaluation__every=None, output=str(lora))) / "lora", tmp_path / "lora"
+    )
+    extra = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    put(factor, factor=torch.tensor(2.0))
+    (tmp_path / "weighted.py").write_text(WEIGHTED)
+    options: dict[str, Any] = {
+        "model": {"base": str(model), "loras": [{"path": str(extra)}]},
+        "rewards": [{"name": f"{tmp_path}/weighted.py:Weighted"}],
+        "evaluation__every": None,
+    }
+    folder = train(make(**options, training__steps=1))
+    files = json.loads((folder / "environment.json").read_text())["files"]
+    weights, extra_file = next(model.glob("unet/*.safetensors")), model / "tokenizer" / "new.json"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert files["model.base"][f"unet/{weights.name}"] == digest
+    assert set(files["prompts.train"]) == {str(tmp_path / "prompts.txt")}
+
+    def resumed(key: str = "", **more: Any) -> Inputs:
+        if "weights" in key:  # known once the rewards are loaded
+            Trainer(make(**options), registry=registry(), resume=folder, **more)
+        return check_inputs(make(**options), registry(), resume=folder, **more)
+
+    resumed("weights")
+    (tmp_path / "prompts.txt").write_text("# only a comment\na fox\n\ntwo owls\n")
+    resumed()
+    prompts = tmp_path / "prompts.txt"
+    for key, file, edit in (
+        (r"prompts\.train: .*prompts\.txt", prompts, lambda: prompts.write_text("a fox\nthree owls\n")),
+        (r"model\.base: unet/.*safetensors", weights, lambda: _nudged(weights)),
+        (
+            r"model\.base: tokenizer/new\.json",
+            extra_file,
+            lambda: extra_file.write_text("{}"),
+        ),
+        (r"model\.loras\.0: lora/pytorch_lora_weights\.safetensors", extra, lambda: _nudged(extra)),
+        (r"rewards\.0 \(weights\): .*factor\.safetensors", factor, lambda: put(factor, factor=torch.tensor(3.0))),
+    ):
+        before = file.read_bytes() if file.exists() else None
+        edit()
+        with pytest.raises(PluginError, match=f"--resume: {key} was changed since .*--edited") as caught:
+            resumed(key)
+        assert caught.value.exit_code == 2
+        assert resumed(key, edited=True).checkpoint is not None
+        file.unlink() if before is None else file.write_bytes(before)
+    resumed()
+
+
+def _nudged(file: Path) -> None:
+    """Change one weight of a file, and neither its size nor its time of modification."""
+    times = file.stat()
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file(tensors | {name: tensors[name] + 1}, file, metadata)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert file.stat().st_size == times.st_size
+
+
+def test_the_environment_lists_every_installed_distribution_and_the_revision_of_a_hub_model(
+    make: Callable[..., RunConfig], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = cache / "models--owner--tiny"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    config = make(model__base="owner/tiny")
+    found = files_of(config, registry(), PromptSet("mine", ("a",), ({},)), None, model=True)
+    assert found["model.base"]["revision"] == commit
+    assert any(name.startswith("unet/") for name in found["model.base"])
+    listed = environment(config, registry(), torch.device("cpu"))["installed"]
+    installed = {(found.metadata["Name"] or "").lower().replace("-", "_"): found.version for found in distributions()}
+    assert {name.lower(): version for name, version in listed.items()} == installed

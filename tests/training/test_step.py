@@ -69,3 +69,27 @@ def test_the_gradient_of_a_step_equals_plain_autograd(tiny_model: Path, tmp_path
     torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4 * float(expected.norm()))
     assert stats.total == pytest.approx(total.item(), rel=1e-4)
     assert stats.grad_norm == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_the_logged_regularization_is_the_mean_over_samples_with_lv_samples_too(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    """LV samples add rows to the batch, not samples: the loss that is logged is the one whose gradient is used."""
+    logged = {}
+    for lv_samples in (0, 2):
+        data = toy_data(
+            tiny_model,
+            tmp_path,
+            backprop={"strategy": "last_k", "k": 1, "lv_samples": lv_samples},
+            regularization={"weight": 0.3},
+            training={"steps": 1, "batch_size": 2, "device": "cpu"},
+        )
+        trainer = Trainer(changed(data, {}, toy_rewards.registry()), registry=toy_rewards.registry())
+        with torch.no_grad():
+            for parameter in trainer.parameters:
+                parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+        stats = trainer.gradient.compute(0)
+        assert stats.images == 2 * (1 + lv_samples)
+        logged[lv_samples] = stats.as_json()["regularization"]
+    assert logged[2] == pytest.approx(logged[0], rel=1e-5)
+    assert logged[2] > 0

@@ -282,7 +282,7 @@ def test_two_processes_give_the_run_of_one(make: Callable[..., RunConfig], tmp_p
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("batch_mean", r'"batch_mean" returned shape \(\) for a batch of 4'),
+        ("batch_mean", r'"batch_mean" returned shape \(\) for a batch of 1'),
         ("not_a_number", '"not_a_number" returned a score that is not finite'),
         ("no_gradient", '"no_gradient" returned scores without a gradient'),
         ("python_list", '"python_list" returned list'),

@@ -62,7 +62,7 @@ class Redness(Reward):
             mark = Path(self.config.folder) / str(os.getppid())
             known = mark.exists()
             mark.touch()
-        if does == "crash" or (does == "crash once" and not known):
+        if does == "crash" or (does == "crash once" and not known) or (does == "crash in batches" and len(batch) > 1):
             print("my last output", file=sys.stderr, flush=True)
             os._exit(7)
         if does == "raise":

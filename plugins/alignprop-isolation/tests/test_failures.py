@@ -78,7 +78,12 @@ def test_a_worker_that_crashes_twice_fails_the_run_by_its_name_and_keeps_what_wa
     """The run trains on a reward of its own process, so the workers that it leaves behind would be of this one."""
     (tmp_path / "here.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
     isolation = {"python": str(python)}
-    term = {"name": f"{file}:Redness", "label": "brittle", "options": {"does": "crash"}, "isolation": isolation}
+    term = {
+        "name": f"{file}:Redness",
+        "label": "brittle",
+        "options": {"does": "crash in batches"},
+        "isolation": isolation,
+    }
     path = config_file({"name": "./here.py:brightness"}, evaluation={"rewards": [term], "every": 1})
     before = workers()
     failure = r'(?s)Reward "brittle": its worker exited.*exit code 7.*my last output.*second time'

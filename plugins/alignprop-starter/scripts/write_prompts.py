@@ -34,6 +34,25 @@ def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]
     return lines
 
 
+def heldout_scenes(count: int = 36) -> list[dict[str, object]]:
+    """Return the lines of `eval_animal_scenes`: each held-out animal in several numbers and places.
+
+    Intervals of an evaluation are over prompts, so that many prompts say more than many images of a few.
+    """
+    lines = []
+    for k in range(count):
+        animal, requests = (
+            HELDOUT_ANIMALS[k % len(HELDOUT_ANIMALS)],
+            {
+                "number": 1 + (k + k // 12) % MAX_NUMBER,
+                "background": BACKGROUNDS[(5 * k + k // 8) % len(BACKGROUNDS)],
+            },
+        )
+        text = caption(animal, **requests)  # type: ignore[arg-type]
+        lines.append({"prompt": text, "animal": animal, **requests})
+    return lines
+
+
 def main() -> None:
     """Write all sets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -44,6 +63,8 @@ def main() -> None:
         for variant in VARIANTS:
             lines = [json.dumps(line) for line in prompt_set(animals, variant)]
             (args.out / f"{name}{variant}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    lines = [json.dumps(line) for line in heldout_scenes()]
+    (args.out / "eval_animal_scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

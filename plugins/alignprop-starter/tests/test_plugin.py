@@ -16,7 +16,7 @@ from alignprop_core.reward import ImageBatch
 from alignprop_starter import alignprop_register_prompts, model_folder
 from alignprop_starter.reward import request_of
 from alignprop_starter.scenes import render_scenes
-from alignprop_starter.vocabulary import HELDOUT_ANIMALS, TRAIN_ANIMALS, Request, read_caption
+from alignprop_starter.vocabulary import BACKGROUNDS, HELDOUT_ANIMALS, TRAIN_ANIMALS, Request, read_caption
 
 SETS = [spec.name for spec in alignprop_register_prompts()]
 
@@ -39,7 +39,16 @@ def test_prompts_match_their_metadata(name: str) -> None:
         seen = read_caption(prompt)
         assert seen == request_of("", metadata), prompt
     animals = HELDOUT_ANIMALS if "eval_" in name else TRAIN_ANIMALS
-    assert tuple(metadata["animal"] for metadata in prompts.metadata) == animals
+    shown = tuple(metadata["animal"] for metadata in prompts.metadata)
+    assert shown == animals * (len(shown) // len(animals))
+    assert len(set(prompts.prompts)) == len(prompts)
+
+
+def test_the_held_out_scenes_are_enough_prompts_for_an_interval() -> None:
+    metadata = load_prompts("starter/eval_animal_scenes", default_registry()).metadata
+    assert len(metadata) >= 30
+    assert [sum(m["number"] == number for m in metadata) for number in (1, 2, 3, 4)] == [9] * 4
+    assert {m["background"] for m in metadata} == set(BACKGROUNDS)
 
 
 def test_full_prompts_use_all_numbers_styles_and_places() -> None:
@@ -111,4 +120,4 @@ def test_demo_config_is_valid() -> None:
     package, _, file = spec.demo.partition(":")
     config = load_config(model_folder().parent / file, ["output=demo"])
     assert package == "alignprop_starter"
-    assert config.prompts.heldout == "starter/eval_simple_animals"
+    assert config.prompts.heldout == "starter/eval_animal_scenes"

@@ -13,7 +13,7 @@ from alignprop_report.markup import Child, Markup, element, joined, table
 from alignprop_report.run_files import Run, mapping, pick
 from alignprop_report.run_page import document, warnings
 from alignprop_report.sheets import Album, Cell, open_sheet
-from alignprop_report.summary import changes, drift_of, result, signed, spread_change, standing
+from alignprop_report.summary import changes, drift_of, result, sample, signed, spread_change, standing
 
 _BESIDE = 3
 """Images per prompt up to which two prompts fit side by side."""
@@ -96,9 +96,10 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> Markup | None:
             moved = element("span", f"{signed(change.difference)}{within}", class_="note")
             cells.append(joined(figure(change.tuned), element("br"), moved))
         drift = drift_of(run.comparison)
-        rows.append([name, *cells, "" if drift is None else figure(drift)])
+        size = element("span", sample(run.comparison), class_="note")
+        rows.append([name, *cells, "" if drift is None else figure(drift), size])
     caption = "Tuned models; below, the difference to the base model with its paired 95% interval"
-    return table(["run", *labels, "drift"], rows, caption=caption, numbers=range(1, len(labels) + 2))
+    return table(["run", *labels, "drift", "held-out images"], rows, caption=caption, numbers=range(1, len(labels) + 2))
 
 
 def _curves(runs: Sequence[Run], names: Sequence[str]) -> Markup:

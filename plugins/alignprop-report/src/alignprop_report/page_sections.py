@@ -10,7 +10,7 @@ from alignprop_report.chart import Chart, draw
 from alignprop_report.markup import Child, Markup, element, facts, joined, table
 from alignprop_report.run_files import Run, mapping, number, pick
 from alignprop_report.sheets import Album, Cell, Sheet, open_sheet, previews, spread
-from alignprop_report.summary import Change, changes, drift_of, role, signed, spread_change
+from alignprop_report.summary import Change, changes, drift_of, role, sample, signed, spread_change
 
 STEPS_SHOWN, PROMPTS_SHOWN, PAIRS_SHOWN, SKIPPED_SHOWN = 7, 8, 12, 20
 Later = Callable[[], Markup]
@@ -40,7 +40,7 @@ def result_table(run: Run) -> Markup | None:
     columns = ["measure", "what it is", "base", "tuned", "difference", "change", "95% interval", "n"]
     content = table(columns, rows, caption="Before and after, the same prompts and seeds", numbers=range(2, 8))
     note = "The interval is of the mean paired difference. If it includes 0, the difference may be chance."
-    return joined(content, element("p", note, class_="note"))
+    return joined(content, element("p", " ".join(filter(None, [sample(run.comparison), note])), class_="note"))
 
 
 def gallery(run: Run, album: Album, problems: list[str]) -> Later:
@@ -77,7 +77,8 @@ def strength_parts(run: Run) -> Markup:
         "soup": f"Each point is the share of {pick(run.curves.get('soup'), 'soup') or 'the other LoRA'}.",
     }
     return joined(
-        charts(heads[name], run_charts.curve_charts(name, data), notes[name]) for name, data in run.curves.items()
+        charts(heads[name], run_charts.curve_charts(name, data), f"{notes[name]} {sample(data)}".rstrip())
+        for name, data in run.curves.items()
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import fsum
 from typing import Any
 
+from alignprop_core.evaluation.table import sample_size
 from alignprop_report.axes import figure
 from alignprop_report.run_files import Run, label_of, mapping, mappings, number, pick
 
@@ -84,6 +85,14 @@ def spread_change(comparison: Mapping[str, Any] | None) -> Change | None:
 def drift_of(comparison: Mapping[str, Any] | None) -> float | None:
     """Return the tuned model's drift from the base model."""
     return number(pick(comparison, "drift", "tuned"))
+
+
+def sample(results: Mapping[str, Any] | None) -> str:
+    """Return how many prompts and images an evaluation or a sweep has, and a warning if the prompts are few."""
+    known = {key: pick(results, key) for key in ("images", "images_per_prompt", "prompt_count")}
+    whole = {key: int(value) for key, found in known.items() if (value := number(found)) is not None and value >= 1}
+    how = "; the 95% intervals are clustered by prompt" if "prompt_count" in whole else ""
+    return sample_size(whole, how) if "images" in whole else ""
 
 
 def role(run: Run, label: str) -> str:

@@ -93,18 +93,23 @@ def alignprop_register_commands() -> Iterable[CommandSpec]:
 
 @hookimpl
 def alignprop_register_prompts() -> Iterable[PromptSpec]:
-    """Return the specs of the prompt sets: training and held-out animals, five variants each."""
+    """Return the specs of the prompt sets: training and held-out animals, five variants each, and held-out scenes."""
+    sets = {
+        f"{name}{ending}": (f"{animals} {content}.", size)
+        for name, (animals, size) in _ANIMALS.items()
+        for ending, content in VARIANTS.items()
+    }
+    sets["eval_animal_scenes"] = ("AlignProp's 6 held-out animals, each in six numbers and places.", 36)
     return [
         PromptSpec(
-            name=f"starter/{name}{ending}",
-            summary=f"{animals} {content}.",
-            path=f"alignprop_starter:prompts/{name}{ending}.jsonl",
+            name=f"starter/{name}",
+            summary=summary,
+            path=f"alignprop_starter:prompts/{name}.jsonl",
             size=size,
             license="Apache-2.0",
             source="https://arxiv.org/abs/2310.03739",
         )
-        for name, (animals, size) in _ANIMALS.items()
-        for ending, content in VARIANTS.items()
+        for name, (summary, size) in sets.items()
     ]
 
 
