@@ -15,10 +15,10 @@ import pytest
 from PIL import Image
 
 from alignprop_core import specs, testing, weights
-from alignprop_core.cli.scaffold import reward_project
 from alignprop_core.registry.discovery import SPEC_OF_HOOK
 from alignprop_core.registry.registry import default_registry
 from alignprop_core.testing import fixtures
+from alignprop_template.scaffold import reward_project
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

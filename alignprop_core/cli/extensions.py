@@ -26,6 +26,7 @@ DISTRIBUTION_OF = {
     "lora fuse": "alignprop-lora",
     "report": "alignprop-report",
     "rewards isolate": "alignprop-isolation",
+    "rewards new": "alignprop-template",
 }
 """Well-known commands of plugins: where one is missing, the error names the distribution to install."""
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from alignprop_core.cli import common, reward_check, reward_new
+from alignprop_core.cli import common, reward_check
 from alignprop_core.cli.extensions import ExtensibleGroup
 from alignprop_core.errors import RewardError, UserError, WeightsError, did_you_mean
 
@@ -22,7 +22,6 @@ _OPTIONS_HELP = "An option; can be repeated. Loads the reward with these options
 
 app = typer.Typer(cls=ExtensibleGroup, help="List, show, check, create and fetch rewards.", no_args_is_help=True)
 app.command("check")(reward_check.check)
-app.command("new")(reward_new.new)
 
 
 @app.command("list")

@@ -7,18 +7,15 @@ arithmetic on tensors: it can be checkpointed, repeated and differentiated.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from inspect import signature
 from typing import Any, Protocol
 
 import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from alignprop_core.errors import ModelError, complaint, did_you_mean
+from alignprop_core.errors import ModelError, complaint
 
 State = tuple[Tensor, ...]
 """Tensors that a multistep scheduler passes from step to step; empty for one-step schedulers."""
@@ -97,81 +94,27 @@ def step_sizes(scheduler: Scheduler) -> list[float]:
         return [float(size) for size in torch.autograd.grad(latents.sum(), probes)]
 
 
-_VALUES = {
-    "prediction_type": ("epsilon", "sample", "v_prediction"),
-    "timestep_spacing": ("leading", "linspace", "trailing"),
-    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2"),
-}
-"""What DDIM can compute; diffusers takes some other values for these."""
-_MISSPELT = 0.88
-"""How similar a misspelt key is; timestep_scaling (LCM) and timestep_spacing are two keys."""
-
-
-def _own_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of diffusers' DDIM in a pipeline's scheduler config, of whatever class.
-
-    These are the values the pipeline itself runs with. `DDIMScheduler.from_config` would replace those that are not in
-    the model's file by its own defaults: other betas, an offset that the pipeline has corrected, clipped latents.
-
-    Raises:
-        ModelError: the model needs a scheduler that DDIM cannot replace.
-    """
-    options = list(signature(DDIMScheduler.__init__).parameters)[1:]
-    kind, prediction = config.get("_class_name", "of its own class"), config.get("prediction_type", "not set")
-    flow = config.get("use_flow_sigmas") or "flow" in f"{kind} {prediction}".lower()
-    # In this mode the network's time is the logarithm of a noise level, not a number of a step.
-    continuous = config.get("timestep_type") == "continuous" and prediction == "v_prediction"
-    if flow or continuous or not {"beta_schedule", "beta_start", "trained_betas"} & set(config):
-        why = "is for flow matching" if flow else "counts time continuously" if continuous else "has no table of betas"
-        raise ModelError(
-            f"The model's scheduler ({kind}, prediction_type: {prediction}) {why}. alignprop samples with DDIM, which "
-            f"needs betas and one of the prediction_types {', '.join(_VALUES['prediction_type'])}. Another kind of "
-            "model needs a family of its own, which a plugin can add."
-        )
-    for key, allowed in _VALUES.items():
-        value = config.get(key, allowed[0])
-        if value not in allowed:
-            raise ModelError(
-                f'The model\'s scheduler_config.json has {key}: "{value}"; '
-                f"it must be one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-            )
-    if config.get("thresholding"):
-        raise ModelError(
-            "The model's scheduler uses dynamic thresholding, whose quantile has no useful gradient; "
-            "set thresholding to false in its scheduler_config.json."
-        )
-    for key in config:
-        # Keys of other schedulers, such as solver_order, say nothing about the model. A misspelt key does.
-        if key not in options and (meant := get_close_matches(key, options, n=1, cutoff=_MISSPELT)):
-            warnings.warn(
-                f'The model\'s scheduler_config.json has the key "{key}", which is ignored. Did you mean "{meant[0]}"?',
-                stacklevel=2,
-            )
-    return {"clip_sample": False, **{key: config[key] for key in options if key in config}}
-
-
 class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes them.
 
     Supports epsilon, v and sample prediction, `clip_sample`, every timestep spacing and zero terminal SNR. The tables
-    are diffusers' own, built from the pipeline's scheduler config, and the arithmetic keeps its order, so results are
-    equal to the last bit. A scheduler without `clip_sample` (Euler, DPM++) does not clip.
+    are diffusers' own, and the arithmetic keeps its order, so results are equal to the last bit.
 
     Args:
-        config: config of the pipeline's scheduler.
+        config: options of diffusers' `DDIMScheduler` (`families.scheduler_config`).
         steps: number of denoising steps T.
         eta: 0 is deterministic, 1 adds the noise of DDPM.
         device: where `timesteps` is needed.
 
     Raises:
-        ModelError: the config is of a scheduler that DDIM cannot replace, has an unknown value, uses dynamic
-            thresholding, or has fewer timesteps than `steps`.
+        ModelError: diffusers refuses the options, or there are fewer timesteps than `steps`.
     """
 
-    def __init__(self, config: Any, steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu") -> None:
-        options = _own_config(config)
+    def __init__(
+        self, config: Mapping[str, Any], steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu"
+    ) -> None:
         try:
-            table = DDIMScheduler(**options)
+            table = DDIMScheduler(**config)
             trained = int(table.config.num_train_timesteps)
             if steps <= trained:
                 table.set_timesteps(steps)

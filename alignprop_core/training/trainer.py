@@ -23,7 +23,6 @@ from alignprop_core.devices import device_and_dtype, keep_freed_memory, peak_mem
 from alignprop_core.diffusion.compiling import COMPILE_GAIN, COMPILE_SECONDS
 from alignprop_core.diffusion.costs import Costs
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.size import image_size
 from alignprop_core.errors import RunError, under
 from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
 from alignprop_core.lora import adapters
@@ -48,7 +47,7 @@ from alignprop_core.training.resume import check_files, check_objects
 from alignprop_core.training.standard import standard_callbacks
 from alignprop_core.training.step import StepGradient
 from alignprop_core.training.step_check import StepCheck
-from alignprop_core.training.trial import try_all, try_local
+from alignprop_core.training.trial import try_all
 
 if TYPE_CHECKING:
     from alignprop_core.evaluation.compare import Comparison
@@ -133,8 +132,6 @@ class Trainer:
             if prompts is not None:
                 with under(key):
                     check_prompts(self.mix.terms, prompts)
-        size = image_size(config, self.registry, pipeline)
-        try_local(self.mix.terms, config.rewards, self.registry, prompts=self.prompts, device=self.device, size=size)
         evaluates = self.heldout is not None and (config.evaluation.at_end or config.evaluation.every is not None)
         reported = self._evaluation_terms() if evaluates else None
         if pipeline is not None:

@@ -1,23 +1,19 @@
-"""Trials before training: of rewards from Python before the model loads, then of the model and of every reward."""
+"""The trial before training: the model generates one image, and every reward scores it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.diffusion.size import UNKNOWN_SIZE
 from alignprop_core.errors import ModelError, RewardError, TrialError, UserError, complaint, under
 from alignprop_core.mix.term import Term
-from alignprop_core.prompts import PromptSet
-from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch
 
 if TYPE_CHECKING:
@@ -27,63 +23,12 @@ TRIAL_STEPS = 2
 """Denoising steps of the trial's image: enough to call every network, too few to cost much."""
 
 
-def try_local(
-    terms: Sequence[Term],
-    entries: Sequence[RewardTerm],
-    registry: Registry,
-    *,
-    prompts: PromptSet,
-    device: torch.device,
-    size: tuple[int, int] | None = None,
-    where: str = "rewards",
-) -> None:
-    """Score two images of noise with rewards from Python, a file or a loader, to check that they give a gradient.
-
-    Plugins declare this in their spec and their tests check it; a class written a minute ago may not have a gradient,
-    and another environment may lack something that scoring needs. To find out at the first step would cost the time to
-    load the model. The images have the size, dtype and range of the run's images; the second has no influence on the
-    score of the first, unless the reward mixes samples, such as by a mean over the batch.
-
-    Args:
-        terms: the loaded rewards.
-        entries: their config entries, in the same order.
-        registry: where they were looked up.
-        prompts: the run's prompts; the first ones are used.
-        device: device of the rewards.
-        size: (height, width) in pixels, from `image_size`; None uses `UNKNOWN_SIZE`.
-        where: key of the entries in the run config.
-
-    Raises:
-        TrialError: naming the term and its key, if it raises, breaks its contract, gives no gradient, or its score or
-            gradient is not finite.
-    """
-    height, width = size or UNKNOWN_SIZE
-    # As the sampler decodes: float32 (a float64 model, which no config asks for, would give float64) in [0, 1].
-    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
-    chosen = [number % len(prompts) for number in range(2)]
-    texts: dict[str, Any] = {
-        "prompts": [prompts.prompts[i] for i in chosen],
-        "metadata": [prompts.metadata[i] for i in chosen],
-    }
-    whose = "the size of the run's images" if size else "because the model's own size is not known before it loads"
-    tried = f"This was a trial before training, with 2 random images of {width}x{height} pixels ({whose})."
-    for i, (term, entry) in enumerate(zip(terms, entries, strict=True)):
-        if entry.loader is None and registry.local(entry.name) is None:
-            continue
-        with _trial(f"{where}.{i}.name", tried):
-            gradient = _score(term, ImageBatch(images=images, **texts), gradient=term.differentiable)
-            if gradient is not None and gradient[1].any():
-                raise RewardError(
-                    f'Reward "{term.label}": the score of an image depends on the other images of its batch. '
-                    "Reduce over pixels, images.mean((1, 2, 3)), never over the batch."
-                )
-
-
 def try_all(trainer: Trainer, terms: Sequence[Term]) -> None:
     """Generate one image at the run's settings, with at most two denoising steps, and score it with every reward.
 
     What would fail in the first step or in the evaluation after the last one fails in the first seconds: a network that
-    does not fit its pipeline, values that are not finite, a reward that raises for the run's prompts.
+    does not fit its pipeline, values that are not finite, a reward that raises for the run's prompts, or that was
+    written a minute ago and has no gradient.
 
     Args:
         trainer: the trainer; the first of its prompts is used.
@@ -110,15 +55,48 @@ def try_all(trainer: Trainer, terms: Sequence[Term]) -> None:
         with under("model.base"):
             raise ModelError(f"the model loads, but cannot generate an image: {complaint(error)}.") from error
     require_finite(sampler, images, [text], noise)
-    tried = f'This was a trial before training, with one image of {steps} denoising steps, for the prompt "{text}".'
+    height, width = images.shape[2:]
+    tried = (
+        f"This was a trial before training, with one image of {width}x{height} pixels and {steps} denoising steps, for "
+        f'the prompt "{text}".'
+    )
     keys = {entry.label: f"evaluation.rewards.{i}.name" for i, entry in enumerate(config.evaluation.rewards)}
     keys |= {entry.label: f"rewards.{i}.name" for i, entry in enumerate(config.rewards)}
+    # Plugins' own tests check that their rewards do not mix samples.
+    mine = {
+        entry.label
+        for entry in config.rewards
+        if entry.loader is not None or trainer.registry.local(entry.name) is not None
+    }
     for term in terms:
         trained = term in trainer.mix.terms
         chosen = prompts if trained else trainer.heldout or prompts
         batch = ImageBatch(images=images, prompts=chosen.prompts[:1], metadata=chosen.metadata[:1])
         with _trial(keys.get(term.label), tried):
-            _score(term, batch, gradient=trained and term.differentiable)
+            if trained and term.differentiable and term.label in mine:
+                try_alone(term, batch)
+            else:
+                _score(term, batch, gradient=trained and term.differentiable)
+
+
+def try_alone(term: Term, batch: ImageBatch) -> None:
+    """Score one image beside an image of noise; the noise must not change the score, as a mean over the batch would.
+
+    Raises:
+        RewardError: the reward breaks its contract, or its score or gradient is not finite.
+    """
+    noise = torch.rand(batch.images.shape, generator=torch.Generator().manual_seed(0)).to(batch.images)
+    two = ImageBatch(
+        images=torch.cat([batch.images, noise]),
+        prompts=[*batch.prompts] * 2,
+        metadata=[*batch.metadata] * 2,
+    )
+    gradient = _score(term, two, gradient=True)
+    if gradient is not None and gradient[1].any():
+        raise RewardError(
+            f'Reward "{term.label}": the score of an image depends on the other images of its batch. '
+            "Reduce over pixels, images.mean((1, 2, 3)), never over the batch."
+        )
 
 
 def _score(term: Term, batch: ImageBatch, *, gradient: bool) -> Tensor | None:

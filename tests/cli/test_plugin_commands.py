@@ -180,6 +180,7 @@ LORA = [["lora"], ["lora", "--help"], *(["lora", name, "x"] for name in ("info",
     [
         (["report", "runs/x"], "alignprop-report"),
         (["rewards", "isolate"], "alignprop-isolation"),
+        (["rewards", "new"], "alignprop-template"),
         (["demo", "training.steps=1"], "alignprop-starter"),
         *((words, "alignprop-lora") for words in LORA),
     ],

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from alignprop_core.config.model import SamplingConfig
+from alignprop_core.diffusion.families.scheduler_config import ddim_options
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.schedulers import DDIM
 from alignprop_core.errors import ModelError
@@ -90,7 +91,7 @@ def test_schedulers_that_never_clip_are_replaced_by_one_that_does_not(tiny_sd: C
 def test_another_class_keeps_its_own_defaults(name: str) -> None:
     """Not DDIM's: what a config leaves out was decided by the class it was written for."""
     scheduler = getattr(diffusers, name)()
-    table = DDIM(scheduler.config, 10)
+    table = DDIM(ddim_options(scheduler.config), 10)
     spacing = scheduler.config.get("timestep_spacing", "leading")
     expected = DDIMScheduler(
         beta_start=scheduler.config.beta_start,
@@ -131,7 +132,7 @@ def test_clipping_that_the_config_asks_for_is_kept(tiny_sd: Callable[..., Any]) 
 )
 def test_a_value_that_ddim_cannot_honor_is_refused(config: dict[str, Any], expected: str) -> None:
     with pytest.raises(ModelError, match=expected):
-        DDIM({**AS_PUBLISHED, **config}, 5)
+        DDIM(ddim_options({**AS_PUBLISHED, **config}), 5)
 
 
 @pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "EDMEulerScheduler"])
@@ -144,7 +145,7 @@ def test_a_scheduler_of_another_kind_is_refused_by_name(tiny_sd: Callable[..., A
 
 def test_a_misspelt_key_is_ignored_as_in_diffusers_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r'"predicton_type", which is ignored\. Did you mean "prediction_type"'):
-        assert DDIM({**AS_PUBLISHED, "predicton_type": "v_prediction"}, 5).prediction_type == "epsilon"
+        assert DDIM(ddim_options({**AS_PUBLISHED, "predicton_type": "v_prediction"}), 5).prediction_type == "epsilon"
 
 
 def test_keys_of_other_schedulers_are_no_misspelling(recwarn: pytest.WarningsRecorder) -> None:
@@ -156,15 +157,15 @@ def test_keys_of_other_schedulers_are_no_misspelling(recwarn: pytest.WarningsRec
     }
     others = known - set(signature(DDIMScheduler.__init__).parameters)
     assert len(others) > 30
-    DDIM({**AS_PUBLISHED, **dict.fromkeys(others)}, 5)
+    DDIM(ddim_options({**AS_PUBLISHED, **dict.fromkeys(others)}), 5)
     assert not [str(warning.message) for warning in recwarn if "ignored" in str(warning.message)]
 
 
 def test_as_many_steps_as_timesteps() -> None:
     """An offset of 1 begins beyond the last timestep, where diffusers raises an IndexError."""
-    assert DDIM({**AS_PUBLISHED, "steps_offset": 0}, 1000).steps == 1000
+    assert DDIM(ddim_options({**AS_PUBLISHED, "steps_offset": 0}), 1000).steps == 1000
     with pytest.raises(ModelError, match=r"sampling\.steps is 1000, .* timestep_spacing \(leading\) fewer"):
-        DDIM(AS_PUBLISHED, 1000)
+        DDIM(ddim_options(AS_PUBLISHED), 1000)
 
 
 @pytest.mark.parametrize("steps", [4, 25, 50])
@@ -173,7 +174,7 @@ def test_zero_terminal_snr_with_full_noise_is_finite_and_equals_diffusers_where_
     steps: int, final_one: bool
 ) -> None:
     config = {**V_ZERO_SNR, "clip_sample": False, "set_alpha_to_one": final_one}
-    ours, theirs = DDIM(config, steps, eta=1.0), DDIMScheduler(**config)
+    ours, theirs = DDIM(ddim_options(config), steps, eta=1.0), DDIMScheduler(**config)
     theirs.set_timesteps(steps)
     latents, noise, prediction = torch.randn(3, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     compared = 0
@@ -189,7 +190,7 @@ def test_zero_terminal_snr_with_full_noise_is_finite_and_equals_diffusers_where_
 
 def test_a_step_without_noise_ends_at_the_same_noise_level() -> None:
     """As a low-variance sample takes it: the level is that of the scheduler, whatever eta is."""
-    scheduler = DDIM({**AS_PUBLISHED, "set_alpha_to_one": False}, 50, eta=1.0)
+    scheduler = DDIM(ddim_options({**AS_PUBLISHED, "set_alpha_to_one": False}), 50, eta=1.0)
     nothing, noise = torch.zeros(1, 4, 64, 64), torch.randn(2, 1, 4, 64, 64, generator=torch.Generator().manual_seed(0))
     # Latents that are noise alone: the prediction is exact, and the clean estimate is zero.
     latents = scheduler.renoise(nothing, 49, noise[0])

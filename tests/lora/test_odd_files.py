@@ -343,7 +343,7 @@ BYTES = {
 def test_a_file_that_is_not_safetensors_is_refused_by_its_content(kind: str, tmp_path: Path) -> None:
     file = tmp_path / "odd.safetensors"
     file.write_bytes(BYTES[kind])
-    with pytest.raises(LoraError, match="is not a complete safetensors file|is a pickled file") as caught:
+    with pytest.raises(LoraError, match=r"is not a complete safetensors file|is a pickled file") as caught:
         read_lora(file)
     assert str(file) in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -24,16 +24,14 @@ from alignprop_core.config.load import load_config
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import dump_yaml
-from alignprop_core.diffusion.size import image_size
-from alignprop_core.errors import ConfigError, PluginError, TrialError
+from alignprop_core.errors import ConfigError, PluginError, RewardError, TrialError
 from alignprop_core.mix.load import load_terms
-from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.function import FunctionReward
 from alignprop_core.registry.local import from_file, public_name
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.specs import RewardConfig
 from alignprop_core.training.trainer import Trainer
-from alignprop_core.training.trial import try_local
+from alignprop_core.training.trial import try_alone
 from alignprop_core.validation import InvalidConfig
 from tests.support.toy_rewards import NoGradient, Redness, RednessConfig, registry
 
@@ -293,13 +291,9 @@ def test_a_measure_in_a_file_is_watched(folder: Path, data: Callable[..., dict[s
     assert "measure" in json.loads((run / "evaluation.json").read_text())["tuned"]
 
 
-def test_a_file_without_a_gradient_is_refused_before_a_model_loads(
-    folder: Path, data: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_a_file_without_a_gradient_is_refused_before_training(
+    folder: Path, data: Callable[..., dict[str, Any]]
 ) -> None:
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr("alignprop_core.diffusion.sampler.load_pipeline", load)
     config = parse(folder, data({"name": "./my_rewards.py:Detached"}))
     words = r'^rewards\.0\.name: .*"detached" returned scores without.*use it under evaluation\.rewards'
     with pytest.raises(TrialError, match=words):
@@ -345,27 +339,11 @@ def helps(images):
 """
 
 
-def trial(folder: Path, data: dict[str, Any], **options: Any) -> Any:
-    config = parse(folder, data)
-    known = registry()
-    terms = load_terms(config.rewards, known)
-    prompts = PromptSet("mine", ("a fox",), ({},))
-    size = image_size(config, known)
-    try_local(terms, config.rewards, known, prompts=prompts, device=torch.device("cpu"), **{"size": size, **options})
-    return terms[0].reward
-
-
-def test_the_trial_has_the_size_the_run_draws(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
-    (folder / "picky.py").write_text(PICKY)
-    large = {"name": "./picky.py:Large"}
-    sized = {"sampling": {"steps": 2, "width": 136, "height": 104}}
-    assert trial(folder, data(large, **sized)).seen == ((2, 3, 104, 136), "torch.float32")
-    with pytest.raises(TrialError, match=r"trial before training, with 2 random images of 96x104 pixels \(the size of"):
-        trial(folder, data(large, sampling={"steps": 2, "width": 96, "height": 104}))
-    with pytest.raises(
-        TrialError, match=r"512x512 pixels \(because the model's own size is not known before it loads\)"
-    ):
-        trial(folder, data({"name": "./picky.py:Broken"}), size=None)
+def trial(folder: Path, data: dict[str, Any]) -> None:
+    """Score an image of noise, beside another one."""
+    (term,) = load_terms(parse(folder, data).rewards, registry())
+    images = torch.rand(1, 3, 104, 136, generator=torch.Generator().manual_seed(1))
+    try_alone(term, ImageBatch(images=images, prompts=["a fox"], metadata=[{}]))
 
 
 def test_the_trial_finds_a_score_that_depends_on_the_other_images(
@@ -377,7 +355,7 @@ def test_the_trial_finds_a_score_that_depends_on_the_other_images(
         "def own(images): return images.mean((1, 2, 3)) - 0.5\n"
     )
     for name in ("batch_mean", "ranked"):
-        with pytest.raises(TrialError, match=f'"{name}": the score of an image depends on the other images'):
+        with pytest.raises(RewardError, match=f'"{name}": the score of an image depends on the other images'):
             trial(folder, data({"name": f"./mixing.py:{name}"}))
     trial(folder, data({"name": "./mixing.py:own"}))
 
@@ -386,37 +364,19 @@ def test_the_trainer_tries_at_the_size_it_draws(folder: Path, data: Callable[...
     (folder / "picky.py").write_text(PICKY)
     sections = data({"name": "./picky.py:Large"}, sampling={"steps": 1, "width": 136, "height": 104})
     trainer = Trainer(parse(folder, sections), registry=registry())
-    assert trainer.mix.terms[0].reward.seen == ((1, 3, 104, 136), "torch.float32")
+    assert trainer.mix.terms[0].reward.seen == ((2, 3, 104, 136), "torch.float32")
     with pytest.raises(TrialError, match="of 96x104 pixels"):
         Trainer(parse(folder, {**sections, "sampling": {"width": 96, "height": 104}}), registry=registry())
-
-
-def test_the_size_a_run_draws_is_read_without_loading_its_model(
-    folder: Path, data: Callable[..., dict[str, Any]], tiny_model: Path
-) -> None:
-    from diffusers import StableDiffusionPipeline
-
-    def size(**sections: Any) -> tuple[int, int] | None:
-        return image_size(parse(folder, data({"name": "redness"}, **sections)), registry())
-
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_model)
-    config = parse(folder, data({"name": "redness"}))
-    own = (pipeline.unet.config.sample_size * pipeline.vae_scale_factor,) * 2
-    assert size() == image_size(config, registry(), pipeline) == own
-    assert size(sampling={"width": 200}) == (own[0], 200)
-    assert size(model={"base": str(tiny_model), "vae": str(tiny_model)}) == own
-    assert size(model={"base": "nobody/nothing"}) is None
-    assert size(model={"base": "nobody/nothing"}, sampling={"width": 64, "height": 32}) == (32, 64)
 
 
 def test_a_reward_that_raises_says_where_in_its_own_code(folder: Path, data: Callable[..., dict[str, Any]]) -> None:
     (folder / "picky.py").write_text(PICKY)
     line = PICKY.splitlines().index("    return images.mean((1, 2, 3)).reshape(7, 7)") + 1
-    with pytest.raises(TrialError) as caught:
+    with pytest.raises(RewardError) as caught:
         trial(folder, data({"name": "./picky.py:Broken"}))
-    assert f" ({folder / 'picky.py'}:{line}, in helps). This was a trial" in str(caught.value)
+    assert f" ({folder / 'picky.py'}:{line}, in helps)" in str(caught.value)
     (folder / "inside.py").write_text(PICKY.replace("100).mean((1, 2))", "100, nonsense=1)"))
-    with pytest.raises(TrialError, match=r"inside\.py:9, in score\)"):  # raised in torch's own code or at its door
+    with pytest.raises(RewardError, match=r"inside\.py:9, in score\)"):  # raised in torch's own code or at its door
         trial(folder, data({"name": "./inside.py:Large"}))
 
 

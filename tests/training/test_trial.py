@@ -104,7 +104,7 @@ def test_a_reward_of_a_plugin_that_fails_has_its_key_and_nothing_is_written(
 ) -> None:
     Picky.fails = how
     config = make()
-    tried = 'trial before training, with one image of 2 denoising steps, for the prompt "a fox"'
+    tried = 'trial before training, with one image of 32x32 pixels and 2 denoising steps, for the prompt "a fox"'
     with pytest.raises(TrialError, match=rf'^rewards\.1\.name: Reward "picky":? {words}.*{tried}') as caught:
         Trainer(config, registry=registry())
     assert caught.value.exit_code == 2

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.families.base import Conditioning, Family
+from alignprop_core.diffusion.families.scheduler_config import ddim_options
 from alignprop_core.diffusion.schedulers import DDIM, Scheduler
 from alignprop_core.errors import ConfigError, ModelError
 
@@ -100,7 +101,7 @@ class StableDiffusion(Family):
     def scheduler(self, device: torch.device) -> Scheduler:
         """Return DDIM over the pipeline's own noise tables."""
         config = {**self.pipeline.scheduler.config, "_class_name": type(self.pipeline.scheduler).__name__}
-        return DDIM(config, self.sampling.steps, eta=self.sampling.eta, device=device)
+        return DDIM(ddim_options(config), self.sampling.steps, eta=self.sampling.eta, device=device)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H / f, W / f) with the VAE's factor f; the model's own size unless width and height are set."""

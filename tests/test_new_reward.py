@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from alignprop_core import __version__, cli
-from alignprop_core.cli.scaffold import LICENSES, render, reward_project
+from alignprop_template.scaffold import LICENSES, render, reward_project
 from tests.support.fresh import FreshEnvironment, build_wheel
 
 QUICK = {"warm_colors": (False, False, "Apache-2.0"), "dark_colors": (True, True, "MIT")}
@@ -22,16 +22,16 @@ COMBINATIONS = [{"warm_colors": c} for c in product((False, True), (False, True)
 
 
 @pytest.fixture
-def core(wheel: Callable[[str], Path]) -> Path:
-    return wheel("alignprop-core")
+def wheels(wheel: Callable[[str], Path]) -> list[Path]:
+    return [wheel("alignprop-core"), wheel("alignprop-template")]
 
 
 @pytest.mark.parametrize("made", [QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in COMBINATIONS)], ids=str)
 def test_new_plugins_build_install_and_pass_their_tests(
-    made: dict[str, tuple[bool, bool, str]], core: Path, tmp_path: Path
+    made: dict[str, tuple[bool, bool, str]], wheels: list[Path], tmp_path: Path
 ) -> None:
     environment = FreshEnvironment(tmp_path / "environment")
-    environment.install(core, check=False)
+    environment.install(*wheels, check=False)
     projects = {name: tmp_path / f"alignprop-{name.replace('_', '-')}" for name in made}
     for name, (prompts, weights, license) in made.items():
         flags = ["--prompts" if prompts else "--no-prompts", "--weights" if weights else "--no-weights"]
@@ -47,7 +47,8 @@ def test_new_plugins_build_install_and_pass_their_tests(
     assert "failed" not in done.stdout
     listed = json.loads(environment.run(["alignprop", "plugins", "--json"], tmp_path).stdout)["plugins"]
     assert {plugin["distribution"]: (plugin["status"], plugin["rewards"]) for plugin in listed} == {
-        projects[name].name: ("loaded", [name]) for name in made
+        "alignprop-template": ("loaded", []),
+        **{projects[name].name: ("loaded", [name]) for name in made},
     }
     assert [plugin["warnings"] for plugin in listed if plugin["warnings"]] == []
     # The installed wheels were tested, not the sources beside the tests.
@@ -58,10 +59,10 @@ def test_new_plugins_build_install_and_pass_their_tests(
 
 
 @pytest.mark.slow
-def test_from_new_to_a_trained_lora(core: Path, tmp_path: Path) -> None:
+def test_from_new_to_a_trained_lora(wheels: list[Path], tmp_path: Path) -> None:
     """The commands that `rewards new` prints, and a run on a tiny model."""
     environment = FreshEnvironment(tmp_path / "environment")
-    environment.install(core)
+    environment.install(*wheels)
     printed = environment.run("alignprop rewards new warm_colors --no-prompts --no-weights", tmp_path).stdout
     commands = [line.strip() for line in printed.splitlines() if line.startswith("  ")]
     assert [command.split()[0] for command in commands] == ["pip", "python", "alignprop"]

@@ -25,8 +25,8 @@ def new(
     import re
 
     from alignprop_core._files import write_atomic
-    from alignprop_core.cli.scaffold import LICENSES, reward_project
     from alignprop_core.errors import OutputError, UserError, did_you_mean
+    from alignprop_template.scaffold import LICENSES, reward_project
 
     if not re.fullmatch(NAME, name):
         raise UserError(

@@ -74,7 +74,7 @@ def reward_project(name: str, *, prompts: bool, weights: bool, license: str, aut
         "api_version": str(API_VERSION),
     }
     flags = {"prompts": prompts, "weights": weights, "author": bool(author)}
-    root = files("alignprop_core").joinpath("templates/reward")
+    root = files("alignprop_template").joinpath("reward")
 
     def filled(template: str) -> bytes:
         return render(root.joinpath(template).read_text(encoding="utf-8"), values, flags).encode()
