@@ -258,7 +258,7 @@ def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[
 
 ALIKE = (
     {
-        "alignprop-counting", "alignprop-isolation", "alignprop-jpeg", "alignprop-lora", "alignprop-starter",
+        "alignprop-isolation", "alignprop-jpeg", "alignprop-lora", "alignprop-starter",
         "alignprop-template", "alignprop-trackers",
     },
     {"alignprop-aesthetic", "alignprop-clip", "alignprop-hpsv2"},

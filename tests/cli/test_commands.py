@@ -495,11 +495,11 @@ class Crash(Reward):
 
     def score(self, batch):
         type(self).calls += 1
-        return batch.images.mean((1, 2, 3)) if self.calls != 5 else fails(self.calls)
+        return batch.images.mean((1, 2, 3)) if self.calls != 4 else fails(self.calls)
 
 
 def fails(calls):
-    return 1 / (calls - 5)
+    return 1 / (calls - 4)
 """
 
 
@@ -510,9 +510,9 @@ def test_a_run_that_fails_says_where_how_far_it_came_and_how_to_go_on(
     training = {"steps": 4, "batch_size": 2, "device": "cpu"}
     path = config(rewards=[{"name": "./crash.py:Crash"}], training=training)
     assert run(["train", str(path)]) == 1
-    # Both trials are a call each, and each step.
+    # The trial is a call, and each step.
     message = capsys.readouterr().err
-    made, line = tmp_path / "run", CRASHES.splitlines().index("    return 1 / (calls - 5)") + 1
+    made, line = tmp_path / "run", CRASHES.splitlines().index("    return 1 / (calls - 4)") + 1
     assert f"ZeroDivisionError: division by zero ({tmp_path / 'crash.py'}:{line}, in fails)" in message
     assert f"The run failed after 2 of 4 steps. That state is saved in {made}/checkpoints/step-000002." in message
     again = message.strip().splitlines()[-1]
@@ -524,7 +524,7 @@ def test_a_run_that_fails_says_where_how_far_it_came_and_how_to_go_on(
 def test_a_run_that_fails_at_once_promises_no_state(
     config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "crash.py").write_text(CRASHES.replace("5", "3"))
+    (tmp_path / "crash.py").write_text(CRASHES.replace("4", "2"))
     assert run(["train", str(config(rewards=[{"name": "./crash.py:Crash"}]))]) == 1
     assert "The run failed after 0 of 1 steps. No checkpoint was saved." in capsys.readouterr().err
 

@@ -26,7 +26,7 @@ calls = 0
 def red(images):
     global calls
     calls += 1
-    if calls > 3:
+    if calls > 3:  # the trial and two steps
         raise KeyboardInterrupt
     return images[:, 0].mean((1, 2))
 """

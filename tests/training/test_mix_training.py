@@ -174,6 +174,7 @@ def test_three_terms_cost_three_reward_backwards_and_one_of_the_rest(make: Calla
 # -- what the mix did -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Terms with 0% of the gradient")  # which is what `sum` is here for
 def test_balanced_raises_both_where_sum_lets_the_large_one_win(make: Callable[..., Trainer], tmp_path: Path) -> None:
     gains = {}
     for mode in ("sum", "balanced"):
