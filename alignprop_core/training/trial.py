@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from alignprop_core.config.model import BackpropConfig
 from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import ModelError, RewardError, TrialError, UserError, complaint, under
@@ -43,7 +44,9 @@ def try_all(trainer: Trainer, terms: Sequence[Term]) -> None:
     config, family, prompts = trainer.config, trainer.sampler.family, trainer.prompts
     steps = min(TRIAL_STEPS, config.sampling.steps)
     sampling = config.sampling.model_copy(update={"steps": steps})
-    sampler = Sampler(family.pipeline, sampling, family=type(family)(family.pipeline, sampling))
+    # Capturing graphs would take longer than two steps.
+    backprop = BackpropConfig(cuda_graphs=False)
+    sampler = Sampler(family.pipeline, sampling, backprop, family=type(family)(family.pipeline, sampling))
     text = prompts.prompts[0]
     noise = sampler.noise([text], seed=config.training.seed)
     try:
