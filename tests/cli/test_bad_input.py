@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 from collections.abc import Callable
@@ -176,9 +177,9 @@ def test_a_folder_is_scored_image_by_image(tmp_path: Path, capsys: pytest.Captur
         Image.new("RGB", (32, 32), "red").save(tmp_path / name)
     (tmp_path / "notes.txt").touch()
     (tmp_path / "empty").mkdir()
-    assert run(["score", str(tmp_path), "--reward", "jpeg_bytes"]) == 0
-    lines = capsys.readouterr().out.splitlines()[2:]
-    assert [Path(line.split()[0]).name for line in lines if line.split()] == ["a.JPG", "b.png"]
+    assert run(["score", str(tmp_path), "--reward", "jpeg_bytes", "--json"]) == 0
+    scored = json.loads(capsys.readouterr().out)["images"]
+    assert [Path(one["image"]).name for one in scored] == ["a.JPG", "b.png"]
     refused(capsys, ["score", tmp_path / "empty", "--reward", "jpeg_bytes"], "empty is a folder without images (.png")
 
 

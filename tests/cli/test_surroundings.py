@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_threads_wait_passively_unless_the_user_chose(
         patch.setitem(sys.modules, "torch", sys)
         if not loaded:
             patch.delitem(sys.modules, "torch")
-        importlib.reload(alignprop_core)
+        runpy.run_path(str(alignprop_core.__file__), run_name="alignprop_core")
     assert os.environ.get("OMP_WAIT_POLICY") == expected
 
 
