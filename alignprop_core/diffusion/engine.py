@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,8 +111,8 @@ class Engine:
         family.checkpoint_denoiser(recomputes)
         # On a CPU with the layers' own forwards, which store a little more than the cheaper ones.
         forwards = self.calls.forwards_of(family.denoiser) if self.calls.device.type == "cuda" else {}
-        run: Any = functools.partial(self.calls.run, family.predict, forwards=forwards)
-        output = run(latents.requires_grad_(), timestep, conditioning=conditioning)
+        inputs = latents.requires_grad_(), timestep
+        output = self.calls.run(family.predict, *inputs, conditioning=conditioning, forwards=forwards)
         return output, [latents, *(p for p in family.denoiser.parameters() if p.requires_grad)], forwards
 
     def _one_image(self, recomputes: bool) -> tuple[Tensor, list[Tensor], Forwards]:
