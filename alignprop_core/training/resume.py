@@ -29,8 +29,15 @@ _MAY_DIFFER = {
     "training.steps",
     "training.device",
     "training.trackers",
+    "training.compile",
     "backprop.sample_batch_size",
     "backprop.decode_batch_size",
+    "backprop.checkpoint_steps",
+    "backprop.checkpoint_blocks",
+    "backprop.checkpoint_decoder",
+    "backprop.cuda_graphs",
+    "mix.offload",
+    "mix.reward_batch_size",
 }
 """What a resumed run may change: sections and keys that do not affect training."""
 

@@ -420,6 +420,23 @@ def test_files_that_changed_since_a_run_began_are_refused_by_key_and_name(
     resumed()
 
 
+@pytest.mark.parametrize(
+    "cost",
+    [
+        {"backprop": {"checkpoint_steps": True, "checkpoint_blocks": True, "checkpoint_decoder": True}},
+        {"backprop": {"sample_batch_size": 1, "decode_batch_size": 1, "cuda_graphs": False}},
+        {"mix": {"offload": True, "reward_batch_size": 1}},
+    ],
+)
+def test_what_changes_memory_and_time_alone_may_be_set_when_resuming(
+    make: Callable[..., RunConfig], cost: dict[str, Any]
+) -> None:
+    """An out-of-memory error advises it."""
+    folder = train(make(training__steps=1, evaluation__every=None))
+    more = {f"{section}__{key}": value for section, values in cost.items() for key, value in values.items()}
+    assert check_inputs(make(evaluation__every=None, **more), registry(), resume=folder).checkpoint is not None
+
+
 def _nudged(file: Path) -> None:
     """Change one weight of a file, and neither its size nor its time of modification."""
     times = file.stat()
