@@ -78,7 +78,6 @@ class Denoiser:
         self.leaves = [leaf for tensors in leaves.values() for leaf in tensors]
         self._wanted = [*(leaf for leaf in self.leaves if leaf.requires_grad), *self.parameters]
         self.gradient = torch.zeros(sum(t.numel() for t in self._wanted), device=calls.device, dtype=calls.dtype)
-        self._sums = self._split(self.gradient)
         # A backward pass needs the layers' forwards too, where blocks run again.
         self._forwards = calls.forwards_of(self.network, leaves)
         self._base_forwards = {} if fixed or batch.base is None else calls.forwards_of(self.network, batch.base)
@@ -124,11 +123,13 @@ class Denoiser:
             at_prediction, factor = scaled(at_prediction)
         wanted = [*self._wanted, *([inputs] if inputs.requires_grad else [])]
         with replaced(self._forwards):
-            found = torch.autograd.grad(output, wanted, at_prediction, retain_graph=retain_graph, allow_unused=True)
-        for total, part in zip(self._sums, found, strict=False):
-            if part is not None:  # half-precision parts are added up in full precision
-                total.add_(part if isinstance(factor, float) else factor * part.to(total.dtype))
-        return factor * found[-1] if inputs.requires_grad else None
+            parts = torch.autograd.grad(
+                output, wanted, at_prediction, retain_graph=retain_graph, materialize_grads=True
+            )
+        # Added in full precision, all layers at once.
+        flat = torch.cat([part.flatten() for part in parts[: len(self._wanted)]]).to(self.gradient.dtype)
+        self.gradient.add_(flat if isinstance(factor, float) else factor * flat)
+        return factor * parts[-1] if inputs.requires_grad else None
 
     @contextmanager
     def base(self) -> Iterator[None]:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from alignprop_core.diffusion.cpu import Forwards, Weights, is_plain
 
+_ALIGNMENT = 8
+"""Numbers of half precision that GPUs load at once: matrix products are slow if a side is not a multiple of it."""
+
 _LARGEST = 2**-2
 """Largest element of a scaled gradient: far from float16's largest number, 65,504, and from its smallest, 6e-8."""
 
@@ -24,16 +27,18 @@ _LARGEST = 2**-2
 def low_rank_weights(network: nn.Module) -> dict[nn.Module, tuple[Tensor, ...]]:
     """Return A (rank, in) and scale * B (out, rank) of the network's adapted linear layers, in the adapters' dtype.
 
-    The adapters of a layer are joined along the rank; B is 0 where an adapter is off, so shapes depend on the attached
-    adapters alone. The tensors have a graph to the parameters if gradients are on. Layers with more than plain LoRA
-    (dropout, DoRA, convolutions) have none; peft computes them in the adapters' dtype.
+    The adapters of a layer are joined along the rank, and zeros that change nothing added up to a multiple of
+    `_ALIGNMENT`; B is 0 where an adapter is off, so shapes depend on the attached adapters alone. The tensors have a
+    graph to the parameters if gradients are on. Layers with more than plain LoRA (dropout, DoRA, convolutions) have
+    none; peft computes them in the adapters' dtype.
     """
     found: dict[nn.Module, tuple[Tensor, ...]] = {}
     for layer in network.modules():
         if isinstance(layer, Linear) and is_plain(layer):
             pairs = [_scaled_pair(layer, name) for name in layer.lora_A]
-            a, b = zip(*pairs, strict=True)
-            found[layer] = (*a, *b) if len(pairs) == 1 else (torch.cat(a), torch.cat(b, dim=1))
+            a, b = (torch.cat(parts, dim) for dim, parts in enumerate(zip(*pairs, strict=True)))
+            missing = -len(a) % _ALIGNMENT
+            found[layer] = F.pad(a, (0, 0, 0, missing)), F.pad(b, (0, missing))
     return found
 
 
@@ -59,9 +64,10 @@ def low_rank_forwards(network: Any, weights: Weights | None = None) -> Forwards:
 
 
 def _low_rank(x: Tensor, *_args: Any, layer: Any, a: Tensor, b: Tensor, **_kwargs: Any) -> Tensor:
-    out: Tensor = layer.base_layer(x)
-    # The product adds to the layer's output: one pass over it less than a sum of two.
-    return torch.addmm(out.flatten(0, -2), F.linear(x, a).flatten(0, -2), b.t()).view_as(out)
+    rows = x.flatten(0, -2)
+    # The product adds to the layer's output in place: two passes over it less than a sum of two.
+    out: Tensor = layer.base_layer(rows).addmm_(F.linear(rows, a), b.t())
+    return out.view(*x.shape[:-1], -1)
 
 
 def scaled(gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,7 @@ class StepGradient:
         self.config, self.sampler, self.mix, self.prompts = config, sampler, mix, prompts
         self.optimizer, self.processes = optimizer, processes
         self._chunks: list[range] = []
+        self._next: tuple[tuple[Sequence[int], int], tuple[Any, ...]] | None = None  # (indices, step), inputs
         self._own_batch = -(-config.training.batch_size // processes.num_processes)
         # (step) -> the steps of its batches that keep their gradient
         self._draw = partial(draw_truncation, config.backprop, sampler.step_sizes, seed=config.training.seed)
@@ -111,6 +112,9 @@ class StepGradient:
                 sum_over_processes(self.optimizer.parameters)
         if backward:
             stats["grad_norm"] = self.optimizer.clip()
+        if self.sampler.device.type == "cuda":
+            # While the GPU still works: drawing noise takes the CPU a while.
+            self._next = (self._chunks[0], step + 1), self._inputs(self._chunks[0], step + 1)
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
@@ -125,6 +129,9 @@ class StepGradient:
 
     def _inputs(self, indices: Sequence[int], step: int) -> tuple[list[str], list[Mapping[str, Any]], Noise]:
         """Return prompts, metadata and noise of the samples with these global indices."""
+        if self._next is not None and self._next[0] == (indices, step):
+            prompts, metadata, noise = self._next[1]
+            return prompts, metadata, noise
         seed = self.config.training.seed
         chosen = choose_prompts(len(self.prompts), seed=seed, step=step, indices=indices)
         prompts = [self.prompts.prompts[i] for i in chosen]

@@ -128,7 +128,11 @@ ROWS = {
         bars=(*trl_bars(2.7, 0.7), *trl_bars(2.4, 0.45, "blocks"), *trl_bars(3.5, 0.7, "compiled")[:1]),
     ),
     "uniform_b4": Row(
-        "batch 4, `uniform` over all steps", {"strategy": "uniform"}, rivals=("trl",), bars=trl_bars(2.7, 0.7)
+        "batch 4, `uniform` over all steps",
+        {"strategy": "uniform"},
+        levels=("default", "compiled"),
+        rivals=("trl",),
+        bars=(*trl_bars(2.7, 0.7), *trl_bars(2.7, 0.7, "compiled")),
     ),
     "full_b1": Row("batch 1, all steps", {"strategy": "full"}, batch=1, bars=(Bar("seconds", 3.0), Bar("gib", 6.0))),
     "last8_b16": Row("batch 16, last 8 steps", last(8), batch=16, bars=(Bar("useful", 0.25),)),

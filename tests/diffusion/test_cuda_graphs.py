@@ -312,12 +312,14 @@ def test_captured_gradients_in_half_precision_are_as_good_as_eager_ones(
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("recomputes", [False, True])
 def test_compiled_blocks_give_the_same_gradient_and_are_kept_on_disk(
-    tiny_sd: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd: Callable[..., Any], recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
-    eager, captured, parameters = on_gpu(tiny_sd(), torch.float64, {"strategy": "last_k", "k": 2})
+    backprop = {"strategy": "last_k", "k": 2, "checkpoint_blocks": recomputes}
+    eager, captured, parameters = on_gpu(tiny_sd(), torch.float64, backprop)
     captured.engine.compile()
     expected = gradient(eager, parameters, PROMPTS, 0)
     found = gradient(captured, parameters, PROMPTS, 0)

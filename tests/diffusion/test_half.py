@@ -75,6 +75,14 @@ def test_images_are_near_those_of_full_precision_and_of_diffusers(
     assert (ours - theirs).abs().mean() < 0.02
 
 
+def test_matrix_products_of_adapters_have_sides_that_gpus_multiply_fast(tiny_sd: Callable[..., Any]) -> None:
+    pipe = tiny_sd()
+    tuned(pipe)  # rank 2
+    for layer, (a, b) in low_rank_weights(pipe.unet).items():
+        assert a.shape == (8, layer.in_features)
+        assert b.shape == (layer.out_features, 8)
+
+
 @pytest.mark.parametrize("strategy", ["full", "last_k"])
 @pytest.mark.parametrize("recomputes", ["steps", "blocks", "nothing"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
