@@ -258,8 +258,8 @@ def test_the_core_alone_lists_checks_and_trains(tmp_path: Path, wheel: Callable[
 
 ALIKE = (
     {
-        "alignprop-isolation", "alignprop-jpeg", "alignprop-lora", "alignprop-starter",
-        "alignprop-template", "alignprop-trackers",
+        "alignprop-evaluation", "alignprop-isolation", "alignprop-jpeg", "alignprop-lora",
+        "alignprop-starter", "alignprop-template", "alignprop-trackers",
     },
     {"alignprop-aesthetic", "alignprop-clip", "alignprop-hpsv2"},
 )  # fmt: skip

@@ -18,7 +18,7 @@ from typing import Any
 import typer
 
 from alignprop_core import __version__
-from alignprop_core.cli import doctor, evaluate, plugins, rewards, sample, schema, score, train
+from alignprop_core.cli import doctor, plugins, rewards, sample, schema, score, train
 from alignprop_core.cli.extensions import ExtensibleGroup
 from alignprop_core.errors import AlignpropError
 
@@ -39,7 +39,6 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("score")(score.score)
-app.command("evaluate")(evaluate.evaluate)
 app.add_typer(rewards.app, name="rewards")
 app.command("plugins")(plugins.plugins)
 app.command("schema")(schema.schema)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION_OF = {
     "demo": "alignprop-starter",
+    "evaluate": "alignprop-evaluation",
     "lora": "alignprop-lora",
     "lora info": "alignprop-lora",
     "lora convert": "alignprop-lora",

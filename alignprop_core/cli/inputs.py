@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from alignprop_core._files import unused_name
 from alignprop_core.cli import common
 from alignprop_core.config.input import apply_overrides
 from alignprop_core.config.load import load_config
@@ -17,7 +16,6 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import UserError, under
 from alignprop_core.locate import find_base, find_lora
-from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import default_label
 from alignprop_core.training.preflight import check_model, check_weights
@@ -146,23 +144,3 @@ def _entry(name: str, changes: Sequence[str], registry: Registry) -> RewardTerm:
     with under(f"--option {label}.weights"):
         check_weights(entry, registry)
     return entry
-
-
-def combined(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
-    """Return a run's rewards and those of --reward with distinct labels; a reward with the same options only once."""
-    entries = list(own)
-    for entry in given:
-        if not any((other.name, other.options) == (entry.name, entry.options) for other in own):
-            label = unused_name(entry.label, {other.label for other in own}, ".")
-            entries.append(entry.model_copy(update={"label": label}))
-    return entries
-
-
-def heldout_prompts(given: str, own: str | Sequence[Any], registry: Registry) -> PromptSet:
-    """Return the prompts of --prompts, or the run's own; `UserError` if there are none or they cannot be read."""
-    if not (given or own):
-        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
-    with under("--prompts" if given else "prompts.heldout"):
-        prompts = load_prompts(given or own, registry)
-        warn_about(prompts)
-        return prompts

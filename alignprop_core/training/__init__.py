@@ -1,1 +1,1 @@
-"""The training loop and its callbacks, checkpoints and resume, early stopping, checks before a run."""
+"""The training loop and its callbacks, checkpoints and resume, checks before a run."""

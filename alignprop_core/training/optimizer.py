@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -63,14 +62,10 @@ class Optimizer:
         self.schedule.step()
         return True
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the numbers for a checkpoint."""
-        return {"schedule": self.schedule.last_epoch}
-
-    def load(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `as_json` and `optimizer_tensors` returned."""
+    def load(self, done: int, tensors: Mapping[str, Tensor]) -> None:
+        """Restore the schedule after `done` steps, and what `optimizer_tensors` returned."""
         restore_optimizer(self.adamw, tensors)
-        self.schedule = self._new_schedule(done=int(state["schedule"]))
+        self.schedule = self._new_schedule(done)
 
     def _new_schedule(self, done: int) -> LRScheduler:
         """Return the learning-rate schedule after `done` steps."""

@@ -1,7 +1,8 @@
-"""What a run writes during training and at the end, each by a callback: previews, LoRA files, checkpoints."""
+"""What a run writes during training and at the end: previews, LoRA files, checkpoints, the final evaluation."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.errors import OutputError
-from alignprop_core.evaluation.sheet import grid, save_image
+from alignprop_core.evaluation.evaluator import Evaluator
+from alignprop_core.evaluation.sheet import before_after, grid, save_image
 from alignprop_core.mix.stats import StepStats
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import save_checkpoint
@@ -111,3 +113,18 @@ class Checkpoints(Callback):
         save_checkpoint(trainer.folder, trainer.checkpoint())
         self.saved = trainer.step_number
         trainer.folder.keep_newest("checkpoints/step-*", trainer.config.save.state_keep)
+
+
+class FinalEvaluation(Callback):
+    """evaluation.json at the end: base against tuned on held-out prompts, with a before/after sheet in images/."""
+
+    def __init__(self, evaluator: Evaluator) -> None:
+        self.evaluator = evaluator
+
+    def on_end(self, trainer: Trainer) -> None:
+        """Evaluate and write."""
+        result = self.evaluator.evaluate({"base": self.evaluator.base, "tuned": nullcontext})
+        trainer.comparison = result
+        facts = {"step": trainer.saved_step, "stopped": trainer.stop_reason}
+        trainer.folder.write_json("evaluation.json", result.as_json() | facts)
+        save_image(before_after(result), trainer.folder.inside("images/before_after.png"))

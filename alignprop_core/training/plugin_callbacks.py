@@ -1,12 +1,12 @@
-"""Callbacks of plugins: those that `training.trackers` names, and those that join every run. Imports no torch."""
+"""Callbacks of plugins: those that a run config asks for, and those that join every run. Imports no torch."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import PluginError, under
 from alignprop_core.registry.guard import describe
 from alignprop_core.registry.offers import Offer, belongs, matching
@@ -14,26 +14,36 @@ from alignprop_core.registry.registry import Registry, build, load_class
 from alignprop_core.specs import CallbackSpec
 from alignprop_core.training.callback import Callback
 
-DISTRIBUTION_OF = {"tensorboard": "alignprop-trackers", "wandb": "alignprop-trackers"}
-"""Well-known trackers: where one is missing, the error names the distribution to install."""
+EARLY_STOPPING = "early_stopping"
+"""Name of the callback that evaluates while training (`evaluation.every`)."""
+
+WELL_KNOWN = {
+    "tensorboard": ('The tracker "tensorboard"', "alignprop-trackers"),
+    "wandb": ('The tracker "wandb"', "alignprop-trackers"),
+    EARLY_STOPPING: ("Evaluation while training", "alignprop-evaluation"),
+}
+"""Where one of these callbacks is missing, the error says what it is and which distribution to install."""
 
 
 def find_callback(name: str, registry: Registry) -> Offer[CallbackSpec]:
-    """Return the callback that `training.trackers` names; `PluginError` if not exactly one plugin offers it."""
-    if name in DISTRIBUTION_OF and not matching(name, registry.callbacks()):
-        raise registry.missing(f'The tracker "{name}"', DISTRIBUTION_OF[name])
+    """Return the callback of this name; `PluginError` if not exactly one plugin offers it."""
+    if name in WELL_KNOWN and not matching(name, registry.callbacks()):
+        raise registry.missing(*WELL_KNOWN[name])
     return registry.callback(name)
 
 
-def check_trackers(names: Sequence[str], registry: Registry) -> None:
-    """Raise `UserError`, with the run config's key, if a tracker is unknown."""
-    for i, name in enumerate(names):
-        with under(f"training.trackers.{i}"):
+def check_callbacks(config: RunConfig, registry: Registry) -> None:
+    """Raise `UserError`, with the run config's key, if a callback that it asks for is not available."""
+    asked = {f"training.trackers.{i}": name for i, name in enumerate(config.training.trackers)}
+    if config.evaluation.every is not None:
+        asked["evaluation.every"] = EARLY_STOPPING
+    for key, name in asked.items():
+        with under(key):
             find_callback(name, registry)
 
 
 def named_callbacks(names: Sequence[str], registry: Registry) -> list[Callback]:
-    """Build the callbacks that `training.trackers` names; automatic ones join anyway and are left out."""
+    """Build the callbacks of these names; automatic ones join anyway and are left out."""
     offers = dict.fromkeys(find_callback(name, registry) for name in names)
     return [_built(offer) for offer in offers if not offer.spec.automatic]
 
@@ -48,12 +58,6 @@ def automatic_callbacks(registry: Registry) -> list[Callback]:
             except PluginError as error:
                 warnings.warn(f"{error} It is left out.", stacklevel=2)
     return built
-
-
-def results_written(folder: Path, registry: Registry) -> None:
-    """Call `on_results` of the automatic callbacks."""
-    for callback in automatic_callbacks(registry):
-        callback.on_results(folder)
 
 
 def _built(offer: Offer[CallbackSpec]) -> Callback:

@@ -14,7 +14,7 @@ from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.runs.fingerprints import files_of
 from alignprop_core.runs.folder import RunFolder
-from alignprop_core.training.plugin_callbacks import check_trackers
+from alignprop_core.training.plugin_callbacks import check_callbacks
 from alignprop_core.training.resume import check_files, find_checkpoint
 from alignprop_core.weights.find import cached, check_named_file, find_weights
 
@@ -77,7 +77,7 @@ def check_inputs(
             find_lora(config.lora.init_from)
     check_rewards(config, registry)
     check_monitor(config, registry)
-    check_trackers(config.training.trackers, registry)
+    check_callbacks(config, registry)
     if checkpoint is not None and not edited:
         check_files(checkpoint, files_of(config, registry, prompts, heldout, model=loads_model))
     return Inputs(prompts, heldout, checkpoint)

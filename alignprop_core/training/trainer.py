@@ -37,7 +37,6 @@ from alignprop_core.training import given_pipeline, out_of_memory
 from alignprop_core.training.callback import Callback
 from alignprop_core.training.checkpoint import Checkpoint, load_checkpoint, optimizer_tensors
 from alignprop_core.training.diagnosis import locate_not_finite
-from alignprop_core.training.early_stopping import EarlyStopping
 from alignprop_core.training.ema import EMA
 from alignprop_core.training.folder import open_folder
 from alignprop_core.training.optimizer import Optimizer
@@ -82,8 +81,9 @@ class Trainer:
     Attributes:
         callbacks: the standard callbacks, which write the run folder, then those given.
         ema: the adapters' moving average (`optimizer.ema_decay`), or None.
-        early_stopping: what is known from the evaluations so far.
-        best: the best evaluated adapters so far, as `adapters.state` returns them, or None.
+        evaluator: evaluates on held-out prompts, or None for a run that does not.
+        callback_state: what callbacks keep in checkpoints, by names of their own: JSON.
+        callback_tensors: tensors that callbacks keep in checkpoints, by names of their own.
         costs: what a step was predicted to need, on a GPU, after `train()` has started.
         comparison: base against tuned on held-out prompts, after the end of a run that evaluates.
         stop_reason: why the run stopped before its last step, or None.
@@ -156,8 +156,8 @@ class Trainer:
         advice = {entry.label: score_advice(entry, self.registry) for entry in config.rewards}
         self.step_check = StepCheck(config.optimizer, advice)
         self.ema = None if config.optimizer.ema_decay is None else EMA(self.parameters, config.optimizer.ema_decay)
-        self.early_stopping = EarlyStopping(config.early_stopping)
-        self.best: dict[str, Tensor] | None = None
+        self.callback_state: dict[str, Any] = {}
+        self.callback_tensors: dict[str, dict[str, Tensor]] = {}
         self.evaluator: Evaluator | None = None
         if reported is not None and self.heldout is not None:
             remember, failures = config.evaluation.at_end, self.output / "images" / NOT_FINITE
@@ -177,7 +177,7 @@ class Trainer:
         with out_of_memory.explained(self):
             try_all(self, reported or self.mix.terms)
         self.console = console or Console(stderr=True)
-        self.callbacks = [*standard_callbacks(self, console), *callbacks]
+        self.callbacks = [*standard_callbacks(self), *callbacks]
 
     def _evaluation_terms(self) -> list[Any]:
         assert self.heldout is not None
@@ -362,29 +362,29 @@ class Trainer:
         state = {
             "step": self.progress.step,
             "reward_queries": self.progress.reward_queries,
-            **self.optimizer.as_json(),
+            "schedule": self.optimizer.schedule.last_epoch,
             "mix": self.mix.state(),
             "step_check": self.step_check.as_json(),
-            "early_stopping": self.early_stopping.as_json(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
+            **self.callback_state,
         }
-        parts = {"average": {} if self.ema is None else self.ema.tensors(), "best": self.best or {}}
+        parts = {"average": {} if self.ema is None else self.ema.tensors(), **self.callback_tensors}
         extra = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
         return Checkpoint(adapters.state(self.denoiser), optimizer_tensors(self.optimizer.adamw), state, extra)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
+        state = dict(checkpoint.state)
         adapters.load_state(self.denoiser, checkpoint.adapter)
-        self.optimizer.load(state, checkpoint.optimizer)
-        self.mix.load_state(state["mix"])
-        self.progress.step = int(state["step"])
-        self.progress.reward_queries = int(state["reward_queries"])
-        self.step_check.load(state["step_check"])
-        self.early_stopping.load(state["early_stopping"])
-        parts: dict[str, dict[str, Tensor]] = {"average": {}, "best": {}}
+        self.optimizer.load(int(state.pop("schedule")), checkpoint.optimizer)
+        self.mix.load_state(state.pop("mix"))
+        self.progress.step = int(state.pop("step"))
+        self.progress.reward_queries = int(state.pop("reward_queries"))
+        self.step_check.load(state.pop("step_check"))
+        updates, tensors = int(state.pop("ema_updates")), self.callback_tensors
         for key, value in checkpoint.extra.items():
             part, _, name = key.partition("/")
-            parts[part][name] = value
-        self.best = parts["best"] or None
+            tensors.setdefault(part, {})[name] = value
+        average = tensors.pop("average", {})
         if self.ema is not None:
-            self.ema.load(parts["average"], int(state["ema_updates"]))
+            self.ema.load(average, updates)
+        self.callback_state = state  # what is left

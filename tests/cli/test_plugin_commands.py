@@ -179,6 +179,7 @@ LORA = [["lora"], ["lora", "--help"], *(["lora", name, "x"] for name in ("info",
     ("words", "distribution"),
     [
         (["report", "runs/x"], "alignprop-report"),
+        (["evaluate", "runs/x"], "alignprop-evaluation"),
         (["rewards", "isolate"], "alignprop-isolation"),
         (["rewards", "new"], "alignprop-template"),
         (["demo", "training.steps=1"], "alignprop-starter"),

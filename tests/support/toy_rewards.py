@@ -8,6 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+import alignprop_evaluation
 from alignprop_core.hookspecs import hookimpl
 from alignprop_core.registry.registry import Registry
 from alignprop_core.reward import ImageBatch, Reward
@@ -115,4 +116,4 @@ def alignprop_register_rewards() -> list[RewardSpec]:
 
 def registry() -> Registry:
     plugin = SimpleNamespace(alignprop_register_rewards=alignprop_register_rewards)
-    return Registry.from_plugins({"toy-rewards": plugin})
+    return Registry.from_plugins({"toy-rewards": plugin, "alignprop-evaluation": alignprop_evaluation})

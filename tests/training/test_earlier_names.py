@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+import alignprop_evaluation
 from alignprop_core.cli import run
 from alignprop_core.config.aliases import upgraded
 from alignprop_core.config.load import load_config
@@ -76,7 +77,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     """A run of four steps, and one of two steps whose folder has the earlier names."""
     folder = tmp_path_factory.mktemp("earlier")
     (folder / "red.py").write_text(REWARD)
-    known = Registry.from_plugins({})
+    known = Registry.from_plugins({"alignprop-evaluation": alignprop_evaluation})
 
     def config(steps: int, name: str) -> RunConfig:
         data = toy_data(

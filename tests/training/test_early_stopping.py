@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import alignprop_evaluation
 import alignprop_report
-from alignprop_core.config.sections import EarlyStoppingConfig, RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError
 from alignprop_core.registry.registry import Registry
 from alignprop_core.training.callback import Callback
-from alignprop_core.training.early_stopping import EarlyStopping
 from alignprop_core.training.trainer import Trainer
 from tests.support.processes import train_in_processes
 from tests.support.toy_rewards import alignprop_register_rewards, registry
@@ -34,28 +34,6 @@ def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
 
 def train(config: RunConfig, **options: Any) -> Path:
     return Path(Trainer(config, **{"registry": registry()} | options).train())
-
-
-def test_patience_counts_evaluations_without_a_new_best() -> None:
-    stopping = EarlyStopping(EarlyStoppingConfig(patience=2))
-    for step, score, best in ((0, 1.0, True), (5, 2.0, True), (10, 1.9, False)):
-        assert stopping.update(step, score, 0.0, None) is best
-        assert stopping.stop_reason() is None
-    assert not stopping.update(15, float("nan"), 0.0, None), "NaN is never the best"
-    assert stopping.stop_reason() == "held-out total did not improve at 2 evaluations in a row (best 2 at step 5)"
-    assert stopping.update(20, 3.0, 0.0, None)
-    assert stopping.stop_reason() is None
-
-
-def test_limits_stop_a_run_and_an_evaluation_beyond_them_is_never_the_best() -> None:
-    stopping = EarlyStopping(EarlyStoppingConfig(max_drift=0.2, min_diversity=0.5, mode="min"))
-    assert stopping.update(0, 5.0, 0.0, 0.4)
-    assert stopping.update(1, 4.0, 0.2, 0.3)
-    assert not stopping.update(2, 3.0, 0.21, 0.3)
-    assert stopping.stop_reason() == "drift 0.21 is above early_stopping.max_drift 0.2"
-    assert not stopping.update(3, 3.0, 0.1, 0.19)
-    assert stopping.stop_reason() == "diversity 0.19 is below early_stopping.min_diversity 0.5 of its first, 0.4"
-    assert stopping.state.best_step == 1
 
 
 def test_evaluations_are_lines_of_metrics_with_the_same_seeds(make: Callable[..., RunConfig]) -> None:
@@ -162,7 +140,8 @@ def test_an_interrupted_evaluation_is_repeated(make: Callable[..., RunConfig], t
 
 def test_a_stopped_run_stays_stopped_until_its_limits_allow_more(make: Callable[..., RunConfig]) -> None:
     toys = SimpleNamespace(alignprop_register_rewards=alignprop_register_rewards)
-    known = Registry.from_plugins({"toy-rewards": toys, "alignprop-report": alignprop_report})
+    plugins = {"alignprop-evaluation": alignprop_evaluation, "alignprop-report": alignprop_report}
+    known = Registry.from_plugins({"toy-rewards": toys, **plugins})
     options: dict[str, Any] = {"evaluation__every": 2, "training__steps": 8}
     folder = train(make(**options, early_stopping={"max_drift": 1e-9}), registry=known)
     assert metrics(folder, "total")[-1]["step"] == 2

@@ -13,7 +13,7 @@ from alignprop_core.config.load import load_config
 from alignprop_core.errors import PluginError
 from alignprop_core.registry.registry import Registry
 from alignprop_core.testing import train_two_steps
-from alignprop_core.training.plugin_callbacks import results_written
+from alignprop_core.training.plugin_callbacks import automatic_callbacks
 from alignprop_core.training.trainer import Trainer
 from tests.support.fake_plugins import HEAD, install, reward_spec
 from tests.support.toy_runs import metrics, toy_data
@@ -107,7 +107,8 @@ def test_an_automatic_callback_sees_each_step_of_every_run(site: Path, tmp_path:
     assert len(steps) == 2
     assert watched(folder) == [*steps, {"lora": True}]
     (folder / "evaluation.json").write_text("{}")
-    results_written(folder, registry)
+    for callback in automatic_callbacks(registry):
+        callback.on_results(folder)
     assert watched(folder)[-1] == {"results": ["environment.json", "evaluation.json"]}
 
 

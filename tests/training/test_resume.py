@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_core.config.sections import EarlyStoppingConfig, RunConfig
+from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import PluginError
 from alignprop_core.prompts import PromptSet
 from alignprop_core.reward import ImageBatch, Reward
 from alignprop_core.runs.fingerprints import files_of
-from alignprop_core.training.early_stopping import Basis, EarlyStopping
 from alignprop_core.training.folder import environment
-from alignprop_core.training.heldout import basis_of
 from alignprop_core.training.preflight import Inputs, check_inputs
 from alignprop_core.training.resume import check_files
 from alignprop_core.training.trainer import Trainer
+from alignprop_evaluation.early_stopping import Basis
+from alignprop_evaluation.while_training import basis_of
 from tests.support.toy_rewards import registry
 from tests.support.toy_runs import adapters, changed, metrics, toy_data
 
@@ -157,79 +156,6 @@ def test_the_basis_has_the_last_weights_the_options_and_the_prompts_text(
     before = basis()
     (tmp_path / "prompts.txt").write_text("a fox\nthree owls\n")
     assert basis() != before
-
-
-def basis(**parts: Any) -> Basis:
-    usual = {"evaluation.seed": 1}, {"evaluation.diversity_encoder": None}, {"early_stopping.monitor": "a"}
-    return replace(Basis(*usual), **parts)
-
-
-def evaluated(config: EarlyStoppingConfig) -> EarlyStopping:
-    stopping = EarlyStopping(config)
-    assert stopping.rebase(basis()) is None
-    for step, score in enumerate((1.0, 5.0, 4.0)):
-        stopping.update(step, score, 0.1 * step, 0.4 - 0.1 * step)
-    return stopping
-
-
-def resumed(stopping: EarlyStopping, config: EarlyStoppingConfig | None = None) -> EarlyStopping:
-    again = EarlyStopping(config or stopping.config)
-    again.load(json.loads(json.dumps(stopping.as_json())))
-    return again
-
-
-def test_only_what_can_still_be_compared_is_kept() -> None:
-    stopping = evaluated(EarlyStoppingConfig())
-    again = resumed(stopping)
-    assert again.rebase(basis()) is None
-    assert again.as_json() == stopping.as_json()
-
-    again = resumed(stopping)
-    assert again.rebase(basis(images={"evaluation.seed": 2})) == "evaluation.seed (was 1, is 2) changed"
-    assert (again.state.best, again.state.step, again.state.first_diversity) == (None, None, None)
-
-    again = resumed(stopping)
-    assert (
-        again.rebase(basis(monitored={"early_stopping.monitor": "b"}))
-        == 'early_stopping.monitor (was "a", is "b") changed'
-    )
-    assert (again.state.best, again.state.step, again.state.first_diversity) == (None, None, 0.4)
-
-    again, both = resumed(stopping), {"images": {"evaluation.seed": 2}, "monitored": {"early_stopping.monitor": "b"}}
-    assert (
-        again.rebase(basis(**both))
-        == 'evaluation.seed (was 1, is 2) changed and early_stopping.monitor (was "a", is "b") changed'
-    )
-
-    encoder = basis(diversity={"evaluation.diversity_encoder": "clip"})
-    again = resumed(stopping)
-    assert again.rebase(encoder) is None, "no limit depends on it"
-    assert (again.state.best, again.state.first_diversity) == (5.0, None)
-    assert not again.update(3, 4.5, 0.1, 30.0)
-    floored = resumed(again, EarlyStoppingConfig(min_diversity=0.5))
-    assert floored.rebase(encoder) is None
-    assert floored.state.first_diversity == 30.0
-    floored = resumed(stopping, EarlyStoppingConfig(min_diversity=0.5))
-    assert floored.rebase(encoder) == 'evaluation.diversity_encoder (was null, is "clip") changed'
-    assert (floored.state.best, floored.state.first_diversity) == (None, None)
-
-    state = {key: value for key, value in stopping.as_json().items() if key != "basis"}
-    again = EarlyStopping(EarlyStoppingConfig())
-    again.load(state)
-    assert again.rebase(basis()) == "the checkpoint does not record what was measured"
-    assert again.state.best is None
-
-
-def test_a_best_outside_the_limits_of_a_resumed_run_does_not_count() -> None:
-    again = resumed(evaluated(EarlyStoppingConfig()), EarlyStoppingConfig(max_drift=0.05))
-    assert (
-        again.rebase(basis()) == "at the best evaluation, of step 1, drift 0.1 is above early_stopping.max_drift 0.05"
-    )
-    assert again.state.best is None
-    again = resumed(evaluated(EarlyStoppingConfig()), EarlyStoppingConfig(min_diversity=0.7))
-    assert again.rebase(basis()) is None, "0.3 is more than 0.7 of 0.4"
-    assert again.state.best == 5.0
-    assert again.stop_reason() == "diversity 0.2 is below early_stopping.min_diversity 0.7 of its first, 0.4"
 
 
 def test_an_old_best_lora_that_does_not_count_is_removed(

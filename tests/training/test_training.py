@@ -26,7 +26,7 @@ from alignprop_core.training.folder import environment
 from alignprop_core.training.step import choose_prompts
 from alignprop_core.training.trainer import Trainer
 from tests.support.processes import train_in_processes
-from tests.support.toy_rewards import Crashes, registry
+from tests.support.toy_rewards import Crashes, alignprop_register_rewards, registry
 from tests.support.toy_runs import Interrupt, adapters, changed, metrics, toy_data
 
 
@@ -337,6 +337,15 @@ def test_an_unknown_tracker_is_reported_before_anything_is_written(
     with pytest.raises(PluginError, match=rf"training\.trackers\.0: {message}"):
         train(config)
     assert not Path(config.output).exists()
+
+
+def test_evaluating_while_training_names_its_distribution_before_anything_loads(make: Callable[..., RunConfig]) -> None:
+    toys = SimpleNamespace(alignprop_register_rewards=alignprop_register_rewards)
+    alone = Registry.from_plugins({"toy-rewards": toys})
+    config = make(prompts__heldout=["a fox"], evaluation__every=1, model__base="owner/name")
+    missing = "evaluation.every: Evaluation while training is in the distribution alignprop-evaluation, which is not"
+    with pytest.raises(PluginError, match=rf"{missing} installed. Install it: pip install alignprop-evaluation"):
+        Trainer(config, registry=alone)
 
 
 # -- on a GPU ---------------------------------------------------------------------------------------------------------

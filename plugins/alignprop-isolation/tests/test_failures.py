@@ -76,6 +76,7 @@ def test_a_worker_that_crashes_twice_fails_the_run_by_its_name_and_keeps_what_wa
     python: Path, file: Path, config_file: Config, train: Callable[..., Path], tmp_path: Path
 ) -> None:
     """The run trains on a reward of its own process, so the workers that it leaves behind would be of this one."""
+    pytest.importorskip("alignprop_evaluation", reason="alignprop-evaluation is not installed")
     (tmp_path / "here.py").write_text("def brightness(images, prompts):\n    return images.mean((1, 2, 3))\n")
     isolation = {"python": str(python)}
     term = {

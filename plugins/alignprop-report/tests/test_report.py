@@ -150,7 +150,9 @@ class Plugin:
 
 
 def registry() -> Registry:
-    return Registry.from_plugins({"toys": Plugin(), "alignprop-report": alignprop_report})
+    evaluation = pytest.importorskip("alignprop_evaluation", reason="alignprop-evaluation is not installed")
+    plugins = {"alignprop-report": alignprop_report, "alignprop-evaluation": evaluation}
+    return Registry.from_plugins({"toys": Plugin(), **plugins})
 
 
 class Shade(Redness):

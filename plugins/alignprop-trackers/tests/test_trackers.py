@@ -23,6 +23,7 @@ class Redness(Reward):
 
 @pytest.fixture
 def trainer(tmp_path: Path) -> Callable[..., Trainer]:
+    pytest.importorskip("alignprop_evaluation", reason="alignprop-evaluation is not installed")
     tiny_pipeline("stable_diffusion").save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
 

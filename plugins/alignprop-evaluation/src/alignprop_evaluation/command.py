@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from alignprop_core._files import unused_name
 from alignprop_core.cli import common
 from alignprop_core.errors import UserError, under
+from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 
 if TYPE_CHECKING:
+    from alignprop_core.config.rewards import RewardTerm
     from alignprop_core.evaluation.compare import Comparison
-    from alignprop_core.evaluation.sweep import Sweep
     from alignprop_core.registry.registry import Registry
+    from alignprop_evaluation.sweep import Sweep
 
 
 def evaluate(
@@ -69,9 +73,9 @@ def evaluate(
         config, source = inputs.chosen_model(run, model, lora, registry, scores=True)
         if config is not None:
             check_rewards(config, registry)
-        heldout = inputs.heldout_prompts(prompts, (config and config.prompts.heldout) or "", registry)
+        heldout = _heldout_prompts(prompts, (config and config.prompts.heldout) or "", registry)
         own = [] if config is None else [*config.rewards, *config.evaluation.rewards]
-        entries = inputs.combined(own, inputs.reward_entries(reward, option, registry))
+        entries = _combined(own, inputs.reward_entries(reward, option, registry))
         if not entries:
             raise UserError("There is nothing to measure: give --reward NAME.")
         sampling = inputs.sampling_settings(config, lora, registry, steps=steps, guidance_scale=guidance_scale)
@@ -85,7 +89,7 @@ def evaluate(
         with common.status("loading rewards and model"):
             from alignprop_core.diffusion.sampler import Sampler
             from alignprop_core.evaluation.evaluator import NOT_FINITE, Evaluator, evaluation_terms
-            from alignprop_core.evaluation.sweep import sweep
+            from alignprop_evaluation.sweep import sweep
 
             key = "--prompts" if prompts else "prompts.heldout"
             terms = evaluation_terms(entries, heldout, registry, device=where, prompts_key=key)
@@ -112,8 +116,8 @@ def _write(result: Comparison | Sweep, folder: Path, registry: Registry) -> list
     """Write the results into a folder and return the files with their labels."""
     from alignprop_core._files import read_table, write_json
     from alignprop_core.evaluation.sheet import before_after, save_image
-    from alignprop_core.evaluation.sweep import Sweep
-    from alignprop_core.training.plugin_callbacks import results_written
+    from alignprop_core.training.plugin_callbacks import automatic_callbacks
+    from alignprop_evaluation.sweep import Sweep
 
     if isinstance(result, Sweep):
         name = "strengths" if result.soup is None else "soup"
@@ -125,14 +129,15 @@ def _write(result: Comparison | Sweep, folder: Path, registry: Registry) -> list
         data = result.as_json() | {key: known[key] for key in ("step", "stopped") if key in known}
         save_image(before_after(result), image)
     file = write_json(folder / f"{name}.json", data)
-    results_written(folder, registry)  # plugins may plot a sweep
+    for callback in automatic_callbacks(registry):
+        callback.on_results(folder)  # such as the report, which plots a sweep
     return [("results", file), *([(label, image)] if image.is_file() else [])]
 
 
 def _print(result: Comparison | Sweep) -> None:
     from alignprop_core.cli.train import print_comparison
-    from alignprop_core.evaluation.sweep import Sweep
     from alignprop_core.evaluation.table import sample_size
+    from alignprop_evaluation.sweep import Sweep
 
     if not isinstance(result, Sweep):
         print_comparison(result)
@@ -140,3 +145,23 @@ def _print(result: Comparison | Sweep) -> None:
     common.console().print(f"\nHeld-out prompts {result.comparison.prompts.name}, the same seeds at each {result.name}")
     common.print_table(*result.table())
     common.console().print(sample_size(result.as_json()))
+
+
+def _combined(own: Sequence[RewardTerm], given: Sequence[RewardTerm]) -> list[RewardTerm]:
+    """Return a run's rewards and those of --reward with distinct labels; a reward with the same options only once."""
+    entries = list(own)
+    for entry in given:
+        if not any((other.name, other.options) == (entry.name, entry.options) for other in own):
+            label = unused_name(entry.label, {other.label for other in own}, ".")
+            entries.append(entry.model_copy(update={"label": label}))
+    return entries
+
+
+def _heldout_prompts(given: str, own: str | Sequence[Any], registry: Registry) -> PromptSet:
+    """Return the prompts of --prompts, or the run's own; `UserError` if there are none or they cannot be read."""
+    if not (given or own):
+        raise UserError("There are no held-out prompts: give --prompts SET_OR_FILE.")
+    with under("--prompts" if given else "prompts.heldout"):
+        prompts = load_prompts(given or own, registry)
+        warn_about(prompts)
+        return prompts
