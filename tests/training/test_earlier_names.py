@@ -91,6 +91,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             save={"every": None, "state_every": 2, "state_keep": 3},
             previews={"every": None, "seeds": [7], "prompts": None},
             evaluation={"at_end": False, "images_per_prompt": 2, "every": 1},
+            sampling={"steps": 1, "guidance_scale": 2.0},
             early_stopping={"patience": 9, "restore_best": True},
             output=str(folder / name),
         )

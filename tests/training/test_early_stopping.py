@@ -27,7 +27,9 @@ from tests.support.toy_runs import Interrupt, adapters, changed, metrics, toy_da
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1})
+    base = toy_data(
+        tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1}, sampling={"steps": 1, "guidance_scale": 2.0}
+    )
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
     return lambda **overrides: changed(base, overrides, registry())
 
@@ -43,7 +45,7 @@ def test_evaluations_are_lines_of_metrics_with_the_same_seeds(make: Callable[...
         def on_evaluation(self, trainer: Trainer, results: Any) -> None:
             seen.append((trainer.step_number, results["total"]))
 
-    folder = train(make(evaluation__every=4), callbacks=[Watch()])
+    folder = train(make(evaluation__every=4, sampling__steps=3), callbacks=[Watch()])
     rows = metrics(folder, "evaluation")
     assert [row["step"] for row in rows] == [0, 4, 6], "before the first step, along the way, after the last"
     assert seen == [(row["step"], row["evaluation"]["total"]) for row in rows]
@@ -62,6 +64,7 @@ def test_the_run_stops_early_and_restores_the_best(
     # Trained for more red, monitored for less: the start stays the best, and the second evaluation is one too many.
     config = make(
         training__steps=50,
+        sampling__steps=3,
         evaluation__every=2,
         evaluation__at_end=True,
         early_stopping={"monitor": "red_share", "mode": "min", "patience": 2, "restore_best": True},
@@ -83,13 +86,14 @@ def test_the_best_lora_is_kept_beside_the_last_and_is_what_was_evaluated(
     make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     # The best lies in the middle: after step 4 the learning rate of this run makes nothing better.
-    config = make(training__steps=4, evaluation__every=2, early_stopping={"max_drift": 1e-9})
+    options: dict[str, Any] = {"training__steps": 4, "evaluation__every": 2, "sampling__steps": 3}
+    config = make(**options, early_stopping={"max_drift": 1e-9})
     folder = train(config)
     best = load_file(folder / "lora" / "best" / "pytorch_lora_weights.safetensors")
     assert all(not tensor.any() for name, tensor in best.items() if "lora_B" in name), "only the start had no drift"
     assert any(tensor.any() for name, tensor in adapters(folder).items() if "lora_B" in name)
     assert metrics(folder, "total")[-1]["step"] == 2
-    again = make(training__steps=4, evaluation__every=2, output=str(tmp_path / "again"))
+    again = make(**options, output=str(tmp_path / "again"))
     free = train(again)
     best = load_file(free / "lora" / "best" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in adapters(free).items()), "red rose to the end"
@@ -103,7 +107,8 @@ def test_a_resumed_run_that_stops_early_equals_the_uninterrupted_one(
         "evaluation__at_end": True,
         "optimizer__ema_decay": 0.9,
         "regularization__weight": 0.1,
-        "early_stopping": {"patience": 3, "restore_best": True},
+        "early_stopping": {"patience": 2, "restore_best": True},
+        "training__steps": 4,
     }
     straight = train(make(**options))
     config = make(**options, output=str(tmp_path / "broken"))
@@ -123,12 +128,12 @@ def test_a_resumed_run_that_stops_early_equals_the_uninterrupted_one(
 
 
 def test_an_interrupted_evaluation_is_repeated(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    straight = train(make(evaluation__every=2))
-    config = make(evaluation__every=2, output=str(tmp_path / "broken"))
+    straight = train(make(evaluation__every=2, training__steps=4))
+    config = make(evaluation__every=2, training__steps=4, output=str(tmp_path / "broken"))
     trainer = Trainer(config, registry=registry())
 
     def interrupt(*_: object) -> None:
-        if trainer.step_number == 4:
+        if trainer.step_number == 2:
             raise KeyboardInterrupt
 
     trainer.denoiser.register_forward_pre_hook(lambda *_: None if torch.is_grad_enabled() else interrupt())

@@ -24,7 +24,9 @@ from tests.support.toy_runs import changed, metrics, toy_data
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1})
+    base = toy_data(
+        tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1}, sampling={"steps": 1, "guidance_scale": 2.0}
+    )
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
     return lambda **overrides: changed(base, overrides, registry())
 

@@ -24,7 +24,9 @@ from tests.support.toy_runs import changed, toy_data
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1})
+    base = toy_data(
+        tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1}, sampling={"steps": 1, "guidance_scale": 2.0}
+    )
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
     return lambda **overrides: changed(base, overrides, registry())
 
@@ -92,7 +94,7 @@ def test_the_evaluation_at_the_end_draws_nothing_that_was_generated(
 
 def test_the_final_evaluation_reuses_the_images_of_the_best_adapters(make: Callable[..., RunConfig]) -> None:
     settings: dict[str, Any] = {"training__steps": 6, "evaluation__every": 2, "evaluation__at_end": True}
-    config = make(**settings, early_stopping={"restore_best": True})
+    config = make(**settings, sampling__steps=3, early_stopping={"restore_best": True})
     trainer = Trainer(config, registry=registry(), callbacks=[Scale(3, -1.0)])
     assert generated(trainer) == [0, 2, 4, 6]
     assert json.loads((trainer.output / "evaluation.json").read_text())["step"] == 2

@@ -19,7 +19,8 @@ from tests.support.toy_runs import Interrupt, changed, toy_data
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1}, previews={"prompts": ["a fox"]})
+    sampling = {"steps": 1, "guidance_scale": 2.0}
+    base = toy_data(tiny_model, tmp_path, sampling=sampling, previews={"prompts": ["a fox"]})
     return lambda **overrides: changed(base, {"training__steps": 3} | overrides, registry())
 
 

@@ -46,6 +46,8 @@ FEATURES = """
     def image_features(self, images):
         return images.mean((2, 3))
 """
+LEARNS = {"sampling__steps": 3}
+"""One denoising step is too few for a score that rises with every step of training."""
 NEW = "evaluations are not compared with those before the resume"
 
 
@@ -53,7 +55,8 @@ NEW = "evaluations are not compared with those before the resume"
 def make(tiny_model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config of short runs that evaluate; keyword arguments are overrides, dots as double underscores."""
     evaluation = {"at_end": False, "images_per_prompt": 2, "every": 1, "rewards": [SMALL]}
-    base = toy_data(tiny_model, tmp_path, backprop={"strategy": "last_k", "k": 1}, evaluation=evaluation)
+    sampling = {"steps": 1, "guidance_scale": 2.0}
+    base = toy_data(tiny_model, tmp_path, sampling=sampling, evaluation=evaluation)
     (tmp_path / "prompts.txt").write_text("a fox\ntwo owls\n")
     return lambda **overrides: changed(base, {"training__steps": 2} | overrides, registry())
 
@@ -74,7 +77,7 @@ def stopping_state(folder: Path) -> dict[str, Any]:
 def test_a_resumed_run_that_monitors_something_else_starts_a_new_best(
     make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = train(make())  # it monitors the total, which is positive and rises
+    folder = train(make(**LEARNS))  # it monitors the total, which is positive and rises
     assert stopping_state(folder)["best"] > 0
     first = stopping_state(folder)["first_diversity"]
     assert NEW not in capsys.readouterr().err
@@ -83,7 +86,7 @@ def test_a_resumed_run_that_monitors_something_else_starts_a_new_best(
         "early_stopping": {"monitor": "small", "patience": 2, "restore_best": True},
         "training__steps": 6,
     }
-    train(make(**options), resume=folder)
+    train(make(**LEARNS, **options), resume=folder)
     printed = capsys.readouterr().err
     assert f'{NEW}: early_stopping.monitor (was "total", is "small") changed; the one at step 2 is the first' in printed
     assert printed.count(NEW) == 1
@@ -93,7 +96,7 @@ def test_a_resumed_run_that_monitors_something_else_starts_a_new_best(
     assert metrics(folder, "total")[-1]["step"] == 4, "two evaluations were no better than its own first"
     best = load_file(folder / "lora" / "best" / "pytorch_lora_weights.safetensors")
     assert all(torch.equal(best[name], tensor) for name, tensor in adapters(folder).items())
-    train(make(**options | {"early_stopping__patience": 3}), resume=folder)
+    train(make(**LEARNS, **options | {"early_stopping__patience": 3}), resume=folder)
     assert NEW not in capsys.readouterr().err, "reported once, and more patience changes nothing of it"
     assert stopping_state(folder)["best_step"] == 2
 
@@ -161,9 +164,9 @@ def test_the_basis_has_the_last_weights_the_options_and_the_prompts_text(
 def test_an_old_best_lora_that_does_not_count_is_removed(
     make: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = train(make())
+    folder = train(make(**LEARNS))
     assert (folder / "lora" / "best").is_dir()
-    train(make(early_stopping={"max_drift": 1e-9, "restore_best": True}, training__steps=3), resume=folder)
+    train(make(**LEARNS, early_stopping={"max_drift": 1e-9, "restore_best": True}, training__steps=3), resume=folder)
     printed = capsys.readouterr().err
     assert f"{NEW}: at the best evaluation, of step 2, drift" in printed
     assert "no evaluation was within the limits of early_stopping; the LoRA is that of the last step" in printed
@@ -177,15 +180,17 @@ def test_a_run_resumed_in_another_folder_takes_the_best_lora_along(
     make: Callable[..., RunConfig], tmp_path: Path
 ) -> None:
     stopping = {"monitor": "small"}  # it falls, so the start stays the best
-    folder = train(make(early_stopping=stopping))
-    other = train(make(early_stopping=stopping, training__steps=3, output=str(tmp_path / "other")), resume=folder)
+    folder = train(make(**LEARNS, early_stopping=stopping))
+    other = train(
+        make(**LEARNS, early_stopping=stopping, training__steps=3, output=str(tmp_path / "other")), resume=folder
+    )
     name = "lora/best/pytorch_lora_weights.safetensors"
     ours, theirs = load_file(other / name), load_file(folder / name)
     assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
     assert (other / "lora" / "best" / "other.safetensors").is_file()
     with safe_open(other / name, framework="pt") as file:
         assert file.metadata()["alignprop.step"] == "0"
-    straight = train(make(early_stopping=stopping, training__steps=3, output=str(tmp_path / "straight")))
+    straight = train(make(**LEARNS, early_stopping=stopping, training__steps=3, output=str(tmp_path / "straight")))
     assert all(torch.equal(adapters(other)[key], tensor) for key, tensor in adapters(straight).items())
 
 

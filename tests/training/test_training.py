@@ -38,7 +38,7 @@ def model(tiny_model: Path) -> Path:
 @pytest.fixture
 def make(model: Path, tmp_path: Path) -> Callable[..., RunConfig]:
     """Build a config; keyword arguments are overrides with dots written as double underscores."""
-    base = toy_data(model, tmp_path, sampling={"steps": 4, "guidance_scale": 2.0})
+    base = toy_data(model, tmp_path, sampling={"steps": 2, "guidance_scale": 2.0})
     return lambda **overrides: changed(base, overrides, registry())
 
 
@@ -51,7 +51,7 @@ def train(config: RunConfig, **options: Any) -> Path:
 
 @pytest.mark.parametrize("strategy", ["uniform", "last_k", "full", "drtune", "refl"])
 def test_reward_rises_on_held_out_noise(make: Callable[..., RunConfig], strategy: str) -> None:
-    config = make(backprop__strategy=strategy, training__steps=8, evaluation__at_end=True)
+    config = make(backprop__strategy=strategy, sampling__steps=4, training__steps=8, evaluation__at_end=True)
     folder = train(config)
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["tuned"]["redness"]["interval"][0] > 0, result
@@ -79,18 +79,14 @@ def test_mix_is_the_weighted_sum_and_every_term_is_logged(make: Callable[..., Ru
     assert {"step", "grad_norm", "kept_steps", "reward_queries", "seconds", "peak_memory"} <= first.keys()
 
 
-def test_accumulation_and_chunks_give_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
-    whole = adapters(train(make(training__steps=3)))
-    for number, options in enumerate(
-        (
-            {"training__batch_size": 2, "training__gradient_accumulation_steps": 2},
-            {"backprop__sample_batch_size": 3, "backprop__decode_batch_size": 1},
-            {"backprop__checkpoint_steps": True, "backprop__checkpoint_decoder": True},
-        )
-    ):
-        other = adapters(train(make(training__steps=3, **options, output=str(tmp_path / f"run{number}"))))
-        for name, tensor in whole.items():
-            torch.testing.assert_close(other[name], tensor, rtol=2e-3, atol=2e-5)
+def test_checkpointing_with_accumulation_gives_the_same_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
+    """Chunks, and accumulation alone, are in test_mix_training.py."""
+    whole = adapters(train(make(training__steps=2)))
+    parts = {"training__batch_size": 2, "training__gradient_accumulation_steps": 2}
+    options = {"backprop__checkpoint_steps": True, "backprop__checkpoint_decoder": True, **parts}
+    other = adapters(train(make(training__steps=2, **options, output=str(tmp_path / "checkpointed"))))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(other[name], tensor, rtol=2e-3, atol=2e-5)
 
 
 def test_steps_see_every_prompt_once_before_one_twice() -> None:
@@ -157,7 +153,7 @@ def test_resolved_config_gives_the_same_run(make: Callable[..., RunConfig], tmp_
 
 
 def test_trained_lora_gives_identical_images_in_plain_diffusers(make: Callable[..., RunConfig], model: Path) -> None:
-    trainer = Trainer(make(lora__alpha=2.0, lora__use_rslora=True), registry=registry())
+    trainer = Trainer(make(lora__alpha=2.0, lora__use_rslora=True, training__steps=3), registry=registry())
     folder = trainer.train()
     with torch.no_grad():
         ours = trainer.sampler(["a fox"], generator=torch.Generator().manual_seed(1))
@@ -168,7 +164,7 @@ def test_trained_lora_gives_identical_images_in_plain_diffusers(make: Callable[.
     pipe.set_progress_bar_config(disable=True)
     pipe.load_lora_weights(folder / "lora", weight_name="pytorch_lora_weights.safetensors")
     theirs = pipe(
-        "a fox", num_inference_steps=4, guidance_scale=2.0, generator=torch.Generator().manual_seed(1), output_type="pt"
+        "a fox", num_inference_steps=2, guidance_scale=2.0, generator=torch.Generator().manual_seed(1), output_type="pt"
     ).images
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
 
@@ -200,6 +196,7 @@ def test_a_run_that_failed_before_its_first_step_blocks_nothing(make: Callable[.
 
 def test_resumed_run_is_the_run(make: Callable[..., RunConfig], tmp_path: Path) -> None:
     options = {"optimizer__schedule": "cosine", "optimizer__warmup_steps": 2, "sampling__eta": 0.4}
+    options["training__steps"] = 5
     straight = train(make(**options))
     config = make(**options, output=str(tmp_path / "broken"))
     with pytest.raises(KeyboardInterrupt):

@@ -156,7 +156,43 @@ reward, which take half a minute.
 """
 
 
-def test_a_run_that_ends_ends_its_worker(python: Path, file: Path, config_file: Config, tmp_path: Path) -> None:
+SCORES = """\
+import os
+import signal
+import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import torch
+import alignprop_isolation.reward
+from alignprop_core.config.yaml import read_yaml
+from alignprop_core.reward import ImageBatch
+config, folder, *names = sys.argv[1:]
+alignprop_isolation.reward.shared_folder = lambda: f"{folder}/shared-{name}"
+from alignprop_core.registry.registry import Registry
+from alignprop_isolation.config import IsolationConfig
+from alignprop_isolation.lookup import IsolatedRewards
+(entry,) = read_yaml(open(config).read(), config)[0]["rewards"]
+rewards = IsolatedRewards(IsolationConfig(**entry["isolation"]), Registry([]))
+for name in names:
+    if os.fork() == 0:
+        os.setsid()
+        os.dup2(os.open(f"{folder}/printed-{name}", os.O_WRONLY | os.O_CREAT), 2)
+        with open(f"{folder}/pid-{name}", "w") as file:
+            file.write(str(os.getpid()))
+        reward = rewards.load_reward(entry["name"], entry["options"])
+        try:
+            reward(ImageBatch(images=torch.rand(1, 3, 8, 8)))
+        except KeyboardInterrupt:
+            sys.exit(130)
+for name in names:
+    os.wait()
+"""
+"""As `RUNS`, but each process only scores with the reward, without a model: a fraction of the imports."""
+
+
+@pytest.mark.parametrize("program", [SCORES, pytest.param(RUNS, marks=pytest.mark.slow)], ids=["process", "run"])
+def test_a_run_that_ends_ends_its_worker(
+    program: str, python: Path, file: Path, config_file: Config, tmp_path: Path
+) -> None:
     """Ctrl-C reaches the whole process group; the other run is killed; both while the worker is busy."""
     options = {"does": "sleep", "folder": str(tmp_path / "marks")}
     path = config_file({"name": f"{file}:Redness", "isolation": {"python": str(python)}, "options": options})
@@ -164,7 +200,7 @@ def test_a_run_that_ends_ends_its_worker(python: Path, file: Path, config_file: 
     for folder in ("marks", *(f"shared-{name}" for name in names)):
         (tmp_path / folder).mkdir()
     both = subprocess.Popen(
-        [sys.executable, "-c", RUNS, str(path), str(tmp_path), *names], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(path), str(tmp_path), *names], stderr=subprocess.PIPE, text=True
     )
 
     def printed(name: str) -> str:

@@ -3,7 +3,7 @@
     python -I -m alignprop_isolation.describe < request.json
 
 The request is {"name": ..., "options": {...} or null}. The answer, on standard output, has the spec, the JSON schema of
-the options and the options with their defaults (null if the request had none), or an error.
+the options and the options with their defaults (null if the request had none and one is required), or an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import sys
 from typing import Any
 
 from alignprop_core import __version__
-from alignprop_core.registry.registry import default_registry
+from alignprop_core.errors import ConfigError
+from alignprop_core.registry.registry import Registry, default_registry
 from alignprop_isolation.messages import PROTOCOL, error_data
 
 
@@ -30,9 +31,19 @@ def describe(name: str, options: dict[str, Any] | None) -> dict[str, Any]:
         "version": offer.version,
         "spec": offer.spec.model_dump(mode="json"),
         "schema": kind.model_json_schema(),
-        "options": None if options is None else registry.reward_options(name, options).model_dump(mode="json"),
+        "options": _checked(registry, name, options),
         "origin": None if local is None else local.origin,
     }
+
+
+def _checked(registry: Registry, name: str, options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the options with their defaults; with None, the defaults alone, or None if an option is required."""
+    try:
+        return registry.reward_options(name, options).model_dump(mode="json")
+    except ConfigError:
+        if options is None:
+            return None
+        raise
 
 
 def main() -> None:

@@ -89,8 +89,13 @@ class IsolatedRewards:
         return IsolatedReward(name, given, self.isolation)
 
     def _describe(self, name: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        # Cached for the process, as the discovery of plugins is; an error is not cached.
-        text = json.dumps(None if options is None else dict(options), sort_keys=True, default=str)
+        # Answers are kept for the process, as the discovery of plugins is; errors are not. Each costs a process there,
+        # which may import torch: hence the first one has the defaults as well.
+        plain = _described(self.isolation.python, name, "null")
+        text = json.dumps(dict(options or {}), sort_keys=True, default=str)
+        defaults = plain["options"]
+        if options is None or (defaults is not None and text in ("{}", json.dumps(defaults, sort_keys=True))):
+            return plain
         return _described(self.isolation.python, name, text)
 
 
