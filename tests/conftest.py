@@ -24,6 +24,9 @@ INDEPENDENT = (
 )
 """Files whose tests take a quarter of a minute and more each, and share no expensive fixture but the wheels."""
 
+ONE_ENVIRONMENT = "alignprop-isolation"
+"""The plugin whose test files use one Python environment: they run in one process, so that it is made once."""
+
 TIMED = "test_listing_times.py"
 """Tests of processor time, which a busy machine inflates: they run last."""
 
@@ -64,6 +67,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
+            if ONE_ENVIRONMENT in file:
+                return file.rpartition("/")[0]
             return nodeid if file.endswith(INDEPENDENT) else file
 
     return Files(config, log)
@@ -71,7 +76,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest tests first and the timed ones last; skip, visibly, what needs a GPU."""
-    items.sort(key=lambda item: (item.path.name == TIMED, item.path.name not in INDEPENDENT))
+
+    def late(item: pytest.Item) -> tuple[bool, bool, bool]:
+        name, folders = item.path.name, item.path.parts
+        return name == TIMED, name not in INDEPENDENT, ONE_ENVIRONMENT not in folders
+
+    items.sort(key=late)
     needing = [item for item in items if item.get_closest_marker("gpu")]
     if not needing:
         return

@@ -51,7 +51,7 @@ def train(config: RunConfig, **options: Any) -> Path:
 
 @pytest.mark.parametrize("strategy", ["uniform", "last_k", "full", "drtune", "refl"])
 def test_reward_rises_on_held_out_noise(make: Callable[..., RunConfig], strategy: str) -> None:
-    config = make(backprop__strategy=strategy, sampling__steps=4, training__steps=8, evaluation__at_end=True)
+    config = make(backprop__strategy=strategy, sampling__steps=4, training__steps=6, evaluation__at_end=True)
     folder = train(config)
     result = json.loads((folder / "evaluation.json").read_text())
     assert result["tuned"]["redness"]["interval"][0] > 0, result
