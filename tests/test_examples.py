@@ -12,10 +12,13 @@ import yaml
 
 from alignprop_core.cli import run
 from alignprop_core.config.load import load_config
+from alignprop_core.prompts import PromptSet, load_prompts
+from alignprop_core.registry.registry import default_registry
 
 pytest.importorskip("alignprop_starter")
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+FEWEST_PROMPTS = 30
 CONFIGS = sorted(EXAMPLES.glob("*.yaml"))
 SHORT = [
     "training.steps=1",
@@ -47,6 +50,27 @@ def test_example_config_trains(path: Path, tmp_path: Path) -> None:
     (step,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert (step["step"], step["idle"]) == (1, None)
     assert step["grad_norm"] > 0
+
+
+def prompts_of(path: Path) -> tuple[PromptSet, PromptSet]:
+    """Return the training and the held-out prompts of a config."""
+    config, registry = load_config(path), default_registry()
+    assert config.prompts.heldout is not None
+    return load_prompts(config.prompts.train, registry), load_prompts(config.prompts.heldout, registry)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_example_has_many_heldout_prompts_that_are_not_trained_on(path: Path) -> None:
+    train, heldout = prompts_of(path)
+    assert len(set(heldout.prompts)) == len(heldout) >= FEWEST_PROMPTS
+    assert set(heldout.prompts) & set(train.prompts) == set()
+
+
+def test_half_of_the_heldout_prompts_of_unlearning_ask_for_spiders_and_all_for_known_animals() -> None:
+    read_caption = pytest.importorskip("alignprop_starter.vocabulary").read_caption
+    asked = [read_caption(prompt) for prompt in prompts_of(EXAMPLES / "object_absence.yaml")[1].prompts]
+    assert None not in [request.species for request in asked]
+    assert sum(request.species == "spider" for request in asked) * 2 == len(asked)
 
 
 def test_every_example_of_the_starter_has_a_real_size_variant() -> None:

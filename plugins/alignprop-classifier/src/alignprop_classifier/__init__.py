@@ -90,4 +90,11 @@ def alignprop_register_prompts() -> Iterable[PromptSpec]:
             size=5,
             license="Apache-2.0",
         ),
+        PromptSpec(
+            name="classifier/eval_imagenet_animals_background",
+            summary="The same 5 held-out animals, each with eight backgrounds.",
+            path="alignprop_classifier:data/eval_imagenet_animals_background.jsonl",
+            size=40,
+            license="Apache-2.0",
+        ),
     ]

@@ -132,10 +132,13 @@ def alignprop_register_prompts() -> Iterable[PromptSpec]:
     return [
         PromptSpec(
             name=f"counting/{name}",
-            summary=f"One to five objects of {size} classes of COCO{note}, with object and number in the metadata.",
+            summary=f"One to five objects of {classes} classes of COCO{note}, with object and number in the metadata.",
             path=f"alignprop_counting:prompts/{name}.jsonl",
             size=size,
             license="Apache-2.0",
         )
-        for name, size, note in (("coco_objects", 30, ""), ("eval_coco_objects", 8, " that the first set lacks"))
+        for name, size, classes, note in (
+            ("coco_objects", 30, 30, ""),
+            ("eval_coco_objects", 40, 8, " that the first set lacks"),
+        )
     ]
