@@ -14,7 +14,7 @@ from torch import nn
 from alignprop_core.diffusion.families.find import find_family
 from alignprop_core.diffusion.families.stable_diffusion_file import open_single_file
 from alignprop_core.diffusion.networks import load_part, load_parts
-from alignprop_core.errors import ModelError, under
+from alignprop_core.errors import AlignpropError, ModelError, complaint, under
 from alignprop_core.locate import find_base, find_vae
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import FamilySpec
@@ -68,10 +68,24 @@ def _explained(name: str, source: Path | str, file: str = "model_index.json") ->
     """Turn what the libraries raise on unreadable files, or files of another version, into a `ModelError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+    except AlignpropError:
+        raise
+    except Exception as error:  # the libraries raise many types for an invalid value
         if missing := _not_here(source, file):
             raise ModelError(missing) from error
-        raise ModelError(f'"{name}" could not be loaded from {source}: {error}') from error
+        raise ModelError(f'"{name}" could not be loaded from {source}: {complaint(error)}') from error
+
+
+@contextmanager
+def can_run() -> Iterator[None]:
+    """Turn what the libraries raise if a loaded model's parts do not fit each other into a `ModelError`."""
+    try:
+        yield
+    except (AlignpropError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # raised by the libraries' own code, any type
+        with under("model.base"):
+            raise ModelError(f"the model loads, but cannot generate an image: {complaint(error)}.") from error
 
 
 def _not_here(source: Path | str, file: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from alignprop_core.errors import ModelError
+from alignprop_core.errors import ModelError, complaint
 
 _log = getLogger(__name__)
 
@@ -66,12 +66,9 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
         part: its name in the pipeline, for messages.
 
     Raises:
-        ModelError: the library finds no file, or it lacks weights of this network, has them in another shape or is
-            damaged.
-        ValueError: the library cannot read its config.
+        ModelError: the library finds no file or cannot read it, or it lacks weights of this network or has them in
+            another shape.
     """
-    from safetensors import SafetensorError
-
     variant = _variant(Path(source))
     try:
         # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
@@ -79,10 +76,8 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
         network, info = kind.from_pretrained(
             source, variant=variant, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except OSError as error:
-        raise ModelError(f"{part} at {source} could not be loaded: {error}") from error
-    except SafetensorError as error:
-        raise ModelError(f"{part} at {source} is damaged ({error}); download it again.") from error
+    except Exception as error:  # the libraries raise many types for an invalid value
+        raise ModelError(f"{part} at {source} could not be loaded: {complaint(error)}. Download it again.") from error
     # Weights that the index lists but the shard lacks are not in `missing_keys`; they are still on the meta device.
     missing = set(info["missing_keys"]) | set(_never_filled(network))
     shapes = {name: (tuple(has), tuple(wants)) for name, has, wants in info["mismatched_keys"]}

@@ -31,7 +31,7 @@ from alignprop_core.diffusion.engine import Engine
 from alignprop_core.diffusion.families.base import Conditioning, Family
 from alignprop_core.diffusion.families.find import family_for
 from alignprop_core.diffusion.finite import require_finite
-from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.loading import can_run, load_pipeline
 from alignprop_core.diffusion.noise import Noise, pipeline_noise, seeded
 from alignprop_core.diffusion.output import SampleOutput
 from alignprop_core.diffusion.schedulers import step_sizes
@@ -144,7 +144,8 @@ class Sampler:
             pipeline = load_pipeline(
                 str(model), registry=registry, device=place, dtype=dtype, vae=vae, families=families
             )
-        family = family_for(pipeline, settings, families)
+        with can_run():
+            family = family_for(pipeline, settings, families)
         # Frozen LoRAs first, so that `without_lora` and regularization have them as a part of the base model.
         for number, extra in enumerate(frozen):
             adapters.attach_frozen(pipeline, extra.path, extra.strength, f"frozen_{number}")
@@ -161,7 +162,8 @@ class Sampler:
                 init_from=adapter.init_from,
                 seed=seed,
             )
-        return cls(pipeline, settings, truncating, family=family, regularization=regularization)
+        with can_run():
+            return cls(pipeline, settings, truncating, family=family, regularization=regularization)
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """Return the parameters of the trainable adapter: A and B of each layer, in module order."""
@@ -325,7 +327,7 @@ class Sampler:
             a graph.
 
         Raises:
-            RunError: a PIL image is not finite; names network, denoising step, prompt and seed.
+            ModelError, RunError: a PIL image cannot be generated, as `generate`.
         """
         generator = generator or torch.Generator().manual_seed(seed)
         with_graph = output == "tensor" and torch.is_grad_enabled()
@@ -337,12 +339,23 @@ class Sampler:
             device=self.device,
             dtype=self.dtype,
         )
+        if output == "pil":
+            return [to_pil(image) for image in self.generate(prompts, noise)]
         with torch.set_grad_enabled(with_graph):
+            return self.decode(self.sample(prompts, noise).latents)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], noise: Noise) -> Tensor:
+        """Return B images, (B, 3, H, W) in [0, 1], without a graph.
+
+        Raises:
+            ModelError: the parts of the model do not fit each other.
+            RunError: an image is not finite; names network, denoising step, prompt and seed.
+        """
+        with can_run():
             images = self.decode(self.sample(prompts, noise).latents)
-        if output == "tensor":
-            return images
         require_finite(self, images, prompts, noise)
-        return [to_pil(image) for image in images]
+        return images
 
     # -- inside -------------------------------------------------------------------------------------------------
 

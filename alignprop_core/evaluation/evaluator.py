@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import EvaluationConfig
-from alignprop_core.diffusion.finite import at_row, first_bad, require_finite
+from alignprop_core.diffusion.finite import at_row, first_bad
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import RewardError, under
@@ -155,8 +155,7 @@ class Evaluator:
                 for name, switch in variants.items():
                     with switch(), torch.no_grad():
                         # (b, 3, H, W) in [0, 1]
-                        images = sampler.decode(sampler.sample(texts, noise).latents)
-                        require_finite(sampler, images, texts, noise)
+                        images = sampler.generate(texts, noise)
                         metadata = [prompts.metadata[prompt] for prompt, _ in part]
                         batch = ImageBatch(images=images, prompts=texts, metadata=metadata)
                         for term in self.terms:

@@ -48,6 +48,9 @@ _OTHER_KINDS = {  # parts of keys of what is not a plain LoRA
     "transformer_blocks.": "a complete denoiser",
 }
 
+_CHANGE_THE_BASE = ("pissa", "olora", "corda")
+"""How peft's initializations start that change the base weights before training; true and "gaussian" do not."""
+
 
 class Factors(NamedTuple):
     """The weight change of one layer, scale * B A.
@@ -165,6 +168,13 @@ def _with_header_scales(
         for key, value in json.loads(text).items():
             component, setting = locate_module(key)
             settings.setdefault(component, {})[setting] = value
+            # peft writes true here if it has converted the adapter.
+            if setting == "init_lora_weights" and str(value).lower().startswith(_CHANGE_THE_BASE):
+                raise LoraError(
+                    f"{file}: {key} is {value}: the adapter was trained on base weights that were changed first, so it "
+                    "is wrong on the model's own. Convert it with peft, where the initial adapter was saved: "
+                    "model.save_pretrained(folder, path_initial_model_for_weight_conversion=initial)."
+                )
         for component, layers in parts.items():
             for module, layer in layers.items():
                 scale = layer.scale or _scale(settings.get(component, {}), module, layer.rank)

@@ -195,7 +195,7 @@ class Registry:
         A set's own name may be shared by several rewards; only the sets for this reward are searched.
         """
         offers = tuple(o for o in self.weights() if o.spec.reward == reward.rpartition("/")[2])
-        return self._one(f'set of weights for "{reward}"', name, offers)
+        return self._one(f'"{reward}" weights named', name, offers)
 
     def _one(self, what: str, name: str, offers: tuple[Offer[S], ...]) -> Offer[S]:
         found = matching(name, offers)

@@ -41,8 +41,8 @@ _MAY_DIFFER = {
 }
 """What a resumed run may change: sections and keys that do not affect training."""
 
-_NOT_READ_AGAIN = {"lora.init_from", "prompts.heldout"}
-"""Files that may change: a resumed run has its adapters, and reports that its evaluations are of other prompts."""
+_NOT_READ_AGAIN = {"lora.init_from"}
+"""Files that may change: a resumed run takes its adapters from the checkpoint, so they have no effect after step 0."""
 
 _SHOWN = 40
 _REMEDY = (

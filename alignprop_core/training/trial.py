@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig
-from alignprop_core.diffusion.finite import require_finite
 from alignprop_core.diffusion.sampler import Sampler
-from alignprop_core.errors import ModelError, RewardError, TrialError, UserError, complaint, under
+from alignprop_core.errors import RewardError, TrialError, UserError
 from alignprop_core.mix.term import Term
 from alignprop_core.reward import ImageBatch
 
@@ -49,15 +48,7 @@ def try_all(trainer: Trainer, terms: Sequence[Term]) -> None:
     sampler = Sampler(family.pipeline, sampling, backprop, family=type(family)(family.pipeline, sampling))
     text = prompts.prompts[0]
     noise = sampler.noise([text], seed=config.training.seed)
-    try:
-        with torch.no_grad():
-            images = sampler.decode(sampler.sample([text], noise).latents)
-    except (RuntimeError, ValueError, TypeError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        with under("model.base"):
-            raise ModelError(f"the model loads, but cannot generate an image: {complaint(error)}.") from error
-    require_finite(sampler, images, [text], noise)
+    images = sampler.generate([text], noise)
     height, width = images.shape[2:]
     tried = (
         f"This was a trial before training, with one image of {width}x{height} pixels and {steps} denoising steps, for "

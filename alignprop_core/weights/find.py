@@ -71,7 +71,7 @@ def _find(
     try:
         return _named(value, sets_of or reward, registry)
     except PluginError as error:
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file() raises an error for a name that is too long
             return path
         raise WeightsError(f"{error} The option {option} {FORMS}.") from error
 

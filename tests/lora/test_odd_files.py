@@ -303,6 +303,16 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str, dict[str, Any]]] = {
         "its adapter_config.json",
         {"adapter_config.json": "[1]"},
     ),
+    "PiSSA": (
+        pair(PEFT, ".lora_A.weight", ".lora_B.weight"),
+        "init_lora_weights is pissa_niter_16: the adapter was trained on base weights that were changed first",
+        {"adapter_config.json": CONFIG["adapter_config.json"] | {"init_lora_weights": "pissa_niter_16"}},
+    ),
+    "OLoRA in diffusers' header": (
+        WITH_A_B,
+        "unet.init_lora_weights is olora",
+        {"header": {"unet.lora_alpha": 4, "unet.init_lora_weights": "olora"}},
+    ),
 }
 
 

@@ -276,7 +276,7 @@ def test_models_and_weights_are_found_by_name() -> None:
     assert registry.model("starter").full_name == "alignprop-starter/starter"
     assert registry.find_model("runwayml/stable-diffusion-v1-5") is None
     assert registry.weights_for("hps", "starter").spec.path == "pkg:hps.safetensors"
-    with pytest.raises(PluginError, match=r'set of weights for "hps" "startr".*Did you mean "starter"'):
+    with pytest.raises(PluginError, match=r'offers the "hps" weights named "startr".*Did you mean "starter"'):
         registry.weights_for("hps", "startr")
 
 

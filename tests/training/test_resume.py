@@ -312,10 +312,13 @@ def test_files_that_changed_since_a_run_began_are_refused_by_key_and_name(
     extra = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     put(factor, factor=torch.tensor(2.0))
     (tmp_path / "weighted.py").write_text(WEIGHTED)
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("a boat\na hill\n")
     options: dict[str, Any] = {
         "model": {"base": str(model), "loras": [{"path": str(extra)}]},
         "rewards": [{"name": f"{tmp_path}/weighted.py:Weighted"}],
         "evaluation__every": None,
+        "prompts__heldout": str(heldout),
     }
     folder = train(make(**options, training__steps=1))
     files = json.loads((folder / "environment.json").read_text())["files"]
@@ -335,6 +338,7 @@ def test_files_that_changed_since_a_run_began_are_refused_by_key_and_name(
     prompts = tmp_path / "prompts.txt"
     for key, file, edit in (
         (r"prompts\.train: .*prompts\.txt", prompts, lambda: prompts.write_text("a fox\nthree owls\n")),
+        (r"prompts\.heldout: .*heldout\.txt", heldout, lambda: heldout.write_text("a boat\na cat\n")),
         (r"model\.base: unet/.*safetensors", weights, lambda: _nudged(weights)),
         (
             r"model\.base: tokenizer/new\.json",

@@ -275,7 +275,7 @@ def test_a_set_whose_file_or_package_is_missing_is_reported(package: str) -> Non
 
 
 def test_without_a_registry_the_environments_own_is_asked() -> None:
-    with pytest.raises(WeightsError, match='set of weights for "no_such_reward" "nothing"'):
+    with pytest.raises(WeightsError, match='offers the "no_such_reward" weights named "nothing"'):
         find_weights("nothing", reward="no_such_reward")
 
 

@@ -147,6 +147,10 @@ def _from_transformers(state: dict[str, Tensor], where: str) -> dict[str, Tensor
                 )
             kind = name.rpartition(".")[2]
             name = name.replace(f".self_attn.q_proj.{kind}", f".attn.in_proj_{kind}")
+            shapes = {part: tuple(state[part].shape) for part in parts}
+            if len(set(shapes.values())) > 1 or not value.ndim:
+                found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+                raise WeightsError(f"{where} is damaged: the shapes do not match: {found}. Fetch the file again.")
             value = torch.cat([state[part] for part in parts])  # (3 * width, width), or (3 * width,) for the bias
         elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue

@@ -252,7 +252,7 @@ def _likely_models(state: Mapping[str, Tensor]) -> str:
 
     conv, positions = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
     text = state.get("ln_final.weight", state.get("text.ln_final.weight"))
-    if conv is None or positions is None or conv.ndim != 4:
+    if conv is None or positions is None or conv.ndim != 4 or 0 in (positions.ndim, 1 if text is None else text.ndim):
         return ""
     matches = []
     for name in open_clip.list_models():
