@@ -65,8 +65,9 @@ class PromptsConfig(Section):
 class SamplingConfig(Section):
     """How images are sampled, in training, previews and evaluation."""
 
-    scheduler: Literal["ddim"] = "ddim"
-    """The sampler's update rule."""
+    scheduler: Literal["ddim", "flow_match_euler"] | None = None
+    """The sampler's update rule; null uses the one for the model's kind: ddim for Stable Diffusion 1, 2 and XL,
+    flow_match_euler for Stable Diffusion 3."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps per image."""
     guidance_scale: float = Field(default=7.5, ge=1)

@@ -84,6 +84,8 @@ def can_run() -> Iterator[None]:
     except (AlignpropError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # raised by the libraries' own code, any type
+        if "CUDA error" in str(error):  # the device's or the driver's fault
+            raise
         with under("model.base"):
             raise ModelError(f"the model loads, but cannot generate an image: {complaint(error)}.") from error
 
@@ -111,6 +113,8 @@ def _open(source: Path | str, given: dict[str, Any], families: Sequence[FamilySp
     if not kind:
         raise ModelError(f"{source}: its model_index.json names no pipeline class (_class_name); download it again.")
     family = None if families is None else find_family(str(kind), families)
+    # Parts that the model lacks, such as a third text encoder, which diffusers would ask for.
+    given = {**{part: None for part, entry in index.items() if entry == [None, None]}, **given}
     if index.get("safety_checker", (None, None))[0] is not None:
         given = {**given, "safety_checker": None, "requires_safety_checker": False}
     folder = source

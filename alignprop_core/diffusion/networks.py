@@ -69,6 +69,8 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
         ModelError: the library finds no file or cannot read it, or it lacks weights of this network or has them in
             another shape.
     """
+    from safetensors import SafetensorError
+
     variant = _variant(Path(source))
     try:
         # Weights of other shapes are skipped and reported below with the missing ones. Without this option the
@@ -76,6 +78,8 @@ def load_part(kind: Any, source: Path | str, part: str) -> nn.Module:
         network, info = kind.from_pretrained(
             source, variant=variant, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    except SafetensorError as error:
+        raise ModelError(f"{part} at {source} is damaged ({error}); download it again.") from error
     except Exception as error:  # the libraries raise many types for an invalid value
         raise ModelError(f"{part} at {source} could not be loaded: {complaint(error)}. Download it again.") from error
     # Weights that the index lists but the shard lacks are not in `missing_keys`; they are still on the meta device.

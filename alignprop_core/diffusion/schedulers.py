@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from alignprop_core.errors import ModelError, complaint
@@ -25,7 +25,7 @@ class Scheduler(Protocol):
     """The interface between the sampler and a scheduler.
 
     Attributes:
-        timesteps: (T,) int64 on the sampler's device, noisiest first.
+        timesteps: (T,) on the sampler's device, noisiest first: int64, or float32 for flow matching.
         steps: T.
         needs_noise: whether `step` adds fresh noise.
         initial_state: the state before the first step.
@@ -209,3 +209,63 @@ class DDIM:
         """Return sqrt(alpha) * latents + sqrt(1 - alpha) * noise at the level of this step."""
         c = self._table[step]
         return c.sqrt_alpha * latents + c.sqrt_beta * noise
+
+
+class FlowMatchEuler:
+    """Euler's method for the flow from noise to images, as diffusers' `FlowMatchEulerDiscreteScheduler` computes it.
+
+    Latents are (1 - sigma) * clean + sigma * noise, and the network predicts the velocity, noise - clean (Esser et al.
+    2024, https://arxiv.org/abs/2403.03206, section 2). The sigmas are diffusers' own, so results are equal to the last
+    bit.
+
+    Args:
+        config: the config of diffusers' `FlowMatchEulerDiscreteScheduler`.
+        steps: number of denoising steps T.
+        mu: for the shift of the sigmas that depends on the image's size (`use_dynamic_shifting`); None without it.
+        device: where `timesteps` is needed.
+
+    Raises:
+        ModelError: diffusers refuses the options, or steps add noise.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        steps: int,
+        *,
+        mu: float | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if config.get("stochastic_sampling"):
+            raise ModelError(
+                "The model's scheduler adds noise at every step (stochastic_sampling: true), which alignprop does not "
+                "do with flow matching; set it to false in the model's scheduler_config.json."
+            )
+        try:
+            table = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
+            table.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+        except (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError) as error:
+            raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
+        self.steps = steps
+        self.needs_noise = False
+        self.initial_state: State = ()
+        self._sigmas: Tensor = table.sigmas.cpu()  # T + 1; 0-dim CPU tensors mix with device tensors without a sync
+        self.timesteps: Tensor = table.timesteps.to(device)
+
+    def step(
+        self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Move along the velocity to the next sigma; `noise` is not read."""
+        return latents + (self._sigmas[step + 1] - self._sigmas[step]) * prediction, state
+
+    def slope(self, step: int) -> float:
+        """Return 1: a step adds to the latents."""
+        return 1.0
+
+    def clean(self, latents: Tensor, prediction: Tensor, step: int) -> Tensor:
+        """Return latents - sigma * velocity."""
+        return latents - self._sigmas[step] * prediction
+
+    def renoise(self, latents: Tensor, step: int, noise: Tensor) -> Tensor:
+        """Return (1 - sigma) * latents + sigma * noise at the level of this step."""
+        return (1 - self._sigmas[step]) * latents + self._sigmas[step] * noise

@@ -6,8 +6,17 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -88,7 +97,101 @@ def tiny_sd(
     return pipeline
 
 
-TINY_PIPELINES: dict[str, Callable[..., Any]] = {"stable_diffusion": tiny_sd}
+def tiny_sdxl(prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", seed: int = 0) -> Any:
+    """Return a Stable Diffusion XL pipeline of about 0.4M float32 parameters; the same `seed` gives the same weights.
+
+    Images are 32x32, latents (B, 4, 4, 4). The global random state is unchanged.
+    """
+    base = tiny_sd(prediction_type, seed=seed)
+    config = base.text_encoder.config.to_dict() | {"projection_dim": 24}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).eval()
+        unet = UNet2DConditionModel(
+            sample_size=4,
+            block_out_channels=(16, 32),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=64,  # of both text encoders
+            attention_head_dim=8,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+            norm_num_groups=8,
+        ).eval()
+    pipeline = StableDiffusionXLPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoder,
+        text_encoder_2=text_encoder_2,
+        tokenizer=base.tokenizer,
+        tokenizer_2=tiny_tokenizer(),
+        unet=unet,
+        scheduler=base.scheduler,
+        add_watermarker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sd3(seed: int = 0) -> Any:
+    """Return a Stable Diffusion 3 pipeline without T5, of about 0.1M float32 parameters; `seed` decides the weights.
+
+    Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
+    """
+    base = tiny_sd(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        config = CLIPTextConfig.from_dict(base.text_encoder.config.to_dict() | {"projection_dim": 16})
+        encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=16,
+            norm_num_groups=4,
+            sample_size=32,
+            scaling_factor=1.5305,
+            shift_factor=0.0609,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ).eval()
+        transformer = SD3Transformer2DModel(
+            sample_size=4,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=64,  # the encoders' widths, padded as the pipeline pads them for T5
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            out_channels=16,
+            pos_embed_max_size=16,
+        ).eval()
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=encoders[0],
+        tokenizer=base.tokenizer,
+        text_encoder_2=encoders[1],
+        tokenizer_2=tiny_tokenizer(),
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+TINY_PIPELINES: dict[str, Callable[..., Any]] = {
+    "stable_diffusion": tiny_sd,
+    "stable_diffusion_xl": tiny_sdxl,
+    "stable_diffusion_3": tiny_sd3,
+}
 """Family -> the function that builds its tiny pipeline."""
 
 

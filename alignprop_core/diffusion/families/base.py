@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.schedulers import Scheduler
+from alignprop_core.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,19 @@ class Family(ABC):
 
     denoiser_name: ClassVar[str]
     """Name of the network in the pipeline that LoRA is attached to: "unet" or "transformer"."""
+    title: ClassVar[str] = "model of another kind"
+    """The family's name in messages."""
+    schedulers: ClassVar[tuple[str, ...]] = ()
+    """Values of `sampling.scheduler` that the family can run; empty if a family does not read it."""
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         self.pipeline = uncompiled(pipeline)
         self.sampling = sampling
+        if self.schedulers and sampling.scheduler not in (None, *self.schedulers):
+            raise ConfigError(
+                f'sampling.scheduler is "{sampling.scheduler}", which a {self.title} model does not use; remove the '
+                f"key or set it to {' or '.join(self.schedulers)}."
+            )
         self.check({name: _config_of(part) for name, part in pipeline.components.items() if part is not None})
 
     @classmethod

@@ -18,6 +18,18 @@ BUILT_IN = (
         factory="alignprop_core.diffusion.families.stable_diffusion:StableDiffusion",
         pipelines=("StableDiffusionPipeline",),
     ),
+    FamilySpec(
+        name="stable_diffusion_xl",
+        summary="Stable Diffusion XL, epsilon and v prediction.",
+        factory="alignprop_core.diffusion.families.stable_diffusion_xl:StableDiffusionXL",
+        pipelines=("StableDiffusionXLPipeline",),
+    ),
+    FamilySpec(
+        name="stable_diffusion_3",
+        summary="Stable Diffusion 3 and 3.5, flow matching.",
+        factory="alignprop_core.diffusion.families.stable_diffusion_3:StableDiffusion3",
+        pipelines=("StableDiffusion3Pipeline",),
+    ),
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,28 +38,38 @@ class StableDiffusion(Family):
     """
 
     denoiser_name = "unet"
+    title = "Stable Diffusion"
+    schedulers = ("ddim",)
+    others: ClassVar[str] = ", such as Stable Diffusion XL or an upscaler"
+    """Kinds of models with other inputs, for messages."""
+    parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    """The parts that a pipeline needs; the UNet reads the text encoders' outputs side by side."""
+    inputs: ClassVar[Mapping[str, tuple[str | None, ...]]] = _PLAIN
+    """Settings of a UNet's further inputs, and their values in this family."""
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         super().__init__(pipeline, sampling)
         self._warned = False
         if sampling.true_cfg_scale is not None:
             raise ConfigError(
-                "sampling.true_cfg_scale is for guidance-distilled models; this is a Stable Diffusion model, "
-                "whose key is sampling.guidance_scale."
+                f"sampling.true_cfg_scale is for guidance-distilled models; this is a {self.title} model, whose key is "
+                "sampling.guidance_scale."
             )
-        _check_tokenizer(pipeline.tokenizer, pipeline.text_encoder)
+        for part in self.parts:
+            if part.startswith("tokenizer"):
+                check_tokenizer(getattr(pipeline, part), getattr(pipeline, part.replace("tokenizer", "text_encoder")))
 
     @classmethod
     def check(cls, parts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Refuse a pipeline without all of its parts, or whose UNet needs more than latents, time and one encoded text.
+        """Refuse a pipeline without all of its parts, or whose UNet needs other inputs than the family gives it.
 
         Inpainting, editing, upscaling and distilled models are saved with the same classes.
         """
-        if missing := [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if part not in parts]:
+        if missing := [part for part in cls.parts if part not in parts]:
             raise ModelError(
-                f"The model has no {' and no '.join(missing)}; a Stable Diffusion model needs all of its parts."
+                f"The model has no {' and no '.join(missing)}; a {cls.title} model needs all of its parts."
             )
-        unet, vae, text = parts["unet"], parts["vae"], parts["text_encoder"]
+        unet, vae = parts["unet"], parts["vae"]
         if unet.get("time_cond_proj_dim") is not None:
             raise ModelError(
                 "This UNet embeds the guidance scale (a latent consistency model); alignprop runs Stable Diffusion "
@@ -77,19 +87,20 @@ class StableDiffusion(Family):
                 f"The VAE has {latents} latent channels and the UNet {channels}: they are of different models. Use the "
                 f"model's own VAE, or another one with {channels} latent channels."
             )
-        extra = {key: unet.get(key) for key, plain in _PLAIN.items() if unet.get(key) not in plain}
+        extra = {key: unet.get(key) for key, allowed in cls.inputs.items() if unet.get(key) not in allowed}
         if extra:
             raise ModelError(
-                "The UNet needs inputs that Stable Diffusion 1 and 2 do not have "
-                f"({', '.join(f'{key}: {value}' for key, value in extra.items())}): it is of another kind of model, "
-                "such as Stable Diffusion XL or an upscaler."
+                f"The UNet has other inputs than {cls.title} "
+                f"({', '.join(f'{key}: {value}' for key, value in extra.items())}): it is of another kind of model"
+                f"{cls.others}."
             )
         reads = unet.get("encoder_hid_dim") or unet.get("cross_attention_dim")
-        width = text.get("hidden_size")
-        if isinstance(reads, int) and isinstance(width, int) and reads != width:
+        widths = [parts[part].get("hidden_size") for part in cls.parts if part.startswith("text_encoder")]
+        known = [width for width in widths if isinstance(width, int)]
+        if isinstance(reads, int) and len(known) == len(widths) and sum(known) != reads:
             raise ModelError(
-                f"The text encoder gives {width} numbers per token and the UNet reads {reads}: they are of different "
-                "models."
+                f"The text encoder{'s give' if len(widths) > 1 else ' gives'} {sum(known)} numbers per token and the "
+                f"UNet reads {reads}: they are of different models."
             )
 
     @property
@@ -126,7 +137,7 @@ class StableDiffusion(Family):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
         """Encode with the pipeline's own `encode_prompt`; warn once about a truncated prompt."""
-        self._warn_if_cut([*prompts, negative_prompt])
+        self.warn_if_cut([*prompts, negative_prompt])
         guided = self.sampling.guidance_scale > 1
         positive, negative = self.pipeline.encode_prompt(
             list(prompts),
@@ -138,7 +149,7 @@ class StableDiffusion(Family):
         key, dtype = "encoder_hidden_states", self.pipeline.unet.dtype
         return Conditioning({key: positive.to(dtype)}, {key: negative.to(dtype)} if guided else None)
 
-    def _warn_if_cut(self, prompts: Sequence[str]) -> None:
+    def warn_if_cut(self, prompts: Sequence[str]) -> None:
         """Warn about the first prompt that is longer than the text encoder's limit: its end has no effect."""
         tokenizer = self.pipeline.tokenizer
         for prompt in () if self._warned else prompts:
@@ -154,16 +165,20 @@ class StableDiffusion(Family):
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return uncond + scale * (cond - uncond) (Ho & Salimans 2022), or the plain prediction without guidance."""
-        unet, inputs = self.pipeline.unet, latents.to(self.pipeline.unet.dtype)
+        inputs = latents.to(self.pipeline.unet.dtype)
         if conditioning.negative is None:
-            prediction: Tensor = unet(inputs, timestep, **conditioning.positive, return_dict=False)[0]
-            return prediction.to(latents.dtype)
+            return self.call(inputs, timestep, conditioning.positive).to(latents.dtype)
         both = Conditioning.cat([Conditioning(conditioning.negative, None), Conditioning(conditioning.positive, None)])
-        doubled = unet(torch.cat([inputs] * 2), timestep, **both.positive, return_dict=False)[0]
+        doubled = self.call(torch.cat([inputs] * 2), timestep, both.positive)
         # In full precision: guidance multiplies the difference of two similar numbers.
         uncond, cond = doubled.to(latents.dtype).chunk(2)
         guided: Tensor = uncond + self.sampling.guidance_scale * (cond - uncond)
         return guided
+
+    def call(self, latents: Tensor, timestep: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
+        """Return the UNet's output for latents in its dtype and encoded prompts, one for each of them."""
+        output: Tensor = self.pipeline.unet(latents, timestep, **texts, return_dict=False)[0]
+        return output
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return VAE(latents / scaling_factor) / 2 + 1/2."""
@@ -172,7 +187,7 @@ class StableDiffusion(Family):
         return pixels.to(latents.dtype) * 0.5 + 0.5
 
 
-def _check_tokenizer(tokenizer: Any, encoder: Any) -> None:
+def check_tokenizer(tokenizer: Any, encoder: Any) -> None:
     """Refuse a tokenizer without its vocabulary or length: every word would be the same unknown token.
 
     transformers loads a folder without these files, or none at all, without an error.

@@ -1,0 +1,219 @@
+"""Model families: images equal the pipeline's, gradients equal plain autograd's, plain diffusers reads the LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
+from alignprop_core.diffusion.loading import load_pipeline
+from alignprop_core.diffusion.sampler import Sampler
+from alignprop_core.diffusion.truncation import draw_truncation
+from alignprop_core.errors import ConfigError, ModelError
+from alignprop_core.lora import adapters
+from alignprop_core.registry.registry import default_registry
+from alignprop_core.testing.pipelines import tiny_pipeline
+
+PROMPTS = ["a fox", "three owls on a blue hill"]
+FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3"]
+STEPS = 3
+
+
+class InFloat64(FlowMatchEulerDiscreteScheduler):
+    """diffusers' step without its rounding of latents to float32."""
+
+    def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, **_: Any) -> tuple[Tensor]:
+        i = self.timesteps.tolist().index(float(timestep))
+        return (latents + (self.sigmas[i + 1] - self.sigmas[i]) * prediction,)
+
+
+def own_image(pipe: Any, guidance: float, **more: Any) -> Tensor:
+    """Return what the pipeline itself generates."""
+    images: Tensor = pipe(
+        PROMPTS,
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        generator=torch.Generator().manual_seed(3),
+        output_type="pt",
+        **more,
+    ).images
+    return images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("guidance", "negative"), [(5.0, ""), (5.0, "blur"), (1.0, "")])
+def test_image_equals_the_pipelines_own(family: str, guidance: float, negative: str) -> None:
+    pipe = tiny_pipeline(family)
+    theirs = own_image(pipe, guidance, **({"negative_prompt": [negative] * 2} if negative else {}))
+    sampling = SamplingConfig(steps=STEPS, guidance_scale=guidance, negative_prompt=negative)
+    with torch.no_grad():
+        ours = Sampler(pipe, sampling)(PROMPTS, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_of_another_aspect_ratio_equals_the_pipelines_own(family: str) -> None:
+    pipe = tiny_pipeline(family)
+    theirs = own_image(pipe, 4.0, width=64, height=32)
+    with torch.no_grad():
+        sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=4.0, width=64, height=32))
+        ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
+    assert ours.shape == (2, 3, 32, 64)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def attached(pipe: Any) -> list[torch.nn.Parameter]:
+    """Attach an adapter of the pipeline's dtype whose B is not zero."""
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    parameters = adapters.attach(network, rank=2, dtype=network.dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters[1::2]:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2)
+    return parameters
+
+
+def test_image_with_sigmas_shifted_for_its_size_equals_the_pipelines_own() -> None:
+    pipe = tiny_pipeline("stable_diffusion_3")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    theirs = own_image(pipe, 4.0)
+    with torch.no_grad():
+        sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=4.0))
+        ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_equals_plain_autograd(family: str, device: str) -> None:
+    pipe = tiny_pipeline(family).to(device, torch.float64)
+    parameters = attached(pipe)
+
+    def gradient(images: Tensor) -> Tensor:
+        weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
+        return torch.cat([g.flatten() for g in torch.autograd.grad((weights * images).sum(), parameters)])
+
+    sampling = SamplingConfig(steps=STEPS, guidance_scale=4.0)
+    sampler = Sampler(pipe, sampling, BackpropConfig(strategy="full"))
+    found = gradient(sampler(PROMPTS, generator=torch.Generator().manual_seed(3)))
+    if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
+        pipe.scheduler = InFloat64.from_config(pipe.scheduler.config)
+    # The pipeline's own call with a graph through all of it; its pixels are clipped without a gradient.
+    latents = (
+        type(pipe)
+        .__call__.__wrapped__(
+            pipe,
+            PROMPTS,
+            num_inference_steps=STEPS,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(3),
+            output_type="latent",
+        )
+        .images
+    )
+    expected = gradient(sampler.decode(latents))
+    assert sampler.engine.pool.enabled == (device == "cuda")
+    assert float(expected.abs().max()) > 0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_diffusers_loads_model_and_lora_with_the_same_images(family: str, tmp_path: Path) -> None:
+    tiny_pipeline(family).save_pretrained(tmp_path / "model")
+    pipe = load_pipeline(str(tmp_path / "model"), registry=default_registry())
+    attached(pipe)
+    sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=4.0))
+    with torch.no_grad():
+        ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
+        with sampler.without_lora():
+            assert (ours - sampler(PROMPTS, generator=torch.Generator().manual_seed(3))).abs().max() > 1e-3
+    sampler.save_lora(tmp_path / "lora", "adapter")
+    # For transformers, the second file has OneTrainer's names, which ComfyUI reads and diffusers does not.
+    for weights in ("pytorch_lora_weights.safetensors", "adapter.safetensors")[: 2 if hasattr(pipe, "unet") else 1]:
+        lacking = {"text_encoder_3": None, "tokenizer_3": None} if family == "stable_diffusion_3" else {}
+        plain = DiffusionPipeline.from_pretrained(tmp_path / "model", local_files_only=True, **lacking)
+        plain.set_progress_bar_config(disable=True)
+        plain.load_lora_weights(tmp_path / "lora", weight_name=weights)
+        torch.testing.assert_close(ours, own_image(plain, 4.0), atol=1e-4, rtol=0)
+
+
+def test_parts_of_other_models_are_refused() -> None:
+    pipe = tiny_pipeline("stable_diffusion_xl")
+    pipe.unet.register_to_config(addition_embed_type=None)
+    with pytest.raises(ModelError, match="other inputs than Stable Diffusion XL"):
+        Sampler(pipe, SamplingConfig())
+    pipe = tiny_pipeline("stable_diffusion_xl")
+    pipe.text_encoder.config.hidden_size = 16
+    with pytest.raises(ModelError, match="text encoders give 48 numbers per token and the UNet reads 64"):
+        Sampler(pipe, SamplingConfig())
+    pipe = tiny_pipeline("stable_diffusion_3")
+    pipe.vae.register_to_config(latent_channels=4)
+    with pytest.raises(ModelError, match="VAE has 4 latent channels and the transformer 16"):
+        Sampler(pipe, SamplingConfig())
+    pipe = tiny_pipeline("stable_diffusion_3")
+    pipe.scheduler = tiny_pipeline("stable_diffusion").scheduler
+    with pytest.raises(ModelError, match="needs one for flow matching"):
+        Sampler(pipe, SamplingConfig())
+
+
+@pytest.mark.parametrize(
+    ("family", "sampling", "message"),
+    [
+        ("stable_diffusion_xl", {"scheduler": "flow_match_euler"}, "remove the key or set it to ddim"),
+        ("stable_diffusion_3", {"scheduler": "ddim"}, "remove the key or set it to flow_match_euler"),
+        ("stable_diffusion_3", {"eta": 0.5}, "sampling.eta is 0.5, but only DDIM has it"),
+        ("stable_diffusion_3", {"true_cfg_scale": 2.0}, "whose key is sampling.guidance_scale"),
+        ("stable_diffusion_3", {"width": 40}, "sampling.width is 40; this model needs a multiple of 16, at most 256"),
+    ],
+)
+def test_settings_that_a_family_does_not_have_are_refused(family: str, sampling: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Sampler(tiny_pipeline(family), SamplingConfig(**sampling))
+
+
+def test_a_flow_whose_steps_add_noise_is_refused() -> None:
+    pipe = tiny_pipeline("stable_diffusion_3")
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
+    with pytest.raises(ModelError, match="stochastic_sampling: true"):
+        Sampler(pipe, SamplingConfig())
+
+
+@pytest.mark.parametrize("strategy", ["refl", "sparse", "leap"])
+def test_strategies_for_flows_equal_their_definition(strategy: Any) -> None:
+    """ReFL's clean estimate and weights from sigma's differences, by the definition of a flow."""
+    pipe = tiny_pipeline("stable_diffusion_3").to(torch.float64)
+    parameters = attached(pipe)
+    sampler = Sampler(pipe, SamplingConfig(steps=4, guidance_scale=2.0), BackpropConfig(strategy=strategy))
+    noise = sampler.noise(PROMPTS, seed=5)
+    plan = draw_truncation(sampler.backprop, sampler.step_sizes, seed=5, step=0)
+    out = sampler.sample(PROMPTS, noise, plan)
+    weights = torch.linspace(-1, 1, out.latents.numel(), dtype=torch.float64).view_as(out.latents).cos()
+    found = torch.autograd.grad((weights * out.latents).sum(), parameters)
+
+    conditioning, sigmas = sampler.conditioning(PROMPTS), InFloat64.from_config(pipe.scheduler.config)
+    sigmas.set_timesteps(4)
+    assert sampler.step_sizes == pytest.approx((sigmas.sigmas[1:] - sigmas.sigmas[:-1]).tolist())
+    latents = noise.initial
+    for i, t in enumerate(sigmas.timesteps):
+        weight, scale = plan.factors.get(i, (0.0, 0.0))
+        velocity = sampler.family.predict(scale * latents + (1 - scale) * latents.detach(), t, conditioning)
+        velocity = velocity.detach() + weight * (velocity - velocity.detach())
+        if i < plan.first:
+            latents = latents.detach()
+        if i == plan.stop_at:
+            latents = latents - sigmas.sigmas[i] * velocity
+            break
+        latents = latents + (sigmas.sigmas[i + 1] - sigmas.sigmas[i]) * velocity
+    torch.testing.assert_close(out.latents.detach(), latents.detach(), rtol=1e-12, atol=1e-12)
+    if strategy != "leap":  # its weight for each sample depends on latents
+        expected = torch.autograd.grad((weights * latents).sum(), parameters)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
