@@ -135,7 +135,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "index cut off": (cut("model_index.json"), "model_index.json' is not a valid JSON file"),
     "index of a list": (lambda f: (f / "model_index.json").write_text("[]"), "names no pipeline class"),
     "index without a class": (index(_class_name=...), "names no pipeline class"),
-    "unknown class": (index(_class_name="FancyPipeline"), "cannot run a FancyPipeline; it runs StableDiffusionPipe"),
+    "unknown class": (
+        index(_class_name="FancyPipeline"),
+        "run a FancyPipeline; it runs StableDiffusion3Pipeline, StableDiff",
+    ),
     "inpainting class": (index(_class_name="StableDiffusionInpaintPipeline"), "run a StableDiffusionInpaintPipeline"),
     "refiner": (index(_class_name="StableDiffusionXLImg2ImgPipeline"), "cannot run a StableDiffusionXLImg2ImgPipe"),
     "own code": (code, "cannot run a .*own.*Pipeline"),

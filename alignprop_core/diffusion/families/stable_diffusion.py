@@ -165,20 +165,21 @@ class StableDiffusion(Family):
 
     def predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         """Return uncond + scale * (cond - uncond) (Ho & Salimans 2022), or the plain prediction without guidance."""
-        inputs = latents.to(self.pipeline.unet.dtype)
+        inputs, texts = latents.to(self.pipeline.unet.dtype), conditioning
+        if conditioning.negative is not None:
+            inputs = torch.cat([inputs] * 2)
+            texts = Conditioning.cat(
+                [Conditioning(conditioning.negative, None), Conditioning(conditioning.positive, None)]
+            )
+        # The UNet takes from `added_cond_kwargs` what it needs: pooled text and sizes, or nothing.
+        named, hidden = texts.positive, texts.positive["encoder_hidden_states"]
+        output: Tensor = self.pipeline.unet(inputs, timestep, hidden, added_cond_kwargs=named, return_dict=False)[0]
         if conditioning.negative is None:
-            return self.call(inputs, timestep, conditioning.positive).to(latents.dtype)
-        both = Conditioning.cat([Conditioning(conditioning.negative, None), Conditioning(conditioning.positive, None)])
-        doubled = self.call(torch.cat([inputs] * 2), timestep, both.positive)
+            return output.to(latents.dtype)
         # In full precision: guidance multiplies the difference of two similar numbers.
-        uncond, cond = doubled.to(latents.dtype).chunk(2)
+        uncond, cond = output.to(latents.dtype).chunk(2)
         guided: Tensor = uncond + self.sampling.guidance_scale * (cond - uncond)
         return guided
-
-    def call(self, latents: Tensor, timestep: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Return the UNet's output for latents in its dtype and encoded prompts, one for each of them."""
-        output: Tensor = self.pipeline.unet(latents, timestep, **texts, return_dict=False)[0]
-        return output
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return VAE(latents / scaling_factor) / 2 + 1/2."""

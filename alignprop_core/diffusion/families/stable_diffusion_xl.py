@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,13 +63,6 @@ class StableDiffusionXL(StableDiffusion):
             return {name: tensor.to(self.pipeline.unet.dtype) for name, tensor in named.items()}
 
         return Conditioning(tensors(positive, pooled), tensors(negative, negative_pooled) if guided else None)
-
-    def call(self, latents: Tensor, timestep: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Return the UNet's output for latents in its dtype and encoded prompts, one for each of them."""
-        added = {name: texts[name] for name in ("text_embeds", "time_ids")}
-        hidden = texts["encoder_hidden_states"]
-        output: Tensor = self.pipeline.unet(latents, timestep, hidden, added_cond_kwargs=added, return_dict=False)[0]
-        return output
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return VAE(latents / scaling_factor) / 2 + 1/2; denormalized first, if the VAE has statistics of latents."""
