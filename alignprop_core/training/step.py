@@ -112,9 +112,8 @@ class StepGradient:
                 sum_over_processes(self.optimizer.parameters)
         if backward:
             stats["grad_norm"] = self.optimizer.clip()
-        if self.sampler.device.type == "cuda":
-            # While the GPU still works: drawing noise takes the CPU a while.
-            self._next = (self._chunks[0], step + 1), self._inputs(self._chunks[0], step + 1)
+        # While a GPU still works: drawing noise takes the CPU a while.
+        self._next = (self._chunks[0], step + 1), self._inputs(self._chunks[0], step + 1)
         # The step's only transfer from the device.
         return replace(stats, sums=stats.sums.cpu(), kept_steps=len(truncation.kept))
 
