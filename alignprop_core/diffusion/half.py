@@ -88,7 +88,7 @@ def with_scaled_gradient(call: Callable[[Tensor], Tensor], inputs: Tensor) -> Te
 
     inner = inputs.view_as(inputs)  # hooks on `inputs` itself would stay there
     outputs = call(inner)
-    if outputs.requires_grad:
+    if inner.requires_grad:
         outputs.register_hook(scale)  # type: ignore[no-untyped-call]
         inner.register_hook(lambda gradient: gradient * factors.pop())  # type: ignore[no-untyped-call]
     return outputs

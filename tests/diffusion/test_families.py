@@ -67,6 +67,21 @@ def test_image_of_another_aspect_ratio_equals_the_pipelines_own(family: str) -> 
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of it
+def test_xl_decodes_in_float32_where_the_pipeline_does_and_leaves_the_pipeline_as_it_is() -> None:
+    pipe = tiny_pipeline("stable_diffusion_xl").to(torch.float16)
+    pipe.vae.register_to_config(latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.5, 2.0, 1.0])
+    latents = torch.randn((1, 4, 4, 4), generator=torch.Generator().manual_seed(0)).half()
+    sampler = Sampler(pipe, SamplingConfig(steps=STEPS))
+    found = sampler.decode(latents.float())
+    assert pipe.vae.dtype == torch.float16
+    # The end of the pipeline's own call: its scheduler takes no step, and its UNet is not called.
+    pipe.scheduler.set_timesteps = lambda *_, **__: None
+    pipe.scheduler.timesteps, pipe.scheduler.num_inference_steps = torch.tensor([]), 1
+    theirs = pipe("a fox", latents=latents, num_inference_steps=1, output_type="pt").images
+    torch.testing.assert_close(found, theirs.float(), atol=2e-3, rtol=0)
+
+
 def attached(pipe: Any) -> list[torch.nn.Parameter]:
     """Attach an adapter of the pipeline's dtype whose B is not zero."""
     network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer

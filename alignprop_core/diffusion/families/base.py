@@ -103,8 +103,8 @@ class Family(ABC):
 
     denoiser_name: ClassVar[str]
     """Name of the network in the pipeline that LoRA is attached to: "unet" or "transformer"."""
-    title: ClassVar[str] = "model of another kind"
-    """The family's name in messages."""
+    title: ClassVar[str]
+    """The family's name in messages; needed with `schedulers`."""
     schedulers: ClassVar[tuple[str, ...]] = ()
     """Values of `sampling.scheduler` that the family can run; empty if a family does not read it."""
 

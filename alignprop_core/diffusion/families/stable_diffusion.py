@@ -183,7 +183,7 @@ class StableDiffusion(Family):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return VAE(latents / scaling_factor) / 2 + 1/2."""
-        vae = self.pipeline.vae
+        vae: Any = self.decoder
         pixels: Tensor = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]
         return pixels.to(latents.dtype) * 0.5 + 0.5
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.families.base import Conditioning
@@ -34,9 +35,16 @@ class StableDiffusionXL(StableDiffusion):
 
     def __init__(self, pipeline: Any, sampling: SamplingConfig) -> None:
         super().__init__(pipeline, sampling)
-        vae = pipeline.vae
-        if vae.dtype == torch.float16 and vae.config.get("force_upcast"):
-            vae.to(torch.float32)  # as the pipeline does before it decodes: this VAE overflows in float16
+        self._float32_vae: nn.Module | None = None
+        if pipeline.vae.dtype == torch.float16 and pipeline.vae.config.get("force_upcast"):
+            # This VAE overflows in float16, and the pipeline decodes in float32. A copy, because a pipeline whose VAE
+            # is in float32 already would pass it float16 latents.
+            self._float32_vae = copy.deepcopy(pipeline.vae).float()
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The VAE, in float32 where the pipeline decodes in float32."""
+        return super().decoder if self._float32_vae is None else self._float32_vae
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], negative_prompt: str) -> Conditioning:
