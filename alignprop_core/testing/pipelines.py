@@ -31,6 +31,19 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
 
 
+def _tiny_vae(latent_channels: int, **more: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=4,
+        sample_size=32,
+        **more,
+    )
+
+
 def tiny_sd(
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", cross_attention_dim: int = 32, seed: int = 0
 ) -> StableDiffusionPipeline:
@@ -55,15 +68,7 @@ def tiny_sd(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            sample_size=32,
-        )
+        vae = _tiny_vae(4)
         unet = UNet2DConditionModel(
             sample_size=4,
             block_out_channels=(16, 32),
@@ -146,18 +151,8 @@ def tiny_sd3(seed: int = 0) -> Any:
         torch.manual_seed(seed + 1)
         config = CLIPTextConfig.from_dict(base.text_encoder.config.to_dict() | {"projection_dim": 16})
         encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16, 16),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=1,
-            latent_channels=16,
-            norm_num_groups=4,
-            sample_size=32,
-            scaling_factor=1.5305,
-            shift_factor=0.0609,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
+        vae = _tiny_vae(
+            16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
         ).eval()
         transformer = SD3Transformer2DModel(
             sample_size=4,
