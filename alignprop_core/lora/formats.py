@@ -48,7 +48,7 @@ _OTHER_KINDS = {  # parts of keys of what is not a plain LoRA
     "transformer_blocks.": "a complete denoiser",
 }
 
-_CHANGE_THE_BASE = ("pissa", "olora", "corda")
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "lora_ga")
 """How peft's initializations start that change the base weights before training; true and "gaussian" do not."""
 
 
