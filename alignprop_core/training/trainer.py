@@ -360,15 +360,15 @@ class Trainer:
     def checkpoint(self) -> Checkpoint:
         """Return the complete state of the run."""
         state = {
+            **self.callback_state,  # first: a callback cannot replace the trainer's own
             "step": self.progress.step,
             "reward_queries": self.progress.reward_queries,
             "schedule": self.optimizer.schedule.last_epoch,
             "mix": self.mix.state(),
             "step_check": self.step_check.as_json(),
             "ema_updates": 0 if self.ema is None else self.ema.updates,
-            **self.callback_state,
         }
-        parts = {"average": {} if self.ema is None else self.ema.tensors(), **self.callback_tensors}
+        parts = {**self.callback_tensors, "average": {} if self.ema is None else self.ema.tensors()}
         extra = {f"{part}/{name}": value for part, tensors in parts.items() for name, value in tensors.items()}
         return Checkpoint(adapters.state(self.denoiser), optimizer_tensors(self.optimizer.adamw), state, extra)
 
