@@ -113,7 +113,7 @@ def test_gradient_equals_plain_autograd(family: str, device: str) -> None:
     parameters = attached(pipe)
 
     def gradient(images: Tensor) -> Tensor:
-        weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype).view_as(images).cos()
+        weights = torch.linspace(-1, 1, images.numel(), dtype=images.dtype, device=images.device).view_as(images).cos()
         return torch.cat([g.flatten() for g in torch.autograd.grad((weights * images).sum(), parameters)])
 
     sampling = SamplingConfig(steps=STEPS, guidance_scale=4.0)
