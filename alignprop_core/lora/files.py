@@ -16,10 +16,16 @@ from alignprop_core.lora.names import DENOISER
 Parts = Mapping[str, Mapping[str, Factors]]
 """Component ("denoiser", "text_encoder", "text_encoder_2") -> module name -> factors."""
 
-_ARCHITECTURES = {  # width of the text embedding -> header entries that modelspec readers and A1111 look for
+_ARCHITECTURES: dict[int | str, dict[str, str]] = {
+    # A UNet by the width of the text embedding, a transformer by its class -> header entries that modelspec readers,
+    # A1111 and Forge look for, with the values of kohya's scripts.
     768: {"modelspec.architecture": "stable-diffusion-v1/lora", "ss_base_model_version": "sd_v1"},
     1024: {"modelspec.architecture": "stable-diffusion-v2-768-v/lora", "ss_v2": "True"},
     2048: {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_base_model_version": "sdxl_base_v1-0"},
+    "SD3Transformer2DModel": {"modelspec.architecture": "stable-diffusion-3/lora", "ss_base_model_version": "sd3"},
+    "FluxTransformer2DModel": {"modelspec.architecture": "flux-1/lora", "ss_base_model_version": "flux1"},
+    "Flux2Transformer2DModel": {"modelspec.architecture": "flux-2/lora", "ss_base_model_version": "flux2"},
+    "ZImageTransformer2DModel": {"modelspec.architecture": "z-image/lora", "ss_base_model_version": "zimage"},
 }
 FORMATS = ("diffusers", "kohya")
 
@@ -44,15 +50,15 @@ class LoraFile:
         return self.parts[DENOISER]
 
 
-def architecture(width: object, otherwise: str) -> dict[str, str]:
+def architecture(width: object, kind: str) -> dict[str, str]:
     """Return the header entries for an architecture.
 
     Args:
-        width: width of the text embeddings that the denoiser reads; anything but a number if it is not known.
-        otherwise: name of the architecture if the width is not that of a known one.
+        width: width of the text embeddings that a UNet reads; anything but a number if it is not known.
+        kind: class of the denoiser, or its name in a pipeline; of use if the width is not that of a known UNet.
     """
     known = _ARCHITECTURES.get(width) if isinstance(width, int) else None
-    return dict(known or {"modelspec.architecture": f"{otherwise}/lora"})
+    return dict(known or _ARCHITECTURES.get(kind, {"modelspec.architecture": f"{kind}/lora"}))
 
 
 def write_files(

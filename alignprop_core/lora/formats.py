@@ -1,7 +1,8 @@
 """LoRA file formats: read and write diffusers' format and kohya's key layout. Needs no model.
 
 diffusers' format names a factor `unet.down_blocks.0...to_q.lora_A.weight` and stores alpha in the header;
-kohya's names it `lora_unet_down_blocks_0_..._to_q.lora_down.weight` and stores alpha in a tensor of its own.
+kohya's names it `lora_unet_down_blocks_0_..._to_q.lora_down.weight` and stores alpha in a tensor of its own. For a
+transformer, ComfyUI does not know such names for all kinds, but diffusers' for all: both formats have the same keys.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from torch.nn.functional import pad
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import LoraError, complaint
 from alignprop_core.locate import find_lora
-from alignprop_core.lora.names import PEFT, flatten_name, locate_module
+from alignprop_core.lora.names import DENOISER, PEFT, flatten_name, locate_module
+from alignprop_core.lora.originals import diffusers_layers
 
 _KEY = re.compile(
     r"(?P<module>.+?)(?:[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A(\.[^.]+)?)|(?P<up>up|B(\.[^.]+)?))\.weight"
@@ -115,7 +117,10 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             shapes = ", ".join(f"{key} is {tuple(tensors[key].shape)}" for key in roles.values())
             raise LoraError(f"{file}: the factors of {module} do not fit together: {shapes}.")
         up = up.reshape(*up.shape[:1], *down.shape[:1], *(1 for _ in down.shape[2:]))
-        parts.setdefault(component, {})[module] = Factors(down, up, float(alpha) / down.shape[0])
+        layers = diffusers_layers(module, up.shape[0], down.shape[1]) if component == DENOISER else {module: len(up)}
+        # The parts of a joint layer share A and have the rows of B.
+        for name, rows in zip(layers, torch.split(up, list(layers.values())), strict=True):
+            parts.setdefault(component, {})[name] = Factors(down, rows, float(alpha) / down.shape[0])
     return _with_header_scales(parts, file, header, tensors)
 
 
@@ -246,6 +251,8 @@ def write_kohya(
 ) -> None:
     """Write kohya's key layout, atomically: scale folded into B, alpha = rank as tensors, a modelspec header.
 
+    A transformer's layers have diffusers' names and no alpha, which ComfyUI then takes as scale 1.
+
     The header follows https://github.com/Stability-AI/ModelSpec; ComfyUI, A1111 and Forge read such files.
 
     Args:
@@ -263,6 +270,10 @@ def write_kohya(
     encoders = {"text_encoder": "te1" if "text_encoder_2" in networks else "te", "text_encoder_2": "te2"}
     tensors: dict[str, Tensor] = {}
     for name, module, down, up in layers:
+        if name == "transformer":  # the names that ComfyUI and diffusers both read, at scale 1
+            key = f"{name}.{module}"
+            tensors |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
+            continue
         key = f"lora_{encoders.get(name, name)}_{flatten_name(module)}"
         tensors |= {f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}
         tensors[f"{key}.alpha"] = torch.tensor(float(rank), dtype=dtype)

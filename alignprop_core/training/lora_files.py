@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignprop_core._files import safe_name
+from alignprop_core.images import to_pil
 from alignprop_core.lora import adapters
 from alignprop_core.lora.files import FORMATS
 from alignprop_core.registry.local import public_name
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from alignprop_core.training.trainer import Trainer
+
+_THUMBNAIL = 256, 256
+"""Largest size of the picture in a LoRA file, in pixels."""
 
 
 def lora_name(folder: Path) -> str:
@@ -38,7 +46,7 @@ def save_lora(
         step: step of the adapters; `trainer.saved_step` if None.
         formats: "diffusers", "kohya" or both.
     """
-    name = lora_name(trainer.folder.path)
+    name, sampling = lora_name(trainer.folder.path), trainer.config.sampling
     # Without the folders of a Python file: a published LoRA should not reveal its author's paths.
     rewards = [{"name": public_name(term.name), "weight": term.weight} for term in trainer.config.rewards]
     metadata = {
@@ -46,6 +54,9 @@ def save_lora(
         "alignprop.base_model": trainer.config.model.base,
         "alignprop.step": str(trainer.saved_step if step is None else step),
         "alignprop.rewards": json.dumps(rewards),
+        "modelspec.usage_hint": f"Trained with {sampling.steps} denoising steps and a guidance scale of "
+        f"{sampling.guidance_scale:g}. A strength below 1 changes less; no trigger word.",
+        **({} if trainer.preview is None else _picture(trainer.preview)),
     }
     adapters.save(
         trainer.denoiser,
@@ -55,3 +66,13 @@ def save_lora(
         component=trainer.denoiser_name,
         formats=formats,
     )
+
+
+def _picture(preview: Tensor) -> dict[str, str]:
+    """Return the header entries for a preview, (3, H, W) in [0, 1]: its size, and a thumbnail that file lists show."""
+    image, file = to_pil(preview), BytesIO()
+    size = f"{image.width}x{image.height}"
+    image.thumbnail(_THUMBNAIL)
+    image.save(file, "JPEG", quality=85)
+    data = b64encode(file.getvalue()).decode()
+    return {"modelspec.resolution": size, "modelspec.thumbnail": f"data:image/jpeg;base64,{data}"}

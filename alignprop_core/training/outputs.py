@@ -66,6 +66,7 @@ class Previews(Callback):
                     captions.append(prompt if len(settings.seeds) == 1 else f"{prompt} (seed {seed})")
         self.last = trainer.step_number
         if images:
+            trainer.preview = images[0]
             save_image(grid(images, captions), trainer.folder.inside(f"images/step-{trainer.step_number:06d}.png"))
 
 

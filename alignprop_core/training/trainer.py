@@ -86,6 +86,7 @@ class Trainer:
         callback_tensors: tensors that callbacks keep in checkpoints, by names of their own.
         costs: what a step was predicted to need, on a GPU, after `train()` has started.
         comparison: base against tuned on held-out prompts, after the end of a run that evaluates.
+        preview: the first of the last preview images, (3, H, W) in [0, 1].
         stop_reason: why the run stopped before its last step, or None.
     """
 
@@ -165,6 +166,7 @@ class Trainer:
                 self.sampler, reported, self.heldout, config.evaluation, remember=remember, failures=failures
             )
         self.comparison: Comparison | None = None
+        self.preview: Tensor | None = None
         self.stop_reason: str | None = None
         self._adopted_step: int | None = None
         self.progress = _Progress()

@@ -285,7 +285,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str, dict[str, Any]]] = {
         "text_encoder_2, which this model does not have",
         {},
     ),
-    "FLUX by kohya": (kohya("lora_unet_double_blocks_0_img_attn_qkv"), "double_blocks_0_img_attn_qkv", {}),
+    "FLUX by kohya": (kohya("lora_unet_double_blocks_0_img_attn_qkv"), "transformer_blocks.0.attn.to_q", {}),
     "a header that is not JSON": (WITH_A_B, "lora_adapter_metadata in its header", {"header": "{"}),
     "a header that is a list": (WITH_A_B, "lora_adapter_metadata in its header", {"header": [1]}),
     "a nested header": (WITH_A_B, "lora_adapter_metadata in its header", {"header": "[" * 100_000}),

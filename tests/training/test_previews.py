@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.evaluation.sheet import grid
+from alignprop_core.images import to_pil
 from alignprop_core.training.trainer import Trainer
 from tests.support.toy_rewards import registry
 from tests.support.toy_runs import Interrupt, changed, toy_data
@@ -42,6 +47,25 @@ def test_previews_are_generated_before_the_first_and_after_the_last_step(
     config = make(previews__every=every)
     Trainer(config, registry=registry()).train()
     assert previews(config) == [f"step-{step:06d}.png" for step in steps]
+
+
+def test_the_lora_file_shows_the_first_preview_after_the_last_step(make: Callable[..., RunConfig]) -> None:
+    trainer = Trainer(make(), registry=registry())
+    trainer.train()
+    file = Path(trainer.config.output) / "lora" / f"{Path(trainer.config.output).name}.safetensors"
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    kind, _, data = header["modelspec.thumbnail"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    noise = trainer.sampler.noise(["a fox"], seed=trainer.config.previews.seeds[0], step=0, indices=[0])
+    with torch.no_grad():
+        expected = to_pil(trainer.sampler.decode(trainer.sampler.sample(["a fox"], noise).latents)[0])
+    assert header["modelspec.resolution"] == f"{expected.width}x{expected.height}"
+    jpeg = BytesIO()
+    expected.save(jpeg, "JPEG", quality=85)
+    with Image.open(BytesIO(b64decode(data))) as found, Image.open(jpeg) as same:
+        assert np.abs(np.asarray(found, float) - np.asarray(same, float)).mean() < 1
+    assert header["modelspec.usage_hint"].startswith("Trained with 1 denoising steps and a guidance scale of 2.")
 
 
 def test_no_preview_prompts_generate_no_previews(make: Callable[..., RunConfig]) -> None:

@@ -158,10 +158,10 @@ def one_layer(file: Path, key: str, down: str = ".lora_down.weight", up: str = "
 @pytest.mark.parametrize(
     "key",
     [
-        "lora_unet_double_blocks_0_img_attn_qkv",
+        "lora_unet_double_blocks_0_img_attn_norm_query_norm",
         "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
         "lycoris_transformer_blocks_0_attn_to_q",
-        "diffusion_model.double_blocks.0.img_attn.qkv",
+        "diffusion_model.double_blocks.0.img_attn.norm.query_norm",
         "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1",
         "base_model.model.text_model.encoder.layers.0.mlp.fc1",
         "lora_unet_down_blocks_0_motion_modules_0_proj_in",

@@ -15,6 +15,7 @@ from alignprop_core.lora.formats import read_lora
 from alignprop_core.lora.names import COMPOUNDS, DENOISER
 
 _KEPT = ("modelspec.architecture", "modelspec.title", "ss_base_model_version", "ss_v2")
+_TRANSFORMER = re.compile(r"(single_)?transformer_blocks\.|(layers|context_refiner|noise_refiner)\.\d")
 _UNET = re.compile(r"(down_blocks|mid_block|up_blocks|conv_in|conv_out|time_embedding|add_embedding)(\.|$)")
 _OTHER_STARTS = {
     *("double_blocks", "single_blocks", "joint_blocks", "input_blocks", "middle_block", "output_blocks"),
@@ -66,4 +67,6 @@ def _component(file: Path, keys: Sequence[str], denoiser: Mapping[str, object]) 
     named = [name for name, starts in prefixes.items() if any(key.startswith(starts) for key in keys)]
     if len(named) > 1:
         raise LoraError(f"{file} changes a UNet and a transformer; a LoRA is for one kind of model.")
-    return named[0] if named else "unet" if any(map(_UNET.match, denoiser)) else "transformer"
+    # kohya's scripts and others write "lora_unet_" for transformers as well.
+    unet = any(map(_UNET.match, denoiser)) or (named == ["unet"] and not any(map(_TRANSFORMER.match, denoiser)))
+    return "unet" if unet else "transformer"
