@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 DIFFUSERS_NAME = "pytorch_lora_weights.safetensors"
 """The file name that `pipe.load_lora_weights(folder)` looks for."""
 
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""Networks of a model that can come from elsewhere: keys of the `model` section."""
+
 PASSED = "pipeline:"
 """How the name of a base model starts that was passed from Python, a loaded pipeline, and has no name of its own."""
 
@@ -72,16 +75,27 @@ def find_base(base: str, registry: Registry) -> Path | str:
     )
 
 
-def find_vae(vae: str) -> Path | str:
-    """Return the folder or hub id that an autoencoder's name means; `ModelError` if it is a path to nothing."""
-    path = Path(vae).expanduser()
+def find_part(part: str, name: str) -> Path | str:
+    """Return the file that the name of a part of a model means; for an autoencoder also the folder or hub id.
+
+    Raises:
+        ModelError: there is no such file or folder, or it is not a safetensors file; hub ids are not checked.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if (content := file_format(path)) == "safetensors":
+            return path
+        raise ModelError(f"{path} is {content}; this key takes a safetensors file.")
+    if part != "vae":
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(f"{path} {what}; model.{part} is one .safetensors file.")
     if path.is_dir():
         if not any((folder / "config.json").is_file() for folder in (path, path / "vae")):
             raise ModelError(f"{path} is not an autoencoder's folder: it has no config.json.")
         return path
-    if vae.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(vae):
-        raise ModelError(f"{path} is not a folder; an autoencoder is a diffusers folder or a hub id.")
-    return vae
+    if name.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(name):
+        raise ModelError(f"{path} is not a folder; an autoencoder is a diffusers folder, a hub id or a file.")
+    return name
 
 
 def file_format(path: Path) -> str:

@@ -73,7 +73,7 @@ def chosen_model(
     return config, {
         "model": config.model.base,
         "lora": lora,
-        "vae": config.model.vae,
+        "parts": config.model.parts,
         "frozen": config.model.loras,
         "mixed_precision": config.training.mixed_precision,
     }

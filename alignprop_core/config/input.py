@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from alignprop_core.config.yaml import read_yaml
 from alignprop_core.errors import ConfigError, PluginError
-from alignprop_core.locate import PASSED
+from alignprop_core.locate import PARTS, PASSED
 from alignprop_core.registry.local import absolute_name
 from alignprop_core.validation import InvalidConfig, Key, Problem, dotted
 
@@ -173,7 +173,7 @@ def _path_values(data: dict[str, Any], registry: Registry) -> Iterator[tuple[str
     """Yield (kind, path, container) of every value that may be a path."""
     places: list[tuple[str, Key]] = [
         ("model", ("model", "base")),
-        ("file", ("model", "vae")),
+        *(("file", ("model", part)) for part in PARTS),
         ("file", ("lora", "init_from")),
         ("prompts", ("prompts", "train")),
         ("prompts", ("prompts", "heldout")),

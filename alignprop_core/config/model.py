@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, WithJsonSchema, field_validator, model_validator
 
 from alignprop_core.config.base import Pixels, Positive, Section, Text
+from alignprop_core.locate import PARTS
 from alignprop_core.prompts import prompt_entry
 from alignprop_core.validation import Problems
 
@@ -26,9 +27,24 @@ class ModelConfig(Section):
     base: Text
     """A registered model, a hub id, a diffusers folder, or one .safetensors file with a complete model."""
     vae: Text | None = None
-    """Another autoencoder instead of the model's own: a diffusers folder or a hub id."""
+    """Another autoencoder instead of the model's own: a diffusers folder, a hub id or a .safetensors file."""
+    unet: Text | None = None
+    """A .safetensors file with the UNet, as ComfyUI keeps it, instead of the weights at `base`."""
+    transformer: Text | None = None
+    """The same for a transformer (Stable Diffusion 3, FLUX, Z-Image)."""
+    text_encoder: Text | None = None
+    """The same for the text encoder, or the first of several (CLIP-L)."""
+    text_encoder_2: Text | None = None
+    """The same for the second text encoder (CLIP-G; T5 in FLUX.1)."""
+    text_encoder_3: Text | None = None
+    """The same for the third text encoder (T5 in Stable Diffusion 3)."""
     loras: list[ModelLora] = Field(default=[])
     """LoRAs that belong to the base model; applied and frozen."""
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts that are not from `base`: name -> file, or for the autoencoder also folder or hub id."""
+        return {part: value for part in PARTS if (value := getattr(self, part)) is not None}
 
 
 _Prompt = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object", "required": ["prompt"]}]})]

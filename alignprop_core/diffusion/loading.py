@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from alignprop_core.diffusion.families.find import find_family
+from alignprop_core.diffusion.families.part_files import open_parts, refuse_lacking
 from alignprop_core.diffusion.families.stable_diffusion_file import open_single_file
 from alignprop_core.diffusion.networks import load_part, load_parts
 from alignprop_core.errors import AlignpropError, ModelError, complaint, under
-from alignprop_core.locate import find_base, find_vae
+from alignprop_core.locate import find_base, find_part
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import FamilySpec
 from alignprop_core.weights.read import read_json
@@ -29,8 +30,8 @@ def load_pipeline(
     registry: Registry,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    vae: str | None = None,
     families: Sequence[FamilySpec] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> Any:
     """Load a pipeline for sampling and fine-tuning: frozen, in eval mode, channels last, without a safety checker.
 
@@ -41,9 +42,10 @@ def load_pipeline(
         registry: where registered models are looked up.
         device: where the networks go.
         dtype: dtype of all networks.
-        vae: folder or hub id of another VAE, or None for the model's own.
         families: refuse a pipeline that none of these families nor the core's can run, before its networks load; None
             loads any pipeline.
+        parts: parts that are not the model's own: vae (folder, hub id or safetensors file), unet, transformer,
+            text_encoder, text_encoder_2, text_encoder_3 (safetensors file).
 
     Raises:
         ModelError: the model is not found or cannot be loaded, or a network's file lacks weights or contains them
@@ -51,12 +53,23 @@ def load_pipeline(
     """
     source = find_base(base, registry)
     given: dict[str, Any] = {}
-    if vae is not None:
-        with under("model.vae"), _explained(vae, find_vae(vae), "config.json"), _quietly():
-            given["vae"] = _open_vae(find_vae(vae))
+    files: dict[str, Path] = {}
+    for part, name in (parts or {}).items():
+        with under(f"model.{part}"), _explained(name, found := find_part(part, name), "config.json"), _quietly():
+            if Path(found).is_file():
+                files[part] = Path(found)
+            else:
+                given[part] = _open_vae(found)
     with _explained(base, source), _quietly():
-        file = Path(source)
-        pipeline = open_single_file(file, given) if file.is_file() else _open(source, given, families)
+        if not Path(source).is_file():
+            pipeline = _open(source, given, files, dtype, families)
+        elif files:
+            raise ModelError(
+                f"model.{next(iter(files))} is a file, and so is model.base. Set model.base to the diffusers folder or "
+                "hub id whose configs and tokenizers the parts need."
+            )
+        else:
+            pipeline = open_single_file(Path(source), given)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns about modules that the model lacks
@@ -105,7 +118,13 @@ def _not_here(source: Path | str, file: str) -> str:
     )
 
 
-def _open(source: Path | str, given: dict[str, Any], families: Sequence[FamilySpec] | None) -> Any:
+def _open(
+    source: Path | str,
+    given: dict[str, Any],
+    files: dict[str, Path],
+    dtype: torch.dtype,
+    families: Sequence[FamilySpec] | None,
+) -> Any:
     import diffusers
 
     index = diffusers.DiffusionPipeline.load_config(source)
@@ -119,16 +138,29 @@ def _open(source: Path | str, given: dict[str, Any], families: Sequence[FamilySp
         given = {**given, "safety_checker": None, "requires_safety_checker": False}
     folder = source
     if not Path(source).is_dir():
-        folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
+        if files:
+            folder = _download(str(source), index, files)
+        else:
+            folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
     if family is not None:
         listed = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-        files = {part: Path(folder) / part / "config.json" for part in listed}
-        configs: dict[str, Any] = {part: read_json(file) if file.is_file() else {} for part, file in files.items()}
+        known = {part: Path(folder) / part / "config.json" for part in listed}
+        configs: dict[str, Any] = {part: read_json(file) if file.is_file() else {} for part, file in known.items()}
         family.check(configs | {part: network.config for part, network in given.items() if hasattr(network, "config")})
+    refuse_lacking(Path(folder), index, {*given, *files})
+    given = {**given, **open_parts(files, index, Path(folder), dtype)}
     given = {**given, **load_parts(Path(folder), index, given)}
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **given)
     pipeline.register_to_config(_name_or_path=str(source))  # the hub id, not the path of its cache
     return pipeline
+
+
+def _download(repository: str, index: Mapping[str, Any], files: Collection[str]) -> str:
+    """Download a repository without the weights that come from files, and without those beside the parts' folders."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{part}/*.safetensors" for part, entry in index.items() if part not in files and isinstance(entry, list)]
+    return str(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", *wanted]))
 
 
 def _open_vae(source: Path | str) -> nn.Module:

@@ -106,11 +106,11 @@ class Sampler:
         sampling: SamplingConfig | Mapping[str, Any] | None = None,
         backprop: BackpropConfig | Mapping[str, Any] | None = None,
         regularization: float = 0.0,
-        vae: str | None = None,
         frozen: Sequence[ModelLora] = (),
         device: str | torch.device = "auto",
         mixed_precision: str = "no",
         registry: Registry | None = None,
+        parts: Mapping[str, str] | None = None,
     ) -> Sampler:
         """Load a model, attach a trainable adapter or a finished LoRA, and return its sampler.
 
@@ -124,11 +124,12 @@ class Sampler:
             sampling: steps, guidance, size; keys of the `sampling` section.
             backprop: strategy, checkpointing; keys of the `backprop` section.
             regularization: weight of the squared difference to the base model's predictions.
-            vae: another autoencoder: a diffusers folder or a hub id.
             frozen: LoRAs that belong to the base model.
             device: auto, cpu, cuda, cuda:N or mps; ignored for a loaded pipeline.
             mixed_precision: no, fp16 or bf16; ignored for a loaded pipeline.
             registry: where registered models and families are looked up; the installed plugins if None.
+            parts: parts that are not the model's own, by the keys of the `model` section: vae (a diffusers folder, a
+                hub id or a .safetensors file), unet, transformer, text_encoder... (a .safetensors file).
 
         Raises:
             ConfigError: a key or value in `sampling` or `backprop` is wrong.
@@ -142,7 +143,7 @@ class Sampler:
             place = device if isinstance(device, torch.device) else choose_device(device)
             dtype = network_dtype(mixed_precision, place)
             pipeline = load_pipeline(
-                str(model), registry=registry, device=place, dtype=dtype, vae=vae, families=families
+                str(model), registry=registry, device=place, dtype=dtype, families=families, parts=parts
             )
         with can_run():
             family = family_for(pipeline, settings, families)

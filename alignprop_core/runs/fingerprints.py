@@ -8,7 +8,7 @@ from typing import Any
 
 from alignprop_core._files import unused_name
 from alignprop_core.config.sections import RunConfig
-from alignprop_core.locate import find_base, find_lora, find_vae
+from alignprop_core.locate import find_base, find_lora, find_part
 from alignprop_core.prompts import PromptSet
 from alignprop_core.registry.local import split_file_name
 from alignprop_core.registry.registry import Registry
@@ -45,8 +45,7 @@ def files_of(
         found["prompts.heldout"] = {heldout.name: heldout.checksum}
     if model:
         found["model.base"] = _of_model(find_base(config.model.base, registry))
-        if config.model.vae is not None:
-            found["model.vae"] = _of_model(find_vae(config.model.vae))
+        found |= {f"model.{part}": _of_model(find_part(part, path)) for part, path in config.model.parts.items()}
         found |= {f"model.loras.{i}": _checksums([find_lora(lora.path)]) for i, lora in enumerate(config.model.loras)}
     if config.lora.init_from is not None:
         found["lora.init_from"] = _checksums([find_lora(config.lora.init_from)])

@@ -61,9 +61,9 @@ def prepare(pipeline: Any, config: RunConfig, device: torch.device, dtype: torch
             f"training.mixed_precision: is {config.training.mixed_precision}, but the pipeline's networks are "
             f"{network.dtype}. Set it to {fits}, or load the pipeline with torch_dtype={dtype}."
         )
-    if config.model.vae is not None:
-        with under("model.vae"):
-            raise ModelError("cannot be combined with a loaded pipeline; set pipeline.vae instead.")
+    for name in config.model.parts:
+        with under(f"model.{name}"):
+            raise ModelError(f"cannot be combined with a loaded pipeline; set pipeline.{name} instead.")
     detach_own(pipeline)
     pipeline.to(device)
     for part in parts_of(pipeline):

@@ -9,7 +9,7 @@ from alignprop_core.config.rewards import RewardTerm
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.errors import ConfigError, UserError, WeightsError, under
 from alignprop_core.evaluation.measures import check_monitor
-from alignprop_core.locate import find_base, find_lora, find_vae
+from alignprop_core.locate import find_base, find_lora, find_part
 from alignprop_core.prompts import PromptSet, load_prompts, warn_about
 from alignprop_core.registry.registry import Registry
 from alignprop_core.runs.fingerprints import files_of
@@ -87,9 +87,9 @@ def check_model(config: RunConfig, registry: Registry) -> None:
     """Raise `UserError`, with the run config's key, if the base model, VAE or a LoRA does not exist."""
     with under("model.base"):
         find_base(config.model.base, registry)
-    if config.model.vae is not None:
-        with under("model.vae"):
-            find_vae(config.model.vae)
+    for part, path in config.model.parts.items():
+        with under(f"model.{part}"):
+            find_part(part, path)
     for i, extra in enumerate(config.model.loras):
         with under(f"model.loras.{i}.path"):
             find_lora(extra.path)

@@ -129,9 +129,9 @@ class Run:
         return Sampler.load(
             config.model.base if self._trained is None else self._trained,
             sampling=config.sampling,
-            vae=config.model.vae,
             mixed_precision=config.training.mixed_precision,
             registry=self.registry,
+            parts=config.model.parts,
         )
 
     def pipeline(self, *, lora: bool = True) -> Any:
@@ -152,9 +152,9 @@ class Run:
         if pipeline is None:
             device = choose_device("auto")
             dtype = network_dtype(config.training.mixed_precision, device)
-            base, vae = config.model.base, config.model.vae
+            base, parts = config.model.base, config.model.parts
             with under("model.base"):
-                pipeline = load_pipeline(base, registry=self.registry, device=device, dtype=dtype, vae=vae)
+                pipeline = load_pipeline(base, registry=self.registry, device=device, dtype=dtype, parts=parts)
         else:
             detach_own(pipeline)
         others = active_adapters(pipeline)  # LoRAs that the passed pipeline has; loading another switches them off

@@ -144,11 +144,11 @@ class Trainer:
             sampling=config.sampling,
             backprop=config.backprop,
             regularization=config.regularization.weight,
-            vae=config.model.vae,
             frozen=config.model.loras,
             device=self.device,
             mixed_precision=config.training.mixed_precision,
             registry=self.registry,
+            parts=config.model.parts,
         )
         self.parameters = self.sampler.trainable_parameters()
         self.optimizer = Optimizer(config, self.parameters)

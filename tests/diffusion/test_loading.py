@@ -66,7 +66,7 @@ def test_another_vae(tiny_sd: Callable[..., Any], model: Path, registry: Registr
     other.vae.save_pretrained(tmp_path / "vae_alone")
     expected = other.vae.decoder.conv_in.weight
     for vae in (tmp_path / "whole", tmp_path / "vae_alone"):
-        pipeline = load_pipeline(str(model), registry=registry, vae=str(vae))
+        pipeline = load_pipeline(str(model), registry=registry, parts={"vae": str(vae)})
         assert torch.equal(pipeline.vae.decoder.conv_in.weight.contiguous(), expected)
         assert not any(p.requires_grad for p in pipeline.vae.parameters())
 

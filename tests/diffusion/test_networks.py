@@ -133,9 +133,9 @@ def test_another_vae_is_checked_in_the_same_way(tiny_model: Path, folder: Path, 
     change(file_of(folder, "vae"), without("decoder.conv_out.bias"))
     for vae in (folder, folder / "vae"):
         with pytest.raises(ModelError, match=rf"vae at {folder / 'vae'} .* missing \(decoder\.conv_out\.bias\)"):
-            load_pipeline(str(tiny_model), registry=registry, vae=str(vae))
+            load_pipeline(str(tiny_model), registry=registry, parts={"vae": str(vae)})
     # The one that is replaced is not even looked at.
-    load_pipeline(str(folder), registry=registry, vae=str(tiny_model))
+    load_pipeline(str(folder), registry=registry, parts={"vae": str(tiny_model)})
 
 
 def test_unexpected_weights_are_ignored_with_a_warning(

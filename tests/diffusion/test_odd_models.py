@@ -279,7 +279,7 @@ def tiny_autoencoder() -> AutoencoderTiny:
 def test_a_tiny_autoencoder_decodes_as_in_diffusers_and_gives_a_gradient(tiny_model: Path, tmp_path: Path) -> None:
     tiny_autoencoder().save_pretrained(tmp_path / "taesd")
     pipe = DiffusionPipeline.from_pretrained(tiny_model, vae=AutoencoderTiny.from_pretrained(tmp_path / "taesd"))
-    sampler = load(tiny_model, vae=str(tmp_path / "taesd"), rank=2)
+    sampler = load(tiny_model, parts={"vae": str(tmp_path / "taesd")}, rank=2)
     torch.testing.assert_close(image(sampler), own_image(pipe), atol=1e-5, rtol=0)
     sampler(["a fox"]).square().sum().backward()
     assert sum(float(p.grad.norm()) for p in sampler.trainable_parameters() if p.grad is not None) > 0
@@ -295,7 +295,7 @@ def test_messages_about_a_vae_name_it(tiny_model: Path, tiny_sd: Callable[..., A
         tiny_model / "unet": f"model.vae: {tiny_model / 'unet'} is a UNet2DConditionModel; .* AutoencoderTiny",
         Path("nobody/vae"): "model.vae: nobody/vae is not on this machine .* set it to a local diffusers folder",
     }.items():
-        message = refusal(tiny_model, vae=str(vae))
+        message = refusal(tiny_model, parts={"vae": str(vae)})
         assert re.search(expected, message)
         assert "model.base" not in message
 

@@ -1,7 +1,7 @@
 """LoRA files in ComfyUI: every key has a weight there, and the patched weights are those of diffusers.
 
-ComfyUI is in no package registry. The tables below say which weight of its models a key of a LoRA file changes, and
-which rows of it; they were written from `model_lora_keys_unet` in its comfy/lora.py and the maps in comfy/utils.py.
+ComfyUI is in no package registry. The tables in tests/support/original_names.py say which weight of its models a key
+of a LoRA file changes, and which rows of it.
 """
 
 from __future__ import annotations
@@ -21,121 +21,12 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from alignprop_core.lora import adapters
 from alignprop_core.lora.formats import read_lora
 from alignprop_core.testing.pipelines import tiny_pipeline
-
-Rows = tuple[str, int | None, int]
-"""A weight of ComfyUI's model, the first of its rows that a layer has (None: all), and their number."""
-
-
-def parts(weight: str, layers: list[str], rows: list[int]) -> Iterator[tuple[str, Rows]]:
-    for i, layer in enumerate(layers):
-        yield layer, (weight, sum(rows[:i]), rows[i])
-
-
-def attention(block: str, original: str, names: str, width: int) -> Iterator[tuple[str, Rows]]:
-    """The joint layer of queries, keys and values."""
-    yield from parts(original, [f"{block}.{name}" for name in names.split()], [width] * 3)
-
-
-def sd3(network: Any) -> Iterator[tuple[str, Rows]]:
-    width = network.config.num_attention_heads * network.config.attention_head_dim
-    plain = {
-        "attn.to_add_out": "context_block.attn.proj",
-        "ff_context.net.0.proj": "context_block.mlp.fc1",
-        "ff_context.net.2": "context_block.mlp.fc2",
-        "norm1.linear": "x_block.adaLN_modulation.1",
-        "attn.to_out.0": "x_block.attn.proj",
-        "attn2.to_out.0": "x_block.attn2.proj",
-        "ff.net.0.proj": "x_block.mlp.fc1",
-        "ff.net.2": "x_block.mlp.fc2",
-    }
-    for i in range(network.config.num_layers):
-        block, original = f"transformer_blocks.{i}", f"joint_blocks.{i}"
-        yield from attention(f"{block}.attn", f"{original}.x_block.attn.qkv", "to_q to_k to_v", width)
-        added = "add_q_proj add_k_proj add_v_proj"
-        yield from attention(f"{block}.attn", f"{original}.context_block.attn.qkv", added, width)
-        yield from attention(f"{block}.attn2", f"{original}.x_block.attn2.qkv", "to_q to_k to_v", width)
-        yield from ((f"{block}.{name}", (f"{original}.{there}", None, 0)) for name, there in plain.items())
-
-
-def flux(network: Any) -> Iterator[tuple[str, Rows]]:
-    """FLUX.1 and FLUX.2."""
-    width = network.config.num_attention_heads * network.config.attention_head_dim
-    double = {
-        "attn.to_out.0": "img_attn.proj",
-        "attn.to_add_out": "txt_attn.proj",
-        "norm1.linear": "img_mod.lin",
-        "norm1_context.linear": "txt_mod.lin",
-        "ff.net.0.proj": "img_mlp.0",
-        "ff.net.2": "img_mlp.2",
-        "ff_context.net.0.proj": "txt_mlp.0",
-        "ff_context.net.2": "txt_mlp.2",
-        "ff.linear_in": "img_mlp.0",
-        "ff.linear_out": "img_mlp.2",
-        "ff_context.linear_in": "txt_mlp.0",
-        "ff_context.linear_out": "txt_mlp.2",
-    }
-    single = {
-        "norm.linear": "modulation.lin",
-        "proj_out": "linear2",
-        "attn.to_qkv_mlp_proj": "linear1",
-        "attn.to_out": "linear2",
-    }
-    for i in range(network.config.num_layers):
-        block, original = f"transformer_blocks.{i}", f"double_blocks.{i}"
-        yield from attention(f"{block}.attn", f"{original}.img_attn.qkv", "to_q to_k to_v", width)
-        yield from attention(f"{block}.attn", f"{original}.txt_attn.qkv", "add_q_proj add_k_proj add_v_proj", width)
-        yield from ((f"{block}.{name}", (f"{original}.{there}", None, 0)) for name, there in double.items())
-    for i in range(network.config.num_single_layers):
-        block, original = f"single_transformer_blocks.{i}", f"single_blocks.{i}"
-        joint = [f"{block}.{name}" for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
-        yield from parts(f"{original}.linear1", joint, [width, width, width, 4 * width])
-        yield from ((f"{block}.{name}", (f"{original}.{there}", None, 0)) for name, there in single.items())
-
-
-def z_image(network: Any) -> Iterator[tuple[str, Rows]]:
-    plain = ["feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"]
-    refiners = network.config.n_refiner_layers
-    for blocks, n in {
-        "layers": network.config.n_layers,
-        "context_refiner": refiners,
-        "noise_refiner": refiners,
-    }.items():
-        for i in range(n):
-            block = f"{blocks}.{i}.attention"
-            yield from attention(block, f"{block}.qkv", "to_q to_k to_v", network.config.dim)
-            yield f"{block}.to_out.0", (f"{block}.out", None, 0)
-            yield from ((f"{blocks}.{i}.{name}", (f"{blocks}.{i}.{name}", None, 0)) for name in plain)
-
-
-def unet(network: Any) -> Iterator[tuple[str, Rows]]:
-    """Stable Diffusion's UNet, whose original code numbers the layers of all its blocks in a row."""
-    inside = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
-    inside |= {"conv_shortcut": "skip_connection"}
-    layers = network.config.layers_per_block
-    for name, module in network.named_modules():
-        if not isinstance(module, nn.Linear | nn.Conv2d):
-            continue
-        blocks, *rest = name.split(".")
-        if blocks == "mid_block":
-            place = f"middle_block.{ {'attentions': 1}.get(rest[0], 2 * int(rest[1])) }"
-        elif blocks == "down_blocks":
-            number = 1 + int(rest[0]) * (layers + 1) + (layers if rest[1] == "downsamplers" else int(rest[2]))
-            place = f"input_blocks.{number}.{int(rest[1] == 'attentions')}"
-        elif blocks == "up_blocks":
-            number = int(rest[0]) * (layers + 1) + (layers if rest[1] == "upsamplers" else int(rest[2]))
-            crossed = hasattr(network.up_blocks[int(rest[0])], "attentions")
-            place = f"output_blocks.{number}.{ {'resnets': 0, 'attentions': 1}.get(rest[1], 1 + crossed) }"
-        else:
-            continue
-        kind, layer = (rest[0], rest[2:]) if blocks == "mid_block" else (rest[1], rest[3:])
-        end = ".".join(layer)
-        end = inside.get(end, end) if kind == "resnets" else "op" if kind == "downsamplers" else end
-        yield name, (f"{place}.{end}", None, 0)
+from tests.support.original_names import Rows, flux, originals, sd3, unet, z_image
 
 
 def _sd3() -> nn.Module:
@@ -180,22 +71,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Iterator[tuple[
     "flux2": (_flux2, flux, [*ATTENTION, "to_qkv_mlp_proj", "to_add_out", "linear_in", "attn.to_out"], "flux2"),
     "z_image": (_z_image, z_image, [*ATTENTION, "feed_forward.w1", "adaLN_modulation.0"], "zimage"),
 }
-
-
-def first(part: tuple[int, Tensor]) -> int:
-    return part[0]
-
-
-def originals(network: nn.Module, table: dict[str, Rows]) -> dict[str, Tensor]:
-    """ComfyUI's weights: those of diffusers, joined where it has one layer."""
-    weights: dict[str, list[tuple[int, Tensor]]] = {}
-    modules = dict(network.named_modules())
-    for name, (weight, row, _) in table.items():
-        if name in modules:
-            weights.setdefault(weight, []).append((row or 0, modules[name].weight.detach()))  # type: ignore[arg-type]
-    return {
-        weight: torch.cat([part for _, part in sorted(found, key=lambda f: f[0])]) for weight, found in weights.items()
-    }
 
 
 @pytest.mark.parametrize("model", MODELS)

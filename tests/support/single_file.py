@@ -18,6 +18,8 @@ _RESNET = {
 _UNET_ENDS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -28,19 +30,30 @@ _ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_o
 def single_file_weights(pipeline: Any) -> dict[str, torch.Tensor]:
     """Return a pipeline's weights as the original training code of Stable Diffusion 1 named them."""
     encoder = pipeline.text_encoder.state_dict()
-    layers = pipeline.unet.config.layers_per_block
-    levels = len(pipeline.vae.config.block_out_channels)
     found = {f"cond_stage_model.transformer.text_model.{name}": value for name, value in encoder.items()}
-    for name, value in pipeline.unet.state_dict().items():
-        found[f"model.diffusion_model.{_unet_name(name, layers)}"] = value
-    for name, value in pipeline.vae.state_dict().items():
-        original = _vae_name(name, levels)
-        is_projection = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", original)
-        found[f"first_stage_model.{original}"] = value[:, :, None, None] if is_projection else value
+    found |= {f"model.diffusion_model.{name}": value for name, value in unet_weights(pipeline.unet).items()}
+    found |= {f"first_stage_model.{name}": value for name, value in vae_weights(pipeline.vae).items()}
     return {name: value.contiguous() for name, value in found.items()}
 
 
-def _unet_name(name: str, layers: int) -> str:
+def unet_weights(unet: Any) -> dict[str, torch.Tensor]:
+    """Return a UNet's weights in the original names, without prefix."""
+    layers = unet.config.layers_per_block
+    crossed = [hasattr(block, "attentions") for block in unet.up_blocks]
+    return {_unet_name(name, layers, crossed): value for name, value in unet.state_dict().items()}
+
+
+def vae_weights(vae: Any) -> dict[str, torch.Tensor]:
+    """Return an autoencoder's weights in the original names, without prefix."""
+    found = {}
+    for name, value in vae.state_dict().items():
+        original = _vae_name(name, len(vae.config.block_out_channels))
+        is_projection = re.search(r"attn_1\.(q|k|v|proj_out)\.weight$", original)
+        found[original] = value[:, :, None, None] if is_projection else value
+    return found
+
+
+def _unet_name(name: str, layers: int, crossed: list[bool]) -> str:
     for ours, original in _UNET_ENDS.items():
         if name.startswith(ours + "."):
             return original + name.removeprefix(ours)
@@ -55,7 +68,7 @@ def _unet_name(name: str, layers: int) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{first + layers + 1}.0.{rest.replace('conv', 'op', 1)}"
     if kind == "upsamplers":
-        return f"output_blocks.{first + layers}.1.{rest}"  # the tiny UNet upsamples where it has no attention
+        return f"output_blocks.{first + layers}.{1 + crossed[int(level)]}.{rest}"
     stack, number = (
         ("input_blocks", first + int(index) + 1) if side == "down" else ("output_blocks", first + int(index))
     )

@@ -167,7 +167,7 @@ def fuse(
         from alignprop_core.registry.registry import default_registry
         from alignprop_lora import fusing
 
-        pipeline = load_pipeline(model, registry=default_registry(), device="cpu", vae=vae)
+        pipeline = load_pipeline(model, registry=default_registry(), device="cpu", parts={"vae": vae} if vae else {})
     result = fusing.fuse(pipeline, read, strength, dtype=getattr(torch, formats[precision]), path=lora)
     fusing.save_pipeline(pipeline, output)
     common.print_facts(
