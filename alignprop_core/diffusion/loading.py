@@ -13,7 +13,7 @@ from torch import nn
 
 from alignprop_core.diffusion.families.find import find_family
 from alignprop_core.diffusion.families.part_files import open_parts, refuse_lacking
-from alignprop_core.diffusion.families.stable_diffusion_file import open_single_file
+from alignprop_core.diffusion.families.single_file import open_single_file
 from alignprop_core.diffusion.networks import load_part, load_parts
 from alignprop_core.errors import AlignpropError, ModelError, complaint, under
 from alignprop_core.locate import find_base, find_part

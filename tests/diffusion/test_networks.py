@@ -273,8 +273,8 @@ def test_single_file_loads_completely_or_not_at_all(
     )
     for name, expected in {
         encoder: rf"text_encoder at {file} .* missing \(final_layer_norm\.bias\)",
-        unet: f"{file} lacks weights of its unet or vae",
-        vae: f"{file} lacks weights of its unet or vae",
+        unet: f"{file} lacks weights of its denoiser or vae",
+        vae: f"{file} lacks weights of its denoiser or vae",
     }.items():
         save_file(without(name)(single_file_weights(tiny_sd())), file)
         with pytest.raises(ModelError, match=expected):

@@ -322,18 +322,18 @@ OTHER_FILES: dict[str, tuple[Callable[[Any], Weights], str]] = {
     "original UNet": (lambda pipe: parts(single_file_weights(pipe), UNET), "contains a UNet alone"),
     "VAE": (lambda pipe: dict(pipe.vae.state_dict()), "contains a VAE alone; set model.vae"),
     "text encoder": (lambda pipe: dict(pipe.text_encoder.state_dict()), "contains a text encoder alone"),
-    "no text encoder": (lambda pipe: parts(single_file_weights(pipe), UNET, VAE), "UNet without a text encoder"),
-    "no VAE": (lambda pipe: parts(single_file_weights(pipe), UNET, TEXT), "UNet without a VAE"),
+    "no text encoder": (lambda pipe: parts(single_file_weights(pipe), UNET, VAE), "denoiser without a text encoder"),
+    "no VAE": (lambda pipe: parts(single_file_weights(pipe), UNET, TEXT), "denoiser without a VAE"),
     "inpainting": (
         lambda pipe: single_file_weights(pipe) | {f"{UNET}input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)},
         r'another kind \("inpainting"',
     ),
-    "Stable Diffusion XL": (
+    "FLUX": (
         lambda pipe: (
             single_file_weights(pipe)
-            | {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.zeros(4)}
+            | {"model.diffusion_model.double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(4)}
         ),
-        r'another kind \("xl_base", as stabilityai/stable-diffusion-xl-base-1\.0\)',
+        r'another kind \("flux.*model\.base to its diffusers folder or hub id and model\.transformer to this file',
     ),
     "something else": (lambda _: {f"layer.{n}": torch.zeros(2) for n in range(5)}, r"no model .* layer\.0"),
 }

@@ -1,4 +1,4 @@
-"""Models in separate files, as ComfyUI keeps them: images equal those of the diffusers folder."""
+"""Models in separate files, as ComfyUI keeps them, or in one: images equal those of the diffusers folder."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTextConfig
 
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import ModelError
 from alignprop_core.testing.pipelines import tiny_pipeline
 from tests.support.original_names import original_weights
-from tests.support.single_file import unet_weights, vae_weights
+from tests.support.single_file import open_clip_weights, unet_weights, vae_weights
 
 STEPS = 2
 FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3"]
@@ -135,3 +138,57 @@ def test_what_is_missing_or_wrong_is_refused_by_name(case: tuple[Path, Path, dic
         model, {part: tmp_path / "gone.safetensors"}
     )
     assert "model.base" in refused(files[part], {"text_encoder": files["text_encoder"]})
+
+
+def whole_file(pipe: Any, file: Path) -> Path:
+    """Write a complete model into one file in the original code's names."""
+    xl = hasattr(pipe, "unet")
+    denoiser = unet_weights(pipe.unet) if xl else original_weights(pipe.transformer)
+    found = {f"model.diffusion_model.{name}": value for name, value in denoiser.items()}
+    found |= {f"first_stage_model.{name}": value for name, value in vae_weights(pipe.vae).items()}
+    first, second = pipe.text_encoder.state_dict(), pipe.text_encoder_2.state_dict()
+    if xl:
+        start = "conditioner.embedders.0.transformer.text_model."
+        found |= {start + name.removeprefix("text_model."): value for name, value in first.items()}
+        found |= {f"conditioner.embedders.1.model.{name}": value for name, value in open_clip_weights(second).items()}
+    else:
+        for start, part in {"clip_l": first, "clip_g": second}.items():
+            found |= {f"text_encoders.{start}.transformer.{name}": value for name, value in part.items()}
+    return save(found, file)
+
+
+def distinguishable(pipe: Any) -> Any:
+    """Give a pipeline what diffusers knows its kind of file by: numbers of layers, encoders of two widths."""
+    torch.manual_seed(0)
+    xl, widths = hasattr(pipe, "unet"), {"text_encoder": 16, "text_encoder_2": 48}
+    for name, width in widths.items():
+        encoder = getattr(pipe, name)
+        sizes = {"hidden_size": width, "num_hidden_layers": 10 if name.endswith("2") else 2}
+        sizes |= {} if xl else {"projection_dim": 16}
+        setattr(pipe, name, type(encoder)(CLIPTextConfig(**encoder.config.to_dict() | sizes)).eval())
+    if not xl:
+        with torch.no_grad():  # a file has no projection of the first encoder
+            pipe.text_encoder.text_projection.weight.copy_(torch.eye(16))
+        pipe.transformer = SD3Transformer2DModel.from_config({**pipe.transformer.config, "num_layers": 38}).eval()
+    return pipe
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_complete_model_in_one_file_gives_the_image_of_the_folder(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = distinguishable(tiny_pipeline(family))
+    pipe.save_pretrained(tmp_path / "model")
+    file = whole_file(pipe, tmp_path / "whole.safetensors")
+    # The configs are those of the model's repository, here in a cache of this test's own.
+    kind = {
+        "stable_diffusion_xl": "stable-diffusion-xl-base-1.0",
+        "stable_diffusion_3": "stable-diffusion-3.5-large",
+    }
+    base = tmp_path / "hub" / f"models--stabilityai--{kind[family]}"
+    (base / "refs").mkdir(parents=True)
+    (base / "refs" / "main").write_text("0" * 40, encoding="utf-8")
+    without_weights(tmp_path / "model", base / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    torch.testing.assert_close(image(file), image(tmp_path / "model"), atol=1e-5, rtol=0)

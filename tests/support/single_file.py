@@ -53,6 +53,30 @@ def vae_weights(vae: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+def open_clip_weights(encoder: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of transformers' CLIP text encoder in open_clip's names."""
+    found, ends = {}, {"self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+    ends |= {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+    for name, value in encoder.items():
+        name = name.removeprefix("text_model.")
+        if name == "text_projection.weight":
+            found["text_projection"] = value.T
+        elif match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+            block, layer, end = f"transformer.resblocks.{match[1]}", match[2], match[3]
+            if layer == "self_attn.q_proj":
+                others = (
+                    encoder[f"text_model.{name}".replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")
+                )
+                found[f"{block}.attn.in_proj_{end}"] = torch.cat(list(others))
+            elif layer in ends:
+                found[f"{block}.{ends[layer]}.{end}"] = value
+        else:
+            renamed = {"embeddings.token_embedding.weight": "token_embedding.weight"}
+            renamed |= {"embeddings.position_embedding.weight": "positional_embedding"}
+            found[renamed.get(name, name.replace("final_layer_norm", "ln_final"))] = value
+    return found
+
+
 def _unet_name(name: str, layers: int, crossed: list[bool]) -> str:
     for ours, original in _UNET_ENDS.items():
         if name.startswith(ours + "."):

@@ -1,4 +1,4 @@
-"""Load Stable Diffusion 1 or 2 from one safetensors file in the original code's names, as ComfyUI and A1111 do."""
+"""Load a complete Stable Diffusion from one safetensors file in the original code's names, as ComfyUI and A1111 do."""
 
 from __future__ import annotations
 
@@ -15,8 +15,19 @@ from torch import Tensor, nn
 from alignprop_core.diffusion.networks import refuse_unfilled
 from alignprop_core.errors import ModelError
 
-_UNET, _VAE, _TEXT = "model.diffusion_model.", "first_stage_model.", ("cond_stage_model.", "conditioner.")
-_RUN = ("v1", "v2")
+_UNET, _VAE, _TEXT = (
+    "model.diffusion_model.",
+    "first_stage_model.",
+    ("cond_stage_model.", "conditioner.", "text_encoders."),
+)
+_T5 = "text_encoders.t5xxl."
+_PIPELINES = {
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+    **dict.fromkeys(("sd3", "sd35_medium", "sd35_large"), "StableDiffusion3Pipeline"),
+}
+"""Kinds of models, as diffusers names them, that alignprop loads from one file."""
 _FEW = 2
 _OTHER_CONTENT = {
     "a LoRA; set model.loras to it": ("lora_", "lora.", "hada_", "lokr_"),
@@ -41,16 +52,19 @@ def open_single_file(file: Path, given: Mapping[str, Any]) -> Any:
     """
     import diffusers
 
-    repository = _check_content(file, given)
+    weights = _shapes(file)
+    kind, repository = _check_content(file, weights, given)
+    if kind == "StableDiffusion3Pipeline" and not any(name.startswith(_T5) for name in weights):
+        given = {**given, "text_encoder_3": None, "tokenizer_3": None}
     try:
         with _named_safetensors(file) as path:
-            pipeline = diffusers.StableDiffusionPipeline.from_single_file(path, **given)
+            pipeline = getattr(diffusers, kind).from_single_file(path, **given)
     except NotImplementedError as error:
         if "meta tensor" not in str(error):
             raise
         # Weights that the file lacks stay on the meta device, from which torch cannot move them.
         raise ModelError(
-            f"{file} lacks weights of its unet or vae, which would stay random, so the model is not used. "
+            f"{file} lacks weights of its denoiser or vae, which would stay random, so the model is not used. "
             "The file is damaged or contains only a part of a model: download a complete one."
         ) from error
     except OSError as error:
@@ -67,21 +81,20 @@ def open_single_file(file: Path, given: Mapping[str, Any]) -> Any:
     return pipeline
 
 
-def _check_content(file: Path, given: Collection[str]) -> str:
-    """Refuse a file that is not a complete Stable Diffusion 1 or 2; return the repository of its configuration."""
+def _check_content(file: Path, weights: Mapping[str, Tensor], given: Collection[str]) -> tuple[str, str]:
+    """Refuse a file that is not a complete Stable Diffusion; return its pipeline and its configuration's repository."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, infer_diffusers_model_type
-
-    weights = _shapes(file)
 
     def has(*starts: str) -> bool:
         return any(name.startswith(starts) for name in weights)
 
     kind = infer_diffusers_model_type(weights)  # "v1" also if it knows none of the weights
-    if kind not in _RUN:
-        like = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+    repository = str(fetch_diffusers_config(weights)["pretrained_model_name_or_path"])
+    if kind not in _PIPELINES:
         raise ModelError(
-            f'{file} contains a model of another kind ("{kind}", as {like}); from a single file, alignprop runs '
-            "Stable Diffusion 1 and 2 that turn a prompt alone into an image."
+            f'{file} contains a model of another kind ("{kind}", as {repository}); from a single file, alignprop runs '
+            "Stable Diffusion 1, 2, XL and 3 that turn a prompt alone into an image. If it is another model that "
+            "alignprop runs, set model.base to its diffusers folder or hub id and model.transformer to this file."
         )
     if not has(_UNET) or not (has(_VAE) or has(*_TEXT)):
         found = [what for what, parts in _OTHER_CONTENT.items() if any(p in name for p in parts for name in weights)]
@@ -92,10 +105,11 @@ def _check_content(file: Path, given: Collection[str]) -> str:
     lacking = {"text encoder": not has(*_TEXT), "VAE": not has(_VAE) and "vae" not in given}
     if missing := [part for part, lacks in lacking.items() if lacks]:
         raise ModelError(
-            f"{file} contains a UNet without a {missing[0]}, as some programs save it. model.base needs a complete "
-            "model: UNet, VAE and text encoder."
+            f"{file} contains a denoiser without a {missing[0]}, as some programs save it. model.base needs a complete "
+            "model: denoiser, VAE and text encoder. Or set model.base to a diffusers folder, and model.unet or "
+            "model.transformer to this file."
         )
-    return str(fetch_diffusers_config(weights)["pretrained_model_name_or_path"])
+    return _PIPELINES[kind], repository
 
 
 def _shapes(file: Path) -> dict[str, Tensor]:
