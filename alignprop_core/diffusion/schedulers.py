@@ -7,7 +7,8 @@ arithmetic on tensors: it can be checkpointed, repeated and differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,16 +26,18 @@ class Scheduler(Protocol):
     """The interface between the sampler and a scheduler.
 
     Attributes:
-        timesteps: (T,) on the sampler's device, noisiest first: int64, or float32 for flow matching.
+        timesteps: (T,) on the sampler's device, noisiest first: int64, or float32 for Euler schedulers.
         steps: T.
         needs_noise: whether `step` adds fresh noise.
         initial_state: the state before the first step.
+        initial_scale: standard deviation of the first latents: they are this times standard normal noise.
     """
 
     timesteps: Tensor
     steps: int
     needs_noise: bool
     initial_state: State
+    initial_scale: float
 
     def step(
         self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None
@@ -94,6 +97,52 @@ def step_sizes(scheduler: Scheduler) -> list[float]:
         return [float(size) for size in torch.autograd.grad(latents.sum(), probes)]
 
 
+def diffusers_tables(kind: type, config: Mapping[str, Any], steps: int) -> Any:
+    """Return a scheduler of diffusers with its tables for so many steps.
+
+    Args:
+        kind: the scheduler's class.
+        config: its options.
+        steps: number of denoising steps T.
+
+    Raises:
+        ModelError: diffusers refuses the options, or there are fewer timesteps than `steps`.
+    """
+    try:
+        with warnings.catch_warnings():
+            # diffusers passes tensors to numpy, whose version 2 warns about torch.
+            warnings.filterwarnings("ignore", message="__array__ implementation", category=DeprecationWarning)
+            table: Any = kind(**config)
+            trained = int(table.config.num_train_timesteps)
+            most = int(table.config.get("original_inference_steps", trained))
+            if steps <= most:
+                table.set_timesteps(steps)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError) as error:
+        raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
+    if steps > most and most < trained:
+        raise ModelError(
+            f"sampling.steps is {steps}, but lcm chooses its steps among {most} (original_inference_steps in the "
+            "model's scheduler_config.json); use at most that many."
+        )
+    # "leading" with an offset of 1 begins beyond the last timestep if every timestep is a step.
+    if steps > trained or not 0 <= int(table.timesteps.min()) <= int(table.timesteps.max()) < trained:
+        raise ModelError(
+            f"sampling.steps is {steps}, but the model was trained with {trained} timesteps; use at most that "
+            f"many, with this model's timestep_spacing ({table.config.timestep_spacing}) fewer."
+        )
+    return table
+
+
+def require_signal(prediction_type: str, alphas: Iterable[float | Tensor]) -> None:
+    """Raise `ModelError` if noise is predicted from latents that are noise alone, one of `alphas` being 0."""
+    if prediction_type == "epsilon" and any(alpha == 0 for alpha in alphas):
+        raise ModelError(
+            "The model's scheduler has zero terminal SNR (rescale_betas_zero_snr) and begins at pure noise, from "
+            "which a prediction of the noise (prediction_type: epsilon) says nothing about the image: its images "
+            "would be NaN. Correct prediction_type in its scheduler_config.json (v_prediction), or the other key."
+        )
+
+
 class DDIM:
     """Denoising diffusion implicit models (Song et al. 2021, equation 12), as diffusers' `DDIMScheduler` computes them.
 
@@ -113,31 +162,15 @@ class DDIM:
     def __init__(
         self, config: Mapping[str, Any], steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu"
     ) -> None:
-        try:
-            table = DDIMScheduler(**config)
-            trained = int(table.config.num_train_timesteps)
-            if steps <= trained:
-                table.set_timesteps(steps)
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
-        # "leading" with an offset of 1 begins beyond the last timestep if every timestep is a step.
-        if steps > trained or not 0 <= int(table.timesteps.min()) <= int(table.timesteps.max()) < trained:
-            raise ModelError(
-                f"sampling.steps is {steps}, but the model was trained with {trained} timesteps; use at most that "
-                f"many, with this model's timestep_spacing ({table.config.timestep_spacing}) fewer."
-            )
+        table = diffusers_tables(DDIMScheduler, config, steps)
         self.steps = steps
         self.needs_noise = eta > 0
         self.initial_state: State = ()
+        self.initial_scale = 1.0
         self.prediction_type: str = table.config.prediction_type
         self._clip: float | None = table.config.clip_sample_range if table.config.clip_sample else None
         self._table = [self._coefficients(table, int(t), eta) for t in table.timesteps]
-        if self.prediction_type == "epsilon" and any(c.sqrt_alpha == 0 for c in self._table):
-            raise ModelError(
-                "The model's scheduler has zero terminal SNR (rescale_betas_zero_snr) and begins at pure noise, from "
-                "which a prediction of the noise (prediction_type: epsilon) says nothing about the image: its images "
-                "would be NaN. Correct prediction_type in its scheduler_config.json (v_prediction), or the other key."
-            )
+        require_signal(self.prediction_type, [c.sqrt_alpha for c in self._table])
         # Copied once, here, so that the loop never waits for the host.
         self.timesteps: Tensor = table.timesteps.to(device)
 
@@ -249,6 +282,7 @@ class FlowMatchEuler:
         self.steps = steps
         self.needs_noise = False
         self.initial_state: State = ()
+        self.initial_scale = 1.0
         self._sigmas: Tensor = table.sigmas.cpu()  # T + 1; 0-dim CPU tensors mix with device tensors without a sync
         self.timesteps: Tensor = table.timesteps.to(device)
 
