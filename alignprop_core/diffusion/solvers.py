@@ -80,7 +80,7 @@ class Solver:
         self.steps = len(table.timesteps)
         self.timesteps: Tensor = table.timesteps.to(device)
         self.initial_state: State = ()
-        levels = _levels(table)
+        levels = _levels(table)[: self.steps + 1]  # with log_linear interpolation, diffusers has one too many
         self.initial_scale = float(table.init_noise_sigma)
         if isinstance(table, EulerDiscreteScheduler | EulerAncestralDiscreteScheduler):
             self.initial_scale *= levels[0][0]
@@ -133,7 +133,7 @@ class Solver:
 
 
 def _levels(table: Any) -> list[tuple[float, float]]:
-    """Return alpha and s before every step and after the last, T + 1 pairs."""
+    """Return alpha and s before every step and after the last."""
     if isinstance(table, LCMScheduler):
         alphas = [float(table.alphas_cumprod[t]) for t in table.timesteps]
         return [(sqrt(alpha), sqrt(1 - alpha)) for alpha in [*alphas, 1.0]]
