@@ -14,6 +14,7 @@ from torch import Tensor
 from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.config.schedulers import SCHEDULERS
 from alignprop_core.diffusion.families.scheduler_config import solver_options
+from alignprop_core.diffusion.finite import find_in_images
 from alignprop_core.diffusion.noise import Noise
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.schedulers import step_sizes
@@ -336,6 +337,17 @@ def test_gradient_equals_plain_autograd_through_diffusers_steps(
     assert scale > 0
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("name", ["euler", "lcm"])
+def test_the_search_for_values_that_are_not_finite_follows_the_chain(tiny_sd: Callable[..., Any], name: str) -> None:
+    pipe = tiny_sd()
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    sampler = Sampler(pipe, SamplingConfig(steps=3, scheduler=name))
+    noise = sampler.noise(PROMPTS)
+    with torch.no_grad():
+        expected = sampler.sample(PROMPTS, noise).latents
+    torch.testing.assert_close(find_in_images(sampler, PROMPTS, noise)[1], expected)
 
 
 # -- models of few steps ----------------------------------------------------------------------------------------------
