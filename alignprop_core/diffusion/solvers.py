@@ -22,7 +22,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from alignprop_core.diffusion.schedulers import State, diffusers_tables, require_signal
+from alignprop_core.diffusion.schedulers import State
+from alignprop_core.diffusion.tables import diffusers_tables, require_signal
 from alignprop_core.errors import ModelError
 
 _FEW = 15

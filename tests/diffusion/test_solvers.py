@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -245,9 +245,9 @@ def test_defaults_that_the_models_file_leaves_out_are_the_new_class_own(
 
 
 @pytest.fixture
-def tuned(tiny_sd: Callable[..., Any]) -> Iterator[tuple[Any, list[torch.nn.Parameter]]]:
+def tuned(tiny_sd: Callable[..., Any]) -> tuple[Any, list[torch.nn.Parameter]]:
     pipe = tiny_sd().to(torch.float64)
-    yield pipe, attached(pipe)
+    return pipe, attached(pipe)
 
 
 def attached(pipe: Any) -> list[torch.nn.Parameter]:
@@ -276,7 +276,8 @@ def by_definition(sampler: Sampler, scheduler: Any, noise: Noise, plan: Truncati
                 scheduler.model_outputs = [out if out is None else out.detach() for out in scheduler.model_outputs]
         result = scheduler.step(prediction, t, latents)
         if i == plan.stop_at:
-            return result["denoised" if "denoised" in result else "pred_original_sample"]
+            estimate: Tensor = result["denoised" if "denoised" in result else "pred_original_sample"]
+            return estimate
         latents = result.prev_sample
     rows = [latents]
     for fresh in () if noise.lv is None else noise.lv:
@@ -376,7 +377,8 @@ def test_full_through_few_steps_equals_autograd_through_the_pipelines_own_call(
     sampler = Sampler(pipe, sampling, BackpropConfig(strategy="full"))
     found = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
     pipe.scheduler = theirs_of(name, pipe.scheduler.config)
-    latents = type(pipe).__call__.__wrapped__(
+    call: Any = type(pipe).__call__
+    latents = call.__wrapped__(
         pipe,
         PROMPTS,
         num_inference_steps=steps,
