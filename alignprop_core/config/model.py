@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, WithJsonSchema, field_validator, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, field_validator, model_validator
 
 from alignprop_core.config.base import Pixels, Positive, Section, Text
+from alignprop_core.config.schedulers import SCHEDULERS, canonical_scheduler
 from alignprop_core.locate import PARTS
 from alignprop_core.prompts import prompt_entry
 from alignprop_core.validation import Problems
@@ -78,12 +79,20 @@ class PromptsConfig(Section):
         return entries
 
 
+_Scheduler = Annotated[
+    str,
+    AfterValidator(canonical_scheduler),
+    WithJsonSchema({"anyOf": [{"enum": list(SCHEDULERS)}, {"type": "string"}]}),
+]
+
+
 class SamplingConfig(Section):
     """How images are sampled, in training, previews and evaluation."""
 
-    scheduler: Literal["ddim", "flow_match_euler"] | None = None
-    """The sampler's update rule; null uses the one for the model's kind: ddim for Stable Diffusion 1, 2 and XL,
-    flow_match_euler for Stable Diffusion 3."""
+    scheduler: _Scheduler | None = None
+    """The update rule of a denoising step, by its name here, by its class in diffusers (EulerDiscreteScheduler) or by
+    another common name ("DPM++ 2M Karras"). null uses the one for the model's kind: ddim for Stable Diffusion 1, 2 and
+    XL, flow_match_euler for Stable Diffusion 3."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps per image."""
     guidance_scale: float = Field(default=7.5, ge=1)
@@ -98,6 +107,12 @@ class SamplingConfig(Section):
     """Negative prompt for classifier-free guidance."""
     true_cfg_scale: Annotated[float, Field(ge=1)] | None = None
     """True classifier-free guidance for guidance-distilled models; null turns it off."""
+
+    @model_validator(mode="after")
+    def _eta_with_ddim(self) -> Self:
+        if self.eta and self.scheduler not in (None, "ddim"):
+            raise Problems([("eta", f"{self.scheduler} has no eta, only ddim has. Remove it, or set scheduler: ddim.")])
+        return self
 
 
 Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli", "sparse", "bridge", "leap"]

@@ -121,7 +121,7 @@ class Chain:
         """
         calls, scheduler, truncation = self._calls, self.scheduler, self.truncation
         noise = noise.to(calls.device, calls.dtype)
-        latents, step_noise = noise.initial, noise.steps
+        latents, step_noise = scheduler.initial_scale * noise.initial, noise.steps
         state = scheduler.initial_state
         factors = {} if truncation is None else truncation.factors
         records: list[Record] = []

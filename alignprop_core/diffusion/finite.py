@@ -71,7 +71,7 @@ def find_in_images(sampler: Sampler, prompts: Sequence[str], noise: Noise) -> tu
         noise: the batch's randomness.
     """
     steps, noise = sampler.scheduler.steps, noise.to(sampler.device, sampler.dtype)
-    latents, state = noise.initial, sampler.scheduler.initial_state
+    latents, state = sampler.scheduler.initial_scale * noise.initial, sampler.scheduler.initial_state
     network = sampler.family.denoiser_name
 
     def at(place: str, row: int) -> tuple[NotFinite, Tensor]:

@@ -23,7 +23,7 @@ class Noise:
         initial: (B, C, h, w), standard normal.
         seed: the seed it was drawn from.
         step: the training step it was drawn for.
-        steps: (T, B, C, h, w) for schedulers that add noise (eta > 0), else None.
+        steps: (T, B, C, h, w) for schedulers that add noise (eta > 0, euler_a, lcm), else None.
         lv: (n, B, C, h, w) for DRaFT-LV, else None.
         indices: the global sample indices it was drawn for; empty for 0 to B - 1.
     """

@@ -15,6 +15,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from alignprop_core.diffusion.tables import diffusers_tables, require_signal
 from alignprop_core.errors import ModelError, complaint
 
 State = tuple[Tensor, ...]
@@ -25,16 +26,18 @@ class Scheduler(Protocol):
     """The interface between the sampler and a scheduler.
 
     Attributes:
-        timesteps: (T,) on the sampler's device, noisiest first: int64, or float32 for flow matching.
+        timesteps: (T,) on the sampler's device, noisiest first: int64, or float32 for Euler schedulers.
         steps: T.
         needs_noise: whether `step` adds fresh noise.
         initial_state: the state before the first step.
+        initial_scale: standard deviation of the first latents: they are this times standard normal noise.
     """
 
     timesteps: Tensor
     steps: int
     needs_noise: bool
     initial_state: State
+    initial_scale: float
 
     def step(
         self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None
@@ -113,31 +116,15 @@ class DDIM:
     def __init__(
         self, config: Mapping[str, Any], steps: int, *, eta: float = 0.0, device: torch.device | str = "cpu"
     ) -> None:
-        try:
-            table = DDIMScheduler(**config)
-            trained = int(table.config.num_train_timesteps)
-            if steps <= trained:
-                table.set_timesteps(steps)
-        except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
-            raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
-        # "leading" with an offset of 1 begins beyond the last timestep if every timestep is a step.
-        if steps > trained or not 0 <= int(table.timesteps.min()) <= int(table.timesteps.max()) < trained:
-            raise ModelError(
-                f"sampling.steps is {steps}, but the model was trained with {trained} timesteps; use at most that "
-                f"many, with this model's timestep_spacing ({table.config.timestep_spacing}) fewer."
-            )
+        table = diffusers_tables(DDIMScheduler, config, steps)
         self.steps = steps
         self.needs_noise = eta > 0
         self.initial_state: State = ()
+        self.initial_scale = 1.0
         self.prediction_type: str = table.config.prediction_type
         self._clip: float | None = table.config.clip_sample_range if table.config.clip_sample else None
         self._table = [self._coefficients(table, int(t), eta) for t in table.timesteps]
-        if self.prediction_type == "epsilon" and any(c.sqrt_alpha == 0 for c in self._table):
-            raise ModelError(
-                "The model's scheduler has zero terminal SNR (rescale_betas_zero_snr) and begins at pure noise, from "
-                "which a prediction of the noise (prediction_type: epsilon) says nothing about the image: its images "
-                "would be NaN. Correct prediction_type in its scheduler_config.json (v_prediction), or the other key."
-            )
+        require_signal(self.prediction_type, [c.sqrt_alpha for c in self._table])
         # Copied once, here, so that the loop never waits for the host.
         self.timesteps: Tensor = table.timesteps.to(device)
 
@@ -249,6 +236,7 @@ class FlowMatchEuler:
         self.steps = steps
         self.needs_noise = False
         self.initial_state: State = ()
+        self.initial_scale = 1.0
         self._sigmas: Tensor = table.sigmas.cpu()  # T + 1; 0-dim CPU tensors mix with device tensors without a sync
         self.timesteps: Tensor = table.timesteps.to(device)
 

@@ -50,7 +50,7 @@ class Drift:
         """Denoise with the base model and store latents and predictions, (b, C, h, w), of the chosen steps."""
         sampler = self.sampler
         noise = sampler.noise(prompts, seed=seed, step=0, indices=indices)
-        latents = noise.initial.to(sampler.device, sampler.dtype)
+        latents = sampler.scheduler.initial_scale * noise.initial.to(sampler.device, sampler.dtype)
         added = None if noise.steps is None else noise.steps.to(sampler.device, sampler.dtype)
         state = sampler.scheduler.initial_state
         # The chain ends after the last chosen step.

@@ -16,8 +16,9 @@ from pydantic import Field, ValidationError
 
 from alignprop_core.config.aliases import ALIASES
 from alignprop_core.config.load import load_config, resolved_yaml
-from alignprop_core.config.model import BackpropConfig
+from alignprop_core.config.model import BackpropConfig, SamplingConfig
 from alignprop_core.config.rewards import RewardTerm
+from alignprop_core.config.schedulers import SCHEDULERS, canonical_scheduler
 from alignprop_core.config.schema import json_schema
 from alignprop_core.config.sections import RunConfig
 from alignprop_core.config.yaml import dump_yaml, read_yaml
@@ -240,6 +241,9 @@ def test_everything_wrong_is_reported_together_with_lines(tmp_path: Path, regist
         ("sampling: {guidance_scale: 0}", "sampling.guidance_scale", "must be at least 1, not 0."),
         ("sampling: {guidance_scale: .inf}", "sampling.guidance_scale", "must be a finite number, not inf."),
         ("sampling: {eta: 2}", "sampling.eta", "must be at most 1, not 2."),
+        ("sampling: {eta: 0.5, scheduler: euler a}", "sampling.eta", "euler_a has no eta, only ddim has. Remove it, or set scheduler: ddim."),
+        ("sampling: {scheduler: dpmp_2m}", "sampling.scheduler", 'must be ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, lcm, flow_match_euler, or the name of its class in diffusers, not "dpmp_2m". Did you mean "dpmpp_2m"?'),
+        ("sampling: {scheduler: UniPCMultistepScheduler}", "sampling.scheduler", 'must be ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, lcm, flow_match_euler, or the name of its class in diffusers, not "UniPCMultistepScheduler".'),
         ("backprop: {checkpoint_steps: maybe}", "backprop.checkpoint_steps", 'must be auto or true or false, not the text "maybe".'),
         ("backprop: {strategy: lastk}", "backprop.strategy", 'must be last_k, uniform, gaussian, full, drtune, refl, bernoulli, sparse, bridge or leap, not the text "lastk". Did you mean "last_k"?'),
         ("backprop: {strategy: bernoulli, keep_probability: 0}", "backprop.keep_probability", "must be more than 0, not 0."),
@@ -252,6 +256,32 @@ def test_everything_wrong_is_reported_together_with_lines(tmp_path: Path, regist
 def test_wrong_values_are_refused(tmp_path: Path, registry: Registry, text: str, key: str, message: str) -> None:
     base = MINIMAL if not text.startswith("model") else MINIMAL.partition("\n")[2]
     assert problems(tmp_path, registry, text, base=base) == {key: message}
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("DDIMScheduler", "ddim"),
+        ("Euler a", "euler_a"),
+        ("euler_ancestral", "euler_a"),
+        ("EulerDiscreteScheduler", "euler"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++_2m", "dpmpp_2m"),
+        ("DPMSolverMultistepScheduler", "dpmpp_2m"),
+        ("DPM++ 2M Karras", "dpmpp_2m_karras"),
+        ("LCM", "lcm"),
+        ("FlowMatchEulerDiscreteScheduler", "flow_match_euler"),
+    ],
+)
+def test_a_scheduler_has_one_name_in_the_resolved_config(given: str, name: str) -> None:
+    assert SamplingConfig(scheduler=given).scheduler == name
+
+
+def test_every_name_of_a_scheduler_is_written_plainly_and_means_one() -> None:
+    names = [name for name, (_, aliases) in SCHEDULERS.items() for name in (name, *aliases)]
+    assert len(set(names)) == len(names)
+    for name, (_, aliases) in SCHEDULERS.items():
+        assert {canonical_scheduler(other) for other in (name, *aliases)} == {name}
 
 
 @pytest.mark.parametrize(

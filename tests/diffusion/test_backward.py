@@ -57,6 +57,7 @@ class TwoStep:
     def __init__(self, inner: DDIM) -> None:
         self.inner, self.timesteps, self.steps, self.needs_noise = inner, inner.timesteps, inner.steps, False
         self.initial_state: State = ()
+        self.initial_scale = 1.0
 
     def step(
         self, latents: Tensor, prediction: Tensor, step: int, state: State, noise: Tensor | None

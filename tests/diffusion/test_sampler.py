@@ -389,10 +389,13 @@ def test_true_cfg_scale_is_refused_with_the_right_key(pipe: Any) -> None:
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_host_sync_in_the_denoising_loop(tiny_sd: Callable[..., Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("scheduler", [{"eta": 0.5}, {"scheduler": "euler_a"}, {"scheduler": "dpmpp_2m"}], ids=str)
+def test_no_host_sync_in_the_denoising_loop(
+    tiny_sd: Callable[..., Any], dtype: torch.dtype, scheduler: dict[str, Any]
+) -> None:
     pipe = tiny_sd().to("cuda", dtype)
     trainable(pipe)
-    sampler = Sampler(pipe, SamplingConfig(steps=4, eta=0.5), BackpropConfig(strategy="uniform"))
+    sampler = Sampler(pipe, SamplingConfig(steps=4, **scheduler), BackpropConfig(strategy="uniform"))
     noise = sampler.noise(PROMPTS, seed=0, step=0)
     sampler.sample(PROMPTS, noise)  # encodes prompts and measures a step, once
     noise = replace(noise, initial=noise.initial.cuda(), steps=None if noise.steps is None else noise.steps.cuda())

@@ -12,6 +12,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from rich.progress import Progress
 from torch import Tensor
 
@@ -281,13 +282,15 @@ def test_errors_for_wrong_image_features_name_the_term(found: object, words: str
 # -- drift ------------------------------------------------------------------------------------------------------------
 
 
-def test_drift_is_the_relative_change_of_the_guided_prediction(tiny_sd: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmpp_2m"])
+def test_drift_is_the_relative_change_of_the_guided_prediction(tiny_sd: Callable[..., Any], scheduler: str) -> None:
     pipe = tiny_sd()
     lora.attach(pipe.unet, rank=4)
     with torch.no_grad():
         for parameter in lora.parameters(pipe.unet)[1::2]:
             parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
-    sampler = Sampler(pipe, SamplingConfig(steps=6, guidance_scale=2.0))
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    sampler = Sampler(pipe, SamplingConfig(steps=6, guidance_scale=2.0, scheduler=scheduler))
 
     def base() -> Any:
         return lora.disabled(pipe.unet)
@@ -297,14 +300,15 @@ def test_drift_is_the_relative_change_of_the_guided_prediction(tiny_sd: Callable
     moved, whole = 0.0, 0.0
     with base():
         noise = sampler.noise(PROMPTS, seed=9, step=0)
-        latents = noise.initial
+        latents, state = sampler.scheduler.initial_scale * noise.initial, sampler.scheduler.initial_state
         inputs = []
         for i in range(6):
             prediction = sampler.predict(latents, i, prompts)
             if i in (0, 2, 3, 5):
                 inputs.append((i, latents, prediction))
-            latents, _ = sampler.scheduler.step(latents, prediction, i, (), None)
+            latents, state = sampler.scheduler.step(latents, prediction, i, state, None)
     assert drift.steps == (0, 2, 3, 5)
+    torch.testing.assert_close(drift._inputs[0][2], inputs[0][1][:2])
     for i, seen, prediction in inputs:
         moved += float((sampler.predict(seen, i, prompts) - prediction).square().sum())
         whole += float(prediction.square().sum())

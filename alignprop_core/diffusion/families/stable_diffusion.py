@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from alignprop_core.config.model import SamplingConfig
 from alignprop_core.diffusion.families.base import Conditioning, Family
-from alignprop_core.diffusion.families.scheduler_config import ddim_options
-from alignprop_core.diffusion.schedulers import DDIM, Scheduler
+from alignprop_core.diffusion.families.scheduler_config import DIFFUSION, diffusion_scheduler
+from alignprop_core.diffusion.schedulers import Scheduler
 from alignprop_core.errors import ConfigError, ModelError
 
 _BY_CHANNELS = {
@@ -39,7 +39,7 @@ class StableDiffusion(Family):
 
     denoiser_name = "unet"
     title = "Stable Diffusion"
-    schedulers = ("ddim",)
+    schedulers = DIFFUSION
     others: ClassVar[str] = ", such as Stable Diffusion XL or an upscaler"
     """Kinds of models with other inputs, for messages."""
     parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -110,9 +110,8 @@ class StableDiffusion(Family):
         return vae
 
     def scheduler(self, device: torch.device) -> Scheduler:
-        """Return DDIM over the pipeline's own noise tables."""
-        config = {**self.pipeline.scheduler.config, "_class_name": type(self.pipeline.scheduler).__name__}
-        return DDIM(ddim_options(config), self.sampling.steps, eta=self.sampling.eta, device=device)
+        """Return the chosen scheduler, or DDIM, over the pipeline's own noise tables."""
+        return diffusion_scheduler(self.pipeline.scheduler, self.sampling, device)
 
     def latent_shape(self) -> tuple[int, int, int]:
         """Return (C, H / f, W / f) with the VAE's factor f; the model's own size unless width and height are set."""

@@ -171,7 +171,7 @@ def trainer(model: Path, folder: Path, **overrides: object) -> Trainer:
     data = {
         "model": {"base": str(model)},
         "prompts": {"train": str(prompts), "heldout": str(prompts)},
-        "sampling": {"steps": 2, "guidance_scale": 2.0},
+        "sampling": {"steps": 2, "guidance_scale": 2.0, "scheduler": "DPM++ 2M Karras"},
         "rewards": [{"name": "redness", "ceiling": 5.0}, {"name": "shade", "weight": 0.5}],
         "mix": {"combine": "balanced"},
         "lora": {"rank": 2},
@@ -695,8 +695,10 @@ def test_a_sheet_with_an_invalid_layout_is_shown_complete(tmp_path: Path, told: 
 # -- what can be copied from it ---------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of torch, with numpy 2
 def test_its_code_generates_an_image(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (snippet,) = [text for text in page_of(trained).inside("code") if "load_lora_weights" in text]
+    assert "DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)" in snippet
     monkeypatch.chdir(tmp_path)
     exec(snippet, {})
     with Image.open(tmp_path / "image.png") as picture:

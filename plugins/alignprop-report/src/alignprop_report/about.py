@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from alignprop_core.config.schedulers import SCHEDULERS
 from alignprop_report.axes import figure
 from alignprop_report.markup import Child, Markup, code, element, facts, joined, table
 from alignprop_report.run_files import Run, label_of, mapping, mappings, number, pick
@@ -173,11 +174,13 @@ def _snippet(run: Run, base: str, steps: float, guidance: float) -> str:
     single = base.endswith(".safetensors")
     kind, load = ("StableDiffusionPipeline", "from_single_file") if single else ("DiffusionPipeline", "from_pretrained")
     where = f"find_base({_quoted(base)}, default_registry())" if registered else _quoted(base)
+    name = str(pick(run.config, "sampling", "scheduler") or "ddim")
+    scheduler, karras = SCHEDULERS.get(name, SCHEDULERS["ddim"])[0], name.endswith("_karras")
     lines += [
-        f"from diffusers import DDIMScheduler, {kind}",
+        f"from diffusers import {', '.join(sorted([scheduler, kind]))}",
         "",
         f"pipe = {kind}.{load}({where}{options})",
-        "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)",
+        f"pipe.scheduler = {scheduler}.from_config(pipe.scheduler.config{', use_karras_sigmas=True' * karras})",
         f"pipe.load_lora_weights({_quoted(str(run.path / 'lora'))}, weight_name={_quoted(_DIFFUSERS)})",
         "noise = torch.Generator().manual_seed(0)",
         f'image = pipe("your prompt", num_inference_steps={steps:g}, guidance_scale={guidance:g}, '
