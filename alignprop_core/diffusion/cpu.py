@@ -24,6 +24,11 @@ import torch.nn.functional as F
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Kernels of attention that the networks may use, in forward and backward passes: not cuDNN's, whose backward pass
+corrupts memory at FLUX.1's size (torch 2.11, H200)."""
 
 Forwards = Mapping[nn.Module, Callable[..., Tensor]]
 """Module -> the function that replaces its `forward`."""
@@ -37,12 +42,13 @@ _kernels: WeakKeyDictionary[nn.Conv2d, tuple[int, Tensor]] = WeakKeyDictionary()
 
 @contextmanager
 def replaced(forwards: Forwards) -> Iterator[None]:
-    """Replace the modules' `forward` inside the block; nests, and is undone after an error."""
+    """Replace the modules' `forward` in the block, and choose kernels of attention; nests, undone after an error."""
     before: dict[Any, Any] = {module: module.__dict__.get("forward") for module in forwards}
     try:
         for module, forward in forwards.items():
             module.__dict__["forward"] = forward
-        yield
+        with sdpa_kernel(ATTENTION):
+            yield
     finally:
         for module, own in before.items():
             if own is None:
