@@ -10,13 +10,23 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
@@ -182,10 +192,54 @@ def tiny_sd3(seed: int = 0) -> Any:
     return pipeline
 
 
+def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
+    """Return a FLUX.1 pipeline of about 0.1M float32 parameters: [dev], or [schnell] without `guidance_embeds`.
+
+    Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
+    """
+    base = tiny_sd(seed=seed)
+    letters = [chr(code) for code in range(ord(" ") + 1, ord("~") + 1)]
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
+    tokenizer_2 = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        text_encoder_2 = T5EncoderModel(
+            T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ).eval()
+        vae = _tiny_vae(
+            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ).eval()
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            out_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=24,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        ).eval()
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
+        vae=vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, which says 128
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_sd,
     "stable_diffusion_xl": tiny_sdxl,
     "stable_diffusion_3": tiny_sd3,
+    "flux": tiny_flux,
 }
 """Family -> the function that builds its tiny pipeline."""
 

@@ -30,6 +30,12 @@ BUILT_IN = (
         factory="alignprop_core.diffusion.families.stable_diffusion_3:StableDiffusion3",
         pipelines=("StableDiffusion3Pipeline",),
     ),
+    FamilySpec(
+        name="flux",
+        summary="FLUX.1 [dev] and [schnell], flow matching.",
+        factory="alignprop_core.diffusion.families.flux:Flux",
+        pipelines=("FluxPipeline",),
+    ),
 )
 
 
