@@ -23,6 +23,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -31,14 +32,37 @@ from transformers import (
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
+def _bytes() -> list[str]:
+    """Return the symbols of byte-level tokenizers, one for each byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)  # each remaining byte is the next character after 255
+    return [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
+
+
 def tiny_tokenizer() -> CLIPTokenizer:
     """Return a CLIP tokenizer on bytes: 512 symbols and the two special tokens, no merges."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)  # CLIP writes each remaining byte as the next character after 255
-    letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
+    letters = _bytes()
     symbols = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
     # transformers 5 silently ignores vocab_file= and merges_file=.
     return CLIPTokenizer(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
+
+
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """Return a T5 tokenizer on the letters of ASCII: 98 symbols."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return a Qwen tokenizer on bytes with a chat template: 256 symbols and three special tokens, no merges."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = {symbol: n for n, symbol in enumerate([*_bytes(), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=symbols, merges=[], additional_special_tokens=special[1:], model_max_length=512)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
 
 
 def _tiny_vae(latent_channels: int, **more: Any) -> AutoencoderKL:
@@ -198,13 +222,11 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
     Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
     """
     base = tiny_sd(seed=seed)
-    letters = [chr(code) for code in range(ord(" ") + 1, ord("~") + 1)]
-    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *letters]
-    tokenizer_2 = T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+    tokenizer_2 = tiny_t5_tokenizer()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         text_encoder_2 = T5EncoderModel(
-            T5Config(vocab_size=len(pieces), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+            T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         ).eval()
         vae = _tiny_vae(
             16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
