@@ -29,11 +29,13 @@ COMPOUNDS = {
     "proj_mlp", "conv_in", "conv_out", "conv_shortcut", "linear_1", "linear_2", "time_embedding", "add_embedding",
     "time_emb_proj", "time_text_embed", "timestep_embedder", "guidance_embedder", "text_embedder", "context_embedder",
     "x_embedder", "pos_embed", "norm_out", "norm1_context", "encoder_hid_proj", "text_model", "self_attn", "q_proj",
-    "k_proj", "v_proj", "out_proj", "text_projection",
+    "k_proj", "v_proj", "out_proj", "text_projection", "to_qkv_mlp_proj", "linear_in", "linear_out", "noise_refiner",
+    "context_refiner", "feed_forward", "cap_embedder",
 }  # fmt: skip
 _WORDS = {
     "attentions", "resnets", "downsamplers", "upsamplers", "conv", "conv1", "conv2", "attn", "attn1", "attn2", "ff",
     "net", "proj", "norm", "norm1", "linear", "encoder", "layers", "mlp", "fc1", "fc2",
+    "attention", "w1", "w2", "w3",
 }  # fmt: skip
 _FLATTENED = re.compile(  # whole parts between dots, the longest first
     r"(?<![^.])(" + "|".join(sorted((c.replace("_", r"\.") for c in COMPOUNDS), key=len, reverse=True)) + r")(?![^.])"

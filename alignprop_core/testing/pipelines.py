@@ -8,8 +8,11 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     SD3Transformer2DModel,
@@ -24,6 +27,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -65,8 +70,9 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def _tiny_vae(latent_channels: int, **more: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def tiny_vae(latent_channels: int, kind: Any = AutoencoderKL, **more: Any) -> Any:
+    """Return a VAE for 32x32 pixels that takes the global random state; `more` is options of its class."""
+    return kind(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -102,7 +108,7 @@ def tiny_sd(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        vae = _tiny_vae(4)
+        vae = tiny_vae(4)
         unet = UNet2DConditionModel(
             sample_size=4,
             block_out_channels=(16, 32),
@@ -185,7 +191,7 @@ def tiny_sd3(seed: int = 0) -> Any:
         torch.manual_seed(seed + 1)
         config = CLIPTextConfig.from_dict(base.text_encoder.config.to_dict() | {"projection_dim": 16})
         encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-        vae = _tiny_vae(
+        vae = tiny_vae(
             16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
         ).eval()
         transformer = SD3Transformer2DModel(
@@ -228,7 +234,7 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
         text_encoder_2 = T5EncoderModel(
             T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         ).eval()
-        vae = _tiny_vae(
+        vae = tiny_vae(
             16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
         ).eval()
         transformer = FluxTransformer2DModel(
@@ -257,11 +263,63 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
     return pipeline
 
 
+def _tiny_qwen(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:
+    return kind(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+def tiny_flux2_klein(distilled: bool = False, seed: int = 0) -> Any:
+    """Return a FLUX.2 [klein] pipeline of about 0.1M float32 parameters, distilled or base; `seed` decides the weights.
+
+    Images are 32x32, latents (B, 32, 2, 2). The global random state is unchanged.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = _tiny_qwen(Qwen3ForCausalLM, tokenizer, layers=28)  # the pipeline reads the 27th
+        vae = tiny_vae(8, AutoencoderKLFlux2).eval()
+        vae.bn.running_mean.normal_().mul_(0.5)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        transformer = Flux2Transformer2DModel(
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ).eval()
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        is_distilled=distilled,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, which says 128
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_sd,
     "stable_diffusion_xl": tiny_sdxl,
     "stable_diffusion_3": tiny_sd3,
     "flux": tiny_flux,
+    "flux2_klein": tiny_flux2_klein,
 }
 """Family -> the function that builds its tiny pipeline."""
 

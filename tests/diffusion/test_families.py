@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
@@ -16,11 +16,13 @@ from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import draw_truncation
 from alignprop_core.errors import ConfigError, ModelError
 from alignprop_core.lora import adapters
+from alignprop_core.lora.layers import layers_of
+from alignprop_core.lora.names import flatten_name, unflatten_name
 from alignprop_core.registry.registry import default_registry
-from alignprop_core.testing.pipelines import tiny_flux, tiny_pipeline
+from alignprop_core.testing.pipelines import tiny_flux, tiny_flux2_klein, tiny_pipeline, tiny_t5_tokenizer, tiny_vae
 
 PROMPTS = ["a fox", "three owls on a blue hill"]
-FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3", "flux"]
+FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2_klein"]
 STEPS = 3
 
 
@@ -34,12 +36,17 @@ class InFloat64(FlowMatchEulerDiscreteScheduler):
 
 def own_image(pipe: Any, **arguments: Any) -> Tensor:
     """Return what the pipeline itself generates."""
-    generator = torch.Generator().manual_seed(3)
-    arguments = {"width": 32, "height": 32, **arguments}
-    images: Tensor = pipe(
-        list(PROMPTS), num_inference_steps=STEPS, generator=generator, output_type="pt", **arguments
-    ).images
+    images: Tensor = pipe(**call(pipe, output_type="pt", **arguments)).images
     return images
+
+
+def call(pipe: Any, **arguments: Any) -> dict[str, Any]:
+    """Return the arguments of a pipeline's call."""
+    if isinstance(pipe, Flux2KleinPipeline) and "negative_prompt" in arguments:
+        arguments["negative_prompt_embeds"], _ = pipe.encode_prompt(arguments.pop("negative_prompt"))
+    generator = torch.Generator().manual_seed(3)
+    fixed = {"prompt": list(PROMPTS), "num_inference_steps": STEPS, "generator": generator, "width": 32, "height": 32}
+    return fixed | arguments
 
 
 def guided(family: str, scale: float, negative: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -76,7 +83,18 @@ def test_image_of_another_aspect_ratio_equals_the_pipelines_own(family: str) -> 
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
-def test_guidance_is_an_input_of_flux_dev_and_no_input_of_schnell() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_of_every_block_is_adapted_and_kohyas_names_are_read(family: str) -> None:
+    pipe = tiny_pipeline(family)
+    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    adapters.attach(network, rank=2)
+    names = [name for name, _ in layers_of(network, adapters.ADAPTER)]
+    blocks = {name for name, m in network.named_modules() if name.rsplit(".", 1)[-1] in ("attn", "attn1", "attention")}
+    assert {name.rsplit(".", 2 if name.endswith(".0") else 1)[0] for name in names} >= blocks
+    assert [unflatten_name(flatten_name(name)) for name in names] == names
+
+
+def test_guidance_is_an_input_of_flux_dev_and_no_input_of_distilled_models() -> None:
     """At every scale, 1 included; [schnell] has sigmas without a shift for the size."""
     pipe = tiny_flux(guidance_embeds=True)
     for scale in (1.0, 3.5):
@@ -85,14 +103,14 @@ def test_guidance_is_an_input_of_flux_dev_and_no_input_of_schnell() -> None:
             sampler = Sampler(pipe, SamplingConfig(steps=STEPS, guidance_scale=scale))
             ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    schnell = tiny_flux(guidance_embeds=False)
-    with pytest.warns(UserWarning, match=r"guidance_scale is 3\.5 and has no effect: .* distilled"):
-        sampler = Sampler(schnell, SamplingConfig(steps=STEPS, guidance_scale=3.5))
-    with torch.no_grad():
-        ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
-    assert sampler.conditioning(PROMPTS).negative is None
-    torch.testing.assert_close(ours, own_image(schnell), atol=1e-5, rtol=0)
-    Sampler(schnell, SamplingConfig())  # no warning about the default
+    for distilled in (tiny_flux(guidance_embeds=False), tiny_flux2_klein(distilled=True)):
+        with pytest.warns(UserWarning, match=r"guidance_scale is 3\.5 and has no effect: .* distilled"):
+            sampler = Sampler(distilled, SamplingConfig(steps=STEPS, guidance_scale=3.5))
+        with torch.no_grad():
+            ours = sampler(PROMPTS, generator=torch.Generator().manual_seed(3))
+        assert sampler.conditioning(PROMPTS).negative is None
+        torch.testing.assert_close(ours, own_image(distilled), atol=1e-5, rtol=0)
+        Sampler(distilled, SamplingConfig())  # no warning about the default
 
 
 @pytest.mark.filterwarnings("ignore:`upcast_vae` is deprecated:FutureWarning")  # diffusers' own call of it
@@ -133,25 +151,15 @@ def test_image_with_sigmas_shifted_for_its_size_equals_the_pipelines_own() -> No
 
 def own_latents(pipe: Any, **arguments: Any) -> Tensor:
     """Return the result of the pipeline's own call, with a graph through all of it."""
-    latents: Tensor = (
-        type(pipe)
-        .__call__.__wrapped__(
-            pipe,
-            list(PROMPTS),
-            num_inference_steps=STEPS,
-            generator=torch.Generator().manual_seed(3),
-            output_type="latent",
-            width=32,
-            height=32,
-            **arguments,
-        )
-        .images
-    )
+    latents: Tensor = type(pipe).__call__.__wrapped__(pipe, **call(pipe, output_type="latent", **arguments)).images
     return latents
 
 
-def decoded(pipe: Any, sampler: Sampler, latents: Tensor) -> Tensor:
+def pixels(pipe: Any, sampler: Sampler, latents: Tensor) -> Tensor:
     """Decode what a pipeline returns as latents; its own pixels would be clipped without a gradient."""
+    if isinstance(pipe, Flux2KleinPipeline):  # returns them as the VAE has them
+        decoded: Tensor = pipe.vae.decode(latents).sample / 2 + 0.5
+        return decoded
     if isinstance(pipe, FluxPipeline):
         latents = pipe._unpack_latents(latents, 32, 32, pipe.vae_scale_factor)
     return sampler.decode(latents)
@@ -175,7 +183,7 @@ def test_gradient_equals_plain_autograd(family: str, device: str) -> None:
     found = gradient(sampler(PROMPTS, generator=torch.Generator().manual_seed(3)))
     if isinstance(pipe.scheduler, FlowMatchEulerDiscreteScheduler):
         pipe.scheduler = InFloat64.from_config(pipe.scheduler.config)
-    expected = gradient(decoded(pipe, sampler, own_latents(pipe, **arguments)))
+    expected = gradient(pixels(pipe, sampler, own_latents(pipe, **arguments)))
     assert sampler.engine.pool.enabled == (device == "cuda")
     assert float(expected.abs().max()) > 0
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
@@ -283,6 +291,14 @@ def test_parts_of_other_models_are_refused() -> None:
     pipe.text_encoder_2.config.d_model = 16
     with pytest.raises(ModelError, match="text_encoder_2 gives 16 numbers per token and the transformer reads 24"):
         Sampler(pipe, SamplingConfig())
+    pipe = tiny_pipeline("flux2_klein")
+    pipe.vae = tiny_vae(8)
+    with pytest.raises(ModelError, match="has no statistics of its latents"):
+        Sampler(pipe, SamplingConfig())
+    pipe = tiny_pipeline("flux2_klein")
+    pipe.tokenizer = tiny_t5_tokenizer()
+    with pytest.raises(ModelError, match="has 98 tokens and the text encoder 259"):
+        Sampler(pipe, SamplingConfig())
     pipe = tiny_pipeline("flux")
     pipe.tokenizer_2 = None
     with pytest.raises(ModelError, match=r"has no tokenizer_2; a FLUX\.1 model needs all of its parts"):
@@ -299,6 +315,12 @@ def test_parts_of_other_models_are_refused() -> None:
         ("flux", {"scheduler": "ddim"}, "a FLUX.1 model does not use; remove the key or set it to flow_match_euler"),
         ("flux", {"eta": 0.5}, "sampling.eta is 0.5, but only DDIM has it"),
         ("flux", {"height": 40}, "sampling.height is 40; this model needs a multiple of 16"),
+        (
+            "flux2_klein",
+            {"true_cfg_scale": 2.0},
+            r"this is a FLUX\.2 \[klein\] model, whose key is sampling.guidance_scale",
+        ),
+        ("flux2_klein", {"height": 40}, "sampling.height is 40; this model needs a multiple of 16"),
         ("stable_diffusion_3", {"width": 40}, "sampling.width is 40; this model needs a multiple of 16, at most 256"),
     ],
 )

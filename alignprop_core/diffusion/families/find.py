@@ -36,6 +36,12 @@ BUILT_IN = (
         factory="alignprop_core.diffusion.families.flux:Flux",
         pipelines=("FluxPipeline",),
     ),
+    FamilySpec(
+        name="flux2_klein",
+        summary="FLUX.2 [klein], distilled and base, flow matching.",
+        factory="alignprop_core.diffusion.families.flux2_klein:Flux2Klein",
+        pipelines=("Flux2KleinPipeline",),
+    ),
 )
 
 

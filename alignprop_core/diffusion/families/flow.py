@@ -97,6 +97,11 @@ class FlowFamily(Family):
         return self.sampling.guidance_scale
 
     @property
+    def channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.pipeline.vae.config.latent_channels)
+
+    @property
     def factor(self) -> int:
         """Pixels for each latent, along a side."""
         return int(self.pipeline.vae_scale_factor)
@@ -150,7 +155,7 @@ class FlowFamily(Family):
                 limit = "" if self.largest is None else f", at most {self.largest}"
                 raise ConfigError(f"sampling.{name} is {side}; this model needs a multiple of {needed}{limit}.")
             sides.append(side // self.factor)
-        return int(self.pipeline.vae.config.latent_channels), sides[0], sides[1]
+        return self.channels, sides[0], sides[1]
 
     @abstractmethod
     def velocity(self, latents: Tensor, timestep: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
