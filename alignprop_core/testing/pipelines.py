@@ -20,6 +20,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from transformers import (
     CLIPTextConfig,
@@ -29,6 +31,7 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -314,12 +317,50 @@ def tiny_flux2_klein(distilled: bool = False, seed: int = 0) -> Any:
     return pipeline
 
 
+def tiny_z_image(seed: int = 0) -> Any:
+    """Return a Z-Image pipeline of about 0.3M float32 parameters; the same `seed` gives the same weights.
+
+    Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = _tiny_qwen(Qwen3Model, tokenizer, layers=2)
+        vae = tiny_vae(
+            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ).eval()
+        transformer = ZImageTransformer2DModel(
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=16,
+            axes_dims=[4, 2, 2],
+            axes_lens=[520, 16, 16],
+        ).eval()
+        with torch.no_grad():
+            transformer.x_pad_token.normal_()
+            transformer.cap_pad_token.normal_()
+    pipeline = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, whose own call has 1024 pixels
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_sd,
     "stable_diffusion_xl": tiny_sdxl,
     "stable_diffusion_3": tiny_sd3,
     "flux": tiny_flux,
     "flux2_klein": tiny_flux2_klein,
+    "z_image": tiny_z_image,
 }
 """Family -> the function that builds its tiny pipeline."""
 

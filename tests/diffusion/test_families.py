@@ -7,10 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, FluxPipeline
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    ZImagePipeline,
+)
 from torch import Tensor
 
 from alignprop_core.config.model import BackpropConfig, LoraConfig, ModelLora, SamplingConfig
+from alignprop_core.diffusion.families.base import Conditioning
 from alignprop_core.diffusion.loading import load_pipeline
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.diffusion.truncation import draw_truncation
@@ -22,7 +29,7 @@ from alignprop_core.registry.registry import default_registry
 from alignprop_core.testing.pipelines import tiny_flux, tiny_flux2_klein, tiny_pipeline, tiny_t5_tokenizer, tiny_vae
 
 PROMPTS = ["a fox", "three owls on a blue hill"]
-FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2_klein"]
+FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3", "flux", "flux2_klein", "z_image"]
 STEPS = 3
 
 
@@ -55,8 +62,9 @@ def guided(family: str, scale: float, negative: str = "") -> tuple[dict[str, Any
     if family == "flux":  # beside the scale that is an input of the network
         own = {"guidance_scale": 3.5, "true_cfg_scale": scale}
         return own | {"negative_prompt": negative}, own | texts
+    off = 0.0 if family == "z_image" else 1.0
     return {"guidance_scale": scale, "negative_prompt": negative}, {
-        "guidance_scale": scale,
+        "guidance_scale": scale if scale > 1 else off,
         **(texts if negative else {}),
     }
 
@@ -151,7 +159,22 @@ def test_image_with_sigmas_shifted_for_its_size_equals_the_pipelines_own() -> No
 
 def own_latents(pipe: Any, **arguments: Any) -> Tensor:
     """Return the result of the pipeline's own call, with a graph through all of it."""
+    if isinstance(pipe, ZImagePipeline):
+        return z_image_latents(pipe, **arguments)
     latents: Tensor = type(pipe).__call__.__wrapped__(pipe, **call(pipe, output_type="latent", **arguments)).images
+    return latents
+
+
+def z_image_latents(pipe: Any, guidance_scale: float) -> Tensor:
+    """Do what Z-Image's own call does, which rounds to float32 in every step."""
+    latents = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    latents, (positive, negative) = latents.to(pipe.device), pipe.encode_prompt(list(PROMPTS))
+    pipe.scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / STEPS, STEPS).tolist())
+    for t in pipe.scheduler.timesteps.to(pipe.device):
+        images, time = latents.repeat(2, 1, 1, 1).unsqueeze(2), ((1000 - t) / 1000).expand(4)
+        out = torch.stack(pipe.transformer(list(images), time, positive + negative, return_dict=False)[0]).squeeze(2)
+        cond, uncond = out.chunk(2)
+        latents = pipe.scheduler.step(-(cond + guidance_scale * (cond - uncond)), t, latents)[0]
     return latents
 
 
@@ -187,6 +210,31 @@ def test_gradient_equals_plain_autograd(family: str, device: str) -> None:
     assert sampler.engine.pool.enabled == (device == "cuda")
     assert float(expected.abs().max()) > 0
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES[1:])
+def test_a_prediction_reads_no_value_and_no_memory_of_the_host(family: str) -> None:
+    """So that its CUDA graph can be captured: on the meta device there are no values."""
+    pipe = tiny_pipeline(family)
+    sampler = Sampler(pipe, SamplingConfig(steps=STEPS, **guided(family, 4.0)[0]))
+    conditioning = sampler.conditioning(PROMPTS)
+    latents = torch.randn(2, *sampler.latent_shape)
+    sampler.family.predict(latents, sampler.scheduler.timesteps[0], conditioning)  # tables are made once
+    pipe.transformer.to("meta")
+    assert conditioning.negative is not None
+    parts = [
+        {name: tensor.to("meta") for name, tensor in p.items()} for p in (conditioning.positive, conditioning.negative)
+    ]
+    found = sampler.family.predict(latents.to("meta"), sampler.scheduler.timesteps[0].to("meta"), Conditioning(*parts))
+    assert found.shape == latents.shape
+
+
+def test_guidance_with_a_model_named_turbo_shows_a_warning() -> None:
+    pipe = tiny_pipeline("z_image")
+    pipe.register_to_config(_name_or_path="Tongyi-MAI/Z-Image-Turbo")
+    with pytest.warns(UserWarning, match="is 7.5, but Z-Image-Turbo was distilled to run without guidance"):
+        Sampler(pipe, SamplingConfig())
+    Sampler(pipe, SamplingConfig(guidance_scale=1))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -321,6 +369,8 @@ def test_parts_of_other_models_are_refused() -> None:
             r"this is a FLUX\.2 \[klein\] model, whose key is sampling.guidance_scale",
         ),
         ("flux2_klein", {"height": 40}, "sampling.height is 40; this model needs a multiple of 16"),
+        ("z_image", {"eta": 0.5}, "sampling.eta is 0.5, but only DDIM has it"),
+        ("z_image", {"width": 272}, "sampling.width is 272; this model needs a multiple of 16, at most 256"),
         ("stable_diffusion_3", {"width": 40}, "sampling.width is 40; this model needs a multiple of 16, at most 256"),
     ],
 )

@@ -42,6 +42,12 @@ BUILT_IN = (
         factory="alignprop_core.diffusion.families.flux2_klein:Flux2Klein",
         pipelines=("Flux2KleinPipeline",),
     ),
+    FamilySpec(
+        name="z_image",
+        summary="Z-Image and Z-Image-Turbo, flow matching.",
+        factory="alignprop_core.diffusion.families.z_image:ZImage",
+        pipelines=("ZImagePipeline",),
+    ),
 )
 
 
