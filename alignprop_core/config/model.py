@@ -67,11 +67,12 @@ class SamplingConfig(Section):
 
     scheduler: Literal["ddim", "flow_match_euler"] | None = None
     """The sampler's update rule; null uses the one for the model's kind: ddim for Stable Diffusion 1, 2 and XL,
-    flow_match_euler for Stable Diffusion 3."""
+    flow_match_euler for the other families."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps per image."""
     guidance_scale: float = Field(default=7.5, ge=1)
-    """Classifier-free guidance scale; 1 turns guidance off."""
+    """Classifier-free guidance scale; 1 turns guidance off. For FLUX.1 [dev] it is an input of the network, made for
+    about 3.5; models distilled to run without guidance need 1 or ignore it."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """DDIM eta: 0 is deterministic, 1 adds noise as DDPM does."""
     width: Pixels | None = None
@@ -81,7 +82,7 @@ class SamplingConfig(Section):
     negative_prompt: str = ""
     """Negative prompt for classifier-free guidance."""
     true_cfg_scale: Annotated[float, Field(ge=1)] | None = None
-    """True classifier-free guidance for guidance-distilled models; null turns it off."""
+    """FLUX.1: scale of true classifier-free guidance, with the negative prompt; null turns it off."""
 
 
 Strategy = Literal["last_k", "uniform", "gaussian", "full", "drtune", "refl", "bernoulli", "sparse", "bridge", "leap"]

@@ -34,8 +34,6 @@ class FlowFamily(Family):
     """Text encoder, its width's key, the key of the width that the transformer reads, and how many times as wide."""
     own_sigmas: ClassVar[bool] = True
     """Whether the pipeline passes sigmas from 1 to 1/T to the scheduler, in place of the scheduler's own."""
-    max_shift: ClassVar[float] = 1.15
-    """The shift of the largest images, if the scheduler's config has none."""
     takes_true_cfg: ClassVar[bool] = False
     """Whether the family reads `sampling.true_cfg_scale`."""
 
@@ -134,8 +132,8 @@ class FlowFamily(Family):
         """Return how much the sigmas are shifted for an image of so many tokens (`use_dynamic_shifting`)."""
         config = self.pipeline.scheduler.config
         # A straight line through two points: (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift).
-        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        low, high = config.get("base_shift", 0.5), config.get("max_shift", self.max_shift)
+        few, many = config["base_image_seq_len"], config["max_image_seq_len"]
+        low, high = config["base_shift"], config["max_shift"]
         slope = (high - low) / (many - few)
         return float(tokens * slope + (low - slope * few))
 

@@ -22,7 +22,6 @@ class StableDiffusion3(FlowFamily):
     parts = ("transformer", "vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "scheduler")
     optional = " except text_encoder_3 and tokenizer_3"
     own_sigmas = False
-    max_shift = 1.16
 
     @property
     def patch(self) -> int:
