@@ -92,11 +92,12 @@ class SamplingConfig(Section):
     scheduler: _Scheduler | None = None
     """The update rule of a denoising step, by its name here, by its class in diffusers (EulerDiscreteScheduler) or by
     another common name ("DPM++ 2M Karras"). null uses the one for the model's kind: ddim for Stable Diffusion 1, 2 and
-    XL, flow_match_euler for Stable Diffusion 3."""
+    XL, flow_match_euler for the other families."""
     steps: int = Field(default=50, ge=1)
     """Denoising steps per image."""
     guidance_scale: float = Field(default=7.5, ge=1)
-    """Classifier-free guidance scale; 1 turns guidance off."""
+    """Classifier-free guidance scale; 1 turns guidance off. For FLUX.1 [dev] it is an input of the network, made for
+    about 3.5; models distilled to run without guidance need 1 or ignore it."""
     eta: float = Field(default=0.0, ge=0, le=1)
     """DDIM eta: 0 is deterministic, 1 adds noise as DDPM does."""
     width: Pixels | None = None
@@ -106,7 +107,7 @@ class SamplingConfig(Section):
     negative_prompt: str = ""
     """Negative prompt for classifier-free guidance."""
     true_cfg_scale: Annotated[float, Field(ge=1)] | None = None
-    """True classifier-free guidance for guidance-distilled models; null turns it off."""
+    """FLUX.1: scale of true classifier-free guidance, with the negative prompt; null turns it off."""
 
     @model_validator(mode="after")
     def _eta_with_ddim(self) -> Self:

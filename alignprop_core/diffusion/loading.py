@@ -21,7 +21,7 @@ from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import FamilySpec
 from alignprop_core.weights.read import read_json
 
-_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL")
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2")
 
 
 def load_pipeline(

@@ -7,7 +7,7 @@ arithmetic on tensors: it can be checkpointed, repeated and differentiated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -209,6 +209,7 @@ class FlowMatchEuler:
         config: the config of diffusers' `FlowMatchEulerDiscreteScheduler`.
         steps: number of denoising steps T.
         mu: for the shift of the sigmas that depends on the image's size (`use_dynamic_shifting`); None without it.
+        sigmas: T of them, before the shift; None for the scheduler's own.
         device: where `timesteps` is needed.
 
     Raises:
@@ -221,6 +222,7 @@ class FlowMatchEuler:
         steps: int,
         *,
         mu: float | None = None,
+        sigmas: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if config.get("stochastic_sampling"):
@@ -230,7 +232,7 @@ class FlowMatchEuler:
             )
         try:
             table = FlowMatchEulerDiscreteScheduler.from_config(dict(config))
-            table.set_timesteps(steps, **({} if mu is None else {"mu": mu}))
+            table.set_timesteps(steps, mu=mu, sigmas=sigmas)
         except (ValueError, TypeError, ArithmeticError, RuntimeError, ImportError) as error:
             raise ModelError(f"The model's scheduler_config.json cannot be used: {complaint(error)}.") from error
         self.steps = steps

@@ -18,6 +18,7 @@ from alignprop_core.lora.files import FORMATS, LoraFile, architecture, write_fil
 from alignprop_core.lora.formats import Factors, read_lora
 from alignprop_core.lora.layers import (
     activate,
+    adaptable,
     adapter_names,
     attached,
     bare,
@@ -36,6 +37,9 @@ ADAPTER = "alignprop"
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Layers that are adapted by default: the attention projections of the denoiser."""
+FUSED_TARGETS = ("to_qkv_mlp_proj", "to_out")
+"""The same in blocks that compute them together with the feed-forward layer (FLUX.2); adapted where a model has them.
+"""
 
 
 def attach(
@@ -56,7 +60,7 @@ def attach(
         rank: rank of the weight changes.
         alpha: the change is scaled by alpha / rank; None means alpha = rank.
         target_modules: names of layers, or ends of names at a dot (`to_q`, `mid_block.attentions.0.proj_in`);
-            None means `DEFAULT_TARGETS`.
+            None means `DEFAULT_TARGETS` and `FUSED_TARGETS`.
         use_rslora: scale by alpha / sqrt(rank) instead (rsLoRA).
         init_from: a LoRA folder or file, in either format, whose weight change is the initial one. Target layers that
             are not in the file start with B = 0.
@@ -73,7 +77,10 @@ def attach(
         raise LoraError(f"lora.alpha is {alpha}: it must be above 0; omit it for alpha = rank.")
     if ADAPTER in adapter_names(denoiser):
         raise LoraError("This model already has a trainable adapter. Load the model again, or train that adapter.")
-    names = find_targets(denoiser, DEFAULT_TARGETS if target_modules is None else target_modules)
+    if target_modules is None:
+        fused = [target for target in FUSED_TARGETS if any(name.endswith(f".{target}") for name in adaptable(denoiser))]
+        target_modules = [*DEFAULT_TARGETS, *fused]
+    names = find_targets(denoiser, target_modules)
     start = _start_from(init_from, denoiser, rank, names) if init_from is not None else {}
 
     denoiser.requires_grad_(False)

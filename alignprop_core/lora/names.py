@@ -30,7 +30,7 @@ COMPOUNDS = {
     "time_emb_proj", "time_text_embed", "timestep_embedder", "guidance_embedder", "text_embedder", "context_embedder",
     "x_embedder", "pos_embed", "norm_out", "norm1_context", "encoder_hid_proj", "text_model", "self_attn", "q_proj",
     "k_proj", "v_proj", "out_proj", "text_projection", "context_refiner", "noise_refiner", "feed_forward", "linear_in",
-    "linear_out", "to_qkv_mlp_proj", "adaLN_modulation",
+    "linear_out", "to_qkv_mlp_proj", "adaLN_modulation", "cap_embedder",
 }  # fmt: skip
 _WORDS = {
     "attentions", "resnets", "downsamplers", "upsamplers", "conv", "conv1", "conv2", "attn", "attn1", "attn2", "ff",

@@ -8,31 +8,74 @@ from typing import Any, Literal
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
+def _bytes() -> list[str]:
+    """Return the symbols of byte-level tokenizers, one for each byte."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = 256 - len(printable)  # each remaining byte is the next character after 255
+    return [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
+
+
 def tiny_tokenizer() -> CLIPTokenizer:
     """Return a CLIP tokenizer on bytes: 512 symbols and the two special tokens, no merges."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = 256 - len(printable)  # CLIP writes each remaining byte as the next character after 255
-    letters = [chr(code) for code in printable] + [chr(256 + n) for n in range(others)]
+    letters = _bytes()
     symbols = [*letters, *(letter + "</w>" for letter in letters), BOS, EOS]
     # transformers 5 silently ignores vocab_file= and merges_file=.
     return CLIPTokenizer(vocab={symbol: n for n, symbol in enumerate(symbols)}, merges=[], model_max_length=77)
 
 
-def _tiny_vae(latent_channels: int, **more: Any) -> AutoencoderKL:
-    return AutoencoderKL(
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    """Return a T5 tokenizer on the letters of ASCII: 98 symbols."""
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
+    return T5Tokenizer(vocab=[(piece, -1.0) for piece in pieces], extra_ids=0, model_max_length=512)
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """Return a Qwen tokenizer on bytes with a chat template: 256 symbols and three special tokens, no merges."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    symbols = {symbol: n for n, symbol in enumerate([*_bytes(), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=symbols, merges=[], additional_special_tokens=special[1:], model_max_length=512)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return tokenizer
+
+
+def tiny_vae(latent_channels: int, kind: Any = AutoencoderKL, **more: Any) -> Any:
+    """Return a VAE for 32x32 pixels that takes the global random state; `more` is options of its class."""
+    return kind(
         block_out_channels=(8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -68,7 +111,7 @@ def tiny_sd(
                 pad_token_id=tokenizer.pad_token_id,
             )
         )
-        vae = _tiny_vae(4)
+        vae = tiny_vae(4)
         unet = UNet2DConditionModel(
             sample_size=4,
             block_out_channels=(16, 32),
@@ -151,7 +194,7 @@ def tiny_sd3(seed: int = 0) -> Any:
         torch.manual_seed(seed + 1)
         config = CLIPTextConfig.from_dict(base.text_encoder.config.to_dict() | {"projection_dim": 16})
         encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-        vae = _tiny_vae(
+        vae = tiny_vae(
             16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
         ).eval()
         transformer = SD3Transformer2DModel(
@@ -182,10 +225,142 @@ def tiny_sd3(seed: int = 0) -> Any:
     return pipeline
 
 
+def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
+    """Return a FLUX.1 pipeline of about 0.1M float32 parameters: [dev], or [schnell] without `guidance_embeds`.
+
+    Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
+    """
+    base = tiny_sd(seed=seed)
+    tokenizer_2 = tiny_t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 1)
+        text_encoder_2 = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ).eval()
+        vae = tiny_vae(
+            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ).eval()
+        transformer = FluxTransformer2DModel(
+            in_channels=64,
+            out_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=24,
+            pooled_projection_dim=32,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        ).eval()
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
+        vae=vae,
+        text_encoder=base.text_encoder,
+        tokenizer=base.tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=tokenizer_2,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, which says 128
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _tiny_qwen(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:
+    return kind(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    ).eval()
+
+
+def tiny_flux2_klein(distilled: bool = False, seed: int = 0) -> Any:
+    """Return a FLUX.2 [klein] pipeline of about 0.1M float32 parameters, distilled or base; `seed` decides the weights.
+
+    Images are 32x32, latents (B, 32, 2, 2). The global random state is unchanged.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = _tiny_qwen(Qwen3ForCausalLM, tokenizer, layers=28)  # the pipeline reads the 27th
+        vae = tiny_vae(8, AutoencoderKLFlux2).eval()
+        vae.bn.running_mean.normal_().mul_(0.5)
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        transformer = Flux2Transformer2DModel(
+            in_channels=32,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=48,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ).eval()
+    pipeline = Flux2KleinPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        is_distilled=distilled,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, which says 128
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_z_image(seed: int = 0) -> Any:
+    """Return a Z-Image pipeline of about 0.3M float32 parameters; the same `seed` gives the same weights.
+
+    Images are 32x32, latents (B, 16, 4, 4). The global random state is unchanged.
+    """
+    tokenizer = tiny_qwen_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        text_encoder = _tiny_qwen(Qwen3Model, tokenizer, layers=2)
+        vae = tiny_vae(
+            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
+        ).eval()
+        transformer = ZImageTransformer2DModel(
+            dim=32,
+            n_layers=1,
+            n_refiner_layers=1,
+            n_heads=4,
+            n_kv_heads=4,
+            cap_feat_dim=16,
+            axes_dims=[4, 2, 2],
+            axes_lens=[520, 16, 16],
+        ).eval()
+        with torch.no_grad():
+            transformer.x_pad_token.normal_()
+            transformer.cap_pad_token.normal_()
+    pipeline = ZImagePipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+    )
+    pipeline.default_sample_size = 4  # not saved with the pipeline, whose own call has 1024 pixels
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 TINY_PIPELINES: dict[str, Callable[..., Any]] = {
     "stable_diffusion": tiny_sd,
     "stable_diffusion_xl": tiny_sdxl,
     "stable_diffusion_3": tiny_sd3,
+    "flux": tiny_flux,
+    "flux2_klein": tiny_flux2_klein,
+    "z_image": tiny_z_image,
 }
 """Family -> the function that builds its tiny pipeline."""
 

@@ -75,7 +75,7 @@ class Models:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.rewards: list[ClipReward] = []
         torch.manual_seed(0)
-        with _default(device, self.dtype):
+        with defaults(device, self.dtype):
             self.pipeline = _tiny_pipeline() if tiny else _stable_diffusion()
         # For what ignores the defaults, such as networks of the shipped tiny pipeline.
         self.pipeline.to(device, self.dtype)
@@ -87,7 +87,7 @@ class Models:
         del self.rewards[count:]
         for seed in range(len(self.rewards), count):
             torch.manual_seed(seed)
-            with _default(self.device, self.dtype):
+            with defaults(self.device, self.dtype):
                 tower = CLIPVisionModelWithProjection(_vision_config(self.tiny))
             reward = ClipReward(tower.to(self.device, self.dtype), seed)
             reward.freeze()
@@ -111,7 +111,8 @@ def _sharing(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _default(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Create tensors on a device in a dtype inside of the block, unless the code says otherwise."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -137,7 +137,7 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "index without a class": (index(_class_name=...), "names no pipeline class"),
     "unknown class": (
         index(_class_name="FancyPipeline"),
-        "run a FancyPipeline; it runs StableDiffusion3Pipeline, StableDiff",
+        "run a FancyPipeline; it runs Flux",
     ),
     "inpainting class": (index(_class_name="StableDiffusionInpaintPipeline"), "run a StableDiffusionInpaintPipeline"),
     "refiner": (index(_class_name="StableDiffusionXLImg2ImgPipeline"), "cannot run a StableDiffusionXLImg2ImgPipe"),

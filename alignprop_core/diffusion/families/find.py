@@ -30,6 +30,24 @@ BUILT_IN = (
         factory="alignprop_core.diffusion.families.stable_diffusion_3:StableDiffusion3",
         pipelines=("StableDiffusion3Pipeline",),
     ),
+    FamilySpec(
+        name="flux",
+        summary="FLUX.1 [dev] and [schnell], flow matching.",
+        factory="alignprop_core.diffusion.families.flux:Flux",
+        pipelines=("FluxPipeline",),
+    ),
+    FamilySpec(
+        name="flux2_klein",
+        summary="FLUX.2 [klein], distilled and base, flow matching.",
+        factory="alignprop_core.diffusion.families.flux2_klein:Flux2Klein",
+        pipelines=("Flux2KleinPipeline",),
+    ),
+    FamilySpec(
+        name="z_image",
+        summary="Z-Image and Z-Image-Turbo, flow matching.",
+        factory="alignprop_core.diffusion.families.z_image:ZImage",
+        pipelines=("ZImagePipeline",),
+    ),
 )
 
 
