@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,3 +69,11 @@ def to_pil(image: torch.Tensor) -> Image.Image:
     if image.is_floating_point():
         image = (image.detach().float().clamp(0, 1) * 255).round().byte()
     return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def thumbnail_uri(image: Image.Image) -> str:
+    """Return a small copy of an image, at most 256 pixels wide and high, as a data URI (JPEG)."""
+    small, file = image.copy(), BytesIO()
+    small.thumbnail((256, 256))
+    small.save(file, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from alignprop_core.diffusion.families.find import find_family
-from alignprop_core.diffusion.families.part_files import open_parts, refuse_lacking
+from alignprop_core.diffusion.families.part_files import download, open_parts, open_vae, refuse_lacking
 from alignprop_core.diffusion.families.single_file import open_single_file
-from alignprop_core.diffusion.networks import load_part, load_parts
+from alignprop_core.diffusion.networks import load_parts
 from alignprop_core.errors import AlignpropError, ModelError, complaint, under
 from alignprop_core.locate import find_base, find_part
 from alignprop_core.registry.registry import Registry
 from alignprop_core.specs import FamilySpec
 from alignprop_core.weights.read import read_json
-
-_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2")
 
 
 def load_pipeline(
@@ -59,17 +57,12 @@ def load_pipeline(
             if Path(found).is_file():
                 files[part] = Path(found)
             else:
-                given[part] = _open_vae(found)
+                given[part] = open_vae(found)
     with _explained(base, source), _quietly():
-        if not Path(source).is_file():
-            pipeline = _open(source, given, files, dtype, families)
-        elif files:
-            raise ModelError(
-                f"model.{next(iter(files))} is a file, and so is model.base. Set model.base to the diffusers folder or "
-                "hub id whose configs and tokenizers the parts need."
-            )
+        if Path(source).is_file():
+            pipeline = open_single_file(Path(source), given, files)
         else:
-            pipeline = open_single_file(Path(source), given)
+            pipeline = _open(source, given, files, dtype, families)
     for component in pipeline.components.values():
         if isinstance(component, nn.Module):
             nn.Module.to(component, dtype=dtype)  # diffusers' own to() warns about modules that the model lacks
@@ -139,7 +132,7 @@ def _open(
     folder = source
     if not Path(source).is_dir():
         if files:
-            folder = _download(str(source), index, files)
+            folder = download(str(source), index, files)
         else:
             folder = diffusers.DiffusionPipeline.download(source, use_safetensors=True, **given)
     if family is not None:
@@ -153,25 +146,6 @@ def _open(
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, use_safetensors=True, **given)
     pipeline.register_to_config(_name_or_path=str(source))  # the hub id, not the path of its cache
     return pipeline
-
-
-def _download(repository: str, index: Mapping[str, Any], files: Collection[str]) -> str:
-    """Download a repository without the weights that come from files, and without those beside the parts' folders."""
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"{part}/*.safetensors" for part, entry in index.items() if part not in files and isinstance(entry, list)]
-    return str(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", *wanted]))
-
-
-def _open_vae(source: Path | str) -> nn.Module:
-    import diffusers
-
-    own = Path(source) / "vae"
-    source = own if own.is_dir() else source
-    kind = diffusers.AutoencoderKL.load_config(source).get("_class_name", "AutoencoderKL")
-    if kind not in _AUTOENCODERS:
-        raise ModelError(f"{source} is a {kind}; alignprop decodes with {', '.join(_AUTOENCODERS)}.")
-    return load_part(getattr(diffusers, kind), source, "vae")
 
 
 @contextmanager

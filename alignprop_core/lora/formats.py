@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from alignprop_core._files import write_atomic
 from alignprop_core.errors import LoraError, complaint
 from alignprop_core.locate import find_lora
-from alignprop_core.lora.names import DENOISER, PEFT, flatten_name, locate_module
+from alignprop_core.lora.names import PEFT, flatten_name, locate_module
 from alignprop_core.lora.originals import diffusers_layers
 
 _KEY = re.compile(
@@ -117,7 +117,7 @@ def read_lora(path: str | Path) -> dict[str, dict[str, Factors]]:
             shapes = ", ".join(f"{key} is {tuple(tensors[key].shape)}" for key in roles.values())
             raise LoraError(f"{file}: the factors of {module} do not fit together: {shapes}.")
         up = up.reshape(*up.shape[:1], *down.shape[:1], *(1 for _ in down.shape[2:]))
-        layers = diffusers_layers(module, up.shape[0], down.shape[1]) if component == DENOISER else {module: len(up)}
+        layers = diffusers_layers(module, up.shape[0], down.shape[1])
         # The parts of a joint layer share A and have the rows of B.
         for name, rows in zip(layers, torch.split(up, list(layers.values())), strict=True):
             parts.setdefault(component, {})[name] = Factors(down, rows, float(alpha) / down.shape[0])

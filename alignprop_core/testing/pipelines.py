@@ -37,6 +37,19 @@ from transformers import (
     T5Tokenizer,
 )
 
+from alignprop_core.testing.tiny_networks import (
+    DDIM,
+    FLUX2_TRANSFORMER,
+    FLUX_TRANSFORMER,
+    NO_QUANT,
+    QWEN,
+    SD3_TRANSFORMER,
+    SD_UNET,
+    SDXL_UNET,
+    VAE,
+    Z_IMAGE_TRANSFORMER,
+)
+
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -75,16 +88,7 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
 
 def tiny_vae(latent_channels: int, kind: Any = AutoencoderKL, **more: Any) -> Any:
     """Return a VAE for 32x32 pixels that takes the global random state; `more` is options of its class."""
-    return kind(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=latent_channels,
-        norm_num_groups=4,
-        sample_size=32,
-        **more,
-    )
+    return kind(**VAE, latent_channels=latent_channels, **more)
 
 
 def tiny_sd(
@@ -112,25 +116,8 @@ def tiny_sd(
             )
         )
         vae = tiny_vae(4)
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=cross_attention_dim,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type=prediction_type,
-    )
+        unet = UNet2DConditionModel(**SD_UNET, cross_attention_dim=cross_attention_dim)
+    scheduler = DDIMScheduler(**DDIM, prediction_type=prediction_type)
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(),
         text_encoder=text_encoder.eval(),
@@ -155,21 +142,7 @@ def tiny_sdxl(prediction_type: Literal["epsilon", "v_prediction"] = "epsilon", s
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig.from_dict(config)).eval()
-        unet = UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(16, 32),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            transformer_layers_per_block=(1, 2),
-            cross_attention_dim=64,  # of both text encoders
-            attention_head_dim=8,
-            use_linear_projection=True,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-            norm_num_groups=8,
-        ).eval()
+        unet = UNet2DConditionModel(**SDXL_UNET).eval()
     pipeline = StableDiffusionXLPipeline(
         vae=base.vae,
         text_encoder=base.text_encoder,
@@ -194,22 +167,8 @@ def tiny_sd3(seed: int = 0) -> Any:
         torch.manual_seed(seed + 1)
         config = CLIPTextConfig.from_dict(base.text_encoder.config.to_dict() | {"projection_dim": 16})
         encoders = [CLIPTextModelWithProjection(config).eval() for _ in range(2)]
-        vae = tiny_vae(
-            16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
-        ).eval()
-        transformer = SD3Transformer2DModel(
-            sample_size=4,
-            patch_size=2,
-            in_channels=16,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=64,  # the encoders' widths, padded as the pipeline pads them for T5
-            caption_projection_dim=32,
-            pooled_projection_dim=32,
-            out_channels=16,
-            pos_embed_max_size=16,
-        ).eval()
+        vae = tiny_vae(16, scaling_factor=1.5305, shift_factor=0.0609, **NO_QUANT).eval()
+        transformer = SD3Transformer2DModel(**SD3_TRANSFORMER).eval()
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -237,21 +196,8 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
         text_encoder_2 = T5EncoderModel(
             T5Config(vocab_size=len(tokenizer_2), d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
         ).eval()
-        vae = tiny_vae(
-            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ).eval()
-        transformer = FluxTransformer2DModel(
-            in_channels=64,
-            out_channels=64,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=24,
-            pooled_projection_dim=32,
-            guidance_embeds=guidance_embeds,
-            axes_dims_rope=(2, 2, 4),
-        ).eval()
+        vae = tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT).eval()
+        transformer = FluxTransformer2DModel(**FLUX_TRANSFORMER, guidance_embeds=guidance_embeds).eval()
     pipeline = FluxPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=guidance_embeds),
@@ -268,16 +214,7 @@ def tiny_flux(guidance_embeds: bool = True, seed: int = 0) -> Any:
 
 def _tiny_qwen(kind: Any, tokenizer: Qwen2Tokenizer, layers: int) -> Any:
     return kind(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=layers,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        Qwen3Config(**QWEN, vocab_size=len(tokenizer), num_hidden_layers=layers, pad_token_id=tokenizer.pad_token_id)
     ).eval()
 
 
@@ -293,17 +230,7 @@ def tiny_flux2_klein(distilled: bool = False, seed: int = 0) -> Any:
         vae = tiny_vae(8, AutoencoderKLFlux2).eval()
         vae.bn.running_mean.normal_().mul_(0.5)
         vae.bn.running_var.uniform_(0.5, 2.0)
-        transformer = Flux2Transformer2DModel(
-            in_channels=32,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=4,
-            joint_attention_dim=48,
-            timestep_guidance_channels=16,
-            axes_dims_rope=(2, 2, 2, 2),
-            guidance_embeds=False,
-        ).eval()
+        transformer = Flux2Transformer2DModel(**FLUX2_TRANSFORMER).eval()
     pipeline = Flux2KleinPipeline(
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -326,19 +253,8 @@ def tiny_z_image(seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         text_encoder = _tiny_qwen(Qwen3Model, tokenizer, layers=2)
-        vae = tiny_vae(
-            16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False
-        ).eval()
-        transformer = ZImageTransformer2DModel(
-            dim=32,
-            n_layers=1,
-            n_refiner_layers=1,
-            n_heads=4,
-            n_kv_heads=4,
-            cap_feat_dim=16,
-            axes_dims=[4, 2, 2],
-            axes_lens=[520, 16, 16],
-        ).eval()
+        vae = tiny_vae(16, scaling_factor=0.3611, shift_factor=0.1159, **NO_QUANT).eval()
+        transformer = ZImageTransformer2DModel(**Z_IMAGE_TRANSFORMER).eval()
         with torch.no_grad():
             transformer.x_pad_token.normal_()
             transformer.cap_pad_token.normal_()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from base64 import b64encode
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alignprop_core._files import safe_name
-from alignprop_core.images import to_pil
+from alignprop_core.images import thumbnail_uri, to_pil
 from alignprop_core.lora import adapters
 from alignprop_core.lora.files import FORMATS
 from alignprop_core.registry.local import public_name
@@ -18,9 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from alignprop_core.training.trainer import Trainer
-
-_THUMBNAIL = 256, 256
-"""Largest size of the picture in a LoRA file, in pixels."""
 
 
 def lora_name(folder: Path) -> str:
@@ -70,9 +65,5 @@ def save_lora(
 
 def _picture(preview: Tensor) -> dict[str, str]:
     """Return the header entries for a preview, (3, H, W) in [0, 1]: its size, and a thumbnail that file lists show."""
-    image, file = to_pil(preview), BytesIO()
-    size = f"{image.width}x{image.height}"
-    image.thumbnail(_THUMBNAIL)
-    image.save(file, "JPEG", quality=85)
-    data = b64encode(file.getvalue()).decode()
-    return {"modelspec.resolution": size, "modelspec.thumbnail": f"data:image/jpeg;base64,{data}"}
+    image = to_pil(preview)
+    return {"modelspec.resolution": f"{image.width}x{image.height}", "modelspec.thumbnail": thumbnail_uri(image)}

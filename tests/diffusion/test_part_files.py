@@ -10,7 +10,8 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig
@@ -22,12 +23,15 @@ from tests.support.original_names import original_weights
 from tests.support.single_file import open_clip_weights, unet_weights, vae_weights
 
 STEPS = 2
-FAMILIES = ["stable_diffusion_xl", "stable_diffusion_3"]
+WHOLE = ["stable_diffusion_xl", "stable_diffusion_3"]
+"""Families of which people have complete models in one file."""
+FAMILIES = [*WHOLE, "flux", "z_image"]
+SIZE = {"width": 32, "height": 32}
 
 
 def image(model: Path, parts: Mapping[str, Path] | None = None) -> Tensor:
     given = {part: str(file) for part, file in (parts or {}).items()}
-    sampler = Sampler.load(model, sampling={"steps": STEPS, "guidance_scale": 2.0}, parts=given)
+    sampler = Sampler.load(model, sampling={"steps": STEPS, "guidance_scale": 2.0, **SIZE}, parts=given)
     with torch.no_grad():
         return sampler(["a fox"], generator=torch.Generator().manual_seed(3))
 
@@ -44,10 +48,11 @@ def separate(pipe: Any, folder: Path) -> dict[str, Path]:
     weights = {name: dict(getattr(pipe, name).state_dict()) for name in names if getattr(pipe, name) is not None}
     if hasattr(pipe, "unet"):
         weights["unet"] = {f"{prefix}{name}": value for name, value in unet_weights(pipe.unet).items()}
+    elif type(pipe.transformer).__name__ == "FluxTransformer2DModel":
+        weights["transformer"] = dict(pipe.transformer.state_dict())  # diffusers converts FLUX.1's true width alone
     else:
-        weights["transformer"] = {
-            f"{prefix}{name}": value for name, value in original_weights(pipe.transformer).items()
-        }
+        original = original_weights(pipe.transformer)
+        weights["transformer"] = {f"{prefix}{name}": value for name, value in original.items()}
     weights["vae"] = vae_weights(pipe.vae)
     # transformers 4, whose names these files have, keeps CLIP's layers in "text_model".
     for name, part in weights.items():
@@ -115,10 +120,10 @@ def refused(model: Path, files: Mapping[str, Path]) -> str:
 
 def test_what_is_missing_or_wrong_is_refused_by_name(case: tuple[Path, Path, dict[str, Path]], tmp_path: Path) -> None:
     model, configs, files = case
-    less = {part: file for part, file in files.items() if part != "text_encoder_2"}
-    message = refused(configs, less)
-    assert "model.text_encoder_2 is not set" in message
-    assert f"{configs / 'text_encoder_2'} has no weights" in message
+    encoder = max(part for part in files if part.startswith("text_encoder"))
+    message = refused(configs, {part: file for part, file in files.items() if part != encoder})
+    assert f"model.{encoder} is not set" in message
+    assert f"{configs / encoder} has no weights" in message
 
     part = "unet" if "unet" in files else "transformer"
     other = "transformer" if part == "unet" else "unet"
@@ -173,7 +178,7 @@ def distinguishable(pipe: Any) -> Any:
     return pipe
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WHOLE)
 def test_a_complete_model_in_one_file_gives_the_image_of_the_folder(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,3 +197,12 @@ def test_a_complete_model_in_one_file_gives_the_image_of_the_folder(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     torch.testing.assert_close(image(file), image(tmp_path / "model"), atol=1e-5, rtol=0)
+
+
+def test_flux_in_the_original_names_is_converted_completely() -> None:
+    """At its true width, on the meta device."""
+    with torch.device("meta"):
+        network = FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+        converted = convert_flux_transformer_checkpoint_to_diffusers(original_weights(network))
+    expected = {name: value.shape for name, value in network.state_dict().items()}
+    assert {name: value.shape for name, value in converted.items()} == expected

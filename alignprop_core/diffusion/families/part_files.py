@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alignprop_core.diffusion.networks import refuse_unfilled
+from alignprop_core.diffusion.networks import load_part, refuse_unfilled
 from alignprop_core.errors import ModelError, complaint
 from alignprop_core.locate import PARTS
 
@@ -19,6 +19,7 @@ _PREFIXES = {
     "vae": ("first_stage_model.", "vae."),
 }
 """What names start with in a file that contains other parts too."""
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderKLFlux2")
 _SCALES = (".scale_weight", ".weight_scale")
 """Ends of the names of factors of 8-bit weights, without ".weight"."""
 _NO_WEIGHTS = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant")
@@ -128,3 +129,23 @@ def _weights(file: Path, prefixes: Iterable[str], dtype: torch.dtype) -> dict[st
     except SafetensorError as error:
         raise ModelError(f"{file} is damaged ({error}); download it again.") from error
     return weights
+
+
+def download(repository: str, index: Mapping[str, Any], files: Collection[str]) -> str:
+    """Download a repository without the weights that come from files, and without those beside the parts' folders."""
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"{part}/*.safetensors" for part, entry in index.items() if part not in files and isinstance(entry, list)]
+    return str(snapshot_download(repository, allow_patterns=["*.json", "*.txt", "*.model", *wanted]))
+
+
+def open_vae(source: Path | str) -> nn.Module:
+    """Load an autoencoder from a folder or hub id, its own or a whole model's; `ModelError` if it is something else."""
+    import diffusers
+
+    own = Path(source) / "vae"
+    source = own if own.is_dir() else source
+    kind = diffusers.AutoencoderKL.load_config(source).get("_class_name", "AutoencoderKL")
+    if kind not in AUTOENCODERS:
+        raise ModelError(f"{source} is a {kind}; alignprop decodes with {', '.join(AUTOENCODERS)}.")
+    return load_part(getattr(diffusers, kind), source, "vae")

@@ -40,18 +40,24 @@ _OTHER_CONTENT = {
 """What a file without a complete model contains, by parts of its weights' names; the first that fits."""
 
 
-def open_single_file(file: Path, given: Mapping[str, Any]) -> Any:
+def open_single_file(file: Path, given: Mapping[str, Any], others: Collection[str] = ()) -> Any:
     """Load a pipeline.
 
     Args:
         file: a safetensors file, whatever its name is.
         given: parts that come from elsewhere.
+        others: parts that are to come from files of their own, which needs a folder's configs.
 
     Raises:
         ModelError: the file is damaged, contains something else, or its configuration is not on this machine.
     """
     import diffusers
 
+    if others:
+        raise ModelError(
+            f"model.{next(iter(others))} is a file, and so is model.base. Set model.base to the diffusers folder or "
+            "hub id whose configs and tokenizers the parts need."
+        )
     weights = _shapes(file)
     kind, repository = _check_content(file, weights, given)
     if kind == "StableDiffusion3Pipeline" and not any(name.startswith(_T5) for name in weights):
