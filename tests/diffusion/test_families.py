@@ -294,7 +294,7 @@ def test_another_vae_and_stacked_loras_with_a_flow(tmp_path: Path) -> None:
         str(tmp_path / "model"),
         adapter=LoraConfig(rank=2, init_from=str(tmp_path / "lora")),
         frozen=[ModelLora(path=str(tmp_path / "lora"), strength=-1.0)],
-        vae=str(tmp_path / "vae"),
+        parts={"vae": str(tmp_path / "vae")},
         sampling=sampling,
     )
     with torch.no_grad():
