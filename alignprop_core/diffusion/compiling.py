@@ -16,8 +16,11 @@ import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-_BLOCKS = ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D")
-"""diffusers classes that do nearly all of a UNet's work."""
+_BLOCKS = {
+    "UNet2DConditionModel": ("Transformer2DModel", "ResnetBlock2D", "Downsample2D", "Upsample2D"),
+    "SD3Transformer2DModel": ("JointTransformerBlock",),
+}
+"""Network -> the blocks that do nearly all of its work, where diffusers does not name them (`_repeated_blocks`)."""
 
 COMPILE_SECONDS, COMPILE_GAIN = 240.0, 0.16
 """What compiling costs the first time, and the share of a step's time that it saves: measured with Stable Diffusion 1.5
@@ -41,7 +44,8 @@ class CompiledBlocks:
     """
 
     def __init__(self, network: nn.Module | None = None) -> None:
-        blocks = [] if network is None else [m for m in network.modules() if type(m).__name__ in _BLOCKS]
+        kinds = _BLOCKS.get(type(network).__name__) or getattr(network, "_repeated_blocks", None) or ()
+        blocks = [] if network is None else [m for m in network.modules() if type(m).__name__ in kinds]
         if network is not None and blocks:
             _keep_compiled_code()
             # What cuDNN computes in. It pays only here: without compiling, group normalization would convert back.

@@ -18,6 +18,7 @@ from alignprop_core.diffusion.decoder import CapturedDecoder
 from alignprop_core.diffusion.sampler import Sampler
 from alignprop_core.errors import RunError
 from alignprop_core.lora import adapters as lora
+from alignprop_core.testing.pipelines import tiny_pipeline
 
 PROMPTS = ["fox", "two owls"]
 STRATEGIES: list[dict[str, Any]] = [
@@ -77,7 +78,7 @@ class FixedTensors(Pool):
 def tuned(pipe: Any, seed: int = 0, target_modules: list[str] | None = None) -> list[torch.nn.Parameter]:
     """Attach an adapter whose B is not zero."""
     parameters = lora.attach(
-        pipe.unet,
+        pipe.unet if hasattr(pipe, "unet") else pipe.transformer,
         rank=2,
         alpha=3.0,
         seed=seed,
@@ -264,7 +265,7 @@ def on_gpu(pipe: Any, dtype: torch.dtype, backprop: dict[str, Any], **options: A
     """Return a sampler that runs eagerly, one that captures, and the adapter's parameters."""
     pipe = pipe.to("cuda", dtype)
     parameters = tuned(pipe)
-    sampling = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5)
+    sampling = SamplingConfig(steps=4, guidance_scale=3.0, eta=0.5 if hasattr(pipe, "unet") else 0.0)
     eager, captured = (
         Sampler(pipe, sampling, BackpropConfig.model_validate(backprop | {"cuda_graphs": graphs}), **options)
         for graphs in (False, True)
@@ -312,14 +313,24 @@ def test_captured_gradients_in_half_precision_are_as_good_as_eager_ones(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize(
+    ("family", "recomputes"),
+    [
+        ("stable_diffusion", False),
+        ("stable_diffusion", True),
+        ("stable_diffusion_3", False),
+        ("flux", True),
+        ("flux2_klein", False),
+        ("z_image", False),
+    ],
+)
 def test_compiled_blocks_give_the_same_gradient_and_are_kept_on_disk(
-    tiny_sd: Callable[..., Any], recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
     backprop = {"strategy": "last_k", "k": 2, "checkpoint_blocks": recomputes}
-    eager, captured, parameters = on_gpu(tiny_sd(), torch.float64, backprop)
+    eager, captured, parameters = on_gpu(tiny_pipeline(family), torch.float64, backprop)
     captured.engine.compile()
     expected = gradient(eager, parameters, PROMPTS, 0)
     found = gradient(captured, parameters, PROMPTS, 0)
