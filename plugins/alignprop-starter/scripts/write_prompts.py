@@ -34,15 +34,15 @@ def prompt_set(animals: tuple[str, ...], variant: str) -> list[dict[str, object]
     return lines
 
 
-def heldout_scenes(count: int = 36) -> list[dict[str, object]]:
-    """Return the lines of `eval_animal_scenes`: each held-out animal in several numbers and places.
+def scenes(animals: tuple[str, ...], count: int) -> list[dict[str, object]]:
+    """Return the lines of `animal_scenes` and `eval_animal_scenes`: each animal in several numbers and places.
 
     Intervals of an evaluation are over prompts, so that many prompts say more than many images of a few.
     """
     lines = []
     for k in range(count):
         animal, requests = (
-            HELDOUT_ANIMALS[k % len(HELDOUT_ANIMALS)],
+            animals[k % len(animals)],
             {
                 "number": 1 + (k + k // 12) % MAX_NUMBER,
                 "background": BACKGROUNDS[(5 * k + k // 8) % len(BACKGROUNDS)],
@@ -63,8 +63,9 @@ def main() -> None:
         for variant in VARIANTS:
             lines = [json.dumps(line) for line in prompt_set(animals, variant)]
             (args.out / f"{name}{variant}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    lines = [json.dumps(line) for line in heldout_scenes()]
-    (args.out / "eval_animal_scenes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for name, animals, count in (("animal_scenes", TRAIN_ANIMALS, 90), ("eval_animal_scenes", HELDOUT_ANIMALS, 36)):
+        lines = [json.dumps(line) for line in scenes(animals, count)]
+        (args.out / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

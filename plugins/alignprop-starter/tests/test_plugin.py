@@ -51,6 +51,13 @@ def test_the_held_out_scenes_are_enough_prompts_for_an_interval() -> None:
     assert {m["background"] for m in metadata} == set(BACKGROUNDS)
 
 
+def test_training_scenes_ask_for_every_number_and_place() -> None:
+    metadata = load_prompts("starter/animal_scenes", default_registry()).metadata
+    counts = [sum(m["number"] == number for m in metadata) for number in (1, 2, 3, 4)]
+    assert max(counts) - min(counts) <= 3
+    assert {m["background"] for m in metadata} == set(BACKGROUNDS)
+
+
 def test_full_prompts_use_all_numbers_styles_and_places() -> None:
     metadata = load_prompts("starter/simple_animals_full", default_registry()).metadata
     assert {m["number"] for m in metadata} == {1, 2, 3, 4}

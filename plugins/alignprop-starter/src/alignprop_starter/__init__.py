@@ -93,12 +93,13 @@ def alignprop_register_commands() -> Iterable[CommandSpec]:
 
 @hookimpl
 def alignprop_register_prompts() -> Iterable[PromptSpec]:
-    """Return the specs of the prompt sets: training and held-out animals, five variants each, and held-out scenes."""
+    """Return the specs of the prompt sets: training and held-out animals, five variants each, and scenes of both."""
     sets = {
         f"{name}{ending}": (f"{animals} {content}.", size)
         for name, (animals, size) in _ANIMALS.items()
         for ending, content in VARIANTS.items()
     }
+    sets["animal_scenes"] = ("AlignProp's 45 training animals, each in two numbers and places.", 90)
     sets["eval_animal_scenes"] = ("AlignProp's 6 held-out animals, each in six numbers and places.", 36)
     return [
         PromptSpec(
