@@ -314,18 +314,19 @@ def test_captured_gradients_in_half_precision_are_as_good_as_eager_ones(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("family", "recomputes"),
+    ("family", "recomputes", "rounding"),
     [
-        ("stable_diffusion", False),
-        ("stable_diffusion", True),
-        ("stable_diffusion_3", False),
-        ("flux", True),
-        ("flux2_klein", False),
-        ("z_image", False),
+        ("stable_diffusion", False, 1e-12),
+        ("stable_diffusion", True, 1e-12),
+        ("stable_diffusion_3", False, 1e-12),
+        # Their rotary positions are computed in float32 whatever the network's dtype; compiled code rounds otherwise.
+        ("flux", True, 1e-6),
+        ("flux2_klein", False, 1e-6),
+        ("z_image", False, 1e-6),
     ],
 )
 def test_compiled_blocks_give_the_same_gradient_and_are_kept_on_disk(
-    family: str, recomputes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, recomputes: bool, rounding: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Path, "home", lambda: tmp_path)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", default_cache_dir())  # as torch sets it
@@ -334,7 +335,7 @@ def test_compiled_blocks_give_the_same_gradient_and_are_kept_on_disk(
     captured.engine.compile()
     expected = gradient(eager, parameters, PROMPTS, 0)
     found = gradient(captured, parameters, PROMPTS, 0)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12 * float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=rounding * float(expected.abs().max()))
     assert captured.engine.pool.replays > 0
     assert any((tmp_path / ".cache" / "alignprop" / "compiled").rglob("*.py")), "generated code"
 
