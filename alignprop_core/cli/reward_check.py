@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(
     name: str = typer.Argument(help="A reward's name."),
-    options: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Its options, such as weights=starter."),
+    options: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="Its options, such as weights=starter."),
     prompt: list[str] = typer.Option([], help="A prompt to score with; can be repeated."),
     skip: list[str] = typer.Option([], metavar="CHECK", help="Skip a check; can be repeated."),
     json: bool = common.JSON_OPTION,

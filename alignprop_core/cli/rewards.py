@@ -109,7 +109,7 @@ def show(
 def fetch(
     names: list[str] = typer.Argument(
         None,
-        metavar="[NAME]...",
+        metavar="NAME",
         help="Rewards' names, or files on the hub: hub:owner/name/file or hub:owner/name@REVISION/file.",
     ),
     config: Path | None = typer.Option(None, help="A run config: fetch what its rewards need."),

@@ -14,7 +14,7 @@ from alignprop_core.errors import UserError, under
 
 def sample(
     prompts: list[str] = typer.Argument(
-        None, metavar="[RUN] [PROMPT]...", help="A run folder, then prompts; --run or --model replaces the folder."
+        None, metavar="RUN|PROMPT", help="A run folder, then prompts; --run or --model replaces the folder."
     ),
     run: Path | None = typer.Option(None, help="A run folder: its model, LoRA and sampling settings."),
     model: str = typer.Option("", help=f"Instead of a run, or of its model: {common.MODELS}."),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def train(
     config: Path = typer.Argument(help="A run config (YAML)."),
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=20."),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="Overrides, such as training.steps=20."),
     resume: str = typer.Option("", help="Resume from `latest` (in the output folder), a run folder or a checkpoint."),
     edited: bool = typer.Option(
         False, "--edited", help="Resume even if files or a reward's code have changed, for example after a fix."

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    run: Path | None = typer.Argument(None, metavar="[RUN]", help="A run folder; its config gives the defaults."),
+    run: Path | None = typer.Argument(None, metavar="RUN", help="A run folder; its config gives the defaults."),
     model: str = typer.Option("", help=f"Instead of a run, or of its model: {common.MODELS}."),
     lora: Path | None = typer.Option(
         None, help="A LoRA file or folder for --model; with a run, the LoRA to evaluate instead of the run's result."

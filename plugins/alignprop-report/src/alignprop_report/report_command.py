@@ -10,7 +10,7 @@ from alignprop_core.cli import common
 
 
 def report(
-    runs: list[Path] = typer.Argument(metavar="RUN...", help="A run folder; with several, one page compares them."),
+    runs: list[Path] = typer.Argument(metavar="RUN", help="A run folder; with several, one page compares them."),
     output: Path | None = typer.Option(
         None,
         help="File to write; the default is report.html in the run folder, or in the current folder for several runs.",

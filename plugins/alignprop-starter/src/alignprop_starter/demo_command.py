@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def demo(
-    overrides: list[str] = typer.Argument(None, metavar="[KEY=VALUE]...", help="Overrides, such as training.steps=5."),
+    overrides: list[str] = typer.Argument(None, metavar="KEY=VALUE", help="Overrides, such as training.steps=5."),
     model: str = typer.Option("starter", help="A registered model that has a demo."),
     output: Path = typer.Option(Path("demo"), help="Run folder; an earlier run of this demo in it is replaced."),
 ) -> None:
