@@ -54,19 +54,28 @@ AFTER_HEDGES = tuple(
     )
 )
 OUT_OF = _words("of in from")
-# "two sleeping dogs, a third one awake"
+# Words that stand for a noun before: "a red apple and two green ones", "a dog and two others".
+PRONOUNS = _words("ones others")
+# "two sleeping dogs, a third one awake", "a dog and two more"
 ONE_MORE = _words("another second third fourth fifth sixth seventh eighth ninth tenth more")
 COORDINATIONS = _words("and or & / ,")
 JOINS = _words("and or to of by x \u00d7 * - \u2013 \u2014 / ,")
 # Lead-ins that a number may have beside these: "exactly two dogs", "a fox chases two dogs", but "minus two dogs".
-ALSO_LEADS = _words("only exactly just , . ; : ! ? ( ) \" ' - \u2013 \u2014")
+ALSO_LEADS = _words(
+    "only exactly just me draw paint sketch show generate create depict render imagine "
+    ", . ; : ! ? ( ) \" ' - \u2013 \u2014"
+)
 NO_LEADS = _words("including minus times perhaps")
+# What follows may be text to be written: "a sign that says no dogs". Text in quotation marks is refused as well.
+TEXT = _words(
+    "says saying spells spelling words word text lettering inscription titled entitled captioned labeled labelled"
+)
 # Other words after a noun that the noun does not describe.
 AFTER = _words(
     "asleep awake alone outdoors indoors outside inside there here together up down next wearing made sat stood "
     "lay ran slept ate held looking onto off after before during toward towards where when nearby ahead away "
     "apart around upright beneath underneath within without fast quickly home too also anywhere everywhere only "
-    "each facing"
+    "each facing left right it them him itself himself herself themselves"
 )
 NOUNS_IN_ING = _words("painting drawing building parking crossing clothing racing ceiling string spring feeding")
 # Nouns that a class name describes: "a bird bath", "a car park". Other words may be about the class: "a dog curious".
@@ -77,7 +86,7 @@ HEADS = _words(
     "seat seats saddle handle bell race track ride racing show park wash repair dealership garage port harbor "
     "ramp bridge toy toys food bed collar leash tag trainer walker rider driver owner lover player conductor "
     "pilot crossing sign signs light lights rug skin fur statue statues sculpture sculptures painting paintings "
-    "drawing drawings figurine figurines mask costume print mat festival cabinet museum factory school club "
+    "drawing drawings illustration illustrations figurine figurines mask costume print mat festival cabinet museum factory school club "
     "parade pattern logo sticker poster photo photograph picture portrait tower room carriage cart trailer pad "
     "cable lift road lane path trail walk tracks ticket tickets bone bones nest cage coop kennel litter den cave "
     "tunnel"

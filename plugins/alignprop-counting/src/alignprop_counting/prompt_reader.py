@@ -16,6 +16,14 @@ from alignprop_counting import lexicon
 from alignprop_counting.phrases import MAX_COUNT, ends_phrase, is_denial, is_mark, is_numeral, is_quantity, read_number
 from alignprop_counting.vocabulary import TOKEN, Match, Vocabulary, looks_plural, split
 
+# Text in quotation marks, single ones included; an apostrophe follows a letter, an opening mark does not.
+_QUOTED = re.compile(
+    '["\u201c-\u201f\u00ab][^"\u201c-\u201f\u00bb]*["\u201c-\u201f\u00bb]'
+    r"|(?<!\w)['\u2018]\w.*?['\u2019](?!\w)",
+    re.DOTALL,
+)
+_WEIGHT = re.compile(r"[01]\.[0-9]+")  # of a part of a prompt: "(two cats:1.2)"
+
 Problem = Literal["", "number", "object"]
 """What is not clear: the number alone, or whether the object itself is wanted."""
 
@@ -62,6 +70,8 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> tuple[Request, ...]:
     """
     words = split(prompt)
     spans = [token.span() for token in TOKEN.finditer(prompt)]
+    # 'a shirt that says "two dogs"', but not a prompt that is in quotation marks itself
+    quoted = [part.span() for part in _QUOTED.finditer(prompt) if part[0] != prompt.strip()]
     found: dict[int, _Mention] = {}
     described: dict[int, _Mention] = {}
     misspelled: dict[int, _Mention] = {}
@@ -76,12 +86,14 @@ def read_prompt(prompt: str, vocabulary: Vocabulary) -> tuple[Request, ...]:
                 found[unclear] = _Mention(at, end, None, "object")
             elif match is None and (unclear := vocabulary.misspelled(words[at])) is not None:
                 misspelled[unclear] = _Mention(at, end, None, "object")
-            elif latest in found and _is_number_alone(words, at):
+            elif latest in found and _is_number_alone(words, at, found[latest].count or 0):
                 found[latest] = replace(found[latest], last=end, count=None, problem="number")
             at = end  # "an orange cow": the object is the next noun
             continue
         paired = vocabulary.names[match.class_id].lower().split()[-1] in lexicon.PAIRED
         mention = _read_mention(words, start, at, match, 1 if paired else 2, excluded)
+        if any(begin < spans[at][0] < close for begin, close in quoted):
+            mention = replace(mention, count=None, problem="object")
         excluded = mention.count == 0
         if mention.compound and latest in found and start < at and {*words[start:at]} <= lexicon.COORDINATIONS:
             # "a cat and mouse game": the noun before may describe the same noun.
@@ -164,6 +176,7 @@ def _read_mention(words: Sequence[str], start: int, at: int, match: Match, pair:
         or any(map(is_denial, words[start:at]))
         or not lexicon.ABSENT.isdisjoint([*adjectives, *_until_mark(words[end : end + 3])])
         or not lexicon.NEGATIONS.isdisjoint(clause)  # "no two dogs", "no people near a dog"
+        or not lexicon.TEXT.isdisjoint(clause)
         or (last in ("or", "nor") and not is_quantity(before))
         or (after == "or" and not is_quantity(second))
         or (excluded and not own and lead and {*lead} <= {"and", "or", "nor", ","})  # "no cats and dogs"
@@ -181,6 +194,7 @@ def _read_mention(words: Sequence[str], start: int, at: int, match: Match, pair:
         verbs = any(looks_plural(word) or (i > 0 and word.endswith("ing")) for i, word in enumerate(adjectives))
         verbs = verbs or not {"x", "\u00d7"}.isdisjoint(adjectives)  # "3 x dogs"
         object_unclear |= verbs or len(adjectives) > 4 or (count == 1 and not match.singular)
+    weighted = after == ":" and _WEIGHT.fullmatch(second) and words[end + 2 : end + 3] == [")"]
     number_unclear = (
         (numbered and (count is None or count > MAX_COUNT))
         or (last in lexicon.JOINS and is_quantity(before))  # "one or two", "two - four", "most of five"
@@ -191,7 +205,8 @@ def _read_mention(words: Sequence[str], start: int, at: int, match: Match, pair:
         or (count and _is_hedged_after(words[end : end + 5], count == 1))
         or (numbered and not _is_lead(last, before))  # "over ten dogs"
         or (count and (after == "or" or not lexicon.PER_ITEM.isdisjoint(words)))
-        or (count and (is_numeral(after) or (after in tuple("x\u00d7*(:#") and is_numeral(second))))  # "a dog x3"
+        or (count and is_numeral(after))
+        or (count and after in tuple("x\u00d7*(:#") and is_numeral(second) and not weighted)  # "a dog x3"
     )
     problem: Problem = "object" if object_unclear else "number" if number_unclear else ""
     if problem or count is None:  # the words around it are quoted as well
@@ -222,13 +237,28 @@ def _hyphenated(word: str, vocabulary: Vocabulary) -> int | None:
     return next((match.class_id for match in matches if match is not None), None)
 
 
-def _is_number_alone(words: Sequence[str], at: int) -> bool:
-    """Whether a word is a number of objects that are not named again: "two birds on a wire, three on the roof"."""
-    before, after = words[at - 1], (*words, "")[at + 1]
-    if words[at] == "one" and before in lexicon.ONE_MORE:
+def _is_number_alone(words: Sequence[str], at: int, count: int) -> bool:
+    """Whether a word stands for more of the `count` objects named before, without their name.
+
+    "two birds on a wire, three on the roof", "a red apple and two green ones", "a dog and another".
+    """
+    word, before = words[at], words[at - 1]
+    if word in lexicon.PRONOUNS or (word == "one" and before in lexicon.ONE_MORE):
         return True
-    alone = not after or is_mark(after) or after in lexicon.STOPS - {"of"}
-    return alone and (before == "and" or is_mark(before)) and read_number(words[at]) is not None
+    number, end = read_number(word), at + 1
+    while number is not None and end < len(words) and words[end] in lexicon.ADJECTIVES:
+        end += 1
+    after = (*words, "")[end]
+    if after and not is_mark(after) and after not in lexicon.STOPS - {"of"}:
+        return False
+    if word in lexicon.ONE_MORE:
+        return read_number(before) is not None if word == "more" else before != "one"  # "at one another"
+    if word == "one" and end == at + 1 and not ends_phrase(before):
+        return True  # "a green one"
+    if number is None or not (before == "and" or is_mark(before)):
+        return False
+    # "a red apple and two green", but "two cats, one black and one white"
+    return end == at + 1 or number > count or (before == "and" and words[at - 2] not in lexicon.ADJECTIVES)
 
 
 def _until_mark(words: Sequence[str]) -> Sequence[str]:
