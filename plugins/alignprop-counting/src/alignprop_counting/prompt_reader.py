@@ -22,7 +22,7 @@ _QUOTED = re.compile(
     r"|(?<!\w)['\u2018]\w.*?['\u2019](?!\w)",
     re.DOTALL,
 )
-_WEIGHT = re.compile(r"[01]\.[0-9]+")  # of a part of a prompt: "(two cats:1.2)"
+_WEIGHT = re.compile(r"[01]\.[0-9]*[1-9]")  # of a part of a prompt: "(two cats:1.2)"
 
 Problem = Literal["", "number", "object"]
 """What is not clear: the number alone, or whether the object itself is wanted."""
@@ -252,7 +252,7 @@ def _is_number_alone(words: Sequence[str], at: int, count: int) -> bool:
     if after and not is_mark(after) and after not in lexicon.STOPS - {"of"}:
         return False
     if word in lexicon.ONE_MORE:
-        return read_number(before) is not None if word == "more" else before != "one"  # "at one another"
+        return is_quantity(before) if word == "more" else before != "one"  # "at one another"
     if word == "one" and end == at + 1 and not ends_phrase(before):
         return True  # "a green one"
     if number is None or not (before == "and" or is_mark(before)):
